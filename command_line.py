@@ -1,0 +1,114 @@
+"""What the command-line programs share: flag values and one-line errors.
+
+Bad input ends in one line on standard error and exit status 2. `guard` marks
+the code in which a `ValueError` or an `OSError` is the user's to mend; outside
+it an exception is a defect of ours and keeps its traceback.
+"""
+
+import contextlib
+import fractions
+import os
+import sys
+
+# Read by TensorFlow when it is first imported: its banner would bury the
+# progress bar and the one-line errors.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import app, flags  # noqa: E402
+
+
+def fail(message):
+    """Ends the program with one line on standard error and exit status 2."""
+    line = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def guard():
+    """Turns a `ValueError` or an `OSError` into one line and status 2."""
+    try:
+        yield
+    except OSError as error:
+        fail(describe(error))
+    except ValueError as error:
+        fail(error)
+
+
+@contextlib.contextmanager
+def guard_disk():
+    """Turns an `OSError` (a full disk, say) into one line and status 2.
+
+    For the long part of a program, where a `ValueError` is a defect.
+    """
+    try:
+        yield
+    except OSError as error:
+        fail(describe(error))
+
+
+def describe(error):
+    """Returns an `OSError` as a sentence that names the file."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    hint = ""
+    if error.errno == 28:  # ENOSPC
+        hint = (
+            " Free some space and continue with the same command; what was"
+            " saved before is intact."
+        )
+    return f"{where}{error.strerror}.{hint}"
+
+
+def run(main):
+    """Parses the flags and calls `main()`; `__main__` of every program.
+
+    A flag that is unknown or out of range is one line and exit status 2
+    (absl's own would be two lines and status 1).
+    """
+
+    def parse(argv):
+        try:
+            left = flags.FLAGS(argv)
+        except flags.Error as error:
+            fail(str(error).removeprefix("flag "))
+        if len(left) > 1:
+            fail(f"unexpected arguments {left[1:]}; flags are --name=value")
+        return left
+
+    app.run(lambda argv: main(), flags_parser=parse)
+
+
+def parse_ratio(text):
+    """Reads `0.03`, `8/255` or `1e-3`.
+
+    Raises:
+        ValueError: If the text is neither a number nor a ratio.
+    """
+    try:
+        numerator, _, denominator = str(text).strip().partition("/")
+        if denominator:
+            return float(fractions.Fraction(numerator)) / float(
+                fractions.Fraction(denominator)
+            )
+        return float(numerator)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"expected a number or a ratio like 8/255, got {text!r}"
+        ) from error
+
+
+def parse_ratios(text):
+    """Reads a list of ratios, `1/255,4/255`, as a tuple of floats."""
+    return tuple(parse_ratio(part) for part in str(text).split(","))
+
+
+def parse_integers(text):
+    """Reads a list of whole numbers, `10,100`, as a tuple."""
+    try:
+        return tuple(int(part) for part in str(text).split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"expected whole numbers like 10,100, got {text!r}"
+        ) from error
