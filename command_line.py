@@ -6,6 +6,7 @@ it an exception is a defect of ours and keeps its traceback.
 """
 
 import contextlib
+import difflib
 import fractions
 import os
 import sys
@@ -112,3 +113,9 @@ def parse_integers(text):
         raise ValueError(
             f"expected whole numbers like 10,100, got {text!r}"
         ) from error
+
+
+def near(name, known):
+    """Returns "Did you mean ...?" for a misspelt name, or an empty text."""
+    matches = difflib.get_close_matches(str(name), list(known), 3, 0.5)
+    return f" Did you mean {' or '.join(matches)}?" if matches else ""

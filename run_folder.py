@@ -6,7 +6,6 @@ killed at any moment leaves the old file or the new one, never half of either.
 """
 
 import datetime
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -188,9 +187,3 @@ def _git_hash():
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def near(name, known):
-    """Returns "Did you mean ...?" for a misspelt name, or an empty text."""
-    matches = difflib.get_close_matches(str(name), list(known), 3, 0.5)
-    return f" Did you mean {' or '.join(matches)}?" if matches else ""
