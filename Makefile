@@ -1,0 +1,64 @@
+# make demo      train, attack and picture a model: five minutes on two cores
+# make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
+# make lint      ruff's rules and its format
+# make notebook  run view_images.ipynb on the newest run, into runs/
+#
+# Everything is installed into .venv by the first of them.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?=
+
+# Only errors from the libraries: their start-up notes hide our own lines.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export GRPC_VERBOSITY ?= ERROR
+export MPLBACKEND ?= Agg
+
+DEMO_RUN := runs/cluttered_digits-multi_gaze-demo
+# The notebook's run; empty is the newest.
+RUN ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint notebook clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Saccade needs Python 3.11 or newer; $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1). Write: make PYTHON=/path/to/python" \
+	    >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras; a changed setup.cfg installs again.
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+.venv: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed-test
+	$(BIN)/python trainer.py --tag=demo --overwrite
+	$(BIN)/python adversary.py --run=$(DEMO_RUN) --overwrite \
+	  --epsilon=0.02,0.05,0.1 --steps=20 --num_examples=200
+	@echo
+	@echo "The run is $(DEMO_RUN). Its records and pictures:"
+	@find $(DEMO_RUN) -name results.json -o -name '*.png' | sort | \
+	  sed 's/^/  /'
+	@echo "See it all, in order: make notebook"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+notebook: $(VENV)/.installed-notebook
+	$(BIN)/python -m jupyter --version > /dev/null
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
