@@ -1,0 +1,576 @@
+"""Lp geometry, input gradients and keyed randomness for every Keras backend.
+
+`keras.ops` has neither a gradient transform nor one way to compile a function,
+so `value_and_grad` and `compile_call` are the two places where TensorFlow, JAX
+and Torch differ. Everything else is plain `keras.ops`. Nothing here knows about
+models, data or flags.
+
+Randomness is counter-based: a key of two 32-bit words belongs to one example,
+and every number is a hash of (key, position inside the example). The same
+example therefore meets the same noise whatever the batch size, the order, the
+number of replicas or the backend.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+NORMS = ("l1", "l2", "linf")
+_TINY = 1e-30  # Keeps 0/0 out of the direction of an all-zero tensor.
+_ROUNDS = 60  # More passes than either search below needs in float32.
+
+# Odd constants of the hash; written as the int32 with the same bits.
+_MIX_1 = 0x7FEB352D
+_MIX_2 = 0x846CA68B - 2**32
+_SEED_SALT = 0x3C6EF372
+_VALUE_SALT = 0x9E3779B9 - 2**32
+_WORD_SALT = 0x5851F42D
+
+
+# --- The two seams -----------------------------------------------------------
+
+
+def value_and_grad(fn, x, has_aux=False):
+    """Evaluates a per-example loss and its gradient with respect to the input.
+
+    The per-example losses are summed, not averaged, before differentiation, so
+    row `i` of the gradient depends on example `i` alone and does not change
+    with the batch size (as long as `fn` treats examples independently; a model
+    in batch-norm training mode does not).
+
+    Args:
+        fn: Callable from a `(batch, ...)` tensor to losses of shape `(batch,)`,
+            or to a tuple of such losses and anything else if `has_aux`.
+        x: Float tensor of shape `(batch, ...)`, the point of evaluation.
+        has_aux: Whether `fn` returns a second value that is not differentiated
+            (the logits, say).
+
+    Returns:
+        Tuple of the losses, shape `(batch,)`, and the gradient, shape of `x`;
+        with `has_aux` a tuple of (losses, second value) and the gradient. The
+        gradient is zero where `fn` does not depend on `x`.
+
+    Raises:
+        NotImplementedError: If the active backend has no automatic gradient.
+    """
+    backend = keras.config.backend()
+    x = ops.convert_to_tensor(x)
+
+    def outputs(x):
+        return fn(x) if has_aux else (fn(x), ())
+
+    if backend == "tensorflow":
+        losses, aux, grad = _value_and_grad_tensorflow(outputs, x)
+    elif backend == "jax":
+        import jax
+
+        def total(x):
+            losses, aux = outputs(x)
+            return ops.sum(losses), (losses, aux)
+
+        (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(x)
+    elif backend == "torch":
+        losses, aux, grad = _value_and_grad_torch(outputs, x)
+    else:
+        raise NotImplementedError(
+            "Input gradients need the tensorflow, jax or torch backend. "
+            f"Received: keras.config.backend()={backend!r}"
+        )
+    return ((losses, aux) if has_aux else losses), grad
+
+
+def _value_and_grad_tensorflow(outputs, x):
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(x)
+        losses, aux = outputs(x)
+        total = ops.sum(losses)
+    grad = tape.gradient(
+        total, x, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    # A gather straight from `x` has a sparse gradient.
+    return losses, aux, tf.convert_to_tensor(grad)
+
+
+def _value_and_grad_torch(outputs, x):
+    import torch
+
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_(True)
+        losses, aux = outputs(leaf)
+        total = ops.sum(losses)
+        if total.requires_grad:
+            (grad,) = torch.autograd.grad(
+                total, leaf, allow_unused=True, materialize_grads=True
+            )
+        else:
+            grad = torch.zeros_like(leaf)
+    aux = keras.tree.map_structure(lambda a: a.detach(), aux)
+    return losses.detach(), aux, grad
+
+
+def compile_call(fn, variables=()):
+    """Compiles an inference function; whatever it updates is thrown away.
+
+    TensorFlow gets a graph (with XLA only where there is an accelerator: on the
+    CPU XLA runs convolutional nets several times slower than the plain graph),
+    JAX a jit with the variables as arguments, Torch runs as it is, without
+    gradients other than those of `value_and_grad`.
+
+    Args:
+        fn: Callable from tensors to a nest of tensors. It may read Keras
+            variables. What it assigns to them (batch statistics, seed states)
+            is visible inside the call and discarded after it, so that an
+            evaluation leaves the model as it found it, bit for bit.
+        variables: Every Keras variable that `fn` reads (`model.variables`).
+            On JAX a variable that is left out is frozen at its present value.
+
+    Returns:
+        Callable with the arguments of `fn`, as NumPy arrays or tensors. It is
+        traced once for each combination of shapes and dtypes.
+
+    Raises:
+        NotImplementedError: If the active backend is none of the three.
+    """
+    backend = keras.config.backend()
+    variables = list(variables)
+
+    def stateless(args):
+        with keras.StatelessScope():
+            return fn(*args)
+
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+        compiled = tf.function(stateless, jit_compile=accelerated or None)
+    elif backend == "jax":
+        import jax
+
+        @jax.jit
+        def pure(values, args):
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return fn(*args)
+
+        def compiled(args):
+            return pure([v.value for v in variables], args)
+
+    elif backend == "torch":
+        import torch
+
+        compiled = torch.no_grad()(stateless)
+    else:
+        raise NotImplementedError(
+            "Compiled calls need the tensorflow, jax or torch backend. "
+            f"Received: keras.config.backend()={backend!r}"
+        )
+    return lambda *args: compiled(
+        keras.tree.map_structure(ops.convert_to_tensor, args)
+    )
+
+
+# --- Lp geometry -------------------------------------------------------------
+
+
+def lp_norm(delta, norm):
+    """Returns the Lp norm of every example.
+
+    Args:
+        delta: Tensor of shape `(batch, ...)`.
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+
+    Returns:
+        Tensor of shape `(batch,)`.
+
+    Raises:
+        ValueError: If `norm` is none of the three.
+    """
+    check_norm(norm)
+    flat = _flatten(ops.abs(delta))
+    if norm == "linf":
+        return ops.max(flat, axis=-1)
+    if norm == "l2":
+        return ops.sqrt(ops.sum(ops.square(flat), axis=-1))
+    return ops.sum(flat, axis=-1)
+
+
+def check_norm(norm):
+    """Raises a ValueError if `norm` is not one of `NORMS`."""
+    if norm not in NORMS:
+        raise ValueError(
+            f"Expected norm to be one of {', '.join(NORMS)}. "
+            f"Received: norm={norm!r}."
+        )
+
+
+def per_example(values, like):
+    """Reshapes `(batch,)` values so that they broadcast against `like`."""
+    return ops.reshape(values, (-1,) + (1,) * (len(like.shape) - 1))
+
+
+def ascent_direction(grad, norm, *, fraction=0.01, images=None):
+    """Returns the step of unit norm that increases a linear loss.
+
+    L-inf and L2 have the steepest one. The steepest in L1 is a single
+    coordinate, which takes as many steps as there are pixels to change; the
+    step is shared instead between the largest `fraction` of the gradient
+    (SLIDE), and coordinates at the edge of the box that cannot follow their
+    gradient any more give way to the next ones.
+
+    Args:
+        grad: Tensor of shape `(batch, ...)`. A NaN counts as zero.
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+        fraction: Float in (0, 1], L1 only: the part of the coordinates that
+            move; at least one does, and ties move together.
+        images: Optional tensor of the shape of `grad` with values in [0, 1],
+            L1 only: the point that is left, for the room it has in the box.
+
+    Returns:
+        Tensor of the shape of `grad`; zero where the gradient is all zero.
+
+    References:
+        - [Tramer and Boneh, 2019](https://arxiv.org/abs/1904.13000)
+    """
+    check_norm(norm)
+    grad = ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
+    if norm == "linf":
+        return ops.sign(grad)
+    if norm == "l2":
+        # Rescaled first: the square of a small gradient underflows.
+        peak = ops.maximum(lp_norm(grad, "linf"), _TINY)
+        grad = grad / per_example(peak, grad)
+        length = ops.maximum(lp_norm(grad, "l2"), _TINY)
+        return grad / per_example(length, grad)
+    if images is not None:
+        stuck = ops.where(grad > 0, images >= 1.0, images <= 0.0)
+        grad = ops.where(stuck, ops.zeros_like(grad), grad)
+    magnitude = _flatten(ops.abs(grad))
+    count = max(1, round(fraction * math.prod(grad.shape[1:])))
+    least = ops.top_k(magnitude, count, sorted=True)[0][:, -1:]
+    moved = ops.logical_and(magnitude >= least, magnitude > 0)
+    moved = ops.cast(moved, grad.dtype)
+    share = moved / ops.maximum(ops.sum(moved, axis=-1, keepdims=True), 1.0)
+    return ops.sign(grad) * ops.reshape(share, ops.shape(grad))
+
+
+def project(delta, epsilon, norm, images=None):
+    """Projects every perturbation onto the Lp ball, and the box if asked.
+
+    The result is the nearest point (in the Euclidean sense) of the set of all
+    d with |d| <= epsilon and, if `images` are given, 0 <= images + d <= 1. In
+    L1 and L2 both constraints together hang on one scalar dual variable, which
+    is searched with sums over the pixels, without sorting them. To clip after
+    the ball, or to rescale onto the L1 ball, gives a feasible point that is
+    not the nearest.
+
+    Args:
+        delta: Float tensor of shape `(batch, ...)`.
+        epsilon: Radius in the units of `delta`, not negative: a float, or a
+            tensor of shape `(batch,)`.
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+        images: Optional tensor of the shape of `delta` with values in [0, 1].
+
+    Returns:
+        Tensor of the shape of `delta`; rows already inside are unchanged. It
+        holds a loop of unknown length: gradients are not meant to pass it.
+
+    References:
+        - [Duchi et al., 2008](https://dl.acm.org/doi/10.1145/1390156.1390191)
+        - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), for L1
+          and the box together.
+    """
+    check_norm(norm)
+    epsilon = ops.cast(epsilon, delta.dtype)
+    if len(epsilon.shape) == 0:
+        epsilon = ops.broadcast_to(epsilon, (ops.shape(delta)[0],))
+    if norm == "linf":
+        radius = per_example(epsilon, delta)
+        out = ops.clip(delta, -radius, radius)
+        if images is not None:
+            out = ops.clip(out, -images, 1.0 - images)
+        return out
+    if images is not None:
+        inside = ops.clip(delta, -images, 1.0 - images)
+        room = _flatten(ops.where(delta >= 0, 1.0 - images, images))
+    else:
+        inside, room = delta, None
+    magnitude = _flatten(ops.abs(delta))
+    radius = ops.reshape(epsilon, (-1, 1))
+    if norm == "l2":
+        shrunk = _shrink_l2(magnitude, radius, room)
+    else:
+        shrunk = _shrink_l1(magnitude, radius, room)
+    out = ops.sign(delta) * ops.reshape(shrunk, ops.shape(delta))
+    # The search ends a rounding error away; shrinking cannot leave the box.
+    scale = epsilon / ops.maximum(lp_norm(out, norm), _TINY)
+    out = out * per_example(ops.minimum(scale, 1.0), out)
+    untouched = per_example(lp_norm(inside, norm) <= epsilon, out)
+    return ops.where(untouched, inside, out)
+
+
+def _shrink_l2(magnitude, radius, room):
+    """Finds s so that min(s * magnitude, room) has the L2 norm `radius`.
+
+    In q = s**2 the squared norm is concave, increasing and piecewise linear.
+    Newton's method from the left then never overshoots, and stops at the exact
+    root once the set of saturated pixels is right; gap times slope falls at
+    least fourfold a step.
+    """
+    # In units of the largest entry, so that squares stay in range.
+    unit = ops.maximum(ops.max(magnitude, axis=-1, keepdims=True), _TINY)
+    squares = ops.square(magnitude / unit)
+    target = ops.square(radius / unit)
+    if room is None:
+        q = target / ops.maximum(ops.sum(squares, axis=-1, keepdims=True), 1e-9)
+        return ops.sqrt(ops.minimum(q, 1.0)) * magnitude
+    limits = ops.square(room / unit)
+
+    def rows_move(q, moving):
+        return ops.any(moving)
+
+    def newton(q, moving):
+        free = q * squares < limits
+        zero = ops.zeros_like(squares)
+        slope = ops.sum(ops.where(free, squares, zero), -1, keepdims=True)
+        full = ops.sum(ops.where(free, zero, limits), -1, keepdims=True)
+        new = (target - full) / ops.maximum(slope, _TINY)
+        new = ops.clip(new, q, 1.0)
+        return new, new > q * (1.0 + 1e-7)
+
+    q = ops.zeros_like(unit)
+    q, _ = ops.while_loop(
+        rows_move, newton, (q, q < 1.0), maximum_iterations=_ROUNDS
+    )
+    return ops.minimum(ops.sqrt(q) * magnitude, room)
+
+
+def _shrink_l1(magnitude, radius, room):
+    """Finds t so that clip(magnitude - t, 0, room) sums to `radius`.
+
+    The sum falls in t but is neither convex nor concave once `room` is finite:
+    Newton's step, which is the closed form on the active set, is taken while it
+    halves the gap inside the bracket; otherwise the bracket is halved.
+    """
+
+    def entries(t):
+        out = ops.maximum(magnitude - t, 0.0)
+        return out if room is None else ops.minimum(out, room)
+
+    def rows_move(t, low, high, gap, moving):
+        return ops.any(moving)
+
+    def search(t, low, high, gap, moving):
+        rest = magnitude - t
+        free = rest > 0
+        if room is not None:
+            free = ops.logical_and(free, rest < room)
+        count = ops.sum(ops.cast(free, rest.dtype), axis=-1, keepdims=True)
+        new_gap = ops.sum(entries(t), axis=-1, keepdims=True) - radius
+        low = ops.where(new_gap > 0, t, low)
+        high = ops.where(new_gap > 0, high, t)
+        step = t + new_gap / ops.maximum(count, 1.0)
+        good = ops.logical_and(step > low, step < high)
+        good = ops.logical_and(good, ops.abs(new_gap) <= 0.5 * ops.abs(gap))
+        new = ops.where(good, step, 0.5 * (low + high))
+        open_ = ops.logical_and(
+            ops.abs(new_gap) > 1e-6 * radius, high - low > 1e-7 * high
+        )
+        moving = ops.logical_and(moving, open_)
+        return ops.where(moving, new, t), low, high, new_gap, moving
+
+    low = ops.zeros_like(radius)
+    high = ops.max(magnitude, axis=-1, keepdims=True)
+    gap = ops.full_like(radius, math.inf)
+    state = (low, low, high, gap, high > low)
+    t, *_ = ops.while_loop(rows_move, search, state, maximum_iterations=_ROUNDS)
+    return entries(t)
+
+
+# --- Keyed randomness --------------------------------------------------------
+
+
+def example_keys(seed, indices, *stream):
+    """Makes one key an example from the run's seed and the example's index.
+
+    Args:
+        seed: Python integer (its low 64 bits count) or int32 scalar tensor.
+        indices: Integers of shape `(batch,)`, below 2**31: the position of
+            each example in its data set (in training, in the whole batch).
+        *stream: Further integers, Python or scalar or `(batch,)` tensors, that
+            tell this use from others: a step, a restart, an attack's number.
+
+    Returns:
+        Int32 tensor of shape `(batch, 2)`.
+    """
+    if isinstance(seed, int):
+        high = _wrap(seed >> 32)
+        seed = _wrap(seed)
+    else:
+        high = 0
+    indices = ops.cast(indices, "int32")
+    first = ops.zeros_like(indices) + ops.cast(seed, "int32")
+    first = _mix(first + _SEED_SALT)
+    second = _mix(ops.bitwise_xor(first, high) + _WORD_SALT)
+    keys = fold_in(ops.stack([first, second], axis=-1), indices)
+    for value in stream:
+        keys = fold_in(keys, value)
+    return keys
+
+
+def fold_in(keys, value):
+    """Derives new keys from keys and an integer.
+
+    For a fixed value the map is a bijection of the 64 key bits, so that two
+    examples' keys never fall together.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        value: Python integer, or integer tensor, scalar or `(batch,)`.
+
+    Returns:
+        Int32 tensor of shape `(batch, 2)`.
+    """
+    value = ops.cast(_wrap(value) if isinstance(value, int) else value, "int32")
+    first, second = keys[..., 0], keys[..., 1]
+    first = _mix(ops.bitwise_xor(first, _mix(value + _VALUE_SALT)))
+    second = _mix(second + first)
+    first = ops.bitwise_xor(first, _mix(second + _WORD_SALT))
+    return ops.stack([first, second], axis=-1)
+
+
+def uniform(keys, shape, low=0.0, high=1.0):
+    """Draws numbers from the uniform distribution, 24 bits each.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        shape: Tuple of integers, the shape of one example; may be `()`.
+        low: Float, the lower end, which can be drawn.
+        high: Float, the upper end, which is drawn only by rounding.
+
+    Returns:
+        Float32 tensor of shape `(batch, *shape)`, the same bits on every
+        backend for the unit interval (otherwise up to one rounding).
+    """
+    unit = ops.cast(_shift(_bits(keys, shape), 8), "float32") * 2.0**-24
+    if (low, high) == (0.0, 1.0):
+        return unit
+    return low + (high - low) * unit
+
+
+def normal(keys, shape):
+    """Draws from the standard normal distribution, by inversion.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        shape: Tuple of integers, the shape of one example; may be `()`.
+
+    Returns:
+        Float32 tensor of shape `(batch, *shape)`, cut at 5.4 standard
+        deviations; backends agree up to the rounding of their `erfinv`.
+    """
+    # Odd multiples of 2**-24 in (-1, 1): symmetric, exact, never at an end.
+    odd = 2 * _shift(_bits(keys, shape), 8) + (1 - 2**24)
+    centred = ops.cast(odd, "float32") * 2.0**-24
+    return math.sqrt(2.0) * ops.erfinv(centred)
+
+
+def signs(keys, shape):
+    """Draws -1 or 1 with equal chances; float32, `(batch, *shape)`."""
+    return 1.0 - 2.0 * ops.cast(_bits(keys, shape) < 0, "float32")
+
+
+def exponential(keys, shape):
+    """Draws from the exponential distribution of rate 1, by inversion.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        shape: Tuple of integers, the shape of one example; may be `()`.
+
+    Returns:
+        Float32 tensor of shape `(batch, *shape)`, cut at 16.7.
+    """
+    return -ops.log1p(-uniform(keys, shape))
+
+
+def integers(keys, shape, bound):
+    """Draws integers from 0 to `bound` - 1; int32, `(batch, *shape)`.
+
+    The bias of the 24-bit draw is below `bound` / 2**24.
+    """
+    scaled = ops.floor(uniform(keys, shape) * float(bound))
+    # The product may round up to `bound` itself.
+    return ops.minimum(ops.cast(scaled, "int32"), bound - 1)
+
+
+def random_in_ball(keys, shape, epsilon, norm):
+    """Draws points uniformly from the inside of an Lp ball.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        shape: Tuple of integers, the shape of one example.
+        epsilon: Radius: a float, or a tensor of shape `(batch,)`.
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+
+    Returns:
+        Float32 tensor of shape `(batch, *shape)`.
+
+    References:
+        - [Barthe et al., 2005](https://arxiv.org/abs/math/0503650), for L1
+          and L2.
+    """
+    check_norm(norm)
+    shape = tuple(shape)
+    size = math.prod(shape)
+    if norm == "linf":
+        unit = uniform(keys, shape, -1.0, 1.0)
+    elif norm == "l2":
+        direction = normal(fold_in(keys, 0), (size,))
+        length = ops.maximum(lp_norm(direction, "l2"), _TINY)
+        radius = uniform(fold_in(keys, 1), ()) ** (1.0 / size)
+        unit = direction * ops.reshape(radius / length, (-1, 1))
+    else:
+        # The first d of d + 1 spacings are uniform in the simplex.
+        spacings = exponential(fold_in(keys, 0), (size + 1,))
+        whole = ops.maximum(ops.sum(spacings, axis=-1, keepdims=True), _TINY)
+        unit = signs(fold_in(keys, 1), (size,)) * spacings[:, :size] / whole
+    unit = ops.reshape(unit, (-1,) + shape)
+    epsilon = ops.cast(epsilon, "float32")
+    if len(epsilon.shape):
+        epsilon = per_example(epsilon, unit)
+    return epsilon * unit
+
+
+def _flatten(x):
+    return ops.reshape(x, (-1, math.prod(x.shape[1:])))
+
+
+def _wrap(value):
+    """Returns the int32 with the low 32 bits of a Python integer."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _shift(x, count):
+    """Logical right shift; that of int32 is arithmetic, so mask its sign."""
+    return ops.bitwise_and(ops.right_shift(x, count), 2 ** (32 - count) - 1)
+
+
+def _mix(x):
+    """The bijective 32-bit hash `lowbias32`, in wrapping int32 arithmetic.
+
+    References:
+        - [Wellons, 2018](https://nullprogram.com/blog/2018/07/31/)
+    """
+    x = ops.bitwise_xor(x, _shift(x, 16)) * _MIX_1
+    x = ops.bitwise_xor(x, _shift(x, 15)) * _MIX_2
+    return ops.bitwise_xor(x, _shift(x, 16))
+
+
+def _bits(keys, shape):
+    """Hashes every position of an example, twice, each time with a key."""
+    positions = ops.arange(math.prod(shape), dtype="int32")
+    first, second = keys[..., 0:1], keys[..., 1:2]
+    words = _mix(ops.bitwise_xor(_mix(first + positions), second))
+    return ops.reshape(words, (-1,) + tuple(shape))
