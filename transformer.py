@@ -1,0 +1,341 @@
+"""Reading an image at real-valued locations: sampler and spatial transformer.
+
+Pixel coordinates are `(row, column)` with (0, 0) at the centre of the top-left
+pixel. Normalized coordinates run from -1 to 1 between the outer edges of the
+image, so that the identity transform is the identity at every size, and a box
+that covers the image is (0, 0, 1, 1) whatever the size of the view.
+"""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+import numerics
+
+PADDINGS = ("zeros", "edge")
+
+
+def sample_bilinear(images, points, padding="zeros"):
+    """Reads images at real-valued locations by bilinear interpolation.
+
+    Differentiable in the images and in the locations, on every backend. Both
+    gradients are written out instead of left to the tape: the backward pass
+    then repeats the four reads instead of keeping them, and scatters once.
+
+    Args:
+        images: Float tensor of shape `(batch, height, width, channels)`.
+        points: Float tensor of shape `(batch, ..., 2)`, pixel (row, column).
+        padding: What lies outside the image: `"zeros"` (black, blending over
+            one pixel, as `grid_sample` does) or `"edge"` (the nearest pixel;
+            the gradient with respect to a location outside is zero).
+
+    Returns:
+        Tensor of shape `(batch, ..., channels)`, dtype of `images`.
+
+    Raises:
+        ValueError: If ranks or the last axis do not match, or the padding is
+            unknown.
+
+    References:
+        - [Jaderberg et al., 2015](https://arxiv.org/abs/1506.02025), Eq. 5-7.
+    """
+    if len(images.shape) != 4 or len(points.shape) < 2 or points.shape[-1] != 2:
+        raise ValueError(
+            "Expected images of shape (batch, height, width, channels) and "
+            "points of shape (batch, ..., 2). Received: "
+            f"images.shape={tuple(images.shape)}, "
+            f"points.shape={tuple(points.shape)}"
+        )
+    if padding not in PADDINGS:
+        raise ValueError(
+            "Invalid value for argument `padding`. Expected one of "
+            f"{PADDINGS}. Received: padding={padding!r}"
+        )
+    height, width, channels = images.shape[1:]
+    source = ops.cast(images, "float32")
+    points = ops.cast(points, "float32")
+    inner = tuple(ops.shape(points))[1:-1]
+    points = ops.reshape(points, (ops.shape(images)[0], -1, 2))
+    # One pixel beyond the image everything is zero already. Clipping there
+    # keeps the integer corners small; its zero gradient is the right one.
+    reach = 0.0 if padding == "edge" else 1.0
+    limit = np.array([height - 1.0, width - 1.0], "float32") + reach
+    points = ops.minimum(ops.maximum(points, -reach), limit)
+    values = _sampler()(source, points)
+    values = ops.reshape(values, (-1, *inner, channels))
+    return ops.cast(values, images.dtype)
+
+
+@functools.cache
+def _sampler():
+    """The sampler on `(batch, points, 2)`, with its two gradients.
+
+    Each of the three parts is compiled by itself (see `numerics.fuse`), so a
+    training step, which needs no gradient for the image, never computes it.
+    """
+    read = numerics.fuse(_read)
+    to_points = numerics.fuse(_gradient_to_points)
+    to_images = numerics.fuse(_gradient_to_images)
+
+    @ops.custom_gradient
+    def sample(images, points):
+        def gradient(*args, upstream=None):
+            # TensorFlow and JAX pass the upstream gradient alone, Torch
+            # passes the inputs as well and names it.
+            upstream = args[0] if upstream is None else upstream
+            return (
+                to_images(images, points, upstream),
+                to_points(images, points, upstream),
+            )
+
+        return read(images, points), gradient
+
+    return sample
+
+
+def _corner(points):
+    """Splits locations into the integer top-left corner and the fractions."""
+    corner = ops.floor(points)
+    fraction = points - corner
+    corner = ops.cast(corner, "int32")
+    return (
+        corner[..., 0],
+        corner[..., 1],
+        fraction[..., 0:1],
+        fraction[..., 1:2],
+    )
+
+
+def _neighbours(images, points):
+    """Reads the four pixels around each location; zero outside the image."""
+    height, width, channels = images.shape[1:]
+    batch = ops.shape(images)[0]
+    flat = ops.reshape(images, (-1, channels))
+    first = ops.reshape(
+        ops.arange(batch, dtype="int32") * height * width, (-1, 1)
+    )
+    top, left, down, right = _corner(points)
+
+    def read(row, column):
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        index = (
+            first
+            + ops.clip(row, 0, height - 1) * width
+            + ops.clip(column, 0, width - 1)
+        )
+        pixels = ops.take(flat, index, axis=0)
+        return ops.where(ops.expand_dims(inside, -1), pixels, 0.0)
+
+    return (
+        read(top, left),
+        read(top, left + 1),
+        read(top + 1, left),
+        read(top + 1, left + 1),
+        down,
+        right,
+    )
+
+
+def _read(images, points):
+    a, b, c, d, down, right = _neighbours(images, points)
+    # (1 - w) a + w b, not a + w (b - a): only the former returns b at w = 1.
+    upper = (1.0 - right) * a + right * b
+    lower = (1.0 - right) * c + right * d
+    return (1.0 - down) * upper + down * lower
+
+
+def _gradient_to_points(images, points, upstream):
+    a, b, c, d, down, right = _neighbours(images, points)
+    by_row = (1.0 - right) * (c - a) + right * (d - b)
+    by_column = (1.0 - down) * (b - a) + down * (d - c)
+    return ops.stack(
+        [
+            ops.sum(upstream * by_row, axis=-1),
+            ops.sum(upstream * by_column, axis=-1),
+        ],
+        axis=-1,
+    )
+
+
+def _gradient_to_images(images, points, upstream):
+    """Adds every upstream value to the four pixels it was read from.
+
+    The four shares of a location lie side by side in one row of a table of
+    (height + 1) x (width + 1) corners, so one scatter does for all of them;
+    four shifted slices of the table then add up to the gradient.
+    """
+    height, width, channels = images.shape[1:]
+    batch = ops.shape(images)[0]
+    top, left, down, right = _corner(points)
+    rows, columns = height + 1, width + 1
+    row, column = top + 1, left + 1
+    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+    first = ops.reshape(
+        ops.arange(batch, dtype="int32") * rows * columns, (-1, 1)
+    )
+    outside = batch * rows * columns  # A last row that is thrown away.
+    index = ops.where(inside, first + row * columns + column, outside)
+    upper, lower = (1.0 - down) * upstream, down * upstream
+    shares = ops.concatenate(
+        [
+            (1.0 - right) * upper,
+            right * upper,
+            (1.0 - right) * lower,
+            right * lower,
+        ],
+        axis=-1,
+    )
+    table = ops.segment_sum(
+        ops.reshape(shares, (-1, 4 * channels)),
+        ops.reshape(index, (-1,)),
+        outside + 1,
+    )
+    table = ops.reshape(table[:-1], (-1, rows, columns, 4, channels))
+    return (
+        table[:, 1:, 1:, 0]
+        + table[:, 1:, :-1, 1]
+        + table[:, :-1, 1:, 2]
+        + table[:, :-1, :-1, 3]
+    )
+
+
+def full_affine(theta):
+    """Completes restricted parameters to the six of an affine transform.
+
+    Args:
+        theta: Tensor of shape `(..., 6)`, the rows (a, b, tx), (c, d, ty) of a
+            transform of (x, y), returned as it is; or `(..., 4)`, the
+            restricted form (sx, tx, sy, ty) without rotation and shear.
+
+    Returns:
+        Tensor of shape `(..., 6)`.
+
+    Raises:
+        ValueError: If the last axis is neither 6 nor 4.
+    """
+    if theta.shape[-1] == 6:
+        return theta
+    if theta.shape[-1] != 4:
+        raise ValueError(
+            "Expected 6 affine or 4 restricted parameters on the last axis. "
+            f"Received: theta.shape={tuple(theta.shape)}"
+        )
+    sx, tx, sy, ty = (theta[..., i] for i in range(4))
+    zero = ops.zeros_like(sx)
+    return ops.stack([sx, zero, tx, zero, sy, ty], axis=-1)
+
+
+def affine_points(theta, image_size, view_size):
+    """Returns the pixels that an affine view of an image reads.
+
+    Args:
+        theta: Tensor of shape `(..., 6)` or `(..., 4)`; see `full_affine`.
+            Translations are in half images: `tx = 1` looks at the right edge.
+        image_size: (height, width) of the image, in pixels.
+        view_size: (height, width) of the view, in pixels.
+
+    Returns:
+        Tensor of shape `(..., view height, view width, 2)`, pixel (row,
+        column). The identity at equal sizes is exact, bit for bit.
+    """
+    (height, width), (rows, columns) = image_size, view_size
+    # In image pixels from the centre; the ratio is exactly 1 at equal sizes.
+    down = (np.arange(rows) - (rows - 1) / 2)[:, None] * (height / rows)
+    right = (np.arange(columns) - (columns - 1) / 2)[None] * (width / columns)
+    down = down.astype("float32")
+    right = right.astype("float32")
+    a, b, tx, c, d, ty = (
+        ops.expand_dims(ops.expand_dims(full_affine(theta)[..., i], -1), -1)
+        for i in range(6)
+    )
+    aspect = width / height
+    column = a * right + b * (down * aspect) + tx * (width / 2)
+    row = c * (right / aspect) + d * down + ty * (height / 2)
+    return ops.stack(
+        [row + (height - 1) / 2, column + (width - 1) / 2], axis=-1
+    )
+
+
+def affine_box(theta):
+    """Returns the box that an affine view covers.
+
+    Args:
+        theta: Tensor of shape `(..., 6)` or `(..., 4)`; see `full_affine`.
+
+    Returns:
+        Tensor of shape `(..., 4)`: top, left, bottom, right as fractions of
+        the image, so the identity gives (0, 0, 1, 1). A view that leaves the
+        image has a box that does; a rotated one has the upright box around
+        it. Differentiable.
+    """
+    a, b, tx, c, d, ty = (full_affine(theta)[..., i] for i in range(6))
+    across, tall = ops.abs(a) + ops.abs(b), ops.abs(c) + ops.abs(d)
+    edges = ops.stack([ty - tall, tx - across, ty + tall, tx + across], axis=-1)
+    return (edges + 1.0) / 2.0
+
+
+def affine_centre(theta, image_size):
+    """Returns where an affine view is centred, as a gaze.
+
+    Args:
+        theta: Tensor of shape `(..., 6)` or `(..., 4)`; see `full_affine`.
+        image_size: (height, width) of the image.
+
+    Returns:
+        Tensor of shape `(..., 2)`: (row, column) in pixels from the centre of
+        the image. Differentiable.
+    """
+    theta = full_affine(theta)
+    height, width = image_size
+    return ops.stack(
+        [theta[..., 5] * (height / 2), theta[..., 2] * (width / 2)], axis=-1
+    )
+
+
+@keras.saving.register_keras_serializable("saccade")
+class SpatialTransformer(keras.layers.Layer):
+    """Takes affine views of an image.
+
+    Args:
+        view_size: (height, width) of a view; None for the image's own.
+        padding: What lies outside the image; see `sample_bilinear`.
+
+    Call arguments:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        theta: Tensor of shape `(batch, views, k)` or `(batch, k)`, with k = 6
+            affine or k = 4 restricted parameters; see `full_affine`.
+
+    Returns:
+        Tuple of the views, `(batch, [views,] rows, columns, channels)`; their
+        boxes, `(batch, [views,] 4)`, see `affine_box`; and their centres,
+        `(batch, [views,] 2)`, see `affine_centre`.
+
+    References:
+        - [Jaderberg et al., 2015](https://arxiv.org/abs/1506.02025)
+    """
+
+    def __init__(self, view_size=None, padding="zeros", **kwargs):
+        # Coordinates in half precision are off by whole pixels.
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.view_size = None if view_size is None else tuple(view_size)
+        self.padding = padding
+
+    def call(self, images, theta):
+        image_size = tuple(images.shape[1:3])
+        points = affine_points(theta, image_size, self.view_size or image_size)
+        views = sample_bilinear(images, points, self.padding)
+        return views, affine_box(theta), affine_centre(theta, image_size)
+
+    def compute_output_shape(self, images_shape, theta_shape):
+        size = self.view_size or tuple(images_shape[1:3])
+        lead = tuple(theta_shape[:-1])
+        return (*lead, *size, images_shape[-1]), (*lead, 4), (*lead, 2)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "view_size": self.view_size,
+            "padding": self.padding,
+        }
