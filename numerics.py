@@ -1,8 +1,8 @@
 """Lp geometry, input gradients and keyed randomness for every Keras backend.
 
 `keras.ops` has neither a gradient transform nor one way to compile a function,
-so `value_and_grad`, `compile_call` and `fuse` are the places where TensorFlow,
-JAX and Torch differ. Everything else is plain `keras.ops`. Nothing here knows about
+so `value_and_grad`, `compile_call` and `fuse` are where TensorFlow, JAX and
+Torch differ. Everything else is plain `keras.ops`. Nothing here knows about
 models, data or flags.
 
 Randomness is counter-based: a key of two 32-bit words belongs to one example,
