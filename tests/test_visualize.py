@@ -1,0 +1,375 @@
+"""What the figures show is what they were given, in the right place."""
+
+import io
+import threading
+
+import matplotlib.colors
+import numpy as np
+import pytest
+from PIL import Image
+
+import visualize
+
+NAMES = ("zero", "leatherback_turtle", "two")
+
+
+def pictures(n=3, height=12, width=12, channels=1, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.random((n, height, width, channels)).astype("float32")
+
+
+def panels(figure, columns):
+    return np.array(figure.axes, dtype=object).reshape(-1, columns)
+
+
+def drawn(axis):
+    """The one picture of a panel, as an array with channels."""
+    (image,) = axis.get_images()
+    array = np.ma.filled(image.get_array(), np.nan)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def marks(axis, kind):
+    """The marks of a kind ("gaze", "way", "box") by branch number."""
+    found = {}
+    for artist in [*axis.lines, *axis.patches]:
+        words = (artist.get_gid() or "").split()
+        if len(words) == 2 and words[0] == kind:
+            found[int(words[1])] = artist
+    return [found[branch] for branch in sorted(found)]
+
+
+def attack_arguments(n=3, **size):
+    clean = pictures(n, **size) * 0.8 + 0.1
+    noise = np.random.default_rng(1).uniform(-0.05, 0.05, clean.shape)
+    return dict(
+        clean=clean,
+        adversarial=(clean + noise).astype("float32"),
+        labels=np.arange(n) % 3,
+        clean_predictions=np.arange(n) % 3,
+        adversarial_predictions=np.arange(1, n + 1) % 3,
+        class_names=NAMES,
+    )
+
+
+class TestAmplification:
+    @pytest.mark.parametrize("epsilon", [0.05, 1 / 255, 8 / 255, 0.3, 0.9])
+    def test_fills_the_range_and_no_more(self, epsilon):
+        delta = np.float32(epsilon) * np.array([-1, 0.3, 1], "float32")
+        factor = visualize.amplification(delta)
+        assert factor * epsilon <= 0.5 * (1 + 2e-4)
+        assert factor * epsilon > 0.5 * 0.9  # Two digits lose under a tenth.
+
+    def test_is_a_number_one_can_say(self):
+        assert visualize.amplification(np.float32([0.05])) == 10
+        assert f"{visualize.amplification([8 / 255]):g}" == "15"
+
+    @pytest.mark.parametrize("delta", [[0.0, 0.0], [np.nan, 1.0], []])
+    def test_nothing_to_show_is_shown_as_it_is(self, delta):
+        assert visualize.amplification(np.array(delta)) == 1.0
+
+
+class TestAttackGrid:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_shows_the_pixels_it_was_given(self, channels):
+        arguments = attack_arguments(channels=channels)
+        figure = visualize.attack_grid(**arguments)
+        grid = panels(figure, 3)
+        assert len(grid) == 3
+        for row, (clean, adversarial, _) in enumerate(grid):
+            np.testing.assert_array_equal(drawn(clean), arguments["clean"][row])
+            np.testing.assert_array_equal(
+                drawn(adversarial), arguments["adversarial"][row]
+            )
+
+    def test_grey_is_grey_whatever_its_range(self):
+        """A dark image must not be stretched to white."""
+        arguments = attack_arguments()
+        arguments["clean"] = arguments["clean"] * 0.2
+        arguments["adversarial"] = arguments["clean"]
+        figure = visualize.attack_grid(**arguments)
+        for axis in figure.axes:
+            (image,) = axis.get_images()
+            assert image.get_clim() == (0.0, 1.0)
+            assert image.cmap.name == "gray"
+            assert image.get_interpolation() == "nearest"
+
+    def test_perturbation_is_the_difference_times_what_the_header_says(self):
+        arguments = attack_arguments(channels=3)
+        figure = visualize.attack_grid(**arguments)
+        grid = panels(figure, 3)
+        (header,) = [t.get_text() for t in grid[0, 2].texts]
+        factor = float(header.split("×")[1])
+        for row in range(3):
+            delta = arguments["adversarial"][row] - arguments["clean"][row]
+            shown = drawn(grid[row, 2])
+            np.testing.assert_allclose((shown - 0.5) / factor, delta, atol=1e-5)
+            assert shown.min() >= 0 and shown.max() <= 1
+            assert f"L∞ {np.abs(delta).max():.3g}" in grid[row, 2].get_title()
+
+    def test_an_untouched_image_is_mid_grey(self):
+        arguments = attack_arguments()
+        arguments["adversarial"] = arguments["clean"]
+        grid = panels(visualize.attack_grid(**arguments), 3)
+        assert np.all(drawn(grid[0, 2]) == 0.5)
+        assert "× 1" in grid[0, 2].texts[0].get_text()
+
+    def test_right_and_wrong_differ_in_sign_and_colour(self):
+        grid = panels(visualize.attack_grid(**attack_arguments()), 3)
+        right, wrong = grid[1, 0].title, grid[1, 1].title
+        assert right.get_text() == "✓ leatherback turtle"
+        assert wrong.get_text() == "✗ two"
+        assert right.get_color() == visualize.RIGHT
+        assert wrong.get_color() == visualize.WRONG
+
+    def test_a_line_leads_from_each_old_gaze_to_the_new(self):
+        before = np.array([[[0.0, 0.0], [2.0, -3.0]]])
+        after = np.array([[[1.0, 4.0], [2.0, -3.5]]])
+        figure = visualize.attack_grid(
+            **attack_arguments(1, height=11, width=21),
+            clean_gazes=before,
+            adversarial_gazes=after,
+        )
+        clean, adversarial, perturbation = panels(figure, 3)[0]
+        centre = np.array([5.0, 10.0])  # Of 11 x 21 pixels.
+        for branch, way in enumerate(marks(adversarial, "way")):
+            ends = np.stack(way.get_data(), axis=-1)[:, ::-1] - centre
+            np.testing.assert_allclose(
+                ends, [before[0, branch], after[0, branch]]
+            )
+        assert len(marks(adversarial, "way")) == 2
+        assert not marks(clean, "way") and not marks(perturbation, "gaze")
+
+    def test_max_rows_and_fewer_images(self):
+        assert len(visualize.attack_grid(**attack_arguments(5)).axes) == 15
+        figure = visualize.attack_grid(**attack_arguments(5), max_rows=2)
+        assert len(figure.axes) == 6
+
+    def test_errors_say_what_came(self):
+        arguments = attack_arguments()
+        with pytest.raises(ValueError, match=r"one shape.*\(2, 12"):
+            visualize.attack_grid(
+                **{**arguments, "adversarial": arguments["clean"][:2]}
+            )
+        with pytest.raises(ValueError, match=r"clean images.*\(0, 12"):
+            visualize.attack_grid(
+                **{**arguments, "clean": arguments["clean"][:0]}
+            )
+
+
+class TestGlimpseGrid:
+    @pytest.mark.parametrize("height,width", [(12, 12), (9, 30), (40, 16)])
+    def test_gazes_and_boxes_lie_where_they_should(self, height, width):
+        gazes = np.array([[[0.0, 0.0], [-3.0, 4.5]]])
+        boxes = np.array([[[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.5, 1.25]]])
+        figure = visualize.glimpse_grid(
+            pictures(1, height, width),
+            [0],
+            [0],
+            NAMES,
+            gazes=gazes,
+            boxes=boxes,
+        )
+        (axis,) = figure.axes
+        # Pixel (0, 0) is the centre of the top-left pixel, so the outer edges
+        # are half a pixel outside: the mean of the first and last is the
+        # centre of the image.
+        centre_row, centre_column = (height - 1) / 2, (width - 1) / 2
+        places = [mark.get_data() for mark in marks(axis, "gaze")]
+        np.testing.assert_allclose(
+            np.ravel(places),
+            [centre_column, centre_row, centre_column + 4.5, centre_row - 3],
+        )
+        whole, part = marks(axis, "box")
+        assert whole.get_bbox().extents == pytest.approx(
+            [-0.5, -0.5, width - 0.5, height - 0.5]
+        )
+        assert part.get_bbox().extents == pytest.approx(
+            [
+                0.5 * width - 0.5,
+                0.25 * height - 0.5,
+                1.25 * width - 0.5,
+                0.5 * height - 0.5,
+            ]
+        )
+
+    def test_a_box_beyond_the_image_is_in_sight(self):
+        boxes = np.array([[[-0.2, 0.0, 1.1, 1.0]]])
+        figure = visualize.glimpse_grid(
+            pictures(1), [0], [0], NAMES, boxes=boxes
+        )
+        (axis,) = figure.axes
+        (box,) = marks(axis, "box")
+        left, top, right, bottom = box.get_bbox().extents
+        assert axis.get_ylim()[1] < top and bottom < axis.get_ylim()[0]
+        assert axis.get_xlim()[0] < left and right < axis.get_xlim()[1]
+
+    @pytest.mark.parametrize("branches", range(1, 11))
+    def test_a_branch_has_one_colour_everywhere(self, branches):
+        rng = np.random.default_rng(branches)
+        views = rng.random((2, branches, 7, 5, 1)).astype("float32")
+        boxes = rng.random((2, branches, 4)) / 2 + [0, 0, 0.5, 0.5]
+        gazes = rng.normal(size=(2, branches, 2))
+        figure = visualize.glimpse_grid(
+            pictures(2),
+            [0, 1],
+            [0, 2],
+            NAMES,
+            gazes=gazes,
+            boxes=boxes,
+            views=views,
+        )
+        grid = panels(figure, 1 + branches)
+        colours = set()
+        for branch in range(branches):
+            frame = grid[1, 1 + branch].spines["left"].get_edgecolor()
+            box = marks(grid[1, 0], "box")[branch].get_edgecolor()
+            gaze = marks(grid[1, 0], "gaze")[branch].get_markerfacecolor()
+            assert matplotlib.colors.same_color(frame, gaze)
+            assert matplotlib.colors.same_color(frame, box)
+            colours.add(matplotlib.colors.to_hex(frame))
+            np.testing.assert_array_equal(
+                drawn(grid[1, 1 + branch]), views[1, branch]
+            )
+        assert len(colours) == branches
+
+    def test_branches_that_agree_do_not_hide_each_other(self):
+        gazes = np.zeros((1, 3, 2))
+        boxes = np.tile([0.2, 0.2, 0.8, 0.8], (1, 3, 1))
+        figure = visualize.glimpse_grid(
+            pictures(1), [0], [0], NAMES, gazes=gazes, boxes=boxes
+        )
+        sizes = [m.get_markersize() for m in marks(figure.axes[0], "gaze")]
+        lines = [m.get_linewidth() for m in marks(figure.axes[0], "box")]
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+        assert lines == sorted(lines, reverse=True) and len(set(lines)) == 3
+
+    def test_a_model_that_shows_nothing(self):
+        figure = visualize.glimpse_grid(
+            pictures(2, channels=3), [0, 7], [0, 1], NAMES
+        )
+        assert len(figure.axes) == 2
+        assert figure.axes[1].get_ylabel() == "7"  # Beyond the names.
+
+    def test_large_photographs_are_averaged_not_thinned(self):
+        figure = visualize.glimpse_grid(
+            pictures(1, 320, 320, 3), [0], [0], NAMES
+        )
+        (image,) = figure.axes[0].get_images()
+        assert image.get_interpolation() == "antialiased"
+
+    def test_views_of_a_wrong_rank(self):
+        with pytest.raises(ValueError, match=r"views.*\(3, 12, 12, 1\)"):
+            visualize.glimpse_grid(
+                pictures(), [0] * 3, [0] * 3, NAMES, views=pictures()
+            )
+
+
+class TestGazeShift:
+    def test_distances_are_euclidean(self):
+        clean = np.zeros((4, 2, 2))
+        moved = clean.copy()
+        moved[:, 0] = [3.0, 4.0]
+        figure = visualize.gaze_shift(clean, moved, (40, 60, 1))
+        left, right = figure.axes
+        assert right.get_title() == "median 2.5 px, largest 5 px"
+        labels = [text.get_text() for text in right.get_legend().get_texts()]
+        assert labels == ["gaze 1: median 5", "gaze 2: median 0"]
+        heights = sum(patch.get_height() > 0 for patch in right.patches)
+        assert heights == 2  # All of gaze 1 in one bin, all of gaze 2.
+
+    def test_arrows_start_at_the_clean_gaze_and_keep_the_image(self):
+        clean = np.array([[[1.0, -2.0]], [[0.0, 30.0]]])
+        moved = clean + [[[2.0, 5.0]], [[-50.0, 0.0]]]
+        left = visualize.gaze_shift(clean, moved, (41, 61)).axes[0]
+        (arrows,) = left.collections
+        np.testing.assert_allclose(arrows.get_offsets(), [[28, 21], [60, 20]])
+        np.testing.assert_allclose(arrows.U, [5, 0])
+        np.testing.assert_allclose(arrows.V, [2, -50])
+        bottom, top = left.get_ylim()
+        assert bottom > 40.5 and top < -30  # Rows grow downwards.
+
+    @pytest.mark.parametrize("shape", [(0, 2, 2), (3, 2)])
+    def test_no_gaze_is_an_error(self, shape):
+        with pytest.raises(ValueError, match="gazes of one shape"):
+            visualize.gaze_shift(np.zeros(shape), np.zeros(shape), (40, 40))
+
+
+class TestTrainingCurves:
+    def rows(self, **more):
+        accuracy = ("0.2", "0.7", "0.6")
+        return [
+            {"epoch": str(i + 1), "loss": str(2.0 - i), "accuracy": value}
+            | {key: values[i] for key, values in more.items()}
+            for i, value in enumerate(accuracy)
+        ]
+
+    def test_curves_are_the_columns(self):
+        rows = self.rows(
+            validation_loss=("2.5", "2.0", "1.5"),
+            validation_accuracy=("0.1", "0.4", "0.5"),
+        )
+        loss, accuracy = visualize.training_curves(rows).axes
+        np.testing.assert_array_equal(
+            loss.lines[0].get_xydata(), [[1, 2], [2, 1], [3, 0]]
+        )
+        np.testing.assert_array_equal(
+            loss.lines[1].get_ydata(), [2.5, 2.0, 1.5]
+        )
+        labels = [t.get_text() for t in accuracy.get_legend().get_texts()]
+        assert labels[-1] == "best: 50.0% in epoch 3"
+
+    def test_without_validation_training_decides(self):
+        rows = self.rows(validation_accuracy=("", "", ""))
+        loss, accuracy = visualize.training_curves(rows).axes
+        assert len(loss.lines) == 1
+        labels = [t.get_text() for t in accuracy.get_legend().get_texts()]
+        assert labels == ["training", "best: 70.0% in epoch 2"]
+
+    def test_learning_rate_drops_are_lines(self):
+        rows = self.rows(learning_rate=("1e-3", "9.9e-4", "1e-4"))
+        loss, _ = visualize.training_curves(rows).axes
+        drops = [line.get_xdata()[0] for line in loss.lines[1:]]
+        assert drops == [3]
+
+    def test_no_epoch_is_an_error(self):
+        with pytest.raises(ValueError, match="at least one epoch"):
+            visualize.training_curves([])
+
+
+def test_a_saved_figure_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    figure = visualize.glimpse_grid(
+        pictures(), [0] * 3, [0] * 3, NAMES, path=path
+    )
+    with Image.open(path) as image:
+        image.load()
+        expected = figure.get_size_inches() * figure.dpi
+        assert np.abs(np.array(image.size) - expected).max() <= 1
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")),
+    )
+    with pytest.raises(OSError, match="disk full"):
+        visualize.glimpse_grid(
+            pictures(), [0] * 3, [0] * 3, NAMES, path=tmp_path / "other.png"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_figures_need_no_window_and_leave_nothing_open():
+    import matplotlib.pyplot
+
+    results = []
+
+    def work():
+        figure = visualize.attack_grid(**attack_arguments())
+        buffer = io.BytesIO()
+        figure.savefig(buffer)
+        results.append(buffer.tell())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results and results[0] > 1000
+    assert not matplotlib.pyplot.get_fignums()
