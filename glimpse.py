@@ -1,0 +1,332 @@
+"""Glimpses: the retinal warp, fixations, and random views for training.
+
+A gaze is an offset (row, column) in pixels from the image centre. The retinal
+warp samples densely at the gaze and ever more sparsely away from it, as the
+ganglion cells of a primate retina do.
+"""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+import scipy.optimize
+from keras import ops
+
+import numerics
+import transformer
+
+MAX_RATIO = 10.0
+
+
+@functools.lru_cache(maxsize=None)
+def retina_mapping(image_size, view_size, max_ratio=MAX_RATIO):
+    """Fits the map from a radius in the view to a radius in the image.
+
+    The sampling density falls off exponentially with eccentricity, by
+    `max_ratio` between fovea and periphery. The density that makes the last of
+    `view_size // 2` samples land on the border of the image is solved for, and
+    a quadratic is fitted to the radii.
+
+    Args:
+        image_size: Side of the image in pixels.
+        view_size: Side of the view in pixels.
+        max_ratio: Density at the fovea over density at the periphery, > 1.
+
+    Returns:
+        Tuple (p0, p1), both at least 0: `r_image = p0 * r**2 + p1 * r` for a
+        radius `r` in the view, in pixels.
+
+    Raises:
+        ValueError: If a size is under 4 pixels or the ratio is not above 1.
+
+    References:
+        - Bashivan, Kar and DiCarlo, "retinawarp" (2019).
+    """
+    if min(image_size, view_size) < 4 or max_ratio <= 1:
+        raise ValueError(
+            "The retina needs an image and a view of at least 4 pixels and "
+            f"max_ratio > 1. Received: image_size={image_size}, "
+            f"view_size={view_size}, max_ratio={max_ratio}"
+        )
+    border = image_size / 2
+    growth = math.log(max_ratio) / (image_size // 2)
+
+    def radii(log_density):
+        step = 1.0 / math.sqrt(math.pi * math.exp(log_density))
+        found = [0.0]
+        for _ in range(view_size // 2 - 1):
+            # Far outside already: stay finite, the solver only needs a sign.
+            radius = min(found[-1], 2.0 * border)
+            found.append(found[-1] + math.exp(growth * radius / 2) * step)
+        return np.array(found)
+
+    # Wider than the [0.01, 5] that retinas of equal sizes need, so that any
+    # pair of sizes is bracketed.
+    log_density = scipy.optimize.brentq(
+        lambda x: radii(x)[-1] - border, math.log(1e-8), math.log(1e8)
+    )
+    view_radii = np.arange(view_size // 2, dtype=float)
+    powers = np.stack([view_radii**2, view_radii], axis=1)
+    (p0, p1), _ = scipy.optimize.nnls(powers, radii(log_density))
+    return float(p0), float(p1)
+
+
+def retina_points(gazes, image_size, view_size, max_ratio=MAX_RATIO):
+    """Returns the pixels that a retina looking at `gazes` reads.
+
+    Args:
+        gazes: Tensor of shape `(..., 2)`, offsets (row, column) in pixels from
+            the image centre.
+        image_size: (height, width) of the image; the shorter side is fitted.
+        view_size: (height, width) of the view.
+        max_ratio: See `retina_mapping`.
+
+    Returns:
+        Tensor of shape `(..., view height, view width, 2)`, pixel (row,
+        column).
+    """
+    p0, p1 = retina_mapping(min(image_size), min(view_size), max_ratio)
+    rows, columns = view_size
+    offset = np.stack(
+        np.meshgrid(
+            np.arange(rows) - (rows - 1) / 2,
+            np.arange(columns) - (columns - 1) / 2,
+            indexing="ij",
+        ),
+        axis=-1,
+    )
+    radius = np.linalg.norm(offset, axis=-1, keepdims=True)
+    # v / |v| * r_image(|v|), without the division by zero at the fovea.
+    offset = offset * (p0 * radius + p1)
+    centre = (np.array(image_size) - 1) / 2
+    gazes = ops.expand_dims(ops.expand_dims(gazes, -2), -2)
+    return gazes + (offset + centre).astype("float32")
+
+
+def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
+    """Returns the box in which a retina magnifies the image.
+
+    There the view has more than one pixel for each pixel of the image; outside
+    it the periphery is seen smaller than it is.
+
+    Args:
+        gazes: Tensor of shape `(..., 2)`, as in `retina_points`.
+        image_size: (height, width) of the image.
+        view_size: (height, width) of the view.
+        max_ratio: See `retina_mapping`.
+
+    Returns:
+        Tensor of shape `(..., 4)`: top, left, bottom, right as fractions of
+        the image; it may reach outside. Differentiable.
+    """
+    p0, p1 = retina_mapping(min(image_size), min(view_size), max_ratio)
+    # d r_image / d r = 2 p0 r + p1 = 1 is where magnification ends.
+    radius = max(0.0, (1.0 - p1) / (2 * p0)) if p0 > 0 else min(view_size) / 2
+    radius = min(radius, min(view_size) / 2)
+    reach = p0 * radius**2 + p1 * radius
+    size = np.array(image_size, "float32")
+    centre = gazes / size + 0.5
+    half = (reach / size).astype("float32")
+    return ops.concatenate([centre - half, centre + half], axis=-1)
+
+
+def retinal_warp(images, gazes, view_size=None, max_ratio=MAX_RATIO):
+    """Looks at images through a retina.
+
+    Args:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        gazes: Tensor of shape `(2,)`, one gaze shared by all images; `(batch,
+            2)`, one gaze an image; or `(batch, gazes, 2)`. Offsets (row,
+            column) in pixels from the image centre.
+        view_size: (height, width) of the view; None for the image's own.
+        max_ratio: See `retina_mapping`.
+
+    Returns:
+        Tensor of shape `(batch, [gazes,] rows, columns, channels)`, bilinear,
+        black outside the image, differentiable in images and gazes.
+    """
+    image_size = tuple(images.shape[1:3])
+    gazes = ops.convert_to_tensor(gazes, "float32")
+    if len(gazes.shape) == 1:
+        gazes = ops.broadcast_to(gazes, (ops.shape(images)[0], 2))
+    points = retina_points(
+        gazes, image_size, tuple(view_size or image_size), max_ratio
+    )
+    return transformer.sample_bilinear(images, points, "zeros")
+
+
+def five_gazes(reach):
+    """The five fixed gazes of an evaluation: the centre, then four corners.
+
+    Args:
+        reach: Distance of the corners along each axis, in pixels.
+
+    Returns:
+        Array of shape `(5, 2)`.
+    """
+    signs = [(0, 0), (-1, 1), (1, -1), (-1, -1), (1, 1)]
+    return np.array(signs, "float32") * np.float32(reach)
+
+
+@keras.saving.register_keras_serializable("saccade")
+class RetinalWarp(keras.layers.Layer):
+    """The retinal warp as a layer; see `retinal_warp`.
+
+    Args:
+        view_size: (height, width) of a view; None for the image's own.
+        max_ratio: See `retina_mapping`.
+
+    Call arguments:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        gazes: Tensor of shape `(batch, gazes, 2)` or `(batch, 2)`, pixels.
+
+    Returns:
+        Tuple of the views, `(batch, [gazes,] rows, columns, channels)`, and
+        the boxes in which they magnify, `(batch, [gazes,] 4)`, see
+        `fovea_box`.
+    """
+
+    def __init__(self, view_size=None, max_ratio=MAX_RATIO, **kwargs):
+        # Coordinates in half precision are off by whole pixels.
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.view_size = None if view_size is None else tuple(view_size)
+        self.max_ratio = max_ratio
+
+    def call(self, images, gazes):
+        image_size = tuple(images.shape[1:3])
+        size = self.view_size or image_size
+        views = retinal_warp(images, gazes, size, self.max_ratio)
+        return views, fovea_box(gazes, image_size, size, self.max_ratio)
+
+    def compute_output_shape(self, images_shape, gazes_shape):
+        size = self.view_size or tuple(images_shape[1:3])
+        lead = tuple(gazes_shape[:-1])
+        return (*lead, *size, images_shape[-1]), (*lead, 4)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "view_size": self.view_size,
+            "max_ratio": self.max_ratio,
+        }
+
+
+@keras.saving.register_keras_serializable("saccade")
+class Fixations(keras.layers.Layer):
+    """Gazes that are not learned: random in training, fixed in evaluation.
+
+    In training each image gets one gaze, uniform in the square of `reach`
+    around its centre. In evaluation every image gets the same five
+    (`five_gazes`), whose logits are to be averaged, so that a model is
+    deterministic when it is tested.
+
+    Args:
+        reach: Largest offset along each axis, in pixels.
+        given: Optional list of (row, column) gazes used instead, in training
+            and in evaluation alike.
+        seed: Integer or `keras.random.SeedGenerator`.
+
+    Call arguments:
+        images: Tensor of shape `(batch, height, width, channels)`; only the
+            batch size is read.
+
+    Returns:
+        Tensor of shape `(batch, gazes, 2)`, offsets (row, column) in pixels.
+    """
+
+    def __init__(self, reach, given=None, seed=None, **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.reach = float(reach)
+        self.given = given
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, images, training=False):
+        batch = ops.shape(images)[0]
+        if training and self.given is None:
+            return keras.random.uniform(
+                (batch, 1, 2),
+                -self.reach,
+                self.reach,
+                seed=self.seed_generator,
+            )
+        if self.given is None:
+            fixed = five_gazes(self.reach)
+        else:
+            fixed = np.array(self.given, "float32").reshape(-1, 2)
+        return ops.broadcast_to(
+            ops.convert_to_tensor(fixed), (batch, len(fixed), 2)
+        )
+
+    def compute_output_shape(self, images_shape):
+        return (images_shape[0], None, 2)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "reach": self.reach,
+            "given": self.given,
+            "seed": self.seed,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random views of the training images, drawn for each image separately.
+
+    Attributes:
+        flip: Whether to mirror left and right with probability 1/2.
+        crop: Smallest side of the crop as a fraction of the image; the side
+            is uniform in [crop, 1), the place uniform, the result enlarged
+            back (bilinear).
+        rotation: Largest angle in radians; uniform in +-rotation.
+    """
+
+    flip: bool = False
+    crop: float = 1.0
+    rotation: float = 0.0
+
+
+# The handover's: sides [300, 320) of 320, [30, 32) of 32, [38, 40) of 40.
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "photographs": Augmentation(flip=True, crop=300 / 320),
+    "small_photographs": Augmentation(flip=True, crop=30 / 32),
+    "digits": Augmentation(crop=38 / 40, rotation=math.pi / 4),
+    # Beyond the handover, for few photographs and many epochs.
+    "strong_photographs": Augmentation(flip=True, crop=0.6),
+    "upright_digits": Augmentation(crop=0.8, rotation=math.pi / 12),
+}
+
+
+def augment(images, keys, augmentation):
+    """Draws a random view of every image; one bilinear read for all of it.
+
+    Args:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        keys: Integer tensor of shape `(batch, 2)`, one key an image (see
+            `numerics.example_keys`): the same key gives the same view.
+        augmentation: An `Augmentation`.
+
+    Returns:
+        Tensor of the shape of `images`; black comes in only where a rotation
+        uncovers it.
+    """
+    if augmentation == Augmentation():
+        return images
+    draws = numerics.uniform(keys, (5,))
+    side = augmentation.crop + (1.0 - augmentation.crop) * draws[:, 0]
+    mirror = ops.where(draws[:, 1] < 0.5, -1.0, 1.0)
+    mirror = mirror if augmentation.flip else ops.ones_like(mirror)
+    angle = augmentation.rotation * (2.0 * draws[:, 2] - 1.0)
+    place = (1.0 - side)[:, None] * (2.0 * draws[:, 3:5] - 1.0)
+    cos, sin = ops.cos(angle) * side, ops.sin(angle) * side
+    theta = ops.stack(
+        [mirror * cos, -sin, place[:, 0], mirror * sin, cos, place[:, 1]],
+        axis=-1,
+    )
+    size = tuple(images.shape[1:3])
+    points = transformer.affine_points(theta, size, size)
+    return transformer.sample_bilinear(images, points, "zeros")
