@@ -58,26 +58,22 @@ def sample_bilinear(images, points, padding="zeros"):
     points = ops.cast(points, "float32")
     inner = tuple(ops.shape(points))[1:-1]
     points = ops.reshape(points, (ops.shape(images)[0], -1, 2))
-    # One pixel beyond the image everything is zero already. Clipping there
-    # keeps the integer corners small; its zero gradient is the right one.
-    reach = 0.0 if padding == "edge" else 1.0
-    limit = np.array([height - 1.0, width - 1.0], "float32") + reach
-    points = ops.minimum(ops.maximum(points, -reach), limit)
-    values = _sampler()(source, points)
+    values = _sampler(padding)(source, points)
     values = ops.reshape(values, (-1, *inner, channels))
     return ops.cast(values, images.dtype)
 
 
 @functools.cache
-def _sampler():
+def _sampler(padding):
     """The sampler on `(batch, points, 2)`, with its two gradients.
 
     Each of the three parts is compiled by itself (see `numerics.fuse`), so a
     training step, which needs no gradient for the image, never computes it.
     """
-    read = numerics.fuse(_read)
-    to_points = numerics.fuse(_gradient_to_points)
-    to_images = numerics.fuse(_gradient_to_images)
+    read, to_points, to_images = (
+        numerics.fuse(functools.partial(part, padding=padding))
+        for part in (_read, _gradient_to_points, _gradient_to_images)
+    )
 
     @ops.custom_gradient
     def sample(images, points):
@@ -95,37 +91,42 @@ def _sampler():
     return sample
 
 
-def _corner(points):
-    """Splits locations into the integer top-left corner and the fractions."""
-    corner = ops.floor(points)
-    fraction = points - corner
-    corner = ops.cast(corner, "int32")
-    return (
-        corner[..., 0],
-        corner[..., 1],
-        fraction[..., 0:1],
-        fraction[..., 1:2],
-    )
+def _corner(points, size, padding):
+    """Splits locations into the integer top-left corner and the fractions.
+
+    Locations far outside are moved to where the sampler is constant: two
+    pixels beyond the image if that is black, onto its border otherwise.
+    """
+    reach = 2.0 if padding == "zeros" else 0.0
+    parts = []
+    for axis in range(2):
+        place = ops.clip(points[..., axis], -reach, size[axis] - 1.0 + reach)
+        corner = ops.floor(place)
+        fraction = ops.expand_dims(place - corner, -1)
+        parts.append((ops.cast(corner, "int32"), fraction))
+    (top, down), (left, right) = parts
+    return top, left, down, right
 
 
-def _neighbours(images, points):
-    """Reads the four pixels around each location; zero outside the image."""
+def _neighbours(images, points, padding):
+    """Reads the four pixels around each location."""
     height, width, channels = images.shape[1:]
     batch = ops.shape(images)[0]
     flat = ops.reshape(images, (-1, channels))
-    first = ops.reshape(
-        ops.arange(batch, dtype="int32") * height * width, (-1, 1)
-    )
-    top, left, down, right = _corner(points)
+    first = ops.arange(batch, dtype="int32") * (height * width)
+    first = ops.reshape(first, (-1, 1))
+    top, left, down, right = _corner(points, (height, width), padding)
 
     def read(row, column):
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         index = (
             first
             + ops.clip(row, 0, height - 1) * width
             + ops.clip(column, 0, width - 1)
         )
         pixels = ops.take(flat, index, axis=0)
+        if padding == "edge":
+            return pixels
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         return ops.where(ops.expand_dims(inside, -1), pixels, 0.0)
 
     return (
@@ -138,28 +139,34 @@ def _neighbours(images, points):
     )
 
 
-def _read(images, points):
-    a, b, c, d, down, right = _neighbours(images, points)
+def _read(images, points, padding):
+    a, b, c, d, down, right = _neighbours(images, points, padding)
     # (1 - w) a + w b, not a + w (b - a): only the former returns b at w = 1.
     upper = (1.0 - right) * a + right * b
     lower = (1.0 - right) * c + right * d
     return (1.0 - down) * upper + down * lower
 
 
-def _gradient_to_points(images, points, upstream):
-    a, b, c, d, down, right = _neighbours(images, points)
+def _gradient_to_points(images, points, upstream, padding):
+    a, b, c, d, down, right = _neighbours(images, points, padding)
     by_row = (1.0 - right) * (c - a) + right * (d - b)
     by_column = (1.0 - down) * (b - a) + down * (d - c)
-    return ops.stack(
+    gradient = ops.stack(
         [
             ops.sum(upstream * by_row, axis=-1),
             ops.sum(upstream * by_column, axis=-1),
         ],
         axis=-1,
     )
+    if padding == "zeros":
+        return gradient
+    # Beyond the border the edge goes on unchanged along that axis.
+    last = np.array(images.shape[1:3], "float32") - 1.0
+    inside = (points >= 0.0) & (points <= last)
+    return ops.where(inside, gradient, 0.0)
 
 
-def _gradient_to_images(images, points, upstream):
+def _gradient_to_images(images, points, upstream, padding):
     """Adds every upstream value to the four pixels it was read from.
 
     The four shares of a location lie side by side in one row of a table of
@@ -168,7 +175,7 @@ def _gradient_to_images(images, points, upstream):
     """
     height, width, channels = images.shape[1:]
     batch = ops.shape(images)[0]
-    top, left, down, right = _corner(points)
+    top, left, down, right = _corner(points, (height, width), padding)
     rows, columns = height + 1, width + 1
     row, column = top + 1, left + 1
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
