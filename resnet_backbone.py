@@ -36,16 +36,6 @@ def _basic_block(x, filters, stride, name, conv):
     return layers.Add(name=f"{name}_add")([x, shortcut])
 
 
-def _check_size(size, strides, what):
-    """A side smaller than the product of all strides has no last stage."""
-    if min(size) < strides:
-        raise ValueError(
-            f"{what} halves its input down by {strides}, so it needs images "
-            f"of at least {strides} pixels a side. Received: {tuple(size)}. "
-            "Choose smaller strides or another backbone."
-        )
-
-
 def resnet18(
     input_shape,
     *,
@@ -53,6 +43,7 @@ def resnet18(
     depth=18,
     stem_stride=2,
     pool_stride=2,
+    grid=1,
     dropout=0.0,
     name="resnet18",
 ):
@@ -64,15 +55,15 @@ def resnet18(
         depth: 18 or 34.
         stem_stride: Stride of the 7x7 stem convolution.
         pool_stride: Stride of the 3x3 maximum pool after the stem.
+        grid: See `_pooled`; 1 is global average pooling.
         dropout: Rate of dropout on the pooled features.
         name: Name of the model.
 
     Returns:
-        `keras.Model` from images, any scale, to `(batch, 8 * width)` features.
+        `keras.Model` from images, any scale, to `(batch, 8 * width * grid**2)` features.
 
     Raises:
-        ValueError: If the image is smaller than the strides or the depth is
-            not in the table.
+        ValueError: If the depth is not in the table.
 
     References:
         - [He et al., 2016](https://arxiv.org/abs/1512.03385), Table 1.
@@ -81,7 +72,6 @@ def resnet18(
         raise ValueError(
             f"Expected a depth of {sorted(DEPTHS)}. Received: depth={depth}"
         )
-    _check_size(input_shape[:2], stem_stride * pool_stride * 8, name)
 
     def conv(filters, kernel, **kwargs):
         return layers.Conv2D(
@@ -103,7 +93,7 @@ def resnet18(
             x = _basic_block(x, width * 2 ** (stage - 1), stride, prefix, conv)
             last = f"stage{stage}" if block == blocks else f"{prefix}_relu"
             x = layers.ReLU(name=last)(x)
-    return _pooled(inputs, x, dropout, name)
+    return _pooled(inputs, x, grid, dropout, name)
 
 
 def resnet20(
@@ -113,6 +103,7 @@ def resnet20(
     blocks=3,
     downsampling="all",
     weight_decay=1e-4,
+    grid=1,
     dropout=0.0,
     name="resnet20",
 ):
@@ -125,11 +116,12 @@ def resnet20(
         downsampling: `"all"` halves at stages 2 and 3, `"not_last"` at stage 2
             only, `"none"` keeps the full resolution.
         weight_decay: L2 coefficient on every convolution kernel.
+        grid: See `_pooled`; 1 is global average pooling.
         dropout: Rate of dropout on the pooled features.
         name: Name of the model.
 
     Returns:
-        `keras.Model` from images, any scale, to `(batch, 4 * width)` features.
+        `keras.Model` from images, any scale, to `(batch, 4 * width * grid**2)` features.
 
     Raises:
         ValueError: If the switch is unknown.
@@ -164,7 +156,7 @@ def resnet20(
             x = _basic_block(x, width * 2 ** (stage - 1), stride, prefix, conv)
             last = f"stage{stage}" if block == blocks else f"{prefix}_relu"
             x = layers.ReLU(name=last)(x)
-    return _pooled(inputs, x, dropout, name)
+    return _pooled(inputs, x, grid, dropout, name)
 
 
 def simple_cnn(
@@ -194,11 +186,7 @@ def simple_cnn(
 
     Returns:
         `keras.Model` from images, any scale, to `(batch, units)` features.
-
-    Raises:
-        ValueError: If the image is too small for the pools.
     """
-    _check_size(input_shape[:2], 2 ** len(filters), name)
     inputs = x = keras.Input(input_shape)
     for stage, count in enumerate(filters, start=1):
         x = layers.Conv2D(
@@ -207,7 +195,7 @@ def simple_cnn(
         if normalize:
             x = _norm(f"stage{stage}_norm")(x)
         x = layers.ReLU(name=f"stage{stage}_relu")(x)
-        x = layers.MaxPooling2D(2, name=f"stage{stage}")(x)
+        x = layers.MaxPooling2D(2, padding="same", name=f"stage{stage}")(x)
     x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(units, activation="relu", name="features")(x)
     if dropout:
@@ -215,8 +203,18 @@ def simple_cnn(
     return keras.Model(inputs, x, name=name)
 
 
-def _pooled(inputs, x, dropout, name):
-    x = layers.GlobalAveragePooling2D(name="features")(x)
+def _pooled(inputs, x, grid, dropout, name):
+    """Averages the last map over `grid` x `grid` cells.
+
+    One cell forgets where a feature was, which a classifier wants; a net that
+    has to say where to look needs a few (a map smaller than the grid is kept).
+    """
+    if grid == 1:
+        x = layers.GlobalAveragePooling2D(name="features")(x)
+    else:
+        cells = tuple(max(1, side // grid) for side in x.shape[1:3])
+        x = layers.AveragePooling2D(cells, name="cells")(x)
+        x = layers.Flatten(name="features")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
     return keras.Model(inputs, x, name=name)
