@@ -58,7 +58,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 
 notebook: $(VENV)/.installed-notebook
-	$(BIN)/python -m jupyter --version > /dev/null
+	@mkdir -p runs
+	RUN="$(RUN)" $(BIN)/python -m nbconvert --to notebook --execute \
+	  --ExecutePreprocessor.kernel_name=python3 --log-level=ERROR \
+	  --output-dir runs --output view_images.ipynb view_images.ipynb
+	$(BIN)/python -m nbconvert --to html --log-level=ERROR \
+	  runs/view_images.ipynb
+	@echo "Executed: runs/view_images.ipynb, and runs/view_images.html to read"
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
