@@ -12,20 +12,22 @@ alone and a run that was killed goes on where it stopped. Nothing here needs
 TensorFlow; TFDS is imported only where its files are read.
 """
 
+import codecs
 import collections
 import concurrent.futures
-import csv
 import dataclasses
 import difflib
 import gzip
 import hashlib
 import io
-import math
+import mmap
 import os
 import pathlib
 import pickle
 import re
 import struct
+import zipfile
+import zlib
 from typing import Callable
 
 import numpy as np
@@ -246,9 +248,9 @@ def _hold_out(train, fraction, seed):
 # The embedded data set
 
 _CANVAS = 40
-_DIGIT_SIZES = range(20, 27)
+_DIGIT_SIZES = range(22, 28)
 _DIGIT_COUNTS = {"train": 4000, "validation": 500, "test": 1000}
-_PATCHES, _PATCH = 6, 6
+_PATCHES, _PATCH = 5, 5
 _FAINTEST = 16
 
 
@@ -283,8 +285,8 @@ def _enlarge(images, size):
     side = padded.shape[-1]
     centres = (np.arange(size) + 0.5) * side / size - 0.5
     distance = np.abs(centres[:, None] - np.arange(side)[None, :])
-    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
-    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    near = (1.5 * distance - 2.5) * distance * distance + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
     weights = np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
     weights = np.rint(1024 * weights).astype(np.int64)
     scaled = weights @ padded @ weights.T
@@ -525,47 +527,212 @@ def _missing(request, looked_for):
     )
 
 
-def _find(request, *patterns):
-    """Returns the first file of data_dir or data_dir/<name> that matches."""
+def _candidates(request, pattern, *below):
+    """Files that match in data_dir, in data_dir/<name>, or below these."""
     if request.data_dir is None:
-        return None
-    for folder in (request.data_dir, request.data_dir / request.name):
-        for pattern in patterns:
-            found = sorted(folder.glob(pattern))
-            if found:
-                return found[0]
-    return None
+        return []
+    folders = [
+        folder / place
+        for folder in (request.data_dir, request.data_dir / request.name)
+        for place in ("", *below)
+    ]
+    return [path for folder in folders for path in sorted(folder.glob(pattern))]
+
+
+def _folder_with(request, pattern, *below):
+    found = _candidates(request, pattern, *below)
+    return found[0].parent if found else None
 
 
 # ---------------------------------------------------------------------------
 # Sets in one or a few files
 
 
+def _load_mnist(request):
+    folder = _folder_with(request, "train-images*", "MNIST/raw", "raw")
+    if folder is None:
+        return _load_tfds(request, _DIGITS, 28, "L")
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        image_path = _idx_file(request, folder, f"{prefix}-images*idx3-ubyte")
+        label_path = _idx_file(request, folder, f"{prefix}-labels*idx1-ubyte")
+        images, labels = _read_idx(image_path, 3), _read_idx(label_path, 1)
+        splits[split] = _labelled(split, images[..., None], labels, image_path)
+    return _Parts(_DIGITS, splits, str(folder))
+
+
+def _idx_file(request, folder, pattern):
+    """The idx file, compressed or not."""
+    found = sorted([*folder.glob(f"{pattern}.gz"), *folder.glob(pattern)])
+    if not found:
+        raise _missing(request, f"{pattern}.gz in {folder}")
+    return found[0]
+
+
+def _read_idx(path, rank):
+    """Reads an idx file of bytes: 4 of magic, the sides, the values."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}).") from None
+    start = 4 + 4 * rank
+    shape = np.frombuffer(content[4:start], ">u4").astype(np.int64)
+    if (
+        content[:4] != bytes([0, 0, 8, rank])
+        or len(content) - start != shape.prod()
+    ):
+        raise ValueError(f"{path} is not a whole idx file of {rank} axes.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _load_usps(request):
+    import h5py
+
+    folder = _folder_with(request, "usps.h5")
+    if folder is None:
+        raise _missing(request, "usps.h5")
+    path = folder / "usps.h5"
+    splits = {}
+    for split in ("train", "test"):
+        try:
+            with h5py.File(path, "r") as file:
+                images = file[split]["data"][()]
+                labels = file[split]["target"][()]
+            images = _unit_range(images.reshape(-1, 16, 16), path)
+        except (KeyError, OSError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Expected groups train and test with data (n, 256) and "
+                f"target in {path}. Received: {error}"
+            ) from None
+        if request.image_size != 16:
+            images = np.stack([_as_mnist(image) for image in images])
+        splits[split] = _labelled(split, images[..., None], labels, path)
+    return _Parts(_DIGITS, splits, str(path))
+
+
+def _as_mnist(digit):
+    """16 pixels to 20 and a border of 4: where MNIST has its digits.
+
+    The padding decides more about MNIST models on USPS than their training.
+    """
+    image = Image.fromarray(digit.astype(np.float32))
+    image = image.resize((20, 20), Image.Resampling.BILINEAR)
+    return np.pad(np.clip(np.asarray(image), 0, 1), 4)
+
+
 def _load_cluttered_mnist(request):
-    path, arrays = None, None
     wanted = {f"{a}_{s}" for a in "Xy" for s in ("train", "valid", "test")}
-    for folder in (request.data_dir, request.data_dir / request.name):
-        for path in sorted(folder.glob("*.npz")):
+    for path in _candidates(request, "*.npz"):
+        try:
             with np.load(path, allow_pickle=False) as stored:
-                if wanted <= set(stored.files):
-                    arrays = {key: stored[key] for key in wanted}
-                    break
-        if arrays:
-            break
-    if not arrays:
+                if not wanted <= set(stored.files):
+                    continue
+                arrays = {key: stored[key] for key in wanted}
+                break
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"Cannot read {path} ({error}).") from None
+    else:
         raise _missing(request, ".npz file with X_train, y_train, X_valid, ...")
     splits = {}
-    for split, key in (
-        ("train", "train"),
-        ("validation", "valid"),
-        ("test", "test"),
-    ):
+    keys = {"train": "train", "validation": "valid", "test": "test"}
+    for split, key in keys.items():
         images, labels = arrays[f"X_{key}"], arrays[f"y_{key}"]
-        images = _unit_range(images.reshape(len(images), 40, 40, 1), path)
+        if images[0].size != 1600:
+            raise ValueError(
+                f"Expected images of 1600 values in {path}. Received: "
+                f"X_{key} of shape {images.shape}"
+            )
+        images = _unit_range(images.reshape(-1, 40, 40, 1), path)
         if labels.ndim == 2 and labels.shape[1] > 1:
             labels = labels.argmax(axis=1)
-        splits[split] = _digit_split(split, images, labels.reshape(-1), path)
+        splits[split] = _labelled(split, images, labels.reshape(-1), path)
     return _Parts(_DIGITS, splits, str(path))
+
+
+_CIFAR10 = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+def _load_cifar10(request):
+    folder = _folder_with(
+        request, "data_batch_*", "cifar-10-batches-bin", "cifar-10-batches-py"
+    )
+    if folder is None:
+        return _load_tfds(request, _CIFAR10, 32, "RGB")
+    # The binary version is read where there is one: it can hold no code.
+    binary = any(folder.glob("data_batch_*.bin"))
+    suffix, read = (".bin", _read_binary) if binary else ("", _read_pickle)
+    files = {
+        "train": [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)],
+        "test": [folder / f"test_batch{suffix}"],
+    }
+    splits = {}
+    for split, paths in files.items():
+        for path in paths:
+            if not path.is_file():
+                raise _missing(request, f"{path.name} in {folder}")
+        images, labels = zip(*map(read, paths), strict=True)
+        images = np.concatenate(images).reshape(-1, 3, 32, 32)
+        splits[split] = _labelled(
+            split,
+            np.ascontiguousarray(images.transpose(0, 2, 3, 1)),
+            np.concatenate(labels),
+            folder,
+        )
+    return _Parts(_CIFAR10, splits, str(folder))
+
+
+def _read_binary(path):
+    content = np.fromfile(path, np.uint8)
+    if not len(content) or len(content) % 3073:
+        raise ValueError(
+            f"Expected rows of 3073 bytes in {path}. Received: "
+            f"{len(content)} bytes, so it is cut short or another file."
+        )
+    rows = content.reshape(-1, 3073)
+    return rows[:, 1:], rows[:, 0]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds NumPy arrays and plain containers, and calls nothing else."""
+
+    def find_class(self, module, name):
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) == ("numpy._core.multiarray", "_reconstruct"):
+            return np.empty(0).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_pickle(path):
+    try:
+        with open(path, "rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
+        batch = {
+            key.decode() if isinstance(key, bytes) else key: value
+            for key, value in batch.items()
+        }
+        images = np.asarray(batch["data"], np.uint8).reshape(-1, 3072)
+        return images, np.asarray(batch["labels"], np.int64)
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise ValueError(
+            f"{path} is not a CIFAR-10 batch: {' '.join(str(error).split())}. "
+            "Get it anew, best as the binary version."
+        ) from None
 
 
 def _unit_range(images, path):
@@ -580,8 +747,8 @@ def _unit_range(images, path):
     return images
 
 
-def _digit_split(name, images, labels, path):
-    """A split of digits from foreign arrays, after a check of the labels."""
+def _labelled(name, images, labels, path):
+    """A split of ten classes from foreign arrays, checked."""
     if len(images) != len(labels) or not len(labels):
         raise ValueError(
             f"Expected one label an image in {path} ({name}). Received: "
@@ -955,14 +1122,20 @@ def _load_imagenet(request):
     resize = request.resize or ("handover" if size == 320 else "short_side")
     root = _imagenet_root(request)
     if root is None:
-        raise _missing(request, "train/<wnid>/ folders")
-    val = _first_folder(root, ("val", "validation"))
-    if val is None:
-        raise _missing(request, f"val folder beside {root / 'train'}")
-    encoded = {
-        "train": _file_images(*_class_files(root / "train", wnids)),
-        "test": _file_images(*_class_files(val, wnids)),
-    }
+        encoded, source = _tfds_images(request, wnids)
+    else:
+        val = _first_folder(root, ("val", "validation"))
+        if val is None:
+            raise _missing(request, f"val folder beside {root / 'train'}")
+        nested = any((val / wnid).is_dir() for wnid in wnids)
+        find = _class_files if nested else _flat_files
+        places = [val, root, root / "data", request.data_dir]
+        test = find(val, wnids) if nested else find(val, wnids, places)
+        encoded = {
+            "train": _file_images(*_class_files(root / "train", wnids)),
+            "test": _file_images(*test),
+        }
+        source = str(root)
     splits, skipped = _image_splits(request, encoded, class_names, size, resize)
     more = {
         "class_list": record,
@@ -970,7 +1143,79 @@ def _load_imagenet(request):
         "wnids": wnids,
         "resize": resize,
     }
-    return _Parts(class_names, splits, str(root), more)
+    return _Parts(class_names, splits, source, more)
+
+
+def _flat_files(val, wnids, places):
+    """Returns (paths, labels) of a flat validation folder with a list."""
+    lists = ("LOC_val_solution.csv", "val_annotations.txt", "val.txt")
+    official = "ILSVRC2012_validation_ground_truth.txt"
+    files = {
+        pathlib.Path(name).stem: name
+        for name in _listing(val, directories=False)
+        if not name.lower().endswith((".txt", ".csv", ".mat"))
+    }
+    found = [p / n for p in places for n in lists if (p / n).is_file()]
+    kit = [p for p in places if (p / official).is_file()]
+    meta = [p / "meta.mat" for p in places if (p / "meta.mat").is_file()]
+    if not files:
+        raise ValueError(f"{val} holds neither class folders nor images.")
+    if found:
+        truth = _listed_truth(found[0])
+    elif kit and meta:
+        truth = _official_truth(kit[0] / official, meta[0], files)
+    else:
+        raise FileNotFoundError(
+            f"{val} has no class folders, so it needs its ground truth: put "
+            f"LOC_val_solution.csv, or val_annotations.txt with a line "
+            f"'<file> <wnid>' for each image, or {official} together with "
+            f"meta.mat of the development kit, into {val.parent}."
+        )
+    absent = sorted(truth.keys() - files) or sorted(files - truth.keys())
+    if absent:
+        raise ValueError(
+            f"The images of {val} and their list differ: {_some(absent)} "
+            f"({len(files)} images, {len(truth)} listed)."
+        )
+    ids = {wnid: label for label, wnid in enumerate(wnids)}
+    chosen = [stem for stem in sorted(files) if truth[stem] in ids]
+    paths = [os.path.join(val, files[stem]) for stem in chosen]
+    return paths, [ids[truth[stem]] for stem in chosen]
+
+
+def _listed_truth(path):
+    """Reads `<file> <wnid> ...` lines, also comma separated, with a head."""
+    truth = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = line.replace(",", " ").split()
+        if len(words) > 1 and _WNID.fullmatch(words[1]):
+            truth[pathlib.PurePath(words[0]).stem] = words[1]
+        elif words and words[0] != "ImageId":
+            raise ValueError(
+                f"Expected lines '<file> <wnid>' in {path}. Received: "
+                f"{line.strip()[:60]!r}"
+            )
+    return truth
+
+
+def _official_truth(path, meta, files):
+    """The development kit numbers the classes in an order of its own."""
+    import scipy.io
+
+    synsets = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
+    wnids = {
+        int(number): str(wnid)
+        for number, wnid in zip(
+            synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True
+        )
+    }
+    numbers = [int(line) for line in path.read_text().split()]
+    truth = {}
+    for stem in files:
+        place = re.search(r"_(\d{8})$", stem)
+        if place and 1 <= int(place[1]) <= len(numbers):
+            truth[stem] = wnids[numbers[int(place[1]) - 1]]
+    return truth
 
 
 def _imagenet_root(request):
@@ -991,25 +1236,286 @@ def _imagenet_root(request):
     return None
 
 
+# ---------------------------------------------------------------------------
+# Sets prepared by TFDS
+
+_TFDS = {
+    "mnist": ("mnist", "test"),
+    "cifar10": ("cifar10", "test"),
+    "imagenette": ("imagenette", "validation"),
+    "imagenet10": ("imagenet2012", "validation"),
+    "imagenet100": ("imagenet2012", "validation"),
+    "imagenet": ("imagenet2012", "validation"),
+}
+
+
+def _load_tfds(request, class_names, size, mode):
+    encoded, source = _tfds_images(request, None)
+    splits, skipped = _image_splits(
+        request, encoded, class_names, size, "short_side", mode
+    )
+    return _Parts(class_names, splits, source, {"skipped": skipped})
+
+
+def _tfds_images(request, wnids):
+    """Returns encoded images of a prepared set, and where they lie.
+
+    Args:
+        request: A `_Request`.
+        wnids: None for all classes in their order, or those to pick.
+    """
+    folder = _prepared(request)
+    if folder is None and request.download:
+        folder = _download(request)
+    if folder is None:
+        raise _missing(request, f"{_LOOKED_FOR[request.name]}")
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    named = list(builder.info.features["label"].names)
+    if wnids and not set(wnids) <= set(named):
+        absent = [wnid for wnid in wnids if wnid not in named]
+        raise ValueError(f"{folder} has no class {_some(absent)}.")
+    class_of = np.full(len(named), -1, np.int32)
+    order = wnids or named
+    class_of[[named.index(name) for name in order]] = np.arange(len(order))
+    encoded = {}
+    for split, key in (("train", "train"), ("test", _TFDS[request.name][1])):
+        if key not in builder.info.splits:
+            raise ValueError(f"{folder} has no split {key!r}.")
+        if builder.info.file_format.value == "tfrecord":
+            encoded[split] = _tfrecord_images(builder, key, class_of)
+        else:
+            encoded[split] = _data_source_images(builder, key, class_of)
+    return encoded, f"tfds:{builder.info.full_name} ({folder})"
+
+
+def _prepared(request):
+    """The folder of a prepared set; found without importing TFDS."""
+    base = request.data_dir or pathlib.Path(
+        os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    )
+    base = base.expanduser() / _TFDS[request.name][0]
+    found = [
+        path.parent
+        for depth in ("*", "*/*")
+        for path in base.glob(f"{depth}/dataset_info.json")
+    ]
+    # Versions rise; of Imagenette's sizes, full-size sorts last.
+    return max(found, default=None)
+
+
+def _download(request):
+    import tensorflow_datasets as tfds
+
+    name = _TFDS[request.name][0]
+    try:
+        builder = tfds.builder(name, data_dir=request.data_dir)
+        builder.download_and_prepare()
+    except Exception as error:  # Network, disk, checksums, missing archives.
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"TFDS could not prepare {name} ({reason}). {_STEPS[request.name]}"
+        ) from None
+    return pathlib.Path(builder.data_dir)
+
+
+def _tfrecord_images(builder, split, class_of):
+    """Indexes the records of TFRecord shards, without decoding an image.
+
+    `tfds.data_source` has no random access to this format, and reading whole
+    records for their labels would read all of ImageNet: the index walks over
+    the lengths in the file, so it touches a few pages of each record.
+    """
+    import tqdm
+
+    shards = [str(path) for path in builder.info.splits[split].filepaths]
+    rows = []
+    for number, path in enumerate(
+        tqdm.tqdm(
+            shards, f"{split}: indexing", leave=False, delay=2, disable=None
+        )
+    ):
+        if os.path.getsize(path):
+            rows += [(number, *row) for row in _index_shard(path)]
+    table = np.asarray(rows, np.int64).reshape(-1, 5)
+    labels = class_of[table[:, 3]]
+    table, labels = table[labels >= 0], labels[labels >= 0]
+
+    def describe(i):
+        return f"at byte {table[i, 1]} of {shards[table[i, 0]]}"
+
+    def fetch(i):
+        number, start, end = table[i, :3].tolist()
+        with open(shards[number], "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def check(i):
+        if not table[i, 4]:
+            _decode(fetch(i), describe(i), None, None)
+
+    return _Encoded(labels, describe, fetch, check)
+
+
+def _index_shard(path):
+    """Yields (start, end, label, whole) for the image of every record."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
+    ):
+        at = 0
+        try:
+            while at < len(buffer):
+                # Length, its checksum, the record, its checksum.
+                (size,) = struct.unpack("<Q", buffer[at : at + 8])
+                at += 12
+                if at + size + 4 > len(buffer):
+                    raise ValueError("its last record is cut short")
+                start, end, label = _image_and_label(buffer, at, at + size)
+                form = {b"\xff\xd8": "JPEG", b"\x89P": "PNG"}.get(
+                    buffer[start : start + 2]
+                )
+                tail = buffer[max(start, end - 64) : end]
+                yield start, end, label, _check_end(tail, form)
+                at += size + 4
+        except (ValueError, KeyError, IndexError, struct.error) as error:
+            raise ValueError(
+                f"{path} is not a whole TFRecord file of images with labels "
+                f"({error}). Prepare the data set anew."
+            ) from None
+
+
+def _image_and_label(buffer, start, end):
+    """Finds the fields of a `tf.train.Example` by its wire format."""
+    found = {}
+    _, start, end = next(_wire_fields(buffer, start, end))
+    for _, low, high in _wire_fields(buffer, start, end):
+        key, value = _wire_fields(buffer, low, high)
+        name = buffer[key[1] : key[2]]
+        if name in (b"image", b"label"):
+            # Feature -> bytes or integer list -> its first field.
+            for _ in range(2):
+                value = next(_wire_fields(buffer, *value[1:]))
+            found[name] = value[1:]
+    label, packed = found[b"label"]
+    if packed is not None:
+        label, _ = _varint(buffer, label)
+    return *found[b"image"], label
+
+
+def _wire_fields(buffer, at, end):
+    """Yields (number, start, end) of messages and (number, value, None)."""
+    while at < end:
+        tag, at = _varint(buffer, at)
+        value, at = _varint(buffer, at)
+        if tag & 7 == 0:
+            yield tag >> 3, value, None
+        elif tag & 7 == 2:
+            yield tag >> 3, at, at + value
+            at += value
+        else:
+            raise ValueError(f"unexpected wire type {tag & 7}")
+
+
+def _varint(buffer, at):
+    value = shift = 0
+    while True:
+        byte = buffer[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+def _data_source_images(builder, split, class_of):
+    """Images of array_record files, which have random access."""
+    import tensorflow_datasets as tfds
+
+    try:
+        source = builder.as_data_source(
+            split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+    except (ImportError, NotImplementedError) as error:
+        raise ValueError(
+            f"Cannot read {builder.data_dir} ({error}). Install array_record, "
+            "or prepare the set as TFRecord."
+        ) from None
+    labels = class_of[[source[i]["label"] for i in range(len(source))]]
+    rows = np.flatnonzero(labels >= 0)
+
+    def describe(i):
+        return f"number {rows[i]} of {split} in {builder.data_dir}"
+
+    def fetch(i):
+        return source[int(rows[i])]["image"]
+
+    def check(i):
+        _decode(fetch(i), describe(i), None, None)
+
+    return _Encoded(labels[rows], describe, fetch, check)
+
+
+# ---------------------------------------------------------------------------
+# The table of names, and how to get their files
+
 _FIXED_SIZES = {
     "cluttered_digits": (40,),
     "cluttered_mnist": (40,),
+    "mnist": (28,),
+    "usps": (28, 16),
+    "cifar10": (32,),
 }
+_LOOKED_FOR = {
+    "mnist": "train-images-idx3-ubyte.gz",
+    "cifar10": "data_batch_1.bin",
+} | dict.fromkeys(_IMAGENETS, "train/<wnid>/ folders")
+_IMAGENET_STEPS = (
+    "Get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
+    "https://image-net.org (free account), unpack them to train/<wnid>/*.JPEG "
+    "and val/ (by class, or flat with its ground-truth list), and name the "
+    "folder of both with --data_dir; a TFDS folder with imagenet2012 does too."
+)
 _STEPS = {
-    "cluttered_mnist": (
-        "Put mnist_sequence1_sample_5distortions5x5.npz (Sonderby et al., "
-        "recurrent spatial transformer) into a folder and name it with "
-        "--data_dir."
+    "mnist": (
+        "Put the four official files train-images-idx3-ubyte.gz, "
+        "train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
+        "t10k-labels-idx1-ubyte.gz into a folder and name it with --data_dir, "
+        "or let TFDS get them with --download."
     ),
+    "usps": (
+        "Put usps.h5 (groups train and test with data and target) into a "
+        "folder and name it with --data_dir."
+    ),
+    "cluttered_mnist": (
+        "Put mnist_sequence1_sample_5distortions5x5.npz, the sample used with "
+        "spatial transformers, into a folder and name it with --data_dir."
+    ),
+    "cifar10": (
+        "Unpack cifar-10-binary.tar.gz from "
+        "https://www.cs.toronto.edu/~kriz/cifar.html and name its folder "
+        "cifar-10-batches-bin with --data_dir, or let TFDS get it with "
+        "--download."
+    ),
+    "imagenette": (
+        "Unpack imagenette2.tgz from https://github.com/fastai/imagenette, "
+        "which holds train/<wnid>/ and val/<wnid>/, and name that folder with "
+        "--data_dir, or let TFDS get it with --download."
+    ),
+    "imagenet10": _IMAGENET_STEPS,
+    "imagenet100": _IMAGENET_STEPS,
+    "imagenet": _IMAGENET_STEPS,
     "folder": (
         "Name with --data_dir a folder that holds train/<class>/* and "
         "val/<class>/* (or test/<class>/*)."
     ),
 }
-_STEPS |= dict.fromkeys(_IMAGENETS, "x")
 _LOADERS = {
     "cluttered_digits": _load_cluttered_digits,
+    "mnist": _load_mnist,
+    "usps": _load_usps,
     "cluttered_mnist": _load_cluttered_mnist,
+    "cifar10": _load_cifar10,
     "imagenette": _load_imagenet,
     "imagenet10": _load_imagenet,
     "imagenet100": _load_imagenet,
