@@ -60,7 +60,8 @@ def resnet18(
         name: Name of the model.
 
     Returns:
-        `keras.Model` from images, any scale, to `(batch, 8 * width * grid**2)` features.
+        `keras.Model` from images, any scale, to features of shape `(batch,
+        8 * width * grid**2)`.
 
     Raises:
         ValueError: If the depth is not in the table.
@@ -121,7 +122,8 @@ def resnet20(
         name: Name of the model.
 
     Returns:
-        `keras.Model` from images, any scale, to `(batch, 4 * width * grid**2)` features.
+        `keras.Model` from images, any scale, to features of shape `(batch,
+        4 * width * grid**2)`.
 
     Raises:
         ValueError: If the switch is unknown.
