@@ -223,11 +223,6 @@ def _array_split(name, images, labels, boxes=None):
 
 def _hold_out(train, fraction, seed):
     """Splits the training set into (train, validation) by (seed) alone."""
-    if not 0 <= fraction < 1:
-        raise ValueError(
-            "Expected validation_fraction in [0, 1). Received: "
-            f"validation_fraction={fraction}"
-        )
     count = min(_MAX_VALIDATION, round(fraction * len(train)))
     if not count:
         return train, None
@@ -438,6 +433,11 @@ def load(
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(
             f"Unknown data set {name!r}. {hint}Known: {', '.join(names())}."
+        )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            "Expected validation_fraction in [0, 1). Received: "
+            f"validation_fraction={validation_fraction}"
         )
     _check_arguments(name, image_size, class_list, resize, seed)
     folder = _data_folder(name, data_dir, download)
@@ -651,16 +651,8 @@ def _load_cluttered_mnist(request):
 
 
 _CIFAR10 = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 
 
@@ -1127,14 +1119,13 @@ def _load_imagenet(request):
         val = _first_folder(root, ("val", "validation"))
         if val is None:
             raise _missing(request, f"val folder beside {root / 'train'}")
-        nested = any((val / wnid).is_dir() for wnid in wnids)
-        find = _class_files if nested else _flat_files
-        places = [val, root, root / "data", request.data_dir]
-        test = find(val, wnids) if nested else find(val, wnids, places)
-        encoded = {
-            "train": _file_images(*_class_files(root / "train", wnids)),
-            "test": _file_images(*test),
-        }
+        encoded = {"train": _file_images(*_class_files(root / "train", wnids))}
+        if any(map(_WNID.fullmatch, _listing(val, directories=True))):
+            found = _class_files(val, wnids)
+        else:
+            places = [val, root, root / "data", request.data_dir]
+            found = _flat_files(val, wnids, places)
+        encoded["test"] = _file_images(*found)
         source = str(root)
     splits, skipped = _image_splits(request, encoded, class_names, size, resize)
     more = {
@@ -1268,7 +1259,7 @@ def _tfds_images(request, wnids):
     if folder is None and request.download:
         folder = _download(request)
     if folder is None:
-        raise _missing(request, f"{_LOOKED_FOR[request.name]}")
+        raise _missing(request, _LOOKED_FOR[request.name])
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)

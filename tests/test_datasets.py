@@ -1,0 +1,1098 @@
+"""Data sets: bytes, counts and boxes against oracles of NumPy and Pillow."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+import threading
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+import datasets
+
+WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079")
+WNIDS += ("n03394916", "n03417042", "n03425413", "n03445777", "n03888257")
+
+
+def everything(split):
+    return split.read(np.arange(len(split)))
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(pixels, Image.Image):
+        pixels = Image.fromarray(np.asarray(pixels, np.uint8))
+    pixels.save(path, **options)
+    return path
+
+
+def solid(value, sides=(8, 8)):
+    return np.full((*sides, 3), value, np.uint8)
+
+
+def noise(seed, sides=(8, 8, 3)):
+    return np.random.default_rng(seed).integers(0, 256, sides, np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def no_home_and_no_network(monkeypatch, tmp_path_factory):
+    """What lies in the tester's home must not decide, nor the network."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("none")))
+
+    def refuse(*_, **__):
+        raise AssertionError("a test reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def one_line(error):
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+# ---------------------------------------------------------------------------
+# The embedded set
+
+
+def fingerprint(dataset):
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.validation, dataset.test):
+        digest.update(everything(split).tobytes())
+        digest.update(split.labels.tobytes() + split.boxes.tobytes())
+    return digest.hexdigest()
+
+
+def test_cluttered_digits_depend_on_the_seed_alone():
+    first, again, other = (
+        datasets.load("cluttered_digits", seed=seed) for seed in (0, 0, 1)
+    )
+    assert fingerprint(first) == fingerprint(again) != fingerprint(other)
+
+
+def test_cluttered_digits_are_what_they_say():
+    dataset = datasets.load("cluttered_digits", validation_fraction=0)
+    assert dataset.image_shape == (40, 40, 1)
+    sizes = [len(s) for s in (dataset.train, dataset.validation, dataset.test)]
+    assert sizes == [4000, 500, 1000]
+    for split, size in zip(
+        (dataset.train, dataset.validation, dataset.test), sizes, strict=True
+    ):
+        images = everything(split)
+        assert images.shape == (size, 40, 40, 1)
+        assert images.dtype == np.float32 and split.labels.dtype == np.int32
+        assert images.min() == 0 and 0.9 < images.max() <= 1
+        counts = np.bincount(split.labels, minlength=10)
+        assert np.all(counts == size // 10)
+    assert dataset.skipped == {"train": 0, "test": 0}
+
+
+def test_digits_lie_in_their_boxes_and_the_clutter_comes_from_others():
+    images, labels, pools = datasets._cluttered_digits()
+    random = np.random.default_rng(3)
+    pixels, drawn, boxes, sources = datasets._compose_digits(
+        images, labels, pools["test"], 200, random
+    )
+    assert set(sources) <= set(pools["test"])
+    np.testing.assert_array_equal(labels[sources], drawn)
+    corners = boxes * 40
+    np.testing.assert_array_equal(corners, np.round(corners))
+    for image, source, box in zip(
+        pixels[..., 0].astype(int), sources, corners.astype(int), strict=True
+    ):
+        top, left, bottom, right = box
+        inside = image[top:bottom, left:right]
+        # Clutter only adds light, so some size of the digit, cut to its ink,
+        # lies below the image exactly there.
+        fits = []
+        for size in datasets._DIGIT_SIZES:
+            digit = datasets._enlarge(images[[source]], size)[0].astype(int)
+            rows = np.flatnonzero(digit.any(axis=1))
+            columns = np.flatnonzero(digit.any(axis=0))
+            ink = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            fits.append(ink.shape == inside.shape and np.all(ink <= inside))
+        assert any(fits)
+        assert 12 <= bottom - top <= 28 and 4 <= right - left <= 28
+
+
+def test_no_source_digit_is_in_two_splits():
+    images, _, pools = datasets._cluttered_digits()
+    assert sorted(np.concatenate(list(pools.values()))) == list(range(1797))
+    seen = [
+        {images[i].tobytes() for i in members} for members in pools.values()
+    ]
+    for i, one in enumerate(seen):
+        assert all(not one & other for other in seen[i + 1 :])
+
+
+def test_enlarged_digits_agree_with_cubic_interpolation():
+    images, _, _ = datasets._cluttered_digits()
+    for size in (22, 27):
+        ours = datasets._enlarge(images[:20], size).astype(float)
+        for image, digit in zip(images[:20], ours, strict=True):
+            # Pillow's BICUBIC is the same kernel, with renormalized edges:
+            # one more pixel of border keeps those out of the comparison.
+            wide = Image.fromarray(np.pad(image, 5).astype(np.float32))
+            scale = 10 / size
+            box = (4, 4, 4 + scale * size, 4 + scale * size)
+            oracle = wide.resize((size, size), Image.BICUBIC, box=box)
+            oracle = np.clip(np.asarray(oracle) * 255 / 16, 0, 255)
+            oracle[oracle < 16] = 0
+            close = np.abs(oracle - digit) < 2
+            # At the threshold of 16 the two may fall on different sides.
+            assert np.all(close | (np.maximum(oracle, digit) < 20))
+
+
+# ---------------------------------------------------------------------------
+# Order and batches
+
+
+def numbered(count, reads=None, broken=()):
+    def read(indices):
+        if reads is not None:
+            reads.append(indices.tolist())
+        if set(indices.tolist()) & set(broken):
+            raise datasets.CorruptImageError("seven.jpg", "broken")
+        return np.float32(indices)[:, None, None, None]
+
+    return datasets.Split("train", np.arange(count, dtype=np.int32) * 2, read)
+
+
+def test_epoch_order_is_a_permutation_of_seed_and_epoch():
+    orders = [datasets.epoch_order(50, *k) for k in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(50))
+    assert len({order.tobytes() for order in orders}) == 3
+    np.testing.assert_array_equal(orders[1], datasets.epoch_order(50, 0, 1))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("first_batch", [0, 2, 4, 9])
+def test_batches_keep_order_and_lose_nothing(prefetch, first_batch):
+    order = datasets.epoch_order(30, 0, 0)
+    got = list(
+        datasets.batches(
+            numbered(30), order, 8, first_batch=first_batch, prefetch=prefetch
+        )
+    )
+    sizes = [8, 8, 8, 6][first_batch:]
+    assert [len(indices) for _, _, indices in got] == sizes
+    if got:
+        images, labels, indices = map(np.concatenate, zip(*got, strict=True))
+        np.testing.assert_array_equal(indices, order[8 * first_batch :])
+        np.testing.assert_array_equal(images.ravel(), indices)
+        np.testing.assert_array_equal(labels, indices * 2)
+        assert images.dtype == np.float32
+        assert labels.dtype == indices.dtype == np.int32
+
+
+def test_batches_read_ahead_but_not_far():
+    reads = []
+    iterator = datasets.batches(numbered(100, reads), range(100), 5, prefetch=2)
+    assert not reads
+    next(iterator)
+    next(iterator)
+    assert len(reads) <= 4
+    iterator.close()
+
+
+def test_batches_stopped_early_leave_no_thread():
+    before = threading.active_count()
+    for _ in datasets.batches(numbered(1000), range(1000), 2):
+        break
+    iterator = datasets.batches(numbered(1000), range(1000), 2)
+    next(iterator)
+    iterator.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_while_reading_is_raised_at_its_batch():
+    iterator = datasets.batches(numbered(30, broken=[17]), range(30), 10)
+    assert len(next(iterator)[0]) == 10
+    with pytest.raises(datasets.CorruptImageError, match="seven.jpg") as error:
+        next(iterator)
+    assert error.value.path == "seven.jpg"
+
+
+def test_batches_refuse_nonsense():
+    with pytest.raises(ValueError, match="batch_size=0") as error:
+        datasets.batches(numbered(3), range(3), 0)
+    one_line(error)
+
+
+def test_split_reads_by_index_and_subsets_compose():
+    split = numbered(20)
+    part = split.subset([5, 3, 9]).subset([2, 0])
+    np.testing.assert_array_equal(everything(part).ravel(), [9, 5])
+    np.testing.assert_array_equal(part.labels, [18, 10])
+    for bad in ([20], [-1], [0, 25]):
+        with pytest.raises(IndexError, match="20"):
+            split.read(bad)
+
+
+# ---------------------------------------------------------------------------
+# Sets in one or a few files
+
+
+def write_idx(path, array, compress=True):
+    header = struct.pack(
+        f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape
+    )
+    with (gzip.open if compress else open)(path, "wb") as file:
+        file.write(header + array.tobytes())
+
+
+def write_mnist(folder, count=40, compress=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    end = ".gz" if compress else ""
+    images, labels = {}, {}
+    for seed, prefix in enumerate(("train", "t10k")):
+        images[prefix] = noise(seed, (count, 28, 28))
+        labels[prefix] = (np.arange(count) % 10).astype(np.uint8)
+        write_idx(
+            folder / f"{prefix}-images-idx3-ubyte{end}",
+            images[prefix],
+            compress,
+        )
+        write_idx(
+            folder / f"{prefix}-labels-idx1-ubyte{end}",
+            labels[prefix],
+            compress,
+        )
+    return images, labels
+
+
+@pytest.mark.parametrize("place", ["", "mnist", "MNIST/raw"])
+@pytest.mark.parametrize("compress", [True, False])
+def test_mnist_pixels_and_the_held_out_images(tmp_path, place, compress):
+    images, labels = write_mnist(tmp_path / place, compress=compress)
+    dataset = datasets.load(
+        "mnist", data_dir=tmp_path, validation_fraction=0.25, seed=3
+    )
+    np.testing.assert_array_equal(
+        np.rint(everything(dataset.test)[..., 0] * 255), images["t10k"]
+    )
+    np.testing.assert_array_equal(dataset.test.labels, labels["t10k"])
+    assert (len(dataset.train), len(dataset.validation)) == (30, 10)
+    parts = [everything(dataset.train), everything(dataset.validation)]
+    together = np.concatenate(parts).reshape(40, -1)
+    expected = (images["train"] / np.float32(255)).reshape(40, -1)
+    np.testing.assert_allclose(
+        together[np.lexsort(together.T)],
+        expected[np.lexsort(expected.T)],
+        atol=1e-6,
+    )
+    again = datasets.load(
+        "mnist", data_dir=tmp_path, validation_fraction=0.25, seed=3
+    )
+    np.testing.assert_array_equal(
+        everything(again.validation), everything(dataset.validation)
+    )
+    whole = datasets.load("mnist", data_dir=tmp_path, validation_fraction=0)
+    assert whole.validation is None and len(whole.train) == 40
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    write_mnist(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="train-images-idx3") as error:
+        datasets.load("mnist", data_dir=tmp_path)
+    one_line(error)
+    write_idx(path, noise(0, (40, 28)))
+    with pytest.raises(ValueError, match="not a whole idx file"):
+        datasets.load("mnist", data_dir=tmp_path)
+    write_idx(path, noise(0, (39, 28, 28)))
+    with pytest.raises(ValueError, match="39 images and 40 labels"):
+        datasets.load("mnist", data_dir=tmp_path)
+
+
+def write_usps(path, low=0.0):
+    random = np.random.default_rng(5)
+    with h5py.File(path, "w") as file:
+        for split, count in (("train", 30), ("test", 20)):
+            group = file.create_group(split)
+            group["data"] = random.uniform(low, 1, (count, 256)).astype("f4")
+            group["target"] = np.arange(count) % 10
+
+
+def test_usps_native_and_by_the_mnist_convention(tmp_path):
+    write_usps(tmp_path / "usps.h5")
+    native = datasets.load("usps", data_dir=tmp_path, image_size=16)
+    wide = datasets.load("usps", data_dir=tmp_path)
+    with h5py.File(tmp_path / "usps.h5") as file:
+        stored = file["test"]["data"][()].reshape(-1, 16, 16)
+    np.testing.assert_array_equal(everything(native.test)[..., 0], stored)
+    images = everything(wide.test)[..., 0]
+    assert images.shape[1:] == (28, 28)
+    border = np.ones((28, 28), bool)
+    border[4:24, 4:24] = False
+    assert np.all(images[:, border] == 0)
+    # Bilinear, half-pixel centres: five pixels span four of the original.
+    place = np.clip((np.arange(20) + 0.5) * 0.8 - 0.5, 0, 15)
+    low = np.minimum(place.astype(int), 14)
+    part = place - low
+    weights = np.zeros((20, 16))
+    weights[np.arange(20), low] = 1 - part
+    weights[np.arange(20), low + 1] += part
+    np.testing.assert_allclose(
+        images[:, 4:24, 4:24], weights @ stored @ weights.T, atol=1e-5
+    )
+
+
+def test_bad_usps_files_are_named(tmp_path):
+    write_usps(tmp_path / "usps.h5", low=-1)
+    with pytest.raises(ValueError, match=r"\[0, 1\]") as error:
+        datasets.load("usps", data_dir=tmp_path)
+    one_line(error)
+    (tmp_path / "usps.h5").write_bytes(b"no HDF5")
+    with pytest.raises(ValueError, match="groups train and test") as error:
+        datasets.load("usps", data_dir=tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("form", ["integers", "column", "one-hot"])
+def test_cluttered_mnist_labels_of_any_form(tmp_path, form):
+    np.savez(tmp_path / "another.npz", weights=np.zeros(3))
+    arrays = {}
+    for seed, key in enumerate(("train", "valid", "test")):
+        labels = np.arange(12) % 10
+        arrays[f"X_{key}"] = (
+            np.random.default_rng(seed).uniform(size=(12, 1600)).astype("f4")
+        )
+        arrays[f"y_{key}"] = {
+            "integers": labels,
+            "column": labels[:, None],
+            "one-hot": np.eye(10)[labels],
+        }[form]
+    folder = tmp_path / "cluttered_mnist"
+    folder.mkdir()
+    np.savez(folder / "some_name.npz", **arrays)
+    dataset = datasets.load("cluttered_mnist", data_dir=tmp_path)
+    for split, key in (
+        (dataset.train, "train"),
+        (dataset.validation, "valid"),
+        (dataset.test, "test"),
+    ):
+        np.testing.assert_array_equal(split.labels, np.arange(12) % 10)
+        np.testing.assert_array_equal(
+            everything(split).reshape(12, -1), arrays[f"X_{key}"]
+        )
+    assert dataset.image_shape == (40, 40, 1)
+
+
+def test_cluttered_mnist_never_unpickles(tmp_path):
+    wanted = {
+        f"{a}_{s}": np.zeros((2, 1600))
+        for a in "Xy"
+        for s in ("train", "valid", "test")
+    }
+    wanted["X_test"] = np.array([{"an": "object"}, None], object)
+    np.savez(tmp_path / "evil.npz", **wanted)
+    with pytest.raises(ValueError, match="evil.npz") as error:
+        datasets.load("cluttered_mnist", data_dir=tmp_path)
+    one_line(error)
+
+
+def write_cifar10(folder, form):
+    folder.mkdir(parents=True)
+    stored = {}
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for seed, name in enumerate(names):
+        images = noise(seed, (10, 3, 32, 32))
+        labels = np.random.default_rng(seed).permutation(10)
+        stored[name] = (images, labels)
+        flat = images.reshape(10, -1)
+        if form == "binary":
+            rows = np.column_stack([labels.astype(np.uint8), flat])
+            (folder / f"{name}.bin").write_bytes(rows.tobytes())
+        else:
+            batch = {b"data": flat, b"labels": labels.tolist()}
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [
+        ("binary", "cifar-10-batches-bin"),
+        ("pickle", "cifar10/cifar-10-batches-py"),
+    ],
+)
+def test_cifar10_batches(tmp_path, form, place):
+    stored = write_cifar10(tmp_path / place, form)
+    dataset = datasets.load("cifar10", data_dir=tmp_path, validation_fraction=0)
+    images, labels = stored["test_batch"]
+    np.testing.assert_array_equal(
+        np.rint(everything(dataset.test) * 255), images.transpose(0, 2, 3, 1)
+    )
+    np.testing.assert_array_equal(dataset.test.labels, labels)
+    assert len(dataset.train) == 50 and dataset.class_names[1] == "automobile"
+    images, labels = stored["data_batch_2"]
+    np.testing.assert_array_equal(
+        np.rint(dataset.train.read(range(10, 20)) * 255),
+        images.transpose(0, 2, 3, 1),
+    )
+    np.testing.assert_array_equal(dataset.train.labels[10:20], labels)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("was_here",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "set", "pickle")
+    path = tmp_path / "set" / "data_batch_3"
+    path.write_bytes(pickle.dumps({b"data": Payload(), b"labels": []}, 2))
+    with pytest.raises(ValueError, match="data_batch_3.*mkdir") as error:
+        datasets.load("cifar10", data_dir=tmp_path / "set")
+    one_line(error)
+    assert not os.path.exists("was_here")
+
+
+def test_cifar10_cut_short_or_incomplete(tmp_path):
+    write_cifar10(tmp_path / "set", "binary")
+    path = tmp_path / "set" / "data_batch_4.bin"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="data_batch_4.bin"):
+        datasets.load("cifar10", data_dir=tmp_path / "set")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_4.bin") as error:
+        datasets.load("cifar10", data_dir=tmp_path / "set")
+    one_line(error)
+
+
+# ---------------------------------------------------------------------------
+# Photographs
+
+
+def folder_with(tmp_path, name, pixels, **options):
+    """A folder of one class whose one training image is `name`."""
+    path = save(tmp_path / "train" / "a" / name, pixels, **options)
+    save(tmp_path / "val" / "a" / "plain.png", solid(0))
+    return path
+
+
+def only_image(root, lazy, monkeypatch, size=8, **options):
+    if lazy:
+        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    dataset = datasets.load(
+        "folder",
+        data_dir=root,
+        image_size=size,
+        validation_fraction=0,
+        **options,
+    )
+    image = everything(dataset.train)[0]
+    assert image.dtype == np.float32
+    return np.rint(image * 255).astype(int)
+
+
+lazily = pytest.mark.parametrize("lazy", [False, True])
+
+
+@lazily
+def test_cmyk(tmp_path, monkeypatch, lazy):
+    # Ink: none, all cyan, all magenta; half yellow with half black.
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 128, 128)]
+    colours = [
+        (255, 255, 255), (0, 255, 255), (255, 0, 255), (127, 127, 63)
+    ]  # fmt: skip
+    ink = np.repeat(np.uint8(inks)[:, None], 8, axis=0).repeat(32, axis=1)
+    image = Image.fromarray(ink.reshape(32, 32, 4), "CMYK")
+    folder_with(tmp_path, "ink.jpg", image, quality=100)
+    got = only_image(tmp_path, lazy, monkeypatch, size=32)
+    for row, colour in enumerate(colours):
+        np.testing.assert_allclose(got[8 * row + 4, 16], colour, atol=4)
+
+
+@lazily
+def test_greyscale_and_palette_and_alpha(tmp_path, monkeypatch, lazy):
+    grey = noise(1, (8, 8))
+    folder_with(tmp_path, "grey.png", grey)
+    got = only_image(tmp_path, lazy, monkeypatch)
+    np.testing.assert_array_equal(got, np.stack([grey] * 3, axis=-1))
+    alpha = np.dstack([noise(2), np.full((8, 8), 7, np.uint8)])
+    save(tmp_path / "train" / "a" / "grey.png", alpha)
+    got = only_image(tmp_path, lazy, monkeypatch)
+    np.testing.assert_array_equal(got, alpha[..., :3])
+    few = Image.fromarray(noise(3) // 128 * 255).quantize(8)
+    save(tmp_path / "train" / "a" / "grey.png", few)
+    got = only_image(tmp_path, lazy, monkeypatch)
+    table = np.array(few.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(got, table[np.asarray(few)])
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, monkeypatch):
+    grey = noise(4, (8, 8)).astype(np.uint16) * 257
+    folder_with(tmp_path, "deep.png", Image.fromarray(grey))
+    got = only_image(tmp_path, False, monkeypatch)
+    np.testing.assert_array_equal(got[..., 0], grey // 257)
+
+
+@lazily
+def test_a_png_that_is_called_jpeg(tmp_path, monkeypatch, lazy):
+    pixels = noise(5)
+    folder_with(tmp_path, "really.JPEG", pixels, format="PNG")
+    got = only_image(tmp_path, lazy, monkeypatch)
+    np.testing.assert_array_equal(got, pixels)
+
+
+# EXIF 2.32, 4.6.4 A: which corner of the stored picture is the top left.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+def test_exif_turned(tmp_path, monkeypatch, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = folder_with(tmp_path, "turned.jpg", noise(6), exif=exif)
+    stored = np.asarray(Image.open(path))
+    got = only_image(tmp_path, turn % 2, monkeypatch)
+    np.testing.assert_array_equal(got, UPRIGHT[turn](stored))
+
+
+@lazily
+def test_bytes_after_the_end_are_harmless(tmp_path, monkeypatch, lazy):
+    path = folder_with(tmp_path, "long.jpg", solid(200))
+    with open(path, "ab") as file:
+        file.write(b"written by a camera" * 40)
+    got = only_image(tmp_path, lazy, monkeypatch)
+    np.testing.assert_allclose(got, 200, atol=2)
+
+
+def broken_folder(tmp_path, how):
+    for split in ("train", "val"):
+        for name in "ab":
+            for i in range(3):
+                save(
+                    tmp_path / split / name / f"{i}.jpg",
+                    noise(i, (64, 64, 3)),
+                )
+    path = tmp_path / "train" / "b" / "1.jpg"
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": content[: len(content) * 2 // 3],
+            "text": b"this is no picture",
+            "empty": b"",
+        }[how]
+    )
+    return path
+
+
+@lazily
+@pytest.mark.parametrize("how", ["cut", "text", "empty"])
+def test_a_broken_file_is_named_or_skipped(tmp_path, monkeypatch, lazy, how):
+    path = broken_folder(tmp_path, how)
+    if lazy:
+        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    options = dict(data_dir=tmp_path, image_size=16, validation_fraction=0)
+    with pytest.raises(datasets.CorruptImageError) as error:
+        datasets.load("folder", **options)
+    assert str(path) in one_line(error) and error.value.path == str(path)
+    dataset = datasets.load("folder", skip_corrupt=True, **options)
+    assert dataset.skipped == {"train": 1, "test": 0}
+    np.testing.assert_array_equal(dataset.train.labels, [0, 0, 0, 1, 1])
+    images = everything(dataset.train)
+    # What is left is in its place: 0, 1, 2 of class a, 0 and 2 of class b.
+    np.testing.assert_array_equal(images[3], images[0])
+    np.testing.assert_array_equal(images[4], images[2])
+
+
+def test_a_class_with_broken_images_only(tmp_path):
+    path = broken_folder(tmp_path, "cut")
+    for name in ("0.jpg", "2.jpg"):
+        (path.parent / name).unlink()
+    with pytest.raises(ValueError, match="class b in the train") as error:
+        datasets.load(
+            "folder", data_dir=tmp_path, image_size=8, skip_corrupt=True
+        )
+    one_line(error)
+
+
+def test_lazy_and_decoded_images_are_the_same(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for i in range(70):
+            sides = (20 + i % 7, 30 - i % 5, 3)
+            save(tmp_path / split / "a" / f"{i}.jpg", noise(i, sides))
+    options = dict(data_dir=tmp_path, image_size=16)
+    decoded = datasets.load("folder", **options)
+    monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    lazy = datasets.load("folder", **options)
+    order = datasets.epoch_order(len(lazy.train), 0, 0)
+    for ours, theirs in zip(
+        datasets.batches(lazy.train, order, 32),
+        datasets.batches(decoded.train, order, 32),
+        strict=True,
+    ):
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_short_side_and_handover_preparation(tmp_path, monkeypatch):
+    # A black left and a white right half stay halves, whatever the sides.
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 40:] = 255
+    wide[:, :20] = wide[:, 60:] = 128  # Outside the centre square.
+    folder_with(tmp_path, "wide.png", wide)
+    got = only_image(tmp_path, False, monkeypatch, size=20)
+    assert got.shape == (20, 20, 3)
+    # Only the two columns at the edge mix with what was cropped.
+    assert np.all(got[:, 1:9] == 0) and np.all(got[:, 11:19] == 255)
+    # Handover: a larger image is cropped as it is, an odd rest at the end.
+    large = noise(7, (25, 36, 3))
+    save(tmp_path / "train" / "a" / "wide.png", large)
+    got = only_image(tmp_path, False, monkeypatch, size=20, resize="handover")
+    np.testing.assert_array_equal(got, large[2:22, 8:28])
+    # A smaller one is enlarged: bilinear keeps a ramp a ramp.
+    ramp = np.broadcast_to(np.arange(10)[:, None, None] * 20, (10, 15, 3))
+    save(tmp_path / "train" / "a" / "wide.png", ramp)
+    for resize in ("handover", "short_side"):
+        got = only_image(tmp_path, False, monkeypatch, size=20, resize=resize)
+        expected = np.clip((np.arange(20) + 0.5) / 2 - 0.5, 0, 9) * 20
+        error = got - expected[:, None, None]
+        assert np.abs(error).max() <= 1
+
+
+def test_folder_takes_the_common_size_or_asks(tmp_path):
+    for split in ("train", "test"):
+        for name in ("b", "a", "B"):
+            save(tmp_path / split / name / "x.png", noise(1, (12, 12, 3)))
+    dataset = datasets.load("folder", data_dir=tmp_path, validation_fraction=0)
+    assert dataset.image_shape == (12, 12, 3)
+    assert dataset.class_names == ("B", "a", "b")
+    save(tmp_path / "test" / "b" / "y.png", noise(2, (12, 13, 3)))
+    with pytest.raises(ValueError, match="y.png is 13x12.*--image_size") as e:
+        datasets.load("folder", data_dir=tmp_path)
+    one_line(e)
+
+
+def test_folder_with_three_splits(tmp_path):
+    for value, split in enumerate(("train", "val", "test")):
+        for name in "ab":
+            save(tmp_path / split / name / "x.png", solid(value))
+            (tmp_path / split / name / ".hidden").write_text("no picture")
+            (tmp_path / split / name / "Thumbs.db").write_text("no picture")
+    dataset = datasets.load("folder", data_dir=tmp_path)
+    for value, split in enumerate(
+        (dataset.train, dataset.validation, dataset.test)
+    ):
+        assert np.rint(everything(split).mean() * 255) == value
+        assert len(split) == 2
+    assert dataset.validation.name == "validation"
+
+
+def test_folders_that_fall_short_are_named(tmp_path):
+    def message(kind=ValueError):
+        with pytest.raises(kind) as error:
+            datasets.load("folder", data_dir=tmp_path, image_size=8)
+        return one_line(error)
+
+    (tmp_path / "train").mkdir()
+    assert "val/<class>/" in message(FileNotFoundError)
+    (tmp_path / "val").mkdir()
+    assert "class folders" in message()
+    save(tmp_path / "train" / "cat" / "x.png", solid(1))
+    assert "class folder cat is missing" in message()
+    (tmp_path / "val" / "cat").mkdir()
+    assert f"{tmp_path / 'val' / 'cat'} holds no image" in message()
+    save(tmp_path / "val" / "cat" / "x.png", solid(1))
+    (tmp_path / "val" / "dog").mkdir()
+    assert "class folder dog, which" in message()
+
+
+# ---------------------------------------------------------------------------
+# ImageNet
+
+
+def value_of(wnid):
+    return 20 * WNIDS.index(wnid) + 10
+
+
+def write_imagenette(root, order=WNIDS, splits=("train", "val")):
+    for split in splits:
+        for wnid in order:
+            for i in range(2):
+                save(
+                    root / split / wnid / f"{wnid}_{i}.JPEG",
+                    solid(value_of(wnid)),
+                )
+
+
+def assert_labels_match_pixels(dataset):
+    assert dataset.wnids == WNIDS
+    for split in (dataset.train, dataset.test):
+        values = np.rint(everything(split)[:, 4, 4, 0] * 255)
+        np.testing.assert_allclose(values, 20 * split.labels + 10, atol=2)
+
+
+@pytest.mark.parametrize("place", ["", "imagenette", "ILSVRC/Data/CLS-LOC"])
+def test_class_ids_are_the_sorted_wnids(tmp_path, monkeypatch, place):
+    write_imagenette(tmp_path / place, order=(*WNIDS[5:], *WNIDS[4::-1]))
+    save(tmp_path / place / "train" / "n00000001" / "x.JPEG", solid(255))
+    # A file system that lists backwards changes nothing.
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, folder):
+            with scandir(folder) as entries:
+                self.entries = sorted(entries, key=lambda e: e.name)[::-1]
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    dataset = datasets.load(
+        "imagenette", data_dir=tmp_path, image_size=8, validation_fraction=0
+    )
+    assert_labels_match_pixels(dataset)
+    assert (len(dataset.train), len(dataset.test)) == (20, 20)
+    assert dataset.class_names[:2] == ("tench", "English springer")
+    digest = hashlib.sha256("".join(f"{w}\n" for w in WNIDS).encode())
+    assert dataset.class_list == {
+        "name": "imagenette",
+        "sha256": digest.hexdigest(),
+    }
+
+
+def test_default_sizes_of_photographs(tmp_path):
+    write_imagenette(tmp_path)
+    dataset = datasets.load("imagenette", data_dir=tmp_path)
+    assert dataset.image_shape == (160, 160, 3)
+    assert dataset.resize == "short_side"
+    path = tmp_path / "mine.txt"
+    path.write_text("# two of them\nn03888257\nn01440764\ttench\n")
+    dataset = datasets.load("imagenet10", data_dir=tmp_path, class_list=path)
+    assert dataset.image_shape == (320, 320, 3)
+    assert dataset.resize == "handover"
+    assert dataset.wnids == ("n01440764", "n03888257")
+    assert dataset.class_names == ("tench", "parachute")
+    assert dataset.class_list["name"] == "mine"
+
+
+def test_the_lists_hold_what_their_names_say():
+    known = datasets._read_list(datasets._LISTS / "imagenet.txt")
+    assert len(known) == 1000
+    for name, size in (("imagenet10", 10), ("imagenet100", 100)):
+        listed = datasets._read_list(datasets._LISTS / f"{name}.txt")
+        assert len(listed) == size and set(listed) < set(known)
+    request = datasets._Request("imagenet", *[None] * 7)
+    wnids, names, _ = datasets._class_list(request)
+    assert list(wnids) == sorted(known) and len(set(names)) == 1000
+
+
+def test_bad_class_lists_are_named(tmp_path):
+    write_imagenette(tmp_path)
+    path = tmp_path / "list.txt"
+    for text, expected in (
+        ("", "names no wnid"),
+        ("n01440764\ncat\n", "'cat'"),
+        ("n01440764\nn01440764\n", "twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=expected) as error:
+            datasets.load("imagenet100", data_dir=tmp_path, class_list=path)
+        assert "list.txt" in one_line(error)
+    with pytest.raises(FileNotFoundError):
+        datasets.load(
+            "imagenet100", data_dir=tmp_path, class_list=tmp_path / "none"
+        )
+    with pytest.raises(ValueError, match="class list goes with"):
+        datasets.load("mnist", data_dir=tmp_path, class_list=path)
+
+
+def test_a_missing_class_folder_is_named(tmp_path):
+    write_imagenette(tmp_path, order=WNIDS[1:])
+    with pytest.raises(ValueError, match="n01440764 is missing") as error:
+        datasets.load("imagenette", data_dir=tmp_path)
+    one_line(error)
+    with pytest.raises(ValueError, match="and 7 more is missing in .*train"):
+        datasets.load("imagenet10", data_dir=tmp_path)
+
+
+def write_flat(root):
+    """A flat validation folder; returns its list, in a mixed order."""
+    write_imagenette(root, splits=("train",))
+    truth = {}
+    order = np.random.default_rng(0).permutation(np.repeat(WNIDS, 2))
+    for number, wnid in enumerate([*order, "n09999999"], 1):
+        name = f"ILSVRC2012_val_{number:08d}"
+        value = 255 if wnid == "n09999999" else value_of(wnid)
+        save(root / "val" / f"{name}.JPEG", solid(value))
+        truth[name] = str(wnid)
+    return truth
+
+
+@pytest.mark.parametrize("form", ["kaggle", "text", "kit"])
+def test_flat_validation_folder(tmp_path, form):
+    truth = write_flat(tmp_path / "imagenet")
+    if form == "kaggle":
+        lines = [f"{n},{w} 1 2 3 4 {w} 5 6 7 8" for n, w in truth.items()]
+        text = "ImageId,PredictionString\n" + "\n".join(lines)
+        (tmp_path / "LOC_val_solution.csv").write_text(text)
+    elif form == "text":
+        lines = [f"{n}.JPEG\t{w}\t0\t0" for n, w in truth.items()]
+        path = tmp_path / "imagenet" / "val" / "val_annotations.txt"
+        path.write_text("\n".join(lines[::-1]))
+    else:
+        # The kit numbers synsets in its own order, 1-based.
+        order = [*WNIDS[3:], "n09999999", *WNIDS[2::-1]]
+        synsets = np.zeros(
+            (11, 1), [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+        )
+        for i, wnid in enumerate(order):
+            synsets[i, 0] = (i + 1, wnid, "some words")
+        folder = tmp_path / "imagenet" / "data"
+        folder.mkdir()
+        scipy.io.savemat(folder / "meta.mat", {"synsets": synsets})
+        numbers = [order.index(wnid) + 1 for wnid in truth.values()]
+        (folder / "ILSVRC2012_validation_ground_truth.txt").write_text(
+            "\n".join(map(str, numbers)) + "\n"
+        )
+    dataset = datasets.load(
+        "imagenette", data_dir=tmp_path, image_size=8, validation_fraction=0
+    )
+    assert_labels_match_pixels(dataset)
+    assert len(dataset.test) == 20  # The picture of another class is left out.
+
+
+def test_flat_validation_without_or_with_another_list(tmp_path):
+    truth = write_flat(tmp_path)
+    with pytest.raises(FileNotFoundError, match="ground truth") as error:
+        datasets.load("imagenette", data_dir=tmp_path, image_size=8)
+    text = one_line(error)
+    for wanted in ("LOC_val_solution.csv", "meta.mat", "<file> <wnid>"):
+        assert wanted in text
+    path = tmp_path / "val_annotations.txt"
+    lines = [f"{n}.JPEG {w}" for n, w in truth.items()]
+    for wrong in (lines[1:], [*lines, "more.JPEG n01440764"]):
+        path.write_text("\n".join(wrong))
+        with pytest.raises(ValueError, match="differ") as error:
+            datasets.load("imagenette", data_dir=tmp_path, image_size=8)
+        one_line(error)
+    path.write_text("ILSVRC2012_val_00000001.JPEG 65")
+    with pytest.raises(ValueError, match="<file> <wnid>"):
+        datasets.load("imagenette", data_dir=tmp_path, image_size=8)
+
+
+# ---------------------------------------------------------------------------
+# TFDS
+
+
+def prepare_tfds(name, data_dir, feature, splits, names, file_format):
+    """Prepares a tiny set under a real one's name; returns its builder."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            label = tfds.features.ClassLabel(names=names)
+            text = tfds.features.Text()
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {"file_name": text, "image": feature, "label": label}
+                ),
+            )
+
+        def _split_generators(self, _):
+            return {key: self._generate_examples(key) for key in splits}
+
+        def _generate_examples(self, key):
+            for i, (image, label) in enumerate(splits[key]):
+                row = {"image": image, "label": label, "file_name": f"{i}.x"}
+                yield i, row
+
+    Tiny.name = name
+    builder = Tiny(data_dir=data_dir, file_format=file_format)
+    builder.download_and_prepare()
+    return builder
+
+
+both_formats = pytest.mark.parametrize(
+    "file_format", ["tfrecord", "array_record"]
+)
+
+
+@both_formats
+def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path, file_format):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    splits = {
+        key: [(noise(i + start, (28, 28, 1)), i % 10) for i in range(12)]
+        for start, key in ((0, "train"), (50, "test"))
+    }
+    builder = prepare_tfds(
+        "mnist",
+        tmp_path,
+        tfds.features.Image(shape=(28, 28, 1)),
+        splits,
+        list("0123456789"),
+        file_format,
+    )
+    dataset = datasets.load("mnist", data_dir=tmp_path, validation_fraction=0)
+    assert dataset.source.startswith("tfds:mnist")
+    for split in ("train", "test"):
+        ours = np.rint(everything(getattr(dataset, split)) * 255)
+        if file_format == "tfrecord":
+            read = list(tfds.as_numpy(builder.as_dataset(split=split)))
+        else:
+            read = list(builder.as_data_source(split))
+        images = np.stack([row["image"] for row in read])
+        np.testing.assert_array_equal(ours, images)
+        labels = [row["label"] for row in read]
+        np.testing.assert_array_equal(getattr(dataset, split).labels, labels)
+        assert {image.tobytes() for image in images} == {
+            image.tobytes() for image, _ in splits[split]
+        }
+
+
+@both_formats
+@lazily
+def test_tfds_imagenet_picks_its_classes(
+    tmp_path, monkeypatch, lazy, file_format
+):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    if lazy:
+        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    names = [*WNIDS[::-1], "n00000001"]  # Not our order, and one more.
+    rows = [(solid(value_of(w), (9, 12)), w) for w in WNIDS * 3]
+    rows += [(solid(255), "n00000001")] * 3
+    prepare_tfds(
+        "imagenet2012",
+        tmp_path,
+        tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+        {"train": rows, "validation": rows[5:]},
+        names,
+        file_format,
+    )
+    path = tmp_path / "ten.txt"
+    path.write_text("\n".join(WNIDS))
+    dataset = datasets.load(
+        "imagenet10",
+        data_dir=tmp_path,
+        image_size=8,
+        class_list=path,
+        validation_fraction=0,
+    )
+    assert (len(dataset.train), len(dataset.test)) == (30, 25)
+    assert_labels_match_pixels(dataset)
+    with pytest.raises(ValueError, match="has no class"):
+        datasets.load("imagenet10", data_dir=tmp_path)
+
+
+def test_a_tfrecord_cut_short_is_named(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    rows = [(noise(i, (28, 28, 1)), i % 10) for i in range(12)]
+    prepare_tfds(
+        "mnist",
+        tmp_path,
+        tfds.features.Image(shape=(28, 28, 1)),
+        {"train": rows, "test": rows},
+        list("0123456789"),
+        "tfrecord",
+    )
+    (shard,) = tmp_path.glob("mnist/*/*train.tfrecord*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole TFRecord") as error:
+        datasets.load("mnist", data_dir=tmp_path)
+    assert str(shard) in one_line(error)
+
+
+def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def fail(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tfds, "builder", fail)
+    with pytest.raises(OSError, match="no route to host") as error:
+        datasets.load("mnist", data_dir=tmp_path / "new", download=True)
+    one_line(error)
+
+
+# ---------------------------------------------------------------------------
+# What is said when something is missing
+
+
+@pytest.mark.parametrize("name", datasets.names()[1:])
+@pytest.mark.parametrize("where", ["none", "absent", "empty", "other", "file"])
+def test_missing_files_come_with_the_steps(tmp_path, name, where):
+    data_dir = {
+        "none": None,
+        "absent": tmp_path / "absent",
+        "empty": tmp_path,
+        "other": tmp_path,
+        "file": tmp_path / "notes.txt",
+    }[where]
+    if where in ("other", "file"):
+        (tmp_path / "notes.txt").write_text("nothing of use")
+    with pytest.raises(OSError) as error:
+        datasets.load(name, data_dir=data_dir)
+    text = one_line(error)
+    assert "--data_dir" in text
+    assert data_dir is None or str(data_dir) in text
+    if name.startswith("imagenet1"):
+        assert "ILSVRC2012_img_train.tar" in text
+        assert "train/<wnid>" in text
+
+
+def test_unknown_names_and_values():
+    with pytest.raises(ValueError, match="Did you mean imagenet10") as error:
+        datasets.load("imagnet10")
+    one_line(error)
+    with pytest.raises(ValueError, match="Known: cluttered_digits, mnist"):
+        datasets.load("???")
+    for name, options, expected in (
+        ("mnist", {"image_size": 32}, "28 pixels"),
+        ("usps", {"image_size": 20}, "28 or 16 pixels"),
+        ("imagenet10", {"image_size": 0}, "image_size=0"),
+        ("imagenet10", {"resize": "squash"}, "squash"),
+        ("cluttered_digits", {"seed": -1}, "seed=-1"),
+        ("cluttered_digits", {"validation_fraction": 1}, "_fraction=1"),
+    ):
+        with pytest.raises(ValueError, match=expected) as error:
+            datasets.load(name, **options)
+        one_line(error)
+
+
+def test_holding_out_too_much_is_refused(tmp_path):
+    write_mnist(tmp_path, count=10)
+    with pytest.raises(ValueError, match="leaves none of the 10") as error:
+        datasets.load("mnist", data_dir=tmp_path, validation_fraction=0.99)
+    one_line(error)
+
+
+def test_importing_and_the_embedded_set_need_no_backend():
+    code = (
+        "import sys, datasets\n"
+        "assert not {'sklearn', 'scipy', 'h5py'} & set(sys.modules)\n"
+        "datasets.load('cluttered_digits')\n"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'keras', 'jax'}\n"
+        "assert not heavy & set(sys.modules)\n"
+    )
+    root = os.path.dirname(datasets.__file__)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
