@@ -232,22 +232,24 @@ def per_example(values, like):
     return ops.reshape(values, (-1,) + (1,) * (len(like.shape) - 1))
 
 
-def ascent_direction(grad, norm, *, fraction=0.01, images=None):
+def ascent_direction(grad, norm, *, fraction=0.01, room=None):
     """Returns the step of unit norm that increases a linear loss.
 
     L-inf and L2 have the steepest one. The steepest in L1 is a single
     coordinate, which takes as many steps as there are pixels to change; the
-    step is shared instead between the largest `fraction` of the gradient
-    (SLIDE), and coordinates at the edge of the box that cannot follow their
-    gradient any more give way to the next ones.
+    step is shared instead equally between the largest `fraction` of the
+    gradient (SLIDE). A coordinate that meets the edge of the box before it has
+    gone its share passes the rest on to the next largest, so that no length is
+    lost: it is the best step of L1 norm 1 with entries up to the share and the
+    room. A fraction near 0 makes it the best one without the share.
 
     Args:
         grad: Tensor of shape `(batch, ...)`. A NaN counts as zero.
         norm: One of `"l1"`, `"l2"`, `"linf"`.
         fraction: Float in (0, 1], L1 only: the part of the coordinates that
-            move; at least one does, and ties move together.
-        images: Optional tensor of the shape of `grad` with values in [0, 1],
-            L1 only: the point that is left, for the room it has in the box.
+            share the step; at least one does.
+        room: Optional tensor of the shape of `grad`, L1 only: how far each
+            coordinate can move along its gradient, in units of the step.
 
     Returns:
         Tensor of the shape of `grad`; zero where the gradient is all zero.
@@ -259,22 +261,60 @@ def ascent_direction(grad, norm, *, fraction=0.01, images=None):
     grad = ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
     if norm == "linf":
         return ops.sign(grad)
+    # Rescaled first: the square of a small gradient underflows.
+    peak = ops.maximum(lp_norm(grad, "linf"), _TINY)
+    grad = grad / per_example(peak, grad)
     if norm == "l2":
-        # Rescaled first: the square of a small gradient underflows.
-        peak = ops.maximum(lp_norm(grad, "linf"), _TINY)
-        grad = grad / per_example(peak, grad)
         length = ops.maximum(lp_norm(grad, "l2"), _TINY)
         return grad / per_example(length, grad)
-    if images is not None:
-        stuck = ops.where(grad > 0, images >= 1.0, images <= 0.0)
-        grad = ops.where(stuck, ops.zeros_like(grad), grad)
-    magnitude = _flatten(ops.abs(grad))
-    count = max(1, round(fraction * math.prod(grad.shape[1:])))
-    least = ops.top_k(magnitude, count, sorted=True)[0][:, -1:]
-    moved = ops.logical_and(magnitude >= least, magnitude > 0)
-    moved = ops.cast(moved, grad.dtype)
-    share = moved / ops.maximum(ops.sum(moved, axis=-1, keepdims=True), 1.0)
-    return ops.sign(grad) * ops.reshape(share, ops.shape(grad))
+    share = 1.0 / max(1, round(fraction * math.prod(grad.shape[1:])))
+    limits = ops.cast(ops.abs(grad) > 0, grad.dtype) * share
+    if room is not None:
+        limits = ops.minimum(limits, room)
+    filled = _fill(_flatten(ops.abs(grad)), _flatten(limits))
+    return ops.sign(grad) * ops.reshape(filled, ops.shape(grad))
+
+
+def _fill(values, limits):
+    """Spends a length of 1 on the entries of largest value, each to its limit.
+
+    A bisection for the value at which the length is spent, instead of a sort:
+    each pass is a sum over the pixels. What is left inside the last bracket
+    (equal values, in practice) is filled in proportion.
+
+    Args:
+        values: Tensor of shape `(batch, size)` in [0, 1].
+        limits: Tensor of that shape, not negative.
+
+    Returns:
+        Tensor of that shape, between 0 and `limits`, of sum at most 1.
+    """
+    zero = ops.zeros_like(values)
+
+    def spent(threshold):
+        over = ops.where(values > threshold, limits, zero)
+        return ops.sum(over, axis=-1, keepdims=True)
+
+    def unsettled(low, high):
+        return ops.any(high - low > 1e-7 * high)
+
+    def halve(low, high):
+        middle = 0.5 * (low + high)
+        fits = spent(middle) <= 1.0
+        return ops.where(fits, low, middle), ops.where(fits, middle, high)
+
+    # Nothing is over 1; if all that is over 0 fits, there is no search.
+    low = ops.zeros_like(values[:, :1])
+    high = ops.where(spent(0.0) <= 1.0, low, ops.ones_like(low))
+    low, high = ops.while_loop(
+        unsettled, halve, (low, high), maximum_iterations=32
+    )
+    sure = values > high
+    edge = ops.logical_and(values > low, ops.logical_not(sure))
+    edge = ops.where(edge, limits, zero)
+    left = 1.0 - spent(high)
+    part = left / ops.maximum(ops.sum(edge, axis=-1, keepdims=True), _TINY)
+    return ops.where(sure, limits, edge * ops.clip(part, 0.0, 1.0))
 
 
 def project(delta, epsilon, norm, images=None):

@@ -1,0 +1,520 @@
+"""Geometry against SciPy, randomness against a NumPy oracle, and the seams."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from scipy import optimize, stats
+
+import numerics
+
+NORMS = numerics.NORMS
+SHAPE = (3, 3, 2)
+RADIUS = {"l1": 1.0, "l2": 0.5, "linf": 0.1}
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def norm_of(x, norm):
+    flat = np.abs(np.asarray(x, "float64")).reshape(len(x), -1)
+    return {
+        "l1": flat.sum(-1),
+        "l2": np.sqrt((flat**2).sum(-1)),
+        "linf": flat.max(-1),
+    }[norm]
+
+
+def project(delta, epsilon, norm, images=None):
+    images = None if images is None else ops.convert_to_tensor(images)
+    delta = ops.convert_to_tensor(delta)
+    return array(numerics.project(delta, epsilon, norm, images))
+
+
+def make_images(rng, count=4):
+    """Images in which a part of the pixels is at an end of the range."""
+    return np.clip(rng.normal(0.5, 0.5, (count, *SHAPE)), 0, 1).astype(
+        "float32"
+    )
+
+
+def nearest_point(delta, epsilon, norm, images):
+    """The projection as a convex programme, in float64, one example."""
+    size = delta.size
+    target = delta.ravel().astype("float64")
+    low, high = np.full(size, -np.inf), np.full(size, np.inf)
+    if images is not None:
+        low, high = -images.ravel(), 1.0 - images.ravel()
+    if norm == "linf":
+        return np.clip(
+            target, np.maximum(low, -epsilon), np.minimum(high, epsilon)
+        ).reshape(delta.shape)
+    # In L1, d = p - q with p, q >= 0 makes the ball a half-space.
+    split = norm == "l1"
+    bounds = list(zip(low, high, strict=True))
+    if split:
+        bounds = [(0, max(h, 0)) for h in np.minimum(high, 1e3)]
+        bounds += [(0, max(-b, 0)) for b in np.maximum(low, -1e3)]
+
+    def excess(z):
+        return epsilon - z.sum() if split else epsilon**2 - z @ z
+
+    def slope(z):
+        return -np.ones_like(z) if split else -2 * z
+
+    def distance(z):
+        gap = (z[:size] - z[size:] if split else z) - target
+        grad = np.concatenate([gap, -gap]) if split else gap
+        return 0.5 * gap @ gap, grad
+
+    found = optimize.minimize(
+        distance,
+        np.full(2 * size if split else size, 1e-3),
+        jac=True,
+        bounds=bounds,
+        constraints={"type": "ineq", "fun": excess, "jac": slope},
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-12},
+    )
+    # 8: the line search finds nothing better, at the limit of float64.
+    assert found.status in (0, 8), found.message
+    z = found.x
+    return (z[:size] - z[size:] if split else z).reshape(delta.shape)
+
+
+@pytest.fixture
+def delta():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(4, *SHAPE)).astype("float32") * 0.4
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+class TestProject:
+    def images(self, boxed):
+        return make_images(np.random.default_rng(5)) if boxed else None
+
+    def test_equals_the_convex_programme(self, delta, norm, boxed):
+        images = self.images(boxed)
+        out = project(delta, RADIUS[norm], norm, images)
+        for i in range(len(delta)):
+            want = nearest_point(
+                delta[i],
+                RADIUS[norm],
+                norm,
+                None if images is None else images[i],
+            )
+            np.testing.assert_allclose(out[i], want, atol=2e-5)
+
+    def test_lands_in_the_ball_and_the_box(self, delta, norm, boxed):
+        images = self.images(boxed)
+        for scale in (1e-4, 1.0, 100.0):
+            out = project(delta * scale, RADIUS[norm], norm, images)
+            assert np.all(norm_of(out, norm) <= RADIUS[norm] * (1 + 1e-6))
+            if boxed:
+                assert np.all(images + out >= -1e-7)
+                assert np.all(images + out <= 1 + 1e-7)
+
+    def test_no_feasible_point_is_closer(self, delta, norm, boxed):
+        images = self.images(boxed)
+        out = project(delta, RADIUS[norm], norm, images)
+        rng = np.random.default_rng(1)
+        ours = norm_of(delta - out, "l2")
+        for _ in range(200):
+            rival = out + rng.normal(size=delta.shape) * rng.random() * 0.1
+            if boxed:
+                rival = np.clip(rival, -images, 1 - images)
+            excess = np.maximum(norm_of(rival, norm) / RADIUS[norm], 1)
+            rival = rival / excess.reshape(-1, 1, 1, 1)
+            assert np.all(ours <= norm_of(delta - rival, "l2") + 1e-5)
+
+    def test_leaves_feasible_points_alone(self, delta, norm, boxed):
+        images = self.images(boxed)
+        inside = delta / norm_of(delta, norm).reshape(-1, 1, 1, 1)
+        inside = (inside * RADIUS[norm] * 0.99).astype("float32")
+        if boxed:
+            inside = np.clip(inside, -images, 1 - images)
+        np.testing.assert_array_equal(
+            project(inside, RADIUS[norm], norm, images), inside
+        )
+
+    def test_radius_zero_and_radius_infinite(self, delta, norm, boxed):
+        images = self.images(boxed)
+        assert not np.any(project(delta, 0.0, norm, images))
+        box = np.clip(delta, -images, 1 - images) if boxed else delta
+        np.testing.assert_array_equal(project(delta, 1e6, norm, images), box)
+
+    def test_a_radius_an_example(self, delta, norm, boxed):
+        images = self.images(boxed)
+        radii = np.array([0.0, 0.1, 0.3, 5.0], "float32")
+        together = project(delta, radii, norm, images)
+        for i, radius in enumerate(radii):
+            row = slice(i, i + 1)
+            alone = project(
+                delta[row], radius, norm, images[row] if boxed else None
+            )
+            np.testing.assert_allclose(together[row], alone, atol=1e-6)
+
+    def test_zeros_stay_zero(self, delta, norm, boxed):
+        zeros = np.zeros_like(delta)
+        out = project(zeros, RADIUS[norm], norm, self.images(boxed))
+        np.testing.assert_array_equal(out, zeros)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_project_is_exact_on_a_large_image(norm):
+    """Against bisection in float64, on more pixels than SLSQP can take."""
+    rng = np.random.default_rng(2)
+    images = rng.random((2, 160, 160, 3)).astype("float32")
+    delta = rng.normal(size=images.shape).astype("float32") * 0.1
+    delta[0] *= rng.random(delta[0].shape) ** 8 * 50
+    epsilon = {"l1": 60.0, "l2": 3.0}[norm]
+    out = project(delta, epsilon, norm, images)
+    for i in range(2):
+        d = np.abs(delta[i].astype("float64"))
+        room = np.where(delta[i] >= 0, 1.0 - images[i], images[i])
+
+        def at(t, d=d, room=room):
+            shrunk = d - t if norm == "l1" else d * (1 - t)
+            return np.clip(shrunk, 0, room)
+
+        low, high = 0.0, d.max() if norm == "l1" else 1.0
+        for _ in range(100):
+            t = (low + high) / 2
+            inside = norm_of(at(t)[None], norm)[0] <= epsilon
+            low, high = (low, t) if inside else (t, high)
+        np.testing.assert_allclose(np.abs(out[i]), at(high), atol=1e-6)
+    np.testing.assert_allclose(norm_of(out, norm), epsilon, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+class TestAscentDirection:
+    def test_unit_length_and_uphill(self, delta, norm):
+        out = array(
+            numerics.ascent_direction(ops.convert_to_tensor(delta), norm)
+        )
+        np.testing.assert_allclose(norm_of(out, norm), 1.0, rtol=1e-5)
+        assert np.all((out * delta).reshape(4, -1).sum(-1) > 0)
+
+    def test_no_unit_step_climbs_higher(self, delta, norm):
+        """The dual norm is the bound; a share of one pixel reaches it in L1."""
+        out = array(
+            numerics.ascent_direction(
+                ops.convert_to_tensor(delta), norm, fraction=1e-9
+            )
+        )
+        dual = {"l1": "linf", "l2": "l2", "linf": "l1"}[norm]
+        climb = (out * delta).reshape(4, -1).sum(-1)
+        np.testing.assert_allclose(climb, norm_of(delta, dual), rtol=1e-5)
+
+    @pytest.mark.parametrize("scale", [1e-20, 1e20])
+    def test_the_gradient_may_be_tiny_or_huge(self, delta, norm, scale):
+        small = ops.convert_to_tensor((delta * scale).astype("float32"))
+        want = array(
+            numerics.ascent_direction(ops.convert_to_tensor(delta), norm)
+        )
+        np.testing.assert_allclose(
+            array(numerics.ascent_direction(small, norm)), want, atol=1e-5
+        )
+
+    def test_zero_and_nan_do_not_move(self, delta, norm):
+        bad = np.zeros_like(delta)
+        bad[0, 0, 0, 0] = np.nan
+        out = array(numerics.ascent_direction(ops.convert_to_tensor(bad), norm))
+        np.testing.assert_array_equal(out, np.zeros_like(delta))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("roomy", [0.01, 0.1, 10.0])
+def test_l1_direction_is_the_linear_programme(delta, fraction, roomy):
+    """Largest gain with |s| <= 1 in L1 and entries up to share and room."""
+    rng = np.random.default_rng(3)
+    room = (rng.random(delta.shape) * roomy).astype("float32")
+    room[rng.random(delta.shape) < 0.2] = 0
+    delta = np.round(delta, 1)  # With ties, and with zeros.
+    out = array(
+        numerics.ascent_direction(
+            ops.convert_to_tensor(delta),
+            "l1",
+            fraction=fraction,
+            room=ops.convert_to_tensor(room),
+        )
+    )
+    share = 1 / max(1, round(fraction * 18))
+    for row, gradient, limit in zip(out, delta, room, strict=True):
+        size = np.abs(gradient).ravel()
+        found = optimize.linprog(
+            -size,
+            A_ub=np.ones((1, 18)),
+            b_ub=[1.0],
+            bounds=[(0, min(share, r)) for r in limit.ravel()],
+        )
+        assert (row * gradient).sum() == pytest.approx(-found.fun, rel=1e-4)
+        assert np.abs(row).sum() <= 1 + 1e-5
+        assert np.all(np.abs(row) <= np.minimum(limit, share) * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_agree_with_numpy(delta, norm):
+    out = array(numerics.lp_norm(ops.convert_to_tensor(delta), norm))
+    np.testing.assert_allclose(out, norm_of(delta, norm), rtol=1e-5)
+
+
+def test_an_unknown_norm_is_named():
+    with pytest.raises(ValueError, match="l1, l2, linf.*norm='l3'"):
+        numerics.project(ops.ones((1, 2)), 1.0, "l3")
+
+
+# --- Randomness --------------------------------------------------------------
+
+
+def mix(x):
+    """`lowbias32` in NumPy's unsigned arithmetic: the oracle."""
+    x = x.astype(np.uint32)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    return x
+
+
+def fold(first, second, value):
+    value = (np.asarray(value, np.int64) % 2**32).astype(np.uint32)
+    first = mix(first ^ mix(value + np.uint32(0x9E3779B9)))
+    second = mix(second + first)
+    return first ^ mix(second + np.uint32(0x5851F42D)), second
+
+
+def oracle_keys(seed, indices, *stream):
+    low = np.full(len(indices), seed % 2**32, np.uint32)
+    high = np.uint32((seed >> 32) % 2**32)
+    first = mix(low + np.uint32(0x3C6EF372))
+    second = mix((first ^ high) + np.uint32(0x5851F42D))
+    for value in (np.asarray(indices), *stream):
+        first, second = fold(first, second, value)
+    return first, second
+
+
+def oracle_uniform(keys, size):
+    first, second = keys
+    positions = np.arange(size, dtype=np.uint32)
+    words = mix(mix(first[:, None] + positions) ^ second[:, None])
+    return (words >> np.uint32(8)).astype("float32") * np.float32(2**-24)
+
+
+@pytest.fixture(autouse=True)
+def quiet_overflow():
+    with np.errstate(over="ignore"):
+        yield
+
+
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**31, 2**40 + 3])
+@pytest.mark.parametrize("stream", [(), (5,), (3, 2**31 - 1, -4)])
+def test_keys_and_numbers_equal_the_oracle_bit_for_bit(seed, stream):
+    indices = np.array([0, 1, 77, 2**31 - 1], "int32")
+
+    def draw(indices):
+        keys = numerics.example_keys(seed, indices, *stream)
+        return keys, numerics.uniform(keys, (4, 5))
+
+    want = oracle_keys(seed, indices, *stream)
+    compiled = numerics.compile_call(draw)
+    for keys, numbers in (draw(indices), compiled(indices)):
+        np.testing.assert_array_equal(
+            array(keys).view(np.uint32), np.stack(want, -1)
+        )
+        np.testing.assert_array_equal(
+            array(numbers), oracle_uniform(want, 20).reshape(-1, 4, 5)
+        )
+
+
+def test_a_tensor_in_the_stream_equals_the_integer():
+    indices = np.arange(6, dtype="int32")
+    want = array(numerics.example_keys(3, indices, 9, 4))
+    compiled = numerics.compile_call(
+        lambda seed, step, row: numerics.example_keys(seed, indices, step, row)
+    )
+    got = compiled(np.int32(3), np.int32(9), np.full(6, 4, "int32"))
+    np.testing.assert_array_equal(array(got), want)
+
+
+def test_an_example_keeps_its_numbers_in_any_batch():
+    whole = numerics.example_keys(1, np.arange(10), 2)
+    want = array(numerics.normal(whole, (3, 3)))
+    order = np.array([7, 2, 9])
+    part = numerics.example_keys(1, order, 2)
+    np.testing.assert_array_equal(
+        array(numerics.normal(part, (3, 3))), want[order]
+    )
+
+
+def test_keys_do_not_collide():
+    """A million (seed, index, step) triples, all keys different."""
+    rows = []
+    for seed in range(10):
+        for step in range(10):
+            keys = numerics.example_keys(seed, np.arange(10_000), step)
+            rows.append(array(keys).view(np.uint32).astype(np.uint64))
+    rows = np.concatenate(rows)
+    assert len(np.unique(rows[:, 0] << np.uint64(32) | rows[:, 1])) == 10**6
+
+
+def keys_for(count, seed=0):
+    return numerics.example_keys(seed, np.arange(count, dtype="int32"))
+
+
+@pytest.mark.parametrize(
+    "draw,law",
+    [
+        (numerics.uniform, stats.uniform()),
+        (numerics.normal, stats.norm()),
+        (numerics.exponential, stats.expon()),
+    ],
+)
+def test_distributions_over_positions_and_over_examples(draw, law):
+    inside = array(draw(keys_for(3), (20_000,)))
+    across = array(draw(keys_for(20_000), (3,)))
+    for sample in (*inside, *across.T):
+        assert stats.kstest(sample, law.cdf).pvalue > 1e-4
+
+
+def test_neighbours_are_independent():
+    """Chi-square on pairs: positions, examples, seeds and folds apart by 1."""
+    count = 40_000
+    base = array(numerics.uniform(keys_for(count), (2,)))
+    pairs = {
+        "position": (base[:, 0], base[:, 1]),
+        "example": (base[:-1, 0], base[1:, 0]),
+        "seed": (
+            base[:, 0],
+            array(numerics.uniform(keys_for(count, 1), (2,)))[:, 0],
+        ),
+        "fold": tuple(
+            array(numerics.uniform(numerics.fold_in(keys_for(count), i), ()))
+            for i in (0, 1)
+        ),
+    }
+    for name, (a, b) in pairs.items():
+        table, *_ = np.histogram2d(a, b, bins=16, range=[[0, 1], [0, 1]])
+        assert stats.chisquare(table.ravel()).pvalue > 1e-4, name
+
+
+def test_signs_and_integers_are_fair():
+    signs = array(numerics.signs(keys_for(4), (10_000,)))
+    assert set(np.unique(signs)) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
+    numbers = array(numerics.integers(keys_for(4), (10_000,), 7))
+    counts = np.bincount(numbers.ravel(), minlength=7)
+    assert len(counts) == 7 and stats.chisquare(counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("norm", NORMS)
+class TestRandomInBall:
+    def test_uniform_by_its_radius_and_its_orthants(self, norm):
+        """P(|x| <= r) = (r / epsilon)**d, and every orthant is as likely."""
+        points = array(
+            numerics.random_in_ball(keys_for(20_000), (1, 3, 1), 0.7, norm)
+        ).reshape(-1, 3)
+        radius = norm_of(points, norm) / 0.7
+        assert radius.max() <= 1 + 1e-6
+        assert stats.kstest(radius**3, "uniform").pvalue > 1e-4
+        orthants = np.bincount((points > 0) @ [1, 2, 4], minlength=8)
+        assert stats.chisquare(orthants).pvalue > 1e-4
+
+    def test_uniform_by_rejection(self, norm):
+        """One coordinate against points of the cube that fall in the ball."""
+        points = array(numerics.random_in_ball(keys_for(20_000), (3,), 1, norm))
+        cube = np.random.default_rng(0).uniform(-1, 1, (200_000, 3))
+        kept = cube[norm_of(cube, norm) <= 1]
+        for axis in range(3):
+            test = stats.ks_2samp(points[:, axis], kept[:, axis])
+            assert test.pvalue > 1e-4
+
+    def test_high_dimension_fills_the_shell(self, norm):
+        points = array(
+            numerics.random_in_ball(keys_for(400), (20, 20, 3), 2.0, norm)
+        )
+        radius = norm_of(points, norm) / 2.0
+        assert stats.kstest(radius**1200, "uniform").pvalue > 1e-4
+
+
+# --- Seams -------------------------------------------------------------------
+
+
+def test_value_and_grad_of_a_quadratic():
+    x = ops.convert_to_tensor(np.arange(6, dtype="float32").reshape(2, 3))
+    value, grad = numerics.value_and_grad(lambda x: ops.sum(x * x, axis=-1), x)
+    np.testing.assert_allclose(array(value), [5.0, 50.0])
+    np.testing.assert_allclose(array(grad), 2 * array(x))
+
+
+def test_value_and_grad_carries_a_second_value():
+    x = ops.convert_to_tensor(np.ones((2, 3), "float32"))
+    (value, aux), grad = numerics.value_and_grad(
+        lambda x: (ops.sum(x, axis=-1), {"twice": 2 * x}), x, has_aux=True
+    )
+    np.testing.assert_array_equal(array(value), [3, 3])
+    np.testing.assert_array_equal(array(aux["twice"]), 2 * np.ones((2, 3)))
+    np.testing.assert_array_equal(array(grad), np.ones((2, 3)))
+
+
+def test_value_and_grad_through_a_gather_and_through_nothing():
+    x = ops.convert_to_tensor(np.ones((3, 2), "float32"))
+    _, grad = numerics.value_and_grad(
+        lambda x: ops.sum(ops.take(x, [0, 0, 2], axis=0), axis=-1), x
+    )
+    np.testing.assert_array_equal(array(grad), [[2, 2], [0, 0], [1, 1]])
+    _, grad = numerics.value_and_grad(lambda x: ops.zeros((3,)), x)
+    np.testing.assert_array_equal(array(grad), np.zeros((3, 2)))
+
+
+def test_value_and_grad_inside_a_compiled_loop():
+    """Gradient descent on a quadratic: x halves at every step."""
+
+    def descend(x):
+        def step(_, x):
+            _, grad = numerics.value_and_grad(
+                lambda x: ops.sum(x * x, axis=-1), x
+            )
+            return x - 0.25 * grad
+
+        return ops.fori_loop(0, 5, step, x)
+
+    x = np.arange(6, dtype="float32").reshape(2, 3)
+    out = numerics.compile_call(descend)(x)
+    np.testing.assert_allclose(array(out), x / 32)
+
+
+def test_compile_call_sees_new_values_and_discards_updates():
+    scale, count = keras.Variable(2.0), keras.Variable(0.0)
+
+    def fn(x):
+        count.assign_add(1.0)
+        return {"out": scale * x, "count": count + 0.0}
+
+    compiled = numerics.compile_call(fn, [scale, count])
+    first = compiled(np.ones(2, "float32"))
+    scale.assign(3.0)
+    second = compiled(np.ones(2, "float32"))
+    np.testing.assert_array_equal(array(first["out"]), [2, 2])
+    np.testing.assert_array_equal(array(second["out"]), [3, 3])
+    assert array(second["count"]) == 1.0
+    assert array(count.value) == 0.0
+
+
+def test_compile_call_traces_once_a_shape():
+    traces = []
+
+    def fn(x):
+        traces.append(x.shape)
+        return x + 1
+
+    compiled = numerics.compile_call(fn)
+    for size in (2, 2, 3, 3, 2):
+        assert array(compiled(np.zeros(size, "float32"))).shape == (size,)
+    # Torch runs the function itself at each call.
+    assert len(traces) == (5 if keras.config.backend() == "torch" else 2)
