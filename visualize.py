@@ -299,9 +299,8 @@ def training_curves(history, *, title=None, path=None):
         path: Where the figure is saved as well.
 
     Returns:
-        A `Figure` with the losses and the accuracies; the epoch of the best
-        validation accuracy (or training accuracy, without validation) is
-        marked.
+        A `Figure` with the losses and the accuracies. A star marks the best
+        validation accuracy, dotted lines the drops of the learning rate.
 
     Raises:
         ValueError: If there is no row.
@@ -677,15 +676,15 @@ def _curve(axis, rows, key, label, colour):
 
 
 def _rate_drops(axis, epochs, rates):
-    """A thin line at each epoch at which the learning rate fell by a third."""
-    for epoch in epochs[1:][rates[1:] < rates[:-1] * 0.67]:
-        axis.axvline(epoch, color=_FAINT, linewidth=0.8, linestyle=":")
+    """A thin line at each epoch at which a steady learning rate dropped."""
+    for i in range(2, len(rates)):
+        steady = abs(rates[i - 1] - rates[i - 2]) < 0.02 * rates[i - 2]
+        if steady and rates[i] < 0.67 * rates[i - 1]:
+            axis.axvline(epochs[i], color=_FAINT, linewidth=0.8, linestyle=":")
 
 
 def _mark_best(axis, rows, epochs):
     values = _column(rows, "validation_accuracy")
-    if not np.isfinite(values).any():
-        values = _column(rows, "accuracy")
     if not np.isfinite(values).any():
         return
     best = int(np.nanargmax(values))

@@ -319,18 +319,28 @@ class TestTrainingCurves:
         labels = [t.get_text() for t in accuracy.get_legend().get_texts()]
         assert labels[-1] == "best: 50.0% in epoch 3"
 
-    def test_without_validation_training_decides(self):
+    def test_without_validation_there_is_no_star(self):
         rows = self.rows(validation_accuracy=("", "", ""))
         loss, accuracy = visualize.training_curves(rows).axes
         assert len(loss.lines) == 1
         labels = [t.get_text() for t in accuracy.get_legend().get_texts()]
-        assert labels == ["training", "best: 70.0% in epoch 2"]
+        assert labels == ["training"]
 
-    def test_learning_rate_drops_are_lines(self):
-        rows = self.rows(learning_rate=("1e-3", "9.9e-4", "1e-4"))
+    @pytest.mark.parametrize(
+        "rates,expected",
+        [
+            ([1e-3, 1e-3, 1e-3, 1e-4, 1e-4], [4]),
+            ([1e-3, 7e-4, 4e-4, 1e-4, 0.0], []),  # A cosine does not drop.
+        ],
+    )
+    def test_learning_rate_drops_are_lines(self, rates, expected):
+        rows = [
+            {"epoch": i + 1, "loss": 1.0, "learning_rate": rate}
+            for i, rate in enumerate(rates)
+        ]
         loss, _ = visualize.training_curves(rows).axes
         drops = [line.get_xdata()[0] for line in loss.lines[1:]]
-        assert drops == [3]
+        assert drops == expected
 
     def test_no_epoch_is_an_error(self):
         with pytest.raises(ValueError, match="at least one epoch"):
