@@ -25,6 +25,12 @@ def fail(message):
     sys.exit(2)
 
 
+def stop(message):
+    """Ends an interrupted program with one line and exit status 130."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    sys.exit(130)
+
+
 @contextlib.contextmanager
 def guard():
     """Turns a `ValueError` or an `OSError` into one line and status 2."""

@@ -345,7 +345,8 @@ class _Step:
         losses, logits = self.objective.loss(
             lambda x: self.model(x, training=True), clean, crafted, labels
         )
-        right = ops.argmax(logits, axis=-1) == ops.cast(labels, "int64")
+        predicted = ops.argmax(logits, axis=-1)
+        right = ops.equal(predicted, ops.cast(labels, predicted.dtype))
         share = ops.mean(losses) + sum(self.model.losses, ops.zeros(()))
         return share / replicas, ops.sum(ops.cast(right, "float32"))
 
@@ -512,8 +513,17 @@ def load_state(path, model, optimizer):
 
 
 def save_weights(path, model):
-    """Writes a `.weights.h5` file atomically."""
-    run_folder.atomic_write(path, model.save_weights)
+    """Writes the model's variables as `.weights.h5`, atomically.
+
+    An optimizer that callbacks want to see on the model stays out of it: its
+    slots would make the file three times as large.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    model.optimizer = None
+    try:
+        run_folder.atomic_write(path, model.save_weights)
+    finally:
+        model.optimizer = optimizer
 
 
 def load_run(folder, weights="best"):

@@ -1,0 +1,535 @@
+"""Trains one named model on one named data set.
+
+    python trainer.py --model=multi_gaze --dataset=imagenet10 --data_dir=...
+
+Without flags it trains `multi_gaze` on the embedded digits. Everything goes
+into `runs/<dataset>-<model>[-<tag>]/`. This file owns flags and the order of
+things, no formula and no layer.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+
+from absl import flags
+
+import command_line  # First: it quiets TensorFlow.
+import datasets
+import run_folder
+
+# Keras and what needs it is imported when it is needed: a missing data set
+# must be said before TensorFlow has taken its seconds to load.
+
+_MODEL = flags.DEFINE_string("model", "multi_gaze", "Model; see the README.")
+_DATASET = flags.DEFINE_string(
+    "dataset", "cluttered_digits", "Data set; see the README."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the files.")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Side of the images in pixels.", lower_bound=8
+)
+_CLASS_LIST = flags.DEFINE_string(
+    "class_list", None, "File of wnids in place of the set's own list."
+)
+_VALIDATION = flags.DEFINE_float(
+    "validation_fraction",
+    0.05,
+    "Part of the training images held out to choose the best weights.",
+)
+_SKIP_CORRUPT = flags.DEFINE_boolean(
+    "skip_corrupt", False, "Leave unreadable images out and count them."
+)
+_DOWNLOAD = flags.DEFINE_boolean(
+    "download", False, "Let TFDS download a data set that is not there."
+)
+_RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
+_TAG = flags.DEFINE_string("tag", "", "Last part of the run's name.")
+_OVERWRITE = flags.DEFINE_boolean(
+    "overwrite", False, "Replace a run of the same name."
+)
+_RESUME = flags.DEFINE_boolean(
+    "resume", False, "Continue the run of that name where it stopped."
+)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of everything.", lower_bound=0, upper_bound=2**31 - 1
+)
+_SAVE_EVERY = flags.DEFINE_float(
+    "save_every", 300.0, "Seconds between saves within an epoch."
+)
+_EVAL_BATCH = flags.DEFINE_integer(
+    "eval_batch_size", 100, "Images a step in evaluation.", lower_bound=1
+)
+_AUGMENT = flags.DEFINE_boolean(
+    "augment", True, "Whether to augment the training images."
+)
+
+# Overrides of the data set's recipe; unset flags keep it.
+_RECIPE = {
+    "epochs": flags.DEFINE_integer(
+        "epochs", None, "Passes over the training images.", lower_bound=1
+    ),
+    "batch_size": flags.DEFINE_integer(
+        "batch_size", None, "Images a training step.", lower_bound=1
+    ),
+    "optimizer": flags.DEFINE_string("optimizer", None, "adam or sgd."),
+    "learning_rate": flags.DEFINE_float("learning_rate", None, "First rate."),
+    "schedule": flags.DEFINE_string(
+        "schedule", None, "steps, cosine or constant."
+    ),
+    "warmup": flags.DEFINE_float("warmup", None, "Epochs of linear rise."),
+    "momentum": flags.DEFINE_float("momentum", None, "Momentum of sgd."),
+    "weight_decay": flags.DEFINE_float(
+        "weight_decay", None, "Decoupled weight decay of kernels."
+    ),
+    "augmentation": flags.DEFINE_string(
+        "augmentation", None, "Which augmentation; see the README."
+    ),
+}
+# Options of the models; unset flags keep the model's own.
+_OPTIONS = {
+    "num_transformers": flags.DEFINE_integer(
+        "num_transformers", None, "Number of gazes or views.", lower_bound=1
+    ),
+    "shared": flags.DEFINE_boolean(
+        "shared", None, "One backbone for all the views."
+    ),
+    "restricted_attention": flags.DEFINE_boolean(
+        "restricted_attention", None, "Views only scale and move."
+    ),
+    "sampling": flags.DEFINE_boolean(
+        "sampling", None, "Retinal sampling at random gazes."
+    ),
+    "coarse_fixations": flags.DEFINE_boolean(
+        "coarse_fixations", None, "Random crops as fixations."
+    ),
+    "auxiliary": flags.DEFINE_boolean(
+        "auxiliary", None, "A class head on each scale."
+    ),
+    "attention_kind": flags.DEFINE_string(
+        "attention", None, "transformer, retina, dummy or dummy_scaled."
+    ),
+    "backbone": flags.DEFINE_string(
+        "backbone", None, "auto, resnet18, resnet20 or simple_cnn."
+    ),
+    "width": flags.DEFINE_integer(
+        "width", None, "Filters of its first stage.", lower_bound=0
+    ),
+    "downsampling": flags.DEFINE_string(
+        "downsampling", None, "all, not_last or none."
+    ),
+    "localization": flags.DEFINE_string(
+        "localization", None, "Backbone of the localization net."
+    ),
+    "localization_width": flags.DEFINE_integer(
+        "localization_width", None, "Filters of its first stage."
+    ),
+    "localization_grid": flags.DEFINE_integer(
+        "localization_grid",
+        None,
+        "Cells a side its features are pooled over.",
+        lower_bound=1,
+    ),
+    "gaze_range": flags.DEFINE_float(
+        "gaze_range", None, "Largest offset of a gaze in pixels."
+    ),
+    "initialize_fixations": flags.DEFINE_boolean(
+        "initialize_fixations", None, "Start the gazes spread out."
+    ),
+    "regularization": flags.DEFINE_float(
+        "regularization", None, "L2 on the parameters of the views."
+    ),
+    "view_size": flags.DEFINE_integer(
+        "view_size", None, "Side of a view in pixels.", lower_bound=0
+    ),
+    "max_ratio": flags.DEFINE_float(
+        "max_ratio", None, "Density of the retina, fovea over periphery."
+    ),
+    "dropout": flags.DEFINE_float(
+        "dropout", None, "Dropout on the features before the logits."
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on; goes into its `config.json`.
+
+    Attributes:
+        model: Name in the registry.
+        model_options: Options of `model_backbone.create`.
+        dataset: Name of the data set.
+        recipe: A `robust_training.Recipe`.
+        data_dir, image_size, class_list, validation_fraction, skip_corrupt,
+            download: Arguments of `datasets.load`.
+        runs_dir, tag: Where the run lives.
+        seed: Seed of everything.
+        save_every: Seconds between saves within an epoch.
+        eval_batch_size: Images a step in evaluation.
+    """
+
+    model: str
+    dataset: str
+    recipe: object
+    model_options: dict = dataclasses.field(default_factory=dict)
+    data_dir: str | None = None
+    image_size: int | None = None
+    class_list: str | None = None
+    validation_fraction: float = 0.05
+    skip_corrupt: bool = False
+    download: bool = False
+    runs_dir: str = "runs"
+    tag: str = ""
+    seed: int = 0
+    save_every: float = 300.0
+    eval_batch_size: int = 100
+
+    @property
+    def folder(self):
+        """The folder of the run."""
+        return run_folder.folder(
+            self.runs_dir, self.dataset, self.model, self.tag
+        )
+
+
+def config_from_flags():
+    """Makes the `RunConfig` of the parsed flags.
+
+    Raises:
+        ValueError: If a name or a value does not fit; names the near ones.
+    """
+    import model_backbone
+    import robust_training
+
+    row = model_backbone.entry(_MODEL.value)
+    if _DATASET.value not in datasets.names():
+        datasets.load(_DATASET.value)  # Raises, with the near names.
+    recipe = robust_training.RECIPES[_DATASET.value].override(
+        **{name: flag.value for name, flag in _RECIPE.items()}
+    )
+    if not _AUGMENT.value:
+        recipe = recipe.override(augmentation="none")
+    options = {
+        name: flag.value
+        for name, flag in _OPTIONS.items()
+        # The handover's command lines switch off what a model does not have.
+        if flag.value is not None
+        and (flag.value is not False or name in row.options)
+    }
+    return RunConfig(
+        model=_MODEL.value,
+        dataset=_DATASET.value,
+        recipe=recipe,
+        model_options=options,
+        data_dir=_DATA_DIR.value,
+        image_size=_IMAGE_SIZE.value,
+        class_list=_CLASS_LIST.value,
+        validation_fraction=_VALIDATION.value,
+        skip_corrupt=_SKIP_CORRUPT.value,
+        download=_DOWNLOAD.value,
+        runs_dir=_RUNS_DIR.value,
+        tag=_TAG.value,
+        seed=_SEED.value,
+        save_every=_SAVE_EVERY.value,
+        eval_batch_size=_EVAL_BATCH.value,
+    )
+
+
+def load_data(config):
+    """Loads the data set of a config."""
+    return datasets.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        seed=config.seed,
+        skip_corrupt=config.skip_corrupt,
+        download=config.download,
+        class_list=config.class_list,
+        validation_fraction=config.validation_fraction,
+    )
+
+
+def build(config, data):
+    """Makes model and optimizer, deterministically from the seed."""
+    import keras
+
+    import model_backbone
+    import robust_training
+
+    keras.utils.set_random_seed(config.seed)
+    model = model_backbone.create(
+        config.model,
+        num_classes=len(data.class_names),
+        image_shape=data.image_shape,
+        **config.model_options,
+    )
+    steps = max(1, len(data.train) // config.recipe.batch_size)
+    return model, robust_training.make_optimizer(config.recipe, steps)
+
+
+def describe(config, data, model):
+    """Returns the content of `config.json`."""
+    validation = data.validation
+    return {
+        **dataclasses.asdict(config),
+        "num_classes": len(data.class_names),
+        "class_names": list(data.class_names),
+        "class_list": data.class_list,
+        "image_shape": [int(side) for side in data.image_shape],
+        "class_list_file": config.class_list,
+        "parameters": int(model.count_params()),
+        "source": data.source,
+        "skipped": data.skipped,
+        "num_train": len(data.train),
+        "num_validation": 0 if validation is None else len(validation),
+        "num_test": len(data.test),
+        "provenance": run_folder.provenance(),
+    }
+
+
+# What may differ between a run and its continuation.
+_FREE = {"provenance", "save_every", "eval_batch_size", "data_dir", "source"}
+
+
+def open_folder(config, described, *, overwrite=False, resume=False):
+    """Makes the run's folder, or checks that it is the one to continue.
+
+    Raises:
+        FileExistsError: If it exists and is neither resumed nor overwritten.
+        FileNotFoundError: If it is to be resumed and does not exist.
+        ValueError: If it is to be resumed with other settings.
+    """
+    folder = config.folder
+    path = folder / run_folder.CONFIG
+    if not resume:
+        run_folder.create(folder, overwrite)
+        run_folder.write_json(path, described)
+        return folder
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no run to resume; start it without --resume"
+        )
+    earlier = run_folder.read_json(path)
+    here = _as_json(described)
+    changed = [
+        f"{key} was {earlier.get(key)!r}, now {here[key]!r}"
+        for key in here
+        if key not in _FREE and earlier.get(key) != here[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} was trained with other settings: {'; '.join(changed)}. "
+            "Resume with the same ones, or name the new run with --tag"
+        )
+    return folder
+
+
+def _as_json(value):
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(item) for item in value]
+    return value
+
+
+def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
+    """Trains one run to its end and evaluates it.
+
+    Args:
+        config: A `RunConfig`.
+        data: Its data set, if it is loaded already.
+        overwrite: Whether an earlier run of that name is replaced.
+        resume: Whether to go on with an earlier run of that name.
+        callbacks: Further Keras callbacks.
+
+    Returns:
+        The record of the final evaluation, also in `results.json`.
+    """
+    import robust_evaluation
+
+    import robust_training
+
+    with command_line.guard():
+        data = load_data(config) if data is None else data
+        model, optimizer = build(config, data)
+        described = describe(config, data, model)
+        folder = open_folder(
+            config, described, overwrite=overwrite, resume=resume
+        )
+        validate = None
+        if data.validation is not None:
+
+            def validate(model):
+                return robust_evaluation.accuracy(
+                    model, data.validation, config.eval_batch_size
+                )
+
+        loop = robust_training.Loop(
+            model=model,
+            optimizer=optimizer,
+            split=data.train,
+            folder=folder,
+            seed=config.seed,
+            batch_size=config.recipe.batch_size,
+            epochs=config.recipe.epochs,
+            augmentation=config.recipe.augmentation,
+            validate=validate,
+            callbacks=(*_callbacks(folder), *callbacks),
+            save_every=config.save_every,
+            should_stop=_asked_to_stop(),
+        )
+        if resume:
+            loop.resume()
+    started = time.monotonic()
+    with command_line.guard_disk():
+        try:
+            history = loop.train()
+        except robust_training.Interrupted:
+            command_line.stop(
+                f"stopped at step {loop.progress['step']}, saved in {folder}. "
+                "Continue with the same command and --resume."
+            )
+        except FloatingPointError as error:
+            command_line.fail(error)
+        record = _evaluate(config, data, model, loop, folder)
+        record["seconds"] = round(time.monotonic() - started, 1)
+        record["training_seconds"] = round(
+            sum(row["seconds"] for row in history), 1
+        )
+        record["provenance"] = described["provenance"]
+        run_folder.write_json(folder / "results.json", record)
+    return record
+
+
+def _evaluate(config, data, model, loop, folder):
+    """Counts every test image with the last and with the best weights."""
+    import robust_evaluation
+
+    run_folder.atomic_write(folder / "model.keras", model.save)
+    record = {
+        "dataset": config.dataset,
+        "split": "test",
+        "model": config.model,
+        "seed": config.seed,
+        "best_epoch": loop.progress["best_epoch"],
+        "best_validation_accuracy": loop.progress["history"][
+            loop.progress["best_epoch"] - 1
+        ]["validation_accuracy"],
+    }
+    for weights in ("last", "best"):
+        model.load_weights(folder / f"{weights}.weights.h5")
+        record[weights] = robust_evaluation.accuracy(
+            model, data.test, config.eval_batch_size
+        )
+    return record
+
+
+def _asked_to_stop():
+    """Returns a function that says whether Ctrl-C or SIGTERM came.
+
+    The first asks for a save and a stop after the step; the second kills.
+    """
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # Not the main thread: nobody to ask.
+        pass
+    return lambda: bool(asked)
+
+
+def _callbacks(folder):
+    import keras
+
+    class Progress(keras.callbacks.Callback):
+        """A bar with the time left, and one line for each epoch."""
+
+        def on_train_begin(self, logs=None):
+            self.bar = None
+            self.started = time.monotonic()
+            self.first = None
+
+        def on_epoch_begin(self, epoch, logs=None):
+            import tqdm
+
+            self.first = epoch if self.first is None else self.first
+            self.epoch_started = time.monotonic()
+            self.bar = tqdm.tqdm(
+                total=self.params["steps"],
+                desc=f"epoch {epoch + 1}/{self.params['epochs']}",
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            )
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.bar.set_postfix_str(
+                f"loss {logs['loss']:.3f}, {logs['accuracy']:.1%}",
+                refresh=False,
+            )
+            self.bar.update(batch + 1 - self.bar.n)
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.bar.close()
+            now = time.monotonic()
+            total = self.params["epochs"]
+            done = epoch + 1 - self.first
+            left = (now - self.started) / done * (total - epoch - 1)
+            checked = ""
+            if "validation_accuracy" in logs:
+                checked = f"  validation {logs['validation_accuracy']:.1%}"
+            print(
+                f"epoch {epoch + 1}/{total}  loss {logs['loss']:.4f}  "
+                f"accuracy {logs['accuracy']:.1%}{checked}  "
+                f"{now - self.epoch_started:.1f} s, "
+                f"{_clock(left)} left",
+                flush=True,
+            )
+
+    found = [Progress()]
+    try:
+        import tensorboard  # noqa: F401
+
+        found.append(
+            keras.callbacks.TensorBoard(folder / "logs", write_graph=False)
+        )
+    except ImportError:  # Optional where TensorFlow is not installed.
+        pass
+    return found
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}:{minutes:02}:{seconds:02}"
+        if hours
+        else (f"{minutes}:{seconds:02}")
+    )
+
+
+def main():
+    """Trains what the flags say and prints where everything is."""
+    with command_line.guard():
+        datasets.require(
+            _DATASET.value, data_dir=_DATA_DIR.value, download=_DOWNLOAD.value
+        )
+        config = config_from_flags()
+    record = run(config, overwrite=_OVERWRITE.value, resume=_RESUME.value)
+    for weights in ("last", "best"):
+        found = record[weights]
+        epoch = f" (epoch {record['best_epoch']})" if weights == "best" else ""
+        print(
+            f"{weights} weights{epoch}: {found['accuracy']:.2%} of "
+            f"{found['num_examples']} test images"
+        )
+    print(f"run: {config.folder}{os.sep}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
