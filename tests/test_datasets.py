@@ -95,7 +95,7 @@ def test_cluttered_digits_are_what_they_say():
     assert dataset.skipped == {"train": 0, "test": 0}
 
 
-def test_digits_lie_in_their_boxes_and_the_clutter_comes_from_others():
+def test_digits_lie_in_their_boxes():
     images, labels, pools = datasets._cluttered_digits()
     random = np.random.default_rng(3)
     pixels, drawn, boxes, sources = datasets._compose_digits(
@@ -121,6 +121,22 @@ def test_digits_lie_in_their_boxes_and_the_clutter_comes_from_others():
             fits.append(ink.shape == inside.shape and np.all(ink <= inside))
         assert any(fits)
         assert 12 <= bottom - top <= 28 and 4 <= right - left <= 28
+
+
+def test_the_clutter_comes_from_other_digits():
+    # One bright digit among faint ones: no bright patch beside it, but many
+    # beside the others.
+    images = np.full((10, 8, 8), 4)
+    images[3] = 16
+    pixels, drawn, boxes, _ = datasets._compose_digits(
+        images, np.arange(10), np.arange(10), 400, np.random.default_rng(0)
+    )
+    beside = pixels[..., 0].copy()
+    for image, box in zip(beside, (boxes * 40).astype(int), strict=True):
+        image[box[0] : box[2], box[1] : box[3]] = 0
+    brightest = beside.max(axis=(1, 2))
+    assert brightest[drawn == 3].max() < 128
+    assert np.mean(brightest[drawn != 3] > 200) > 0.2
 
 
 def test_no_source_digit_is_in_two_splits():
@@ -778,6 +794,17 @@ def test_class_ids_are_the_sorted_wnids(tmp_path, monkeypatch, place):
     }
 
 
+def test_test_only_leaves_the_training_images_alone(tmp_path):
+    write_imagenette(tmp_path)
+    (tmp_path / "train" / WNIDS[0] / "broken.JPEG").write_text("no picture")
+    dataset = datasets.load(
+        "imagenette", data_dir=tmp_path, image_size=8, test_only=True
+    )
+    assert dataset.train is None and dataset.validation is None
+    assert len(dataset.test) == 20
+    assert dataset.skipped == {"train": 0, "test": 0}
+
+
 def test_default_sizes_of_photographs(tmp_path):
     write_imagenette(tmp_path)
     dataset = datasets.load("imagenette", data_dir=tmp_path)
@@ -1036,6 +1063,12 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------
 # What is said when something is missing
+
+
+def test_the_embedded_set_refuses_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="leave --data_dir") as error:
+        datasets.load("cluttered_digits", data_dir=tmp_path / "absent")
+    assert str(tmp_path / "absent") in one_line(error)
 
 
 @pytest.mark.parametrize("name", datasets.names()[1:])
