@@ -433,12 +433,7 @@ def load(
         FileNotFoundError: If the files are not there: says what to put where.
         CorruptImageError: If an image cannot be read.
     """
-    if name not in _LOADERS:
-        near = difflib.get_close_matches(str(name), names(), 3, 0.4)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"Unknown data set {name!r}. {hint}Known: {', '.join(names())}."
-        )
+    _check_name(name)
     if not 0 <= validation_fraction < 1:
         raise ValueError(
             "Expected validation_fraction in [0, 1). Received: "
@@ -475,6 +470,39 @@ def load(
         source=parts.source,
         **parts.more,
     )
+
+
+def require(name, *, data_dir=None, download=False):
+    """Says at once if the files of a data set are not there.
+
+    It looks for the files that `load` starts from and opens none, so that a
+    program can call it before its slow imports.
+
+    Args:
+        name: One of `names()`.
+        data_dir: As for `load`.
+        download: As for `load`; what TFDS may fetch is not missing.
+
+    Raises:
+        ValueError: For an unknown name.
+        OSError: If the files are not there: says what to put where.
+    """
+    _check_name(name)
+    folder = _data_folder(name, data_dir, download)
+    request = _Request(name, folder, None, 0, False, download, None, None)
+    _, find = _LOOKED_FOR[name]
+    in_tfds = name in _TFDS and (download or _prepared(request))
+    if not (in_tfds or find(request)):
+        raise _missing(request)
+
+
+def _check_name(name):
+    if name not in _LOADERS:
+        near = difflib.get_close_matches(str(name), names(), 3, 0.4)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"Unknown data set {name!r}. {hint}Known: {', '.join(names())}."
+        )
 
 
 def _check_arguments(name, image_size, class_list, resize, seed):
@@ -527,8 +555,9 @@ def _data_folder(name, data_dir, download):
     return folder
 
 
-def _missing(request, looked_for):
+def _missing(request, looked_for=None):
     """The error for files that are not where they should be."""
+    looked_for = looked_for or _LOOKED_FOR[request.name][0]
     where = request.data_dir or "no --data_dir given"
     return FileNotFoundError(
         f"{request.name} needs its files: no {looked_for} found ({where}). "
@@ -557,8 +586,12 @@ def _folder_with(request, pattern, *below):
 # Sets in one or a few files
 
 
+def _mnist_folder(request):
+    return _folder_with(request, "train-images*", "MNIST/raw", "raw")
+
+
 def _load_mnist(request):
-    folder = _folder_with(request, "train-images*", "MNIST/raw", "raw")
+    folder = _mnist_folder(request)
     if folder is None:
         return _load_tfds(request, _DIGITS, 28, "L")
     splits = {}
@@ -595,12 +628,16 @@ def _read_idx(path, rank):
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
+def _usps_folder(request):
+    return _folder_with(request, "usps.h5")
+
+
 def _load_usps(request):
     import h5py
 
-    folder = _folder_with(request, "usps.h5")
+    folder = _usps_folder(request)
     if folder is None:
-        raise _missing(request, "usps.h5")
+        raise _missing(request)
     path = folder / "usps.h5"
     splits = {}
     for split in ("train", "test"):
@@ -642,7 +679,7 @@ def _load_cluttered_mnist(request):
         except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"Cannot read {path} ({error}).") from None
     else:
-        raise _missing(request, ".npz file with X_train, y_train, X_valid, ...")
+        raise _missing(request)
     splits = {}
     keys = {"train": "train", "validation": "valid", "test": "test"}
     for split, key in keys.items():
@@ -665,10 +702,13 @@ _CIFAR10 = (
 )
 
 
+def _cifar10_folder(request):
+    places = ("cifar-10-batches-bin", "cifar-10-batches-py")
+    return _folder_with(request, "data_batch_*", *places)
+
+
 def _load_cifar10(request):
-    folder = _folder_with(
-        request, "data_batch_*", "cifar-10-batches-bin", "cifar-10-batches-py"
-    )
+    folder = _cifar10_folder(request)
     if folder is None:
         return _load_tfds(request, _CIFAR10, 32, "RGB")
     # The binary version is read where there is one: it can hold no code.
@@ -1022,10 +1062,15 @@ def _first_folder(root, names_):
     return next((root / n for n in names_ if (root / n).is_dir()), None)
 
 
-def _load_folder(request):
-    if request.data_dir is None or not (request.data_dir / "train").is_dir():
-        raise _missing(request, "train/<class>/ folders")
+def _folder_root(request):
     root = request.data_dir
+    return root if root and (root / "train").is_dir() else None
+
+
+def _load_folder(request):
+    root = _folder_root(request)
+    if root is None:
+        raise _missing(request)
     train = root / "train"
     test = _first_folder(root, ("test", "val", "validation", "valid"))
     if test is None:
@@ -1278,7 +1323,7 @@ def _tfds_images(request, wnids):
     if folder is None and request.download:
         folder = _download(request)
     if folder is None:
-        raise _missing(request, _LOOKED_FOR[request.name])
+        raise _missing(request)
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
@@ -1479,10 +1524,18 @@ _FIXED_SIZES = {
     "usps": (28, 16),
     "cifar10": (32,),
 }
+# What a set begins with, and how it is found.
 _LOOKED_FOR = {
-    "mnist": "train-images-idx3-ubyte.gz",
-    "cifar10": "data_batch_1.bin",
-} | dict.fromkeys(_IMAGENETS, "train/<wnid>/ folders")
+    "cluttered_digits": ("scikit-learn", lambda request: True),
+    "mnist": ("train-images-idx3-ubyte.gz", _mnist_folder),
+    "usps": ("usps.h5", _usps_folder),
+    "cluttered_mnist": (
+        ".npz file with X_train, y_train, X_valid, ...",
+        lambda request: _candidates(request, "*.npz"),
+    ),
+    "cifar10": ("data_batch_1.bin", _cifar10_folder),
+    "folder": ("train/<class>/ folders", _folder_root),
+} | dict.fromkeys(_IMAGENETS, ("train/<wnid>/ folders", _imagenet_root))
 _IMAGENET_STEPS = (
     "Get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
     "https://image-net.org (free account), unpack them to train/<wnid>/*.JPEG "

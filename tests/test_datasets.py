@@ -1086,11 +1086,32 @@ def test_missing_files_come_with_the_steps(tmp_path, name, where):
     with pytest.raises(OSError) as error:
         datasets.load(name, data_dir=data_dir)
     text = one_line(error)
+    with pytest.raises(OSError) as error:
+        datasets.require(name, data_dir=data_dir)
+    assert one_line(error) == text
     assert "--data_dir" in text
     assert data_dir is None or str(data_dir) in text
     if name.startswith("imagenet1"):
         assert "ILSVRC2012_img_train.tar" in text
         assert "train/<wnid>" in text
+
+
+def test_require_is_content_with_what_load_can_read(tmp_path):
+    datasets.require("cluttered_digits")
+    write_mnist(tmp_path / "mnist")
+    datasets.require("mnist", data_dir=tmp_path)
+    write_usps(tmp_path / "usps.h5")
+    datasets.require("usps", data_dir=tmp_path)
+    write_cifar10(tmp_path / "cifar-10-batches-py", "pickle")
+    datasets.require("cifar10", data_dir=tmp_path)
+    write_imagenette(tmp_path)
+    for name in ("folder", "imagenette", "imagenet10", "imagenet"):
+        datasets.require(name, data_dir=tmp_path)
+    datasets.require("cifar10", download=True)
+    with pytest.raises(FileNotFoundError, match="usps.h5"):
+        datasets.require("usps", download=True)  # TFDS does not have it.
+    with pytest.raises(ValueError, match="Did you mean imagenet10"):
+        datasets.require("imagnet10")
 
 
 def test_unknown_names_and_values():
