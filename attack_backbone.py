@@ -12,7 +12,8 @@ from one key an example, so that no example's result hangs on its neighbours.
 
 import dataclasses
 import math
-from typing import NamedTuple
+import types
+from typing import ClassVar, NamedTuple
 
 from keras import ops
 
@@ -34,6 +35,28 @@ class AttackResult(NamedTuple):
     images: object
     success: object
     loss: object
+
+
+class _Config:
+    """What the configs share: which numbers a compiled attack takes late."""
+
+    def numbers(self):
+        """Returns the numbers that may be tensors, by name; see `bind`."""
+        return {name: getattr(self, name) for name in self.LATE}
+
+    def bind(self, numbers):
+        """Returns settings for an attack with `numbers` in place of its own.
+
+        So one compiled attack serves a scan over radii, steps and restarts:
+        the numbers come in as scalar tensors. They are not checked again.
+
+        Args:
+            numbers: Dict with the keys of `numbers()`.
+        """
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+        }
+        return types.SimpleNamespace(**{**fields, **numbers})
 
 
 def _check_ball(config):
@@ -59,7 +82,7 @@ def _check_ball(config):
 
 
 @dataclasses.dataclass(frozen=True)
-class FGSMConfig:
+class FGSMConfig(_Config):
     """Hyperparameters of the fast gradient (sign) method.
 
     Attributes:
@@ -73,12 +96,14 @@ class FGSMConfig:
     epsilon: float = 8 / 255
     l1_fraction: float = 0.01
 
+    LATE: ClassVar = ("epsilon",)
+
     def __post_init__(self):
         _check_ball(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class PGDConfig:
+class PGDConfig(_Config):
     """Hyperparameters of projected gradient descent.
 
     Attributes:
@@ -106,6 +131,8 @@ class PGDConfig:
     random_start: float = 1.0
     keep: str = "best"
     l1_fraction: float = 0.01
+
+    LATE: ClassVar = ("epsilon", "step_length", "steps", "restarts")
 
     def __post_init__(self):
         object.__setattr__(self, "random_start", float(self.random_start))
@@ -184,7 +211,7 @@ def fgsm(logits_fn, images, labels, config, keys=None, targets=None):
             the mode (inference) and the state of the model.
         images: Float32 tensor in [0, 1], `(batch, height, width, channels)`.
         labels: True labels, integers of shape `(batch,)`.
-        config: An `FGSMConfig`.
+        config: An `FGSMConfig`, or what its `bind` returned.
         keys: Not used: nothing here is random.
         targets: Optional integers of shape `(batch,)`: classes to reach.
 
@@ -216,7 +243,7 @@ def pgd(logits_fn, images, labels, config, keys=None, targets=None):
             model, an ensemble and a recurrent roll-out are attacked alike.
         images: Float32 tensor in [0, 1], `(batch, height, width, channels)`.
         labels: True labels, integers of shape `(batch,)`.
-        config: A `PGDConfig`.
+        config: A `PGDConfig`, or what its `bind` returned.
         keys: Int32 `(batch, 2)` from `numerics.example_keys`, for the random
             starts; may be None if `config.random_start` is 0.
         targets: Optional integers of shape `(batch,)`: classes to reach.
@@ -263,10 +290,7 @@ def pgd(logits_fn, images, labels, config, keys=None, targets=None):
         best = _nothing(images)
     else:
         best = judge(images, *objective(images))
-    if config.restarts == 1:
-        best = restart(ops.convert_to_tensor(0, "int32"), best)
-    else:
-        best = ops.fori_loop(0, config.restarts, restart, best)
+    best = ops.fori_loop(0, config.restarts, restart, best)
     return AttackResult(best.images, best.success, best.loss)
 
 
@@ -392,9 +416,10 @@ def _perturbed(images, delta):
 
 def _step(delta, grad, images, config, length):
     room = None
-    if config.norm == "l1" and length > 0:
+    if config.norm == "l1":
         here = _perturbed(images, delta)
-        room = ops.where(grad > 0, 1.0 - here, here) / length
+        room = ops.where(grad > 0, 1.0 - here, here)
+        room = room / ops.maximum(length, 1e-20)
     direction = numerics.ascent_direction(
         grad, config.norm, fraction=config.l1_fraction, room=room
     )
