@@ -328,7 +328,7 @@ def training_curves(history, *, title=None, path=None):
         panels[1].yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
         _mark_best(panels[1], rows, epochs)
         for axis in panels:
-            if axis.lines:
+            if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, loc="best")
     return _finish(figure, path)
 
