@@ -101,8 +101,9 @@ def retina_points(gazes, image_size, view_size, max_ratio=MAX_RATIO):
     # v / |v| * r_image(|v|), without the division by zero at the fovea.
     offset = offset * (p0 * radius + p1)
     centre = (np.array(image_size) - 1) / 2
+    gazes = ops.convert_to_tensor(gazes, "float32")
     gazes = ops.expand_dims(ops.expand_dims(gazes, -2), -2)
-    return gazes + (offset + centre).astype("float32")
+    return gazes + ops.convert_to_tensor(offset + centre, "float32")
 
 
 def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
@@ -126,9 +127,9 @@ def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
     radius = max(0.0, (1.0 - p1) / (2 * p0)) if p0 > 0 else min(view_size) / 2
     radius = min(radius, min(view_size) / 2)
     reach = p0 * radius**2 + p1 * radius
-    size = np.array(image_size, "float32")
-    centre = gazes / size + 0.5
-    half = (reach / size).astype("float32")
+    size = ops.convert_to_tensor(image_size, "float32")
+    centre = ops.convert_to_tensor(gazes, "float32") / size + 0.5
+    half = reach / size
     return ops.concatenate([centre - half, centre + half], axis=-1)
 
 

@@ -54,13 +54,13 @@ def sample_bilinear(images, points, padding="zeros"):
             f"{PADDINGS}. Received: padding={padding!r}"
         )
     height, width, channels = images.shape[1:]
-    source = ops.cast(images, "float32")
-    points = ops.cast(points, "float32")
+    source = ops.convert_to_tensor(images, "float32")
+    points = ops.convert_to_tensor(points, "float32")
     inner = tuple(ops.shape(points))[1:-1]
     points = ops.reshape(points, (ops.shape(images)[0], -1, 2))
     values = _sampler(padding)(source, points)
     values = ops.reshape(values, (-1, *inner, channels))
-    return ops.cast(values, images.dtype)
+    return ops.cast(values, keras.backend.standardize_dtype(images.dtype))
 
 
 @functools.cache
@@ -161,7 +161,8 @@ def _gradient_to_points(images, points, upstream, padding):
     if padding == "zeros":
         return gradient
     # Beyond the border the edge goes on unchanged along that axis.
-    last = np.array(images.shape[1:3], "float32") - 1.0
+    height, width = images.shape[1:3]
+    last = ops.convert_to_tensor([height - 1.0, width - 1.0], "float32")
     inside = (points >= 0.0) & (points <= last)
     return ops.where(inside, gradient, 0.0)
 
@@ -222,6 +223,7 @@ def full_affine(theta):
     Raises:
         ValueError: If the last axis is neither 6 nor 4.
     """
+    theta = ops.convert_to_tensor(theta)
     if theta.shape[-1] == 6:
         return theta
     if theta.shape[-1] != 4:
@@ -251,8 +253,9 @@ def affine_points(theta, image_size, view_size):
     # In image pixels from the centre; the ratio is exactly 1 at equal sizes.
     down = (np.arange(rows) - (rows - 1) / 2)[:, None] * (height / rows)
     right = (np.arange(columns) - (columns - 1) / 2)[None] * (width / columns)
-    down = down.astype("float32")
-    right = right.astype("float32")
+    # Tensors, for Torch would hand a product with an array to NumPy.
+    down = ops.convert_to_tensor(down, "float32")
+    right = ops.convert_to_tensor(right, "float32")
     a, b, tx, c, d, ty = (
         ops.expand_dims(ops.expand_dims(full_affine(theta)[..., i], -1), -1)
         for i in range(6)

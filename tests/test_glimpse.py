@@ -1,0 +1,251 @@
+"""The retina, fixations and augmentation, held to their definitions."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import glimpse
+import numerics
+import transformer
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+@pytest.mark.parametrize("size", [32, 40, 96, 224, 320])
+class TestRetinaMapping:
+    def test_reaches_the_border(self, size):
+        """The last of size // 2 samples is fitted to land on size / 2."""
+        p0, p1 = glimpse.retina_mapping(size, size)
+        last = size // 2 - 1
+        assert abs(p0 * last**2 + p1 * last - size / 2) < 0.03 * size
+
+    def test_magnifies_the_fovea_and_shrinks_the_periphery(self, size):
+        p0, p1 = glimpse.retina_mapping(size, size)
+        assert p0 > 0 and 0 < p1 < 1
+        assert 2 * p0 * (size // 2) + p1 > 1
+
+    def test_solves_the_density_equation(self, size):
+        """Independent: iterate the recursion from the fitted first step."""
+        p0, p1 = glimpse.retina_mapping(size, size)
+        growth = np.log(10) / (size // 2)
+        low, high = 1e-3, size
+        for _ in range(100):
+            step = (low + high) / 2
+            radius, radii = 0.0, [0.0]
+            for _ in range(size // 2 - 1):
+                radius += np.exp(growth * min(radius, size) / 2) * step
+                radii.append(radius)
+            low, high = (low, step) if radius > size / 2 else (step, high)
+        radii = np.array(radii)
+        r = np.arange(len(radii))
+        fitted = p0 * r**2 + p1 * r
+        basis = np.stack([r**2, r], 1)
+        want = basis @ np.linalg.lstsq(basis, radii, rcond=None)[0]
+        np.testing.assert_allclose(fitted, want, atol=1e-3 * size)
+
+
+def test_mapping_of_other_view_sizes_and_errors():
+    p0, p1 = glimpse.retina_mapping(320, 64)
+    assert abs(p0 * 31**2 + p1 * 31 - 160) < 16
+    with pytest.raises(ValueError, match="max_ratio=1"):
+        glimpse.retina_mapping(32, 32, 1)
+    with pytest.raises(ValueError, match="view_size=2"):
+        glimpse.retina_mapping(32, 2)
+
+
+def test_retina_points_follow_the_definition():
+    """An output pixel at offset v reads gaze + v / |v| * r_image(|v|)."""
+    gaze = np.array([[3.5, -2.0]], "float32")
+    points = numpy(glimpse.retina_points(gaze, (40, 40), (40, 40)))[0]
+    p0, p1 = glimpse.retina_mapping(40, 40)
+    for i, j in [(0, 0), (19, 20), (33, 7), (39, 39)]:
+        v = np.array([i - 19.5, j - 19.5])
+        radius = np.linalg.norm(v)
+        want = 19.5 + gaze[0] + v / radius * (p0 * radius**2 + p1 * radius)
+        np.testing.assert_allclose(points[i, j], want, rtol=1e-5)
+
+
+def test_fovea_box_is_where_the_view_magnifies():
+    gaze = np.array([[[4.0, -6.0]]], "float32")
+    box = numpy(glimpse.fovea_box(gaze, (96, 96), (96, 96)))[0, 0]
+    points = numpy(glimpse.retina_points(gaze, (96, 96), (96, 96)))[0, 0]
+    # Along a row through the gaze, neighbours closer than a pixel magnify.
+    columns = points[48, :, 1]
+    dense = np.flatnonzero(np.diff(columns) < 1.0)
+    left, right = columns[dense[0]], columns[dense[-1] + 1]
+    np.testing.assert_allclose(box[[1, 3]] * 96 - 0.5, [left, right], atol=1.5)
+    np.testing.assert_allclose(
+        (box[:2] + box[2:]) / 2 * 96 - 48, [4.0, -6.0], atol=1e-4
+    )
+
+
+class TestRetinalWarp:
+    def test_is_the_sampler_at_the_retinas_points(self):
+        rng = np.random.default_rng(0)
+        images = rng.random((3, 20, 20, 2)).astype("float32")
+        gazes = rng.uniform(-8, 8, (3, 2)).astype("float32")
+        out = numpy(glimpse.retinal_warp(images, gazes))
+        points = numpy(glimpse.retina_points(gazes, (20, 20), (20, 20)))
+        np.testing.assert_allclose(
+            out, numpy(transformer.sample_bilinear(images, points)), atol=1e-6
+        )
+
+    def test_a_shared_gaze_is_the_same_gaze_for_all(self):
+        images = np.random.default_rng(0).random((3, 16, 16, 1)).astype("f4")
+        gaze = np.array([2.0, -3.0], "float32")
+        np.testing.assert_array_equal(
+            numpy(glimpse.retinal_warp(images, gaze)),
+            numpy(glimpse.retinal_warp(images, np.tile(gaze, (3, 1)))),
+        )
+
+    def test_a_dot_at_the_gaze_lands_in_the_middle(self):
+        """First coordinate down, second to the right, from the centre."""
+        image = np.zeros((1, 41, 41, 1), "float32")
+        image[0, 20 + 8, 20 - 11] = 1.0
+        view = numpy(glimpse.retinal_warp(image, np.array([8.0, -11.0], "f4")))
+        assert view.argmax() == 20 * 41 + 20
+        np.testing.assert_allclose(view.max(), 1.0, atol=1e-5)
+
+    def test_gradient_to_the_gaze_is_the_finite_difference(self):
+        rng = np.random.default_rng(0)
+        rows, columns = np.mgrid[0:24, 0:24] / 24
+        smooth = np.sin(5 * rows + 1) * np.cos(4 * columns) + 1
+        image = smooth[None, ..., None].astype("float32")
+        weights = rng.normal(size=(1, 24, 24, 1)).astype("float32")
+        # Weights on the inside only: a kink at the border has no derivative.
+        weights[:, :7] = weights[:, -7:] = 0
+        weights[:, :, :7] = weights[:, :, -7:] = 0
+
+        def loss(gaze):
+            view = glimpse.retinal_warp(image, gaze)
+            return ops.sum(ops.multiply(view, weights), axis=(1, 2, 3))
+
+        at = np.array([[1.3, -0.7]], "float32")
+        _, gradient = numerics.value_and_grad(loss, ops.convert_to_tensor(at))
+        for axis in range(2):
+            step = np.zeros((1, 2), "float32")
+            step[0, axis] = 0.05
+            slope = numpy(loss(at + step) - loss(at - step)) / 0.1
+            np.testing.assert_allclose(
+                numpy(gradient)[0, axis], slope[0], rtol=0.1, atol=0.02
+            )
+
+    def test_layer_on_several_gazes(self):
+        images = np.random.default_rng(0).random((2, 16, 16, 3)).astype("f4")
+        gazes = np.random.default_rng(1).uniform(-5, 5, (2, 3, 2)).astype("f4")
+        views, boxes = glimpse.RetinalWarp((12, 12))(images, gazes)
+        assert views.shape == (2, 3, 12, 12, 3) and boxes.shape == (2, 3, 4)
+        one = glimpse.retinal_warp(images, gazes[:, 1], (12, 12))
+        np.testing.assert_allclose(numpy(views)[:, 1], numpy(one), atol=1e-6)
+
+
+class TestFixations:
+    def test_evaluation_looks_at_the_five_fixed_gazes(self):
+        layer = glimpse.Fixations(8)
+        gazes = numpy(layer(np.zeros((2, 32, 32, 1)), training=False))
+        want = [[0, 0], [-8, 8], [8, -8], [-8, -8], [8, 8]]
+        np.testing.assert_array_equal(gazes, [want, want])
+
+    def test_training_draws_one_gaze_for_each_image(self):
+        layer = glimpse.Fixations(8, seed=1)
+        gazes = numpy(layer(np.zeros((500, 32, 32, 1)), training=True))
+        assert gazes.shape == (500, 1, 2)
+        assert np.abs(gazes).max() <= 8 and np.abs(gazes).max() > 7.5
+        assert len(np.unique(gazes[:, 0, 0])) > 400
+        assert np.all(np.abs(gazes.mean(0)) < 1.0)
+
+    def test_given_gazes_are_used_always(self):
+        layer = glimpse.Fixations(8, given=[[1, 2]])
+        for training in (False, True):
+            gazes = numpy(layer(np.zeros((3, 32, 32, 1)), training=training))
+            np.testing.assert_array_equal(gazes, np.tile([[[1, 2]]], (3, 1, 1)))
+
+
+class TestAugment:
+    keys = staticmethod(
+        lambda n, step=0: numerics.example_keys(0, np.arange(n), step)
+    )
+
+    def test_none_changes_nothing(self):
+        images = np.random.default_rng(0).random((2, 8, 8, 3)).astype("f4")
+        out = glimpse.augment(images, self.keys(2), glimpse.Augmentation())
+        np.testing.assert_array_equal(numpy(out), images)
+
+    def test_flip_mirrors_about_half_of_the_images_exactly(self):
+        image = np.random.default_rng(0).random((1, 8, 9, 3)).astype("f4")
+        images = np.repeat(image, 200, 0)
+        out = numpy(
+            glimpse.augment(
+                images, self.keys(200), glimpse.Augmentation(flip=True)
+            )
+        )
+        same = (out == images).all((1, 2, 3))
+        mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
+        assert np.all(same ^ mirrored)
+        assert 70 < mirrored.sum() < 130
+
+    @pytest.mark.parametrize("crop", [0.5, 0.9])
+    def test_crop_reads_a_square_inside_the_image(self, crop):
+        """On the images of row and column numbers one sees what is read."""
+        places = np.mgrid[0:20, 0:20].transpose(1, 2, 0).astype("float32")
+        images = np.repeat(places[None], 100, 0)
+        out = numpy(
+            glimpse.augment(
+                images, self.keys(100), glimpse.Augmentation(crop=crop)
+            )
+        )
+        middle = out[:, 5:15, 5:15]  # The border blends with black.
+        sides = (middle[:, -1, 0, 0] - middle[:, 0, 0, 0]) / 9
+        wide = (middle[:, 0, -1, 1] - middle[:, 0, 0, 1]) / 9
+        np.testing.assert_allclose(sides, wide, atol=1e-4)
+        assert sides.min() >= crop - 1e-4 and sides.max() <= 1.0
+        assert sides.max() - sides.min() > 0.7 * (1 - crop)
+        centre = (middle.min((1, 2)) + middle.max((1, 2))) / 2 - 9.5
+        reach = (1 - sides)[:, None] * 10
+        assert np.all(np.abs(centre) <= reach + 1e-3)
+        assert np.abs(centre / reach).max() > 0.9
+
+    def test_rotation_turns_by_at_most_its_angle(self):
+        places = np.mgrid[0:21, 0:21].transpose(1, 2, 0).astype("float32")
+        images = np.repeat(places[None], 200, 0)
+        out = numpy(
+            glimpse.augment(
+                images, self.keys(200), glimpse.Augmentation(rotation=0.5)
+            )
+        )
+        arm = out[:, 10, 15] - out[:, 10, 10]
+        angle = np.arctan2(arm[:, 0], arm[:, 1])
+        np.testing.assert_allclose(np.linalg.norm(arm, axis=1), 5, atol=1e-3)
+        assert np.abs(angle).max() <= 0.5 + 1e-4
+        assert angle.max() > 0.4 and angle.min() < -0.4
+
+    def test_images_are_drawn_separately_and_by_key_alone(self):
+        images = np.repeat(
+            np.random.default_rng(0).random((1, 12, 12, 1)), 6, 0
+        ).astype("float32")
+        digits = glimpse.AUGMENTATIONS["digits"]
+        keys = self.keys(6)
+        out = numpy(glimpse.augment(images, keys, digits))
+        assert len(np.unique(out.reshape(6, -1), axis=0)) == 6
+        tail = numpy(glimpse.augment(images[4:], keys[4:], digits))
+        np.testing.assert_array_equal(out[4:], tail)
+        other = numpy(glimpse.augment(images, self.keys(6, step=1), digits))
+        assert np.all((out != other).any((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        glimpse.RetinalWarp((8, 8), 5.0),
+        glimpse.Fixations(3, given=[[1, 2]], seed=4),
+    ],
+    ids=["retina", "fixations"],
+)
+def test_layers_survive_a_config_round_trip(layer):
+    copy = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(layer)
+    )
+    assert copy.get_config() == layer.get_config()
