@@ -35,7 +35,7 @@ class EvaluationConfig:
             (those of that class are sent to the class after it).
         num_examples: How many images, drawn from the split by `seed`; a larger
             number holds the smaller one's images. None for all.
-        batch_size: Images attacked at a time; changes the speed alone.
+        batch_size: Most images attacked at a time; changes the speed alone.
         seed: Integer from which all randomness comes.
     """
 
@@ -101,7 +101,7 @@ def accuracy(model, split, batch_size=256):
     Raises:
         ValueError: If the split is empty or does not fit the model.
     """
-    _check_fit(model, split)
+    check_fit(model, split)
     batch_size = min(batch_size, len(split))
     right, losses = 0, []
     order = np.arange(len(split))
@@ -147,12 +147,13 @@ def evaluate(
     Raises:
         ValueError: If the split is empty or does not fit the model.
     """
-    _check_fit(model, split)
+    check_fit(model, split)
     classes = model.output_shape[-1]
     if isinstance(config.target, int):
         attack_backbone.fixed_targets([0], config.target, classes)
     order = _choose(len(split), config)
-    size = min(config.batch_size, len(order))
+    # Batches of one size, as even as they can be: little is padded.
+    size = math.ceil(len(order) / math.ceil(len(order) / config.batch_size))
     keep = len(order) if keep_images < 0 else keep_images
     tally = _Tally(config, keep, context or {}, len(order))
     for images, labels, indices in datasets.batches(split, order, size):
@@ -282,8 +283,17 @@ def _choose(size, config):
     return order[: config.num_examples]
 
 
-def _check_fit(model, split):
-    """Raises a ValueError if a model cannot have been made for a split."""
+def check_fit(model, split):
+    """Checks that a model can have been made for a split.
+
+    Args:
+        model: A built `keras.Model` from images to logits.
+        split: A `datasets.Split`.
+
+    Raises:
+        ValueError: If the split is empty, has more classes than the model, or
+            images of another shape.
+    """
     if len(split) == 0:
         raise ValueError(
             f"The {split.name} split holds no images; there is nothing to "
