@@ -277,7 +277,7 @@ def _features(kind, input_shape, width, name, **options):
             if min(input_shape[:2]) <= 64:
                 # The stem for ImageNet would leave a map of 2x2 pixels.
                 options.update(stem_stride=1, pool_stride=1)
-        for key in ("filters", "kernel_size", "units", "normalize"):
+        for key in ("filters", "kernel_size", "units", "pool", "normalize"):
             options.pop(key, None)
         if width:
             options["width"] = width
@@ -290,6 +290,7 @@ _DIGITS = {
     "filters": (32, 64),
     "kernel_size": 3,
     "units": 128,
+    "pool": False,
     "normalize": True,
 }
 

@@ -677,6 +677,7 @@ class Loop:
                 },
             )
         callbacks.on_train_end()
+        self.model.optimizer = None
         return self.progress["history"]
 
     def _epoch(self, epoch, step_fn, callbacks):

@@ -1,0 +1,280 @@
+"""Every registered model: forward, gradients, save and load, what it shows."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import attention
+import glimpse
+import model_backbone
+import robust_training
+
+SMALL = {"width": 4}
+BRANCHED = {"num_transformers": 3, "width": 4, "localization_width": 4}
+# One row for each value of each option that changes the architecture.
+CASES = {
+    "resnet": ("resnet", SMALL, (24, 24, 3)),
+    "resnet-sampling": ("resnet", {**SMALL, "sampling": True}, (24, 24, 3)),
+    "resnet-auto": ("resnet", {"backbone": "auto", **SMALL}, (32, 32, 3)),
+    "resnet_cifar": ("resnet_cifar", SMALL, (16, 16, 3)),
+    "resnet_cifar-none": (
+        "resnet_cifar",
+        {**SMALL, "downsampling": "none"},
+        (16, 16, 3),
+    ),
+    "resnet_cifar-sampling": (
+        "resnet_cifar",
+        {**SMALL, "sampling": True, "downsampling": "not_last"},
+        (16, 16, 3),
+    ),
+    **{
+        f"attention_mnist-{kind}": (
+            "attention_mnist",
+            {"attention_kind": kind},
+            (20, 20, 1),
+        )
+        for kind in model_backbone.ATTENTIONS
+    },
+    "attention_mnist-restricted": (
+        "attention_mnist",
+        {"restricted_attention": True, "regularization": 0.01},
+        (20, 20, 1),
+    ),
+    "parallel_transformers": ("parallel_transformers", BRANCHED, (20, 20, 1)),
+    "parallel_transformers-shared": (
+        "parallel_transformers",
+        {**BRANCHED, "shared": True, "restricted_attention": False},
+        (20, 20, 1),
+    ),
+    "parallel_transformers-rgb": (
+        "parallel_transformers",
+        {**BRANCHED, "view_size": 12},
+        (24, 20, 3),
+    ),
+    "multi_gaze": ("multi_gaze", BRANCHED, (20, 20, 1)),
+    "multi_gaze-shared": (
+        "multi_gaze",
+        {**BRANCHED, "shared": True, "initialize_fixations": False},
+        (20, 20, 1),
+    ),
+    "multi_gaze-rgb": (
+        "multi_gaze",
+        {**BRANCHED, "view_size": 16, "gaze_range": 5.0, "dropout": 0.1},
+        (24, 20, 3),
+    ),
+    "multi_gaze-grid": (
+        "multi_gaze",
+        {**BRANCHED, "localization": "resnet20", "localization_grid": 3},
+        (20, 20, 1),
+    ),
+    "multi_gaze-resnet18": (
+        "multi_gaze",
+        {**BRANCHED, "backbone": "resnet18", "num_transformers": 1},
+        (66, 66, 3),
+    ),
+}
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def make(case):
+    """A fresh model and two images."""
+    name, options, shape = CASES[case]
+    keras.utils.set_random_seed(0)
+    model = model_backbone.create(
+        name, num_classes=4, image_shape=shape, **options
+    )
+    images = np.random.default_rng(0).random((2, *shape)).astype("float32")
+    return model, images
+
+
+# For the tests that leave the model as it is.
+share = functools.cache(make)
+
+
+def test_every_registered_model_has_a_case():
+    assert {name for name, _, _ in CASES.values()} == set(
+        model_backbone.names()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_is_finite_deterministic_logits(case):
+    model, images = share(case)
+    logits = numpy(model(images))
+    assert logits.shape == (2, 4) and logits.dtype == np.float32
+    assert np.all(np.isfinite(logits))
+    np.testing.assert_array_equal(logits, numpy(model(images, training=False)))
+    # Images are independent of their neighbours.
+    alone = numpy(model(images[1:]))
+    np.testing.assert_allclose(alone[0], logits[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_reaches_every_weight(case):
+    """The localization kernel starts at zero, so weights are shaken first."""
+    model, images = make(case)
+    rng = np.random.default_rng(1)
+    for variable in model.trainable_variables:
+        value = numpy(variable)
+        noise = rng.normal(size=value.shape) * 0.1
+        variable.assign((value + noise).astype("float32"))
+    before = [numpy(v).copy() for v in model.trainable_variables]
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    step = robust_training.make_step(model, optimizer, robust_training.STANDARD)
+    labels = np.array([0, 3], "int32")
+    for number in range(2):
+        loss, _ = step(images, labels, np.array([0, 1], "int32"), number)
+        assert np.isfinite(numpy(loss))
+    still = [
+        v.path
+        for v, old in zip(model.trainable_variables, before, strict=True)
+        if np.array_equal(numpy(v), old)
+        # A bias before batch normalization shifts what is then centred.
+        and not (v.name == "bias" and "conv" in v.path)
+        and not (v.name == "bias" and "project" in v.path)
+    ]
+    assert not still
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_save_and_load_safely(case, tmp_path):
+    model, images = share(case)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras", safe_mode=True)
+    np.testing.assert_allclose(
+        numpy(loaded(images)), numpy(model(images)), atol=1e-6
+    )
+    model.save_weights(tmp_path / "m.weights.h5")
+    other, _ = make(case)
+    for variable in other.variables:
+        if variable.dtype == "float32":
+            variable.assign(numpy(variable) + 1.0)
+    other.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_array_equal(numpy(other(images)), numpy(model(images)))
+    ours = model_backbone.glimpses(model)(images)
+    theirs = model_backbone.glimpses(loaded)(images)
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+        np.testing.assert_allclose(ours[key], theirs[key], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_it_shows_has_the_promised_shapes(case):
+    model, images = share(case)
+    name, options, shape = CASES[case]
+    shown = model_backbone.glimpses(model)(images)
+    if name.startswith("resnet") and not options.get("sampling"):
+        assert shown == {}
+        return
+    assert set(shown) == set(model_backbone.entry(name).shows)
+    count = shown["gazes"].shape[1]
+    assert shown["gazes"].shape == (2, count, 2)
+    assert shown["boxes"].shape == (2, count, 4)
+    assert shown["boxes"].min() >= 0 and shown["boxes"].max() <= 1
+    side = options.get("view_size")
+    size = (side, side) if side else shape[:2]
+    assert shown["views"].shape == (2, count, *size, shape[-1])
+
+
+def test_shown_views_are_the_glimpses_at_the_shown_gazes():
+    model, images = make("multi_gaze")
+    shown = model_backbone.glimpses(model)(images)
+    want = numpy(glimpse.retinal_warp(images, shown["gazes"]))
+    np.testing.assert_allclose(shown["views"], want, atol=1e-5)
+    start = np.tanh(attention.spread_fixations(3)) * 10  # Half of 20 pixels.
+    np.testing.assert_allclose(shown["gazes"][0], start, atol=1e-4)
+
+
+def test_sampling_averages_the_logits_of_the_five_fixed_gazes():
+    model, images = make("resnet_cifar-sampling")
+    backbone, head = model.get_layer("backbone"), model.get_layer("logits")
+    normalize = next(
+        layer
+        for layer in model.layers
+        if isinstance(layer, keras.layers.Normalization)
+    )
+    logits = []
+    for gaze in glimpse.five_gazes(4):  # A quarter of 16 pixels.
+        view = ops.expand_dims(glimpse.retinal_warp(images, gaze), 1)
+        view = normalize(view)[:, 0]
+        logits.append(numpy(head(backbone(view, training=False))))
+    np.testing.assert_allclose(
+        numpy(model(images)), np.mean(logits, 0), atol=1e-4
+    )
+
+
+def test_shared_branches_share_and_others_do_not():
+    def branches(case):
+        return [
+            layer.name
+            for layer in make(case)[0].layers
+            if layer.name.startswith("branch")
+        ]
+
+    assert branches("multi_gaze-shared") == ["branch"]
+    assert branches("multi_gaze") == ["branch1", "branch2", "branch3"]
+
+
+def test_frozen_controls_look_at_what_they_say():
+    model, images = make("attention_mnist-dummy")
+    shown = model_backbone.glimpses(model)(images)
+    np.testing.assert_array_equal(shown["views"][:, 0], images)
+    model, images = make("attention_mnist-dummy_scaled")
+    boxes = model_backbone.glimpses(model)(images)["boxes"]
+    np.testing.assert_allclose(boxes[0, 0], [0.125, 0.125, 0.875, 0.875])
+
+
+@pytest.mark.parametrize(
+    "shape,want",
+    [
+        ((320, 320, 3), "resnet18"),
+        ((224, 224, 3), "resnet18"),
+        ((96, 96, 3), "resnet18"),
+        ((64, 64, 3), "resnet20"),
+        ((32, 32, 3), "resnet20"),
+        ((40, 40, 1), "simple_cnn"),
+        ((28, 28, 1), "simple_cnn"),
+    ],
+)
+def test_small_images_get_a_backbone_that_fits(shape, want):
+    assert model_backbone._fitting(shape) == want
+
+
+@pytest.mark.parametrize(
+    "name,options,match",
+    [
+        ("multigaze", {}, "unknown model 'multigaze'. Did you mean multi_gaze"),
+        ("multi_gaze", {"num_transformer": 2}, "mean num_transformers"),
+        ("multi_gaze", {"num_transformers": 0}, "num_transformers=0"),
+        ("multi_gaze", {"backbone": "resnet19"}, "Did you mean resnet18"),
+        ("attention_mnist", {"attention_kind": "retna"}, "mean retina"),
+        ("resnet", {"num_classes": 1}, "at least 2 classes, got 1"),
+    ],
+)
+def test_bad_options_name_the_near_ones(name, options, match):
+    options = {"num_classes": 3, "image_shape": (8, 8, 1), **options}
+    with pytest.raises(ValueError, match=match):
+        model_backbone.create(name, **options)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="already registered by multi_gaze"):
+        model_backbone.register("multi_gaze", reference="", image_size=1)(
+            lambda: None
+        )
+
+
+def test_plain_keras_can_fit_a_model():
+    model, images = make("multi_gaze")
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    history = model.fit(images, np.array([0, 1]), epochs=2, verbose=0)
+    assert np.all(np.isfinite(history.history["loss"]))
