@@ -7,7 +7,7 @@ it an exception is a defect of ours and keeps its traceback.
 
 import contextlib
 import difflib
-import fractions
+import math
 import os
 import sys
 
@@ -68,6 +68,33 @@ def describe(error):
     return f"{where}{error.strerror}.{hint}"
 
 
+@contextlib.contextmanager
+def quiet():
+    """Silences standard error, of C++ code too, while something loads.
+
+    TensorFlow greets with lines about oneDNN and missing GPUs before it reads
+    its own log level. Exceptions still come out.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def load_keras():
+    """Imports Keras and its backend without their greetings."""
+    with quiet():
+        import keras
+
+        keras.ops.zeros(())  # The backend greets at its first operation.
+
+
 def run(main):
     """Parses the flags and calls `main()`; `__main__` of every program.
 
@@ -95,11 +122,10 @@ def parse_ratio(text):
     """
     try:
         numerator, _, denominator = str(text).strip().partition("/")
-        if denominator:
-            return float(fractions.Fraction(numerator)) / float(
-                fractions.Fraction(denominator)
-            )
-        return float(numerator)
+        value = float(numerator) / float(denominator or 1)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"expected a number or a ratio like 8/255, got {text!r}"

@@ -519,6 +519,7 @@ def main():
         datasets.require(
             _DATASET.value, data_dir=_DATA_DIR.value, download=_DOWNLOAD.value
         )
+        command_line.load_keras()
         config = config_from_flags()
     record = run(config, overwrite=_OVERWRITE.value, resume=_RESUME.value)
     for weights in ("last", "best"):

@@ -1,0 +1,90 @@
+"""Flag values and one-line errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import command_line
+
+
+@pytest.mark.parametrize(
+    "text,want", [("8/255", 8 / 255), ("0.03", 0.03), ("1e-3", 1e-3), ("2", 2)]
+)
+def test_ratios(text, want):
+    assert command_line.parse_ratio(text) == want
+
+
+def test_lists():
+    assert command_line.parse_ratios("1/255,0.5") == (1 / 255, 0.5)
+    assert command_line.parse_integers("10,100") == (10, 100)
+
+
+@pytest.mark.parametrize("text", ["", "8/0", "a", "1/2/3", "8//255"])
+def test_what_is_no_ratio_is_said(text):
+    with pytest.raises(ValueError, match="ratio like 8/255, got"):
+        command_line.parse_ratio(text)
+
+
+def test_what_is_no_list_of_integers_is_said():
+    with pytest.raises(ValueError, match="got '10,x'"):
+        command_line.parse_integers("10,x")
+
+
+@pytest.mark.parametrize(
+    "error,line",
+    [
+        (ValueError("expected\n  this"), "expected this"),
+        (
+            OSError(28, "No space left on device", "runs/x"),
+            "runs/x: No space left on device. Free some space",
+        ),
+        (FileNotFoundError("no file; put it there"), "no file; put it there"),
+    ],
+)
+def test_guard_is_one_line_and_status_2(error, line, capsys):
+    with pytest.raises(SystemExit) as stopped, command_line.guard():
+        raise error
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(TypeError), command_line.guard():
+        raise TypeError
+    with pytest.raises(ValueError), command_line.guard_disk():
+        raise ValueError
+
+
+def test_near_names():
+    assert "multi_gaze" in command_line.near("multigaze", ["multi_gaze", "b"])
+    assert command_line.near("zzz", ["multi_gaze"]) == ""
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--size=x"], "--size=x"),
+        (["--sise=3"], "Unknown command line flag 'sise'"),
+        (["stray"], "unexpected arguments ['stray']"),
+    ],
+)
+def test_flag_errors_are_one_line_and_status_2(tmp_path, arguments, message):
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "import command_line\n"
+        "from absl import flags\n"
+        "flags.DEFINE_integer('size', 1, 'Size.')\n"
+        "command_line.run(lambda: print('ran'))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(command_line.__file__)}
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,108 @@
+"""Atomic files, provenance, and finding runs again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import run_folder
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    run_folder.write_json(path, {"a": 1})
+
+    def half(temporary):
+        temporary.write_text('{"a": 2')
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        run_folder.atomic_write(path, half)
+    assert run_folder.read_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    run_folder.write_json(path, {"a": 1})
+    script = (
+        "import os, run_folder\n"
+        "def half(temporary):\n"
+        "    temporary.write_text('{')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        f"run_folder.atomic_write({str(path)!r}, half)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(run_folder.__file__)}
+    done = subprocess.run([sys.executable, "-c", script], env=env)
+    assert done.returncode == -9
+    assert run_folder.read_json(path) == {"a": 1}
+
+
+def test_json_that_is_none_is_named(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="results.json is not valid JSON"):
+        run_folder.read_json(path)
+
+
+def test_a_run_is_never_overwritten_unasked(tmp_path):
+    folder = run_folder.create(tmp_path / "d-m")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite.*--tag"):
+        run_folder.create(folder)
+    run_folder.create(folder, overwrite=True)
+    assert not list(folder.iterdir())
+
+
+def test_only_a_run_is_ever_deleted(tmp_path):
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("x")
+    with pytest.raises(FileExistsError, match="not the folder of a run"):
+        run_folder.create(tmp_path, overwrite=True)
+    assert precious.exists()
+
+
+def test_newest_is_the_run_trained_last(tmp_path):
+    now = time.time()
+    for name, model, age in [
+        ("d-a", "a", 30),
+        ("d-a-x", "a", 10),
+        ("d-b", "b", 1),
+        ("e-a", "a", 20),
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"model": model, "dataset": name[0]}
+        (folder / "config.json").write_text(json.dumps(config))
+        weights = folder / "last.weights.h5"
+        weights.write_text("")
+        os.utime(weights, (now - age, now - age))
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text('{"model": "a"}')
+    assert run_folder.newest(tmp_path).name == "d-b"
+    assert run_folder.newest(tmp_path, "a").name == "d-a-x"
+    assert run_folder.newest(tmp_path, "a", "e").name == "e-a"
+    with pytest.raises(FileNotFoundError, match="--model=c.*d-a, d-a-x, d-b"):
+        run_folder.newest(tmp_path, "c")
+
+
+def test_provenance_says_command_versions_and_commit():
+    found = run_folder.provenance()
+    assert found["versions"]["keras"].startswith("3.")
+    assert found["command"]
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=os.path.dirname(run_folder.__file__),
+        capture_output=True,
+        text=True,
+    )
+    if head.returncode == 0:
+        assert found["git_hash"].rstrip("+") == head.stdout.strip()
+
+
+def test_name_of_a_run():
+    assert run_folder.folder("runs", "d", "m").as_posix() == "runs/d-m"
+    assert run_folder.folder("runs", "d", "m", "x").name == "d-m-x"
