@@ -1,0 +1,408 @@
+"""adversary.py on a small run: records, reuse, the table, and bad input."""
+
+import dataclasses
+import errno
+import functools
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+import datasets
+import model_backbone
+import robust_training
+import run_folder
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODEL, OPTIONS = (
+    "multi_gaze",
+    {
+        "num_transformers": 2,
+        "backbone": "simple_cnn",
+        "width": 4,
+        "localization": "simple_cnn",
+        "localization_width": 4,
+    },
+)
+
+
+def load_with_own_flags():
+    """Imports the program with flags of its own.
+
+    Absl keeps one table of flags a process; trainer.py, which other tests
+    import, has flags of the same names.
+    """
+    own = flags.FlagValues()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("string", "integer", "float", "boolean"):
+            define = getattr(flags, f"DEFINE_{name}")
+            patch.setattr(
+                flags,
+                f"DEFINE_{name}",
+                functools.partial(define, flag_values=own),
+            )
+        return importlib.import_module("adversary"), own
+
+
+adversary, FLAGS = load_with_own_flags()
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The embedded digits, their test images alone."""
+    return datasets.load("cluttered_digits", test_only=True)
+
+
+def make_run(folder, data, **changes):
+    """A run folder as the trainer leaves it, with untrained weights."""
+    folder.mkdir(parents=True)
+    model = model_backbone.create(
+        MODEL, num_classes=10, image_shape=data.image_shape, **OPTIONS
+    )
+    config = {
+        "model": MODEL,
+        "model_options": OPTIONS,
+        "dataset": "cluttered_digits",
+        "num_classes": 10,
+        "class_names": list(data.class_names),
+        "class_list": data.class_list,
+        "class_list_file": None,
+        "image_shape": list(data.image_shape),
+        "image_size": None,
+        "data_dir": None,
+        "skip_corrupt": False,
+        "seed": 0,
+        "validation_fraction": 0.05,
+        **changes,
+    }
+    run_folder.write_json(folder / run_folder.CONFIG, config)
+    for weights in ("best", "last"):
+        robust_training.save_weights(folder / f"{weights}.weights.h5", model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("runs")
+    make_run(root / "cluttered_digits-multi_gaze", data)
+    return root
+
+
+@pytest.fixture
+def cli(root, data, monkeypatch, capsys):
+    """Calls the program as a user does; returns status, output and errors."""
+    monkeypatch.setattr(adversary.datasets, "load", lambda *a, **k: data)
+
+    def call(*arguments, runs_dir=root):
+        for name in FLAGS:
+            FLAGS[name].unparse()
+        FLAGS(["adversary.py", f"--runs_dir={runs_dir}", *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            adversary.main()
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
+
+
+SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")
+
+
+class TestAScan:
+    @pytest.fixture(autouse=True)
+    def scanned(self, cli, root):
+        status, self.out, self.err = cli(*SCAN)
+        assert status == 0, self.err
+        self.attacks = root / "cluttered_digits-multi_gaze" / "attacks"
+        self.names = [
+            f"pgd-linf-eps{epsilon}-{steps}steps-10images"
+            for epsilon in ("4_255", "0.1")
+            for steps in (1, 2)
+        ]
+
+    def test_leaves_a_folder_for_each_combination(self):
+        for name in self.names:
+            files = {path.name for path in (self.attacks / name).iterdir()}
+            assert files == {"results.json", "adversarial.npz", "pictures.png"}
+        assert not list(self.attacks.glob(".*"))  # Nothing half-written.
+
+    def test_the_record_says_everything(self, root, data):
+        folder = self.attacks / self.names[2]
+        record = run_folder.read_json(folder / "results.json")
+        expected = {
+            "model": MODEL,
+            "dataset": "cluttered_digits",
+            "split": "test",
+            "attack": "pgd",
+            "norm": "linf",
+            "epsilon": 0.1,
+            "steps": 1,
+            "restarts": 1,
+            "step_size": 0.1,
+            "target": "none",
+            "seed": 0,
+            "num_examples": 10,
+            "class_list": None,
+            "weights": "best",
+            "nan_count": 0,
+        }
+        assert {k: record[k] for k in expected} == expected
+        weights = self.attacks.parent / "best.weights.h5"
+        assert record["weights_sha256"] == run_folder.sha256(weights)
+        assert record["largest_norm"] == pytest.approx(0.1, rel=1e-5)
+        assert {"command", "versions", "git_hash", "started"} <= set(
+            record["provenance"]
+        )
+        for key in ("clean_accuracy", "robust_accuracy", "attack_success",
+                    "loss", "seconds", "device", "pixel_range"):  # fmt: skip
+            assert key in record
+
+    def test_the_images_give_the_record_again(self, data):
+        folder = self.attacks / self.names[1]
+        record = run_folder.read_json(folder / "results.json")
+        model, _ = robust_training.load_run(self.attacks.parent)
+        with np.load(folder / "adversarial.npz") as file:
+            arrays = dict(file)
+        np.testing.assert_array_equal(
+            arrays["clean"], data.test.read(arrays["indices"])
+        )
+        predicted = model.predict(arrays["adversarial"], verbose=0).argmax(-1)
+        right = np.mean(predicted == data.test.labels[arrays["indices"]])
+        assert right == record["robust_accuracy"]
+
+    def test_the_table_shows_each_row(self, root):
+        record = run_folder.read_json(
+            self.attacks / self.names[0] / "results.json"
+        )
+        assert "0.01569 (4/255)" in self.out
+        assert f"{record['robust_accuracy']:.1%}" in self.out
+        for name in self.names:
+            assert str(self.attacks / name / "results.json") in self.out
+        for line in self.out.splitlines():
+            assert "…" not in line
+
+    def test_is_reused_unless_told(self, cli, root):
+        path = self.attacks / self.names[0] / "results.json"
+        before = path.read_bytes(), path.stat().st_mtime_ns
+        status, out, _ = cli(*SCAN)
+        assert status == 0 and out.count("there already") == 4
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+        status, out, _ = cli(*SCAN, "--overwrite")
+        assert status == 0 and "there already" not in out
+        assert path.stat().st_mtime_ns != before[1]
+        again, earlier = json.loads(path.read_text()), json.loads(before[0])
+        for key in ("robust_accuracy", "loss", "largest_norm"):
+            assert again[key] == earlier[key]
+
+    def test_new_weights_are_not_taken_for_the_old(self, cli, root):
+        path = self.attacks.parent / "best.weights.h5"
+        kept = path.read_bytes()
+        record = self.attacks / self.names[0] / "results.json"
+        before = record.read_bytes()
+        try:
+            model, _ = robust_training.load_run(self.attacks.parent)
+            model.set_weights([w + 0.01 for w in model.get_weights()])
+            robust_training.save_weights(path, model)
+            status, _, err = cli(*SCAN)
+        finally:
+            path.write_bytes(kept)
+        assert status == 2 and one_line(err)
+        assert "another weights_sha256" in err and "--overwrite" in err
+        assert record.read_bytes() == before
+
+    def test_a_full_disk_is_one_line_and_leaves_the_old_record(
+        self, cli, root, monkeypatch
+    ):
+        path = self.attacks / self.names[0]
+        before = {p.name: p.read_bytes() for p in path.iterdir()}
+
+        def full(file, **arrays):
+            pathlib.Path(file).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+        monkeypatch.setattr(np, "savez_compressed", full)
+        status, _, err = cli(*SCAN, "--overwrite")
+        assert status == 2 and one_line(err) and "No space left" in err
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+        assert not list(self.attacks.glob(".*"))
+
+
+def one_line(err):
+    return err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments,name",
+    [
+        (("--attack=fgsm", "--norm=l2", "--epsilon=0.5"), "fgsm-l2-eps0.5"),
+        (
+            ("--norm=l1", "--epsilon=5", "--steps=1", "--target=random"),
+            "pgd-l1-eps5-1steps-target_random",
+        ),
+        (
+            ("--epsilon=0.2", "--steps=1", "--restarts=2", "--target=7",
+             "--random_start=0.8", "--keep=last", "--step_size=1/255",
+             "--seed=3", "--weights=last"),
+            "pgd-linf-eps0.2-1steps-step1_255-2restarts-start0.8-last_iterate"
+            "-target_7-6images-seed3-last_weights",
+        ),
+    ],
+)  # fmt: skip
+def test_other_attacks_get_other_names(cli, root, arguments, name):
+    status, out, err = cli(*arguments, "--num_examples=6", "--save_images=2")
+    assert status == 0, err
+    if "6images" not in name:
+        name += "-6images"
+    folder = root / "cluttered_digits-multi_gaze" / "attacks" / name
+    assert (folder / "results.json").exists()
+    with np.load(folder / "adversarial.npz") as file:
+        assert len(file["clean"]) == 2 and len(file["all_labels"]) == 6
+        if "target" in name:
+            assert np.all(file["targets"] != file["labels"])
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--model=multi_gase"], ["multi_gase", "Did you mean multi_gaze"]),
+        (["--dataset=cifar1"], ["cifar1", "Did you mean cifar10"]),
+        (["--attack=pdg"], ["--attack=pdg", "Did you mean pgd"]),
+        (["--norm=linv"], ["--norm=linv", "Did you mean linf"]),
+        (["--split=tests"], ["--split=tests", "Did you mean test"]),
+        (["--weights=bets"], ["--weights=bets", "Did you mean best"]),
+        (["--keep=lest"], ["--keep=lest", "last"]),
+        (["--target=nxt"], ["--target=nxt", "Did you mean next"]),
+        (["--target=10"], ["--target=10", "0 to 9"]),
+        (["--epsilon=8"], ["epsilon=8", "Write 8/255"]),
+        (["--epsilon=-1"], ["epsilon=-1"]),
+        (["--epsilon=a,b"], ["--epsilon=a,b", "8/255"]),
+        (["--steps=2.5"], ["--steps=2.5", "10,100"]),
+        (["--restarts=0"], ["restarts=0"]),
+        (["--restarts=2", "--random_start=0"], ["random_start=0"]),
+        (["--num_examples=0"], ["num_examples=0"]),
+        (["--batch_size=0"], ["batch_size >= 1"]),
+        (["--save_images=-2"], ["--save_images", "-2"]),
+        (["--run=nowhere"], ["nowhere", "Runs: "]),
+        (["--dataset=mnist"], ["No trained run of --dataset=mnist"]),
+        (["--run=cluttered_digits-multi_gaze", "--dataset=mnist"],
+         ["dataset=cluttered_digits", "another dataset"]),
+        (["--run=cluttered_digits-multi_gaze", "--model=resnet"],
+         ["model=multi_gaze", "another model"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(cli, root, arguments, words):
+    before = sorted(root.rglob("*"))
+    status, _, err = cli(*arguments)
+    assert status == 2
+    assert one_line(err), err
+    for word in words:
+        assert word in err
+    assert sorted(root.rglob("*")) == before
+
+
+class TestOtherData:
+    """A run whose files, list or weights are of another data set."""
+
+    @pytest.mark.parametrize(
+        "changes,word",
+        [
+            ({"class_names": [f"class {i}" for i in range(10)]}, "class_names"),
+            ({"class_list": {"name": "a.txt", "sha256": "0"}}, "class_list"),
+            ({"image_shape": [28, 28, 1]}, "image_shape"),
+        ],
+    )
+    def test_is_refused(self, cli, data, tmp_path, changes, word):
+        make_run(tmp_path / "other", data, **changes)
+        status, _, err = cli("--steps=1", runs_dir=tmp_path)
+        assert status == 2 and one_line(err)
+        assert "another data set" in err and word in err
+        assert not (tmp_path / "other" / "attacks").exists()
+
+    def test_weights_of_another_model(self, cli, data, tmp_path):
+        folder = make_run(tmp_path / "run", data)
+        other = model_backbone.create(
+            MODEL, num_classes=3, image_shape=data.image_shape, **OPTIONS
+        )
+        robust_training.save_weights(folder / "best.weights.h5", other)
+        status, _, err = cli("--steps=1", runs_dir=tmp_path)
+        assert status == 2 and one_line(err)
+        assert "best.weights.h5 does not fit" in err
+
+    def test_no_weights_yet(self, cli, data, tmp_path):
+        folder = make_run(tmp_path / "run", data)
+        (folder / "best.weights.h5").unlink()
+        status, _, err = cli("--steps=1", runs_dir=tmp_path)
+        assert status == 2 and one_line(err) and "no best weights" in err
+
+    def test_a_split_that_was_not_held_out(self, cli, data, tmp_path):
+        make_run(tmp_path / "run", data)
+        status, _, err = cli("--split=validation", runs_dir=tmp_path)
+        assert status == 2 and one_line(err)
+        assert "no validation images" in err
+
+
+def test_defaults_follow_the_images(cli, root, data, tmp_path):
+    for shape, norm, want in (
+        ([40, 40, 1], "linf", (0.05, 0.1, 0.2)),
+        ([96, 96, 3], "linf", (1 / 255, 2 / 255, 4 / 255)),
+        ([96, 96, 3], "l2", (0.25, 0.5, 1.0)),
+    ):
+        for name in FLAGS:
+            FLAGS[name].unparse()
+        FLAGS(["adversary.py", f"--norm={norm}"])
+        run = {"image_shape": shape, "class_names": list(data.class_names)}
+        found = list(adversary._evaluations(run))
+        assert tuple(e.attack.epsilon for e in found) == pytest.approx(want)
+        assert all(e.attack.steps == 20 and e.name == "pgd" for e in found)
+        assert found[0].batch_size == {1: 128, 3: 32}[shape[-1]]
+
+
+def test_names_tell_all_settings_apart():
+    """Two evaluations that differ in one field have two folders."""
+    from attack_backbone import PGDConfig
+    from robust_evaluation import EvaluationConfig
+
+    base = PGDConfig(norm="l1", epsilon=0.5)
+    changes = dict(
+        norm="l2", epsilon=0.25, step_size=0.1, steps=3, restarts=2,
+        random_start=0.5, keep="last", l1_fraction=0.2,
+    )  # fmt: skip
+    assert set(changes) == {f.name for f in dataclasses.fields(base)}
+    attacks = [
+        base,
+        *(dataclasses.replace(base, **{k: v}) for k, v in changes.items()),
+    ]
+    evaluations = [EvaluationConfig(attack) for attack in attacks]
+    for fields in (dict(target=3), dict(num_examples=5), dict(seed=1)):
+        evaluations.append(EvaluationConfig(base, **fields))
+    config = adversary.AdversaryConfig(pathlib.Path("run"), ())
+    places = {config.place(e) for e in evaluations}
+    for fields in (dict(split="train"), dict(weights="last")):
+        other = dataclasses.replace(config, **fields)
+        places.add(other.place(evaluations[0]))
+    assert len(places) == len(evaluations) + 2
+
+
+def test_the_program_itself_ends_with_status_2(root):
+    """From the shell, an unknown flag too."""
+    completed = subprocess.run(
+        [sys.executable, "adversary.py", f"--runs_dir={root}", "--epsilom=1"],
+        cwd=ROOT,
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+    )
+    assert completed.returncode == 2
+    last = completed.stderr.splitlines()[-1]
+    assert last.startswith("adversary.py: ") and "epsilon" in last
+    assert "Traceback" not in completed.stderr
