@@ -347,7 +347,6 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
         The record of the final evaluation, also in `results.json`.
     """
     import robust_evaluation
-
     import robust_training
 
     with command_line.guard():

@@ -141,7 +141,8 @@ def attack_grid(
     perturbation = adversarial[:rows] - clean[:rows]
     factor = amplification(perturbation)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _grid(rows, 3, clean.shape[1:3], title)
+        side = _side_width(class_names, labels[:rows])
+        figure, axes = _grid(rows, 3, clean.shape[1:3], side, title)
         margin = _margin(clean_boxes, adversarial_boxes)
         heads = ("clean", "adversarial", f"perturbation × {factor:g}")
         for row in range(rows):
@@ -219,14 +220,16 @@ def glimpse_grid(
         branches = views.shape[1]
     rows = min(len(images), max_rows)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _grid(rows, 1 + branches, images.shape[1:3], title)
+        side = _side_width(class_names, labels[:rows])
+        size = images.shape[1:3]
+        figure, axes = _grid(rows, 1 + branches, size, side, title)
         margin = _margin(boxes)
         for row in range(rows):
             true = int(labels[row])
             _row_name(axes[row, 0], class_names, true)
             _panel(axes[row, 0], images[row])
             _mark(axes[row, 0], images[row], _of(gazes, row), _of(boxes, row))
-            _room(axes[row, 0], images.shape[1:3], margin)
+            _room(axes[row, 0], size, margin)
             _verdict(axes[row, 0], class_names, predictions[row], true)
             for branch in range(branches):
                 axis = axes[row, 1 + branch]
@@ -360,13 +363,19 @@ def _figure(width, height, title):
     return figure
 
 
-def _grid(rows, columns, image_size, title):
+def _side_width(class_names, labels):
+    """Inches that the names of the rows take."""
+    names = [_name(class_names, label, 12, lines=3) for label in labels]
+    return 0.3 + 0.1 * max(len(x) for n in names for x in n.split("\n"))
+
+
+def _grid(rows, columns, image_size, side, title):
     """Makes panels that have the proportions of the images."""
     height, width = image_size
     scale = _PANEL / max(height, width)
     # Beside the panels: the names at the left, a verdict above each image.
     size = (
-        columns * (width * scale + 0.1) + 1.0,
+        columns * (width * scale + 0.1) + side,
         rows * (height * scale + 0.32) + 0.35 + (0.3 if title else 0.0),
     )
     figure = _figure(*size, title)
@@ -449,7 +458,8 @@ def _mark(axis, image, gazes, boxes, before=None):
         pixels = boxes * [height, width, height, width] - 0.5
         twins = _later_twins(boxes, 0.03)
         for branch, (top, left, bottom, right) in enumerate(pixels):
-            line = 1.7 + 2.4 * twins[branch]
+            # Beside a gaze a box is the lesser mark.
+            line = (1.7 if gazes is None else 1.2) + 2.4 * twins[branch]
             axis.add_patch(
                 patches.Rectangle(
                     (left, top),
@@ -458,7 +468,7 @@ def _mark(axis, image, gazes, boxes, before=None):
                     fill=False,
                     edgecolor=branch_colour(branch),
                     linewidth=line,
-                    path_effects=_outline(line + 1.2),
+                    path_effects=_outline(line + 1.0),
                     gid=f"box {branch + 1}",
                 )
             )

@@ -14,9 +14,10 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
-from PIL import Image
+from pictures import noise, one_line, save, solid
 
 import datasets
+import image_files
 
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079")
 WNIDS += ("n03394916", "n03417042", "n03425413", "n03445777", "n03888257")
@@ -24,22 +25,6 @@ WNIDS += ("n03394916", "n03417042", "n03425413", "n03445777", "n03888257")
 
 def everything(split):
     return split.read(np.arange(len(split)))
-
-
-def save(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(pixels, Image.Image):
-        pixels = Image.fromarray(np.asarray(pixels, np.uint8))
-    pixels.save(path, **options)
-    return path
-
-
-def solid(value, sides=(8, 8)):
-    return np.full((*sides, 3), value, np.uint8)
-
-
-def noise(seed, sides=(8, 8, 3)):
-    return np.random.default_rng(seed).integers(0, 256, sides, np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +36,6 @@ def no_home_and_no_network(monkeypatch, tmp_path_factory):
         raise AssertionError("a test reached for the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-def one_line(error):
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
 
 
 # ---------------------------------------------------------------------------
@@ -93,78 +72,6 @@ def test_cluttered_digits_are_what_they_say():
         counts = np.bincount(split.labels, minlength=10)
         assert np.all(counts == size // 10)
     assert dataset.skipped == {"train": 0, "test": 0}
-
-
-def test_digits_lie_in_their_boxes():
-    images, labels, pools = datasets._cluttered_digits()
-    random = np.random.default_rng(3)
-    pixels, drawn, boxes, sources = datasets._compose_digits(
-        images, labels, pools["test"], 200, random
-    )
-    assert set(sources) <= set(pools["test"])
-    np.testing.assert_array_equal(labels[sources], drawn)
-    corners = boxes * 40
-    np.testing.assert_array_equal(corners, np.round(corners))
-    for image, source, box in zip(
-        pixels[..., 0].astype(int), sources, corners.astype(int), strict=True
-    ):
-        top, left, bottom, right = box
-        inside = image[top:bottom, left:right]
-        # Clutter only adds light, so some size of the digit, cut to its ink,
-        # lies below the image exactly there.
-        fits = []
-        for size in datasets._DIGIT_SIZES:
-            digit = datasets._enlarge(images[[source]], size)[0].astype(int)
-            rows = np.flatnonzero(digit.any(axis=1))
-            columns = np.flatnonzero(digit.any(axis=0))
-            ink = digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            fits.append(ink.shape == inside.shape and np.all(ink <= inside))
-        assert any(fits)
-        assert 12 <= bottom - top <= 28 and 4 <= right - left <= 28
-
-
-def test_the_clutter_comes_from_other_digits():
-    # One bright digit among faint ones: no bright patch beside it, but many
-    # beside the others.
-    images = np.full((10, 8, 8), 4)
-    images[3] = 16
-    pixels, drawn, boxes, _ = datasets._compose_digits(
-        images, np.arange(10), np.arange(10), 400, np.random.default_rng(0)
-    )
-    beside = pixels[..., 0].copy()
-    for image, box in zip(beside, (boxes * 40).astype(int), strict=True):
-        image[box[0] : box[2], box[1] : box[3]] = 0
-    brightest = beside.max(axis=(1, 2))
-    assert brightest[drawn == 3].max() < 128
-    assert np.mean(brightest[drawn != 3] > 200) > 0.2
-
-
-def test_no_source_digit_is_in_two_splits():
-    images, _, pools = datasets._cluttered_digits()
-    assert sorted(np.concatenate(list(pools.values()))) == list(range(1797))
-    seen = [
-        {images[i].tobytes() for i in members} for members in pools.values()
-    ]
-    for i, one in enumerate(seen):
-        assert all(not one & other for other in seen[i + 1 :])
-
-
-def test_enlarged_digits_agree_with_cubic_interpolation():
-    images, _, _ = datasets._cluttered_digits()
-    for size in (22, 27):
-        ours = datasets._enlarge(images[:20], size).astype(float)
-        for image, digit in zip(images[:20], ours, strict=True):
-            # Pillow's BICUBIC is the same kernel, with renormalized edges:
-            # one more pixel of border keeps those out of the comparison.
-            wide = Image.fromarray(np.pad(image, 5).astype(np.float32))
-            scale = 10 / size
-            box = (4, 4, 4 + scale * size, 4 + scale * size)
-            oracle = wide.resize((size, size), Image.BICUBIC, box=box)
-            oracle = np.clip(np.asarray(oracle) * 255 / 16, 0, 255)
-            oracle[oracle < 16] = 0
-            close = np.abs(oracle - digit) < 2
-            # At the threshold of 16 the two may fall on different sides.
-            assert np.all(close | (np.maximum(oracle, digit) < 20))
 
 
 # ---------------------------------------------------------------------------
@@ -492,108 +399,7 @@ def test_cifar10_cut_short_or_incomplete(tmp_path):
 # Photographs
 
 
-def folder_with(tmp_path, name, pixels, **options):
-    """A folder of one class whose one training image is `name`."""
-    path = save(tmp_path / "train" / "a" / name, pixels, **options)
-    save(tmp_path / "val" / "a" / "plain.png", solid(0))
-    return path
-
-
-def only_image(root, lazy, monkeypatch, size=8, **options):
-    if lazy:
-        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
-    dataset = datasets.load(
-        "folder",
-        data_dir=root,
-        image_size=size,
-        validation_fraction=0,
-        **options,
-    )
-    image = everything(dataset.train)[0]
-    assert image.dtype == np.float32
-    return np.rint(image * 255).astype(int)
-
-
 lazily = pytest.mark.parametrize("lazy", [False, True])
-
-
-@lazily
-def test_cmyk(tmp_path, monkeypatch, lazy):
-    # Ink: none, all cyan, all magenta; half yellow with half black.
-    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 128, 128)]
-    colours = [
-        (255, 255, 255), (0, 255, 255), (255, 0, 255), (127, 127, 63)
-    ]  # fmt: skip
-    ink = np.repeat(np.uint8(inks)[:, None], 8, axis=0).repeat(32, axis=1)
-    image = Image.fromarray(ink.reshape(32, 32, 4), "CMYK")
-    folder_with(tmp_path, "ink.jpg", image, quality=100)
-    got = only_image(tmp_path, lazy, monkeypatch, size=32)
-    for row, colour in enumerate(colours):
-        np.testing.assert_allclose(got[8 * row + 4, 16], colour, atol=4)
-
-
-@lazily
-def test_greyscale_and_palette_and_alpha(tmp_path, monkeypatch, lazy):
-    grey = noise(1, (8, 8))
-    folder_with(tmp_path, "grey.png", grey)
-    got = only_image(tmp_path, lazy, monkeypatch)
-    np.testing.assert_array_equal(got, np.stack([grey] * 3, axis=-1))
-    alpha = np.dstack([noise(2), np.full((8, 8), 7, np.uint8)])
-    save(tmp_path / "train" / "a" / "grey.png", alpha)
-    got = only_image(tmp_path, lazy, monkeypatch)
-    np.testing.assert_array_equal(got, alpha[..., :3])
-    few = Image.fromarray(noise(3) // 128 * 255).quantize(8)
-    save(tmp_path / "train" / "a" / "grey.png", few)
-    got = only_image(tmp_path, lazy, monkeypatch)
-    table = np.array(few.getpalette()).reshape(-1, 3)
-    np.testing.assert_array_equal(got, table[np.asarray(few)])
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, monkeypatch):
-    grey = noise(4, (8, 8)).astype(np.uint16) * 257
-    folder_with(tmp_path, "deep.png", Image.fromarray(grey))
-    got = only_image(tmp_path, False, monkeypatch)
-    np.testing.assert_array_equal(got[..., 0], grey // 257)
-
-
-@lazily
-def test_a_png_that_is_called_jpeg(tmp_path, monkeypatch, lazy):
-    pixels = noise(5)
-    folder_with(tmp_path, "really.JPEG", pixels, format="PNG")
-    got = only_image(tmp_path, lazy, monkeypatch)
-    np.testing.assert_array_equal(got, pixels)
-
-
-# EXIF 2.32, 4.6.4 A: which corner of the stored picture is the top left.
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a, 1),
-}
-
-
-@pytest.mark.parametrize("turn", UPRIGHT)
-def test_exif_turned(tmp_path, monkeypatch, turn):
-    exif = Image.Exif()
-    exif[0x0112] = turn
-    path = folder_with(tmp_path, "turned.jpg", noise(6), exif=exif)
-    stored = np.asarray(Image.open(path))
-    got = only_image(tmp_path, turn % 2, monkeypatch)
-    np.testing.assert_array_equal(got, UPRIGHT[turn](stored))
-
-
-@lazily
-def test_bytes_after_the_end_are_harmless(tmp_path, monkeypatch, lazy):
-    path = folder_with(tmp_path, "long.jpg", solid(200))
-    with open(path, "ab") as file:
-        file.write(b"written by a camera" * 40)
-    got = only_image(tmp_path, lazy, monkeypatch)
-    np.testing.assert_allclose(got, 200, atol=2)
 
 
 def broken_folder(tmp_path, how):
@@ -663,31 +469,6 @@ def test_lazy_and_decoded_images_are_the_same(tmp_path, monkeypatch):
     ):
         for one, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(one, other)
-
-
-def test_short_side_and_handover_preparation(tmp_path, monkeypatch):
-    # A black left and a white right half stay halves, whatever the sides.
-    wide = np.zeros((40, 80, 3), np.uint8)
-    wide[:, 40:] = 255
-    wide[:, :20] = wide[:, 60:] = 128  # Outside the centre square.
-    folder_with(tmp_path, "wide.png", wide)
-    got = only_image(tmp_path, False, monkeypatch, size=20)
-    assert got.shape == (20, 20, 3)
-    # Only the two columns at the edge mix with what was cropped.
-    assert np.all(got[:, 1:9] == 0) and np.all(got[:, 11:19] == 255)
-    # Handover: a larger image is cropped as it is, an odd rest at the end.
-    large = noise(7, (25, 36, 3))
-    save(tmp_path / "train" / "a" / "wide.png", large)
-    got = only_image(tmp_path, False, monkeypatch, size=20, resize="handover")
-    np.testing.assert_array_equal(got, large[2:22, 8:28])
-    # A smaller one is enlarged: bilinear keeps a ramp a ramp.
-    ramp = np.broadcast_to(np.arange(10)[:, None, None] * 20, (10, 15, 3))
-    save(tmp_path / "train" / "a" / "wide.png", ramp)
-    for resize in ("handover", "short_side"):
-        got = only_image(tmp_path, False, monkeypatch, size=20, resize=resize)
-        expected = np.clip((np.arange(20) + 0.5) / 2 - 0.5, 0, 9) * 20
-        error = got - expected[:, None, None]
-        assert np.abs(error).max() <= 1
 
 
 def test_folder_takes_the_common_size_or_asks(tmp_path):
@@ -821,13 +602,13 @@ def test_default_sizes_of_photographs(tmp_path):
 
 
 def test_the_lists_hold_what_their_names_say():
-    known = datasets._read_list(datasets._LISTS / "imagenet.txt")
+    whole = datasets._LISTS / "imagenet.txt"
+    known = image_files.read_wnids(whole)
     assert len(known) == 1000
     for name, size in (("imagenet10", 10), ("imagenet100", 100)):
-        listed = datasets._read_list(datasets._LISTS / f"{name}.txt")
+        listed = image_files.read_wnids(datasets._LISTS / f"{name}.txt")
         assert len(listed) == size and set(listed) < set(known)
-    request = datasets._Request("imagenet", *[None] * 7)
-    wnids, names, _ = datasets._class_list(request)
+    wnids, names, _ = image_files.class_list(whole, whole)
     assert list(wnids) == sorted(known) and len(set(names)) == 1000
 
 
@@ -929,7 +710,9 @@ def test_flat_validation_without_or_with_another_list(tmp_path):
 # TFDS
 
 
-def prepare_tfds(name, data_dir, feature, splits, names, file_format):
+def prepare_tfds(
+    name, data_dir, feature, splits, names, file_format="tfrecord"
+):
     """Prepares a tiny set under a real one's name; returns its builder."""
     import tensorflow_datasets as tfds
 
@@ -960,13 +743,7 @@ def prepare_tfds(name, data_dir, feature, splits, names, file_format):
     return builder
 
 
-both_formats = pytest.mark.parametrize(
-    "file_format", ["tfrecord", "array_record"]
-)
-
-
-@both_formats
-def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path, file_format):
+def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     splits = {
         key: [(noise(i + start, (28, 28, 1)), i % 10) for i in range(12)]
@@ -978,16 +755,12 @@ def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path, file_format):
         tfds.features.Image(shape=(28, 28, 1)),
         splits,
         list("0123456789"),
-        file_format,
     )
     dataset = datasets.load("mnist", data_dir=tmp_path, validation_fraction=0)
     assert dataset.source.startswith("tfds:mnist")
     for split in ("train", "test"):
         ours = np.rint(everything(getattr(dataset, split)) * 255)
-        if file_format == "tfrecord":
-            read = list(tfds.as_numpy(builder.as_dataset(split=split)))
-        else:
-            read = list(builder.as_data_source(split))
+        read = list(tfds.as_numpy(builder.as_dataset(split=split)))
         images = np.stack([row["image"] for row in read])
         np.testing.assert_array_equal(ours, images)
         labels = [row["label"] for row in read]
@@ -997,11 +770,8 @@ def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path, file_format):
         }
 
 
-@both_formats
 @lazily
-def test_tfds_imagenet_picks_its_classes(
-    tmp_path, monkeypatch, lazy, file_format
-):
+def test_tfds_imagenet_picks_its_classes(tmp_path, monkeypatch, lazy):
     tfds = pytest.importorskip("tensorflow_datasets")
     if lazy:
         monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
@@ -1014,7 +784,6 @@ def test_tfds_imagenet_picks_its_classes(
         tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
         {"train": rows, "validation": rows[5:]},
         names,
-        file_format,
     )
     path = tmp_path / "ten.txt"
     path.write_text("\n".join(WNIDS))
@@ -1040,13 +809,28 @@ def test_a_tfrecord_cut_short_is_named(tmp_path):
         tfds.features.Image(shape=(28, 28, 1)),
         {"train": rows, "test": rows},
         list("0123456789"),
-        "tfrecord",
     )
     (shard,) = tmp_path.glob("mnist/*/*train.tfrecord*")
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole TFRecord") as error:
         datasets.load("mnist", data_dir=tmp_path)
     assert str(shard) in one_line(error)
+
+
+def test_tfds_in_another_format_is_refused(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    rows = [(noise(i, (28, 28, 1)), i) for i in range(10)]
+    prepare_tfds(
+        "mnist",
+        tmp_path,
+        tfds.features.Image(shape=(28, 28, 1)),
+        {"train": rows, "test": rows},
+        list("0123456789"),
+        "array_record",
+    )
+    with pytest.raises(ValueError, match="array_record.* as TFRecord") as error:
+        datasets.load("mnist", data_dir=tmp_path)
+    one_line(error)
 
 
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
