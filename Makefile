@@ -41,9 +41,9 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 .venv: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-test
-	$(BIN)/python trainer.py --tag=demo --overwrite
+	$(BIN)/python trainer.py --tag=demo --overwrite --epochs=12
 	$(BIN)/python adversary.py --run=$(DEMO_RUN) --overwrite \
-	  --epsilon=0.02,0.05,0.1 --steps=20 --num_examples=200
+	  --epsilon=0.05,0.1,0.2 --steps=20 --num_examples=200
 	@echo
 	@echo "The run is $(DEMO_RUN). Its records and pictures:"
 	@find $(DEMO_RUN) -name results.json -o -name '*.png' | sort | \
