@@ -1,0 +1,728 @@
+"""Files of images and labels: decoding, checks, folders, lists, records.
+
+What reads files and knows no data set by name. Encoded images come from class
+folders (`class_files`, `wnid_files`, then `of_files`) or from TFRecord shards
+(`of_shards`); `reader` checks every one of them and returns how to read them.
+The formats of small sets (idx, pickled arrays) are read whole. A damaged file
+is always named, and nothing here runs code that a file asks for.
+"""
+
+import codecs
+import collections
+import concurrent.futures
+import dataclasses
+import gzip
+import hashlib
+import io
+import mmap
+import os
+import pathlib
+import pickle
+import re
+import struct
+import zlib
+from typing import Callable
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_WNID = re.compile(r"n\d{8}")
+_NOT_IMAGES = {"thumbs.db", "desktop.ini"}
+# What Pillow raises for a file that is no image or not a whole one.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class CorruptImageError(OSError):
+    """A file that is no image, or one cut short.
+
+    Attributes:
+        path: Text that names the file (for TFDS: shard and record).
+    """
+
+    def __init__(self, path, reason):
+        reason = " ".join(str(reason).split())
+        super().__init__(
+            f"Cannot read the image {path} ({reason}). Replace or delete it, "
+            "or leave such files out with --skip_corrupt."
+        )
+        self.path = str(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Images as they lie on the disk.
+
+    Attributes:
+        labels: Class ids, int32 of shape `(n,)`.
+        describe: Callable from an index to text that names the image.
+        fetch: Callable from an index to the encoded bytes.
+        check: Callable from an index; raises `CorruptImageError` if the head
+            or the end of the image is not what it should be.
+    """
+
+    labels: np.ndarray
+    describe: Callable
+    fetch: Callable
+    check: Callable
+
+
+def some(items):
+    """Returns the first three items, and how many more, as text."""
+    text = ", ".join(str(item) for item in items[:3])
+    return text + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+# ---------------------------------------------------------------------------
+# One image
+
+
+def decode(encoded, described, size=None, resize=None, mode="RGB"):
+    """Decodes an image of any mode, upright.
+
+    Args:
+        encoded: The bytes of the file.
+        described: What an error calls it.
+        size: Side of the square image wanted, in pixels; None keeps the sides.
+        resize: `"short_side"`: the short side is brought to `size`, then the
+            centre is cropped. Otherwise only an image with a shorter side is
+            enlarged, and a larger one is cropped as it is.
+        mode: Pillow's `"RGB"` or `"L"`.
+
+    Returns:
+        uint8 array of shape `(height, width, channels)`.
+
+    Raises:
+        CorruptImageError: If it is no image, or not a whole one.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.load()
+            image = _fit(_as_mode(_upright(image), mode), size, resize)
+    except Image.UnidentifiedImageError:
+        raise CorruptImageError(described, "not an image") from None
+    except _BROKEN as error:
+        raise CorruptImageError(described, error) from None
+    return np.asarray(image).reshape(*image.size[::-1], -1)
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except _BROKEN:  # Pixels are whole; only the note on their turn is not.
+        return image
+
+
+def _as_mode(image, mode):
+    if image.mode.startswith("I"):
+        # 16 bits: Pillow would clip, not scale. 65535 / 257 = 255.
+        deep = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(np.clip(deep // 257, 0, 255).astype(np.uint8))
+    return image.convert(mode)
+
+
+def _fit(image, size, resize):
+    if size is None:
+        return image
+    short = min(image.size)
+    if resize == "short_side" or short < size:
+        sides = [max(size, round(side * size / short)) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BILINEAR)
+    left, top = [(side - size) // 2 for side in image.size]
+    return image.crop((left, top, left + size, top + size))
+
+
+def _closed(tail, form):
+    """Whether an image's last bytes close its format."""
+    end = _ENDS.get(form)
+    return bool(end) and tail.rstrip(b"\0\r\n ").endswith(end)
+
+
+def _check_file(path):
+    """Checks head and end; in doubt, decodes."""
+    with open(path, "rb") as stream:
+        try:
+            form = Image.open(stream).format
+        except _BROKEN:
+            raise CorruptImageError(path, "not an image") from None
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - 64))
+        whole = _closed(stream.read(), form)
+    if not whole:
+        # A comment after the end is harmless, a missing end is not.
+        decode(pathlib.Path(path).read_bytes(), path)
+
+
+# ---------------------------------------------------------------------------
+# Many images
+
+
+def of_files(paths, labels):
+    """Returns the `Encoded` images of files, one label a path."""
+    return Encoded(
+        np.asarray(labels, np.int32),
+        lambda i: paths[i],
+        lambda i: pathlib.Path(paths[i]).read_bytes(),
+        lambda i: _check_file(paths[i]),
+    )
+
+
+def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
+    """Checks every image, and returns how to read them.
+
+    Args:
+        images: `Encoded`.
+        size, resize, mode: As for `decode`; `size` is not None.
+        in_memory: Decode every image now, and keep the pixels. Otherwise only
+            head and end are checked, and images are decoded when read.
+        skip_corrupt: Go on after an unreadable image.
+        title: What the progress bar is called.
+
+    Returns:
+        `(read, corrupt)`: a callable from int64 indices of shape `(k,)` to
+        uint8 `(k, size, size, channels)`, and the indices of the unreadable
+        images, which are not to be read.
+
+    Raises:
+        CorruptImageError: At the first unreadable image, unless skipped.
+    """
+    count, shape = len(images.labels), (size, size, len(mode))
+
+    def one(i):
+        return decode(images.fetch(i), images.describe(i), size, resize, mode)
+
+    if in_memory:
+        kept = np.empty((count, *shape), np.uint8)
+
+        def keep(i):
+            kept[i] = one(i)
+
+        corrupt = _each(keep, count, f"{title}: decoding", skip_corrupt)
+        return kept.__getitem__, corrupt
+
+    def read(indices):
+        pixels = np.empty((len(indices), *shape), np.uint8)
+        # Threads of the call, so that none outlives an abandoned iterator.
+        with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+            for row, image in enumerate(pool.map(one, indices.tolist())):
+                pixels[row] = image
+        return pixels
+
+    title = f"{title}: checking files"
+    return read, _each(images.check, count, title, skip_corrupt)
+
+
+def _threads():
+    return min(32, os.cpu_count() or 1)
+
+
+def _progress(items, title, **options):
+    """Shows how far an iteration is; only on a terminal, only if it lasts."""
+    import tqdm
+
+    return tqdm.tqdm(
+        items, title, leave=False, delay=2, disable=None, **options
+    )
+
+
+def _each(work, count, title, skip_corrupt):
+    """Calls `work(i)` in threads; returns the indices that were corrupt."""
+
+    def block(start):
+        corrupt = []
+        for i in range(start, min(start + 64, count)):
+            try:
+                work(i)
+            except CorruptImageError as error:
+                corrupt.append((i, error))
+                if not skip_corrupt:
+                    break
+        return corrupt
+
+    failed = []
+    starts = range(0, count, 64)
+    pool = concurrent.futures.ThreadPoolExecutor(_threads())
+    try:
+        # Blocks finish in order, so the first corrupt file is always the
+        # one that is named.
+        for corrupt in _progress(
+            pool.map(block, starts),
+            title,
+            total=len(starts),
+            unit=" images",
+            unit_scale=64,
+        ):
+            if corrupt and not skip_corrupt:
+                raise corrupt[0][1]
+            failed.extend(i for i, _ in corrupt)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return failed
+
+
+def common_size(encoded):
+    """Returns the side in pixels that images all have.
+
+    Args:
+        encoded: `Encoded` images of files, any number of them.
+
+    Raises:
+        ValueError: If they are not all squares of one size, or none is one.
+    """
+    common = None
+    paths = (e.describe(i) for e in encoded for i in range(len(e.labels)))
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sides = image.size
+        except _BROKEN:
+            continue  # Named, or skipped, when it is decoded.
+        common = common or sides
+        if sides != common or sides[0] != sides[1]:
+            raise ValueError(
+                "The images of the folder are not all squares of one size "
+                f"({path} is {sides[0]}x{sides[1]}): choose a size with "
+                "--image_size."
+            )
+    if common is None:
+        raise ValueError("Not one file of the folder is an image.")
+    return common[0]
+
+
+# ---------------------------------------------------------------------------
+# Class folders
+
+
+def listing(folder, *, directories):
+    """Returns the sorted names of the files or directories in a folder.
+
+    Hidden ones are left out, and the files in which file managers keep notes.
+    """
+    with os.scandir(folder) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".")
+            and entry.name.lower() not in _NOT_IMAGES
+            and entry.is_dir() == directories
+        )
+
+
+def first_folder(root, names):
+    """Returns the first of `root/<name>` that is a folder, or None."""
+    return next((root / n for n in names if (root / n).is_dir()), None)
+
+
+def class_files(folder, classes):
+    """Lists `folder/<class>/*`.
+
+    Args:
+        folder: Path of the folder.
+        classes: Names of its class folders, in the order of the class ids;
+            others are passed over.
+
+    Returns:
+        `(paths, labels)`: a path and a class id for each file.
+
+    Raises:
+        ValueError: If a class folder is missing or empty.
+    """
+    absent = [name for name in classes if not (folder / name).is_dir()]
+    if absent:
+        raise ValueError(
+            f"The class folder {some(absent)} is missing in {folder}; "
+            f"{len(classes)} class folders are expected there."
+        )
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = listing(folder / name, directories=False)
+        if not files:
+            raise ValueError(
+                f"The class folder {folder / name} holds no image."
+            )
+        paths += [os.path.join(folder, name, file) for file in files]
+        labels += [label] * len(files)
+    return paths, labels
+
+
+# ---------------------------------------------------------------------------
+# WordNet ids, and validation folders with a list of their classes
+
+
+def read_wnids(path):
+    """Reads a class list.
+
+    Args:
+        path: Text file of lines `<wnid>` or `<wnid><tab or space><names>`;
+            empty lines and lines that begin with # are passed over.
+
+    Returns:
+        Dictionary from wnid to names (`""` where there are none), in order.
+
+    Raises:
+        ValueError: If a line does not begin with a wnid, or names one again,
+            or there is none.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"The class list {path} is not a text file.") from None
+    listed = {}
+    for line in text.splitlines():
+        wnid, *rest = line.split(maxsplit=1) or "#"
+        if wnid.startswith("#"):
+            continue
+        if not _WNID.fullmatch(wnid):
+            raise ValueError(
+                f"Expected a wnid like n01440764 in each line of {path}. "
+                f"Received: {line.strip()[:60]!r}"
+            )
+        if wnid in listed:
+            raise ValueError(f"The class list {path} names {wnid} twice.")
+        listed[wnid] = rest[0].strip() if rest else ""
+    if not listed:
+        raise ValueError(f"The class list {path} names no wnid.")
+    return listed
+
+
+def class_list(path, names_path):
+    """Reads a class list, in the order of the class ids: sorted by wnid.
+
+    Args:
+        path: As for `read_wnids`.
+        names_path: Another list, which has the names.
+
+    Returns:
+        `(wnids, class_names, record)`: two tuples, and `{"name", "sha256"}`,
+        the hash being that of the sorted wnids, one a line.
+
+    Raises:
+        ValueError: As `read_wnids`.
+    """
+    wnids = tuple(sorted(read_wnids(path)))
+    known = read_wnids(names_path)
+    short = [known.get(w, w).split(",")[0].strip() or w for w in wnids]
+    twice = {n for n, k in collections.Counter(short).items() if k > 1}
+    class_names = tuple(
+        f"{name} ({wnid})" if name in twice else name
+        for name, wnid in zip(short, wnids, strict=True)
+    )
+    digest = hashlib.sha256("".join(f"{w}\n" for w in wnids).encode())
+    record = {"name": pathlib.Path(path).stem, "sha256": digest.hexdigest()}
+    return wnids, class_names, record
+
+
+def wnid_files(folder, wnids, places):
+    """Lists a folder of images, by class or flat with its ground truth.
+
+    Args:
+        folder: Path of `<wnid>/*`, or of the images themselves.
+        wnids: Those wanted, in the order of the class ids.
+        places: Folders in which the ground truth of a flat folder may lie.
+
+    Returns:
+        `(paths, labels)`: a path and a class id for each file.
+
+    Raises:
+        ValueError: If a class folder is missing or empty, or the images and
+            their list differ.
+        FileNotFoundError: If a flat folder has no list.
+    """
+    if any(map(_WNID.fullmatch, listing(folder, directories=True))):
+        return class_files(folder, wnids)
+    files = {
+        pathlib.Path(name).stem: name
+        for name in listing(folder, directories=False)
+        if not name.lower().endswith((".txt", ".csv", ".mat"))
+    }
+    if not files:
+        raise ValueError(f"{folder} holds neither class folders nor images.")
+    truth = _truth(folder, files, places)
+    absent = sorted(truth.keys() - files) or sorted(files - truth.keys())
+    if absent:
+        raise ValueError(
+            f"The images of {folder} and their list differ: {some(absent)} "
+            f"({len(files)} images, {len(truth)} listed)."
+        )
+    ids = {wnid: label for label, wnid in enumerate(wnids)}
+    chosen = [stem for stem in sorted(files) if truth[stem] in ids]
+    paths = [os.path.join(folder, files[stem]) for stem in chosen]
+    return paths, [ids[truth[stem]] for stem in chosen]
+
+
+def _truth(folder, stems, places):
+    """The wnid of each image of a flat folder, by the stem of its file."""
+    official = "ILSVRC2012_validation_ground_truth.txt"
+
+    def first(*names):
+        paths = (place / name for place in places for name in names)
+        return next((path for path in paths if path.is_file()), None)
+
+    listed = first("LOC_val_solution.csv", "val_annotations.txt")
+    numbers, meta = first(official), first("meta.mat")
+    if listed:
+        return _listed_truth(listed)
+    if numbers and meta:
+        return _official_truth(numbers, meta, stems)
+    raise FileNotFoundError(
+        f"{folder} has no class folders, so it needs its ground truth: put "
+        f"LOC_val_solution.csv, or val_annotations.txt with a line "
+        f"'<file> <wnid>' for each image, or {official} together with "
+        f"meta.mat of the development kit, into {folder.parent}."
+    )
+
+
+def _listed_truth(path):
+    """Reads `<file> <wnid> ...` lines, also comma separated, with a head."""
+    truth = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = line.replace(",", " ").split()
+        if len(words) > 1 and _WNID.fullmatch(words[1]):
+            truth[pathlib.PurePath(words[0]).stem] = words[1]
+        elif words and words[0] != "ImageId":
+            raise ValueError(
+                f"Expected lines '<file> <wnid>' in {path}. Received: "
+                f"{line.strip()[:60]!r}"
+            )
+    return truth
+
+
+def _official_truth(path, meta, stems):
+    """The development kit numbers the classes in an order of its own."""
+    import scipy.io
+
+    synsets = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
+    wnids = {
+        int(number): str(wnid)
+        for number, wnid in zip(
+            synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True
+        )
+    }
+    numbers = [int(line) for line in path.read_text().split()]
+    truth = {}
+    for stem in stems:
+        place = re.search(r"_(\d{8})$", stem)
+        if place and 1 <= int(place[1]) <= len(numbers):
+            truth[stem] = wnids[numbers[int(place[1]) - 1]]
+    return truth
+
+
+# ---------------------------------------------------------------------------
+# TFRecord
+
+
+def of_shards(paths, class_of, title):
+    """Indexes the records of TFRecord shards, without decoding an image.
+
+    TFDS has no random access to this format, and reading whole records for
+    their labels would read all of ImageNet: the index walks over the lengths
+    in the file, so it touches a few pages of each record.
+
+    Args:
+        paths: Shards of `tf.train.Example` with features `image` and `label`.
+        class_of: int32 array from stored labels to class ids; -1 leaves out.
+        title: What the progress bar is called.
+
+    Returns:
+        `Encoded` images, in the order of the records.
+
+    Raises:
+        ValueError: If a shard is not whole, or is another file.
+    """
+    rows = []
+    for number, path in enumerate(_progress(paths, f"{title}: indexing")):
+        if os.path.getsize(path):
+            rows += [(number, *row) for row in _index_shard(path)]
+    table = np.asarray(rows, np.int64).reshape(-1, 5)
+    labels = class_of[table[:, 3]]
+    table, labels = table[labels >= 0], labels[labels >= 0]
+
+    def describe(i):
+        return f"at byte {table[i, 1]} of {paths[table[i, 0]]}"
+
+    def fetch(i):
+        number, start, end = table[i, :3].tolist()
+        with open(paths[number], "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def check(i):
+        if not table[i, 4]:
+            decode(fetch(i), describe(i))
+
+    return Encoded(labels, describe, fetch, check)
+
+
+def _index_shard(path):
+    """Yields (start, end, label, whole) for the image of every record."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer,
+    ):
+        at = 0
+        try:
+            while at < len(buffer):
+                # Length, its checksum, the record, its checksum.
+                (size,) = struct.unpack("<Q", buffer[at : at + 8])
+                at += 12
+                if at + size + 4 > len(buffer):
+                    raise ValueError("its last record is cut short")
+                start, end, label = _image_and_label(buffer, at, at + size)
+                form = {b"\xff\xd8": "JPEG", b"\x89P": "PNG"}.get(
+                    buffer[start : start + 2]
+                )
+                tail = buffer[max(start, end - 64) : end]
+                yield start, end, label, _closed(tail, form)
+                at += size + 4
+        except (
+            *(ValueError, KeyError, IndexError, TypeError),
+            *(StopIteration, struct.error),
+        ) as error:
+            reason = str(error) or "an empty field"
+            raise ValueError(
+                f"{path} is not a whole TFRecord file of images with labels "
+                f"({reason}). Prepare the data set anew."
+            ) from None
+
+
+def _image_and_label(buffer, start, end):
+    """Finds the fields of a `tf.train.Example` by its wire format."""
+    found = {}
+    _, start, end = next(_wire_fields(buffer, start, end))
+    for _, low, high in _wire_fields(buffer, start, end):
+        key, value = _wire_fields(buffer, low, high)
+        name = buffer[key[1] : key[2]]
+        if name in (b"image", b"label"):
+            # Feature -> bytes or integer list -> its first field.
+            for _ in range(2):
+                value = next(_wire_fields(buffer, *value[1:]))
+            found[name] = value[1:]
+    label, packed = found[b"label"]
+    if packed is not None:
+        label, _ = _varint(buffer, label)
+    return *found[b"image"], label
+
+
+def _wire_fields(buffer, at, end):
+    """Yields (number, start, end) of messages and (number, value, None)."""
+    while at < end:
+        tag, at = _varint(buffer, at)
+        value, at = _varint(buffer, at)
+        if tag & 7 == 0:
+            yield tag >> 3, value, None
+        elif tag & 7 == 2:
+            yield tag >> 3, at, at + value
+            at += value
+        else:
+            raise ValueError(f"unexpected wire type {tag & 7}")
+
+
+def _varint(buffer, at):
+    value = shift = 0
+    while True:
+        byte = buffer[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+
+
+# ---------------------------------------------------------------------------
+# Files that hold a whole array
+
+
+def read_idx(path, rank):
+    """Reads an idx file of bytes: 4 of magic, the sides, the values.
+
+    Args:
+        path: Path of the file; ending in `.gz` if it is compressed.
+        rank: Number of axes it should have.
+
+    Returns:
+        uint8 array of that many axes.
+
+    Raises:
+        ValueError: If the file is cut short, or another.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}).") from None
+    start = 4 + 4 * rank
+    shape = np.frombuffer(content[4:start], ">u4").astype(np.int64)
+    if (
+        content[:4] != bytes([0, 0, 8, rank])
+        or len(content) - start != shape.prod()
+    ):
+        raise ValueError(f"{path} is not a whole idx file of {rank} axes.")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def read_rows(path, width):
+    """Reads rows of bytes: a label, then the pixels of one image.
+
+    Args:
+        path: Path of the file.
+        width: Pixel values in a row.
+
+    Returns:
+        `(images, labels)`: uint8 of shapes `(n, width)` and `(n,)`.
+
+    Raises:
+        ValueError: If the file does not hold whole rows.
+    """
+    content = np.fromfile(path, np.uint8)
+    if not len(content) or len(content) % (width + 1):
+        raise ValueError(
+            f"Expected rows of {width + 1} bytes in {path}. Received: "
+            f"{len(content)} bytes, so it is cut short or another file."
+        )
+    rows = content.reshape(-1, width + 1)
+    return rows[:, 1:], rows[:, 0]
+
+
+def read_pickle(path, width):
+    """Reads a pickle of arrays `data` and `labels`, and runs none of it.
+
+    Args:
+        path: Path of the file, written by Python 2.
+        width: Pixel values in a row of `data`.
+
+    Returns:
+        `(images, labels)`: uint8 `(n, width)` and int64 `(n,)`.
+
+    Raises:
+        ValueError: If it holds, or asks for, anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
+        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, width)
+        return images, np.asarray(batch[b"labels"], np.int64)
+    except Exception as error:  # A damaged pickle can raise anything.
+        raise ValueError(
+            f"{path} is not a pickle of data and labels: "
+            f"{' '.join(str(error).split())}. Get the file anew."
+        ) from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds NumPy arrays and plain containers, and calls nothing else."""
+
+    def find_class(self, module, name):
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) == ("numpy._core.multiarray", "_reconstruct"):
+            return np.empty(0).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

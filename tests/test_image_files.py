@@ -1,0 +1,203 @@
+"""Pictures of every kind, turned, cropped or broken, against their pixels."""
+
+import struct
+
+import numpy as np
+import pytest
+from pictures import noise, one_line, save, solid
+from PIL import Image
+
+import image_files
+
+
+def read_one(path, lazy, size=8, resize="short_side"):
+    read, corrupt = image_files.reader(
+        image_files.of_files([path], [0]),
+        size,
+        resize,
+        "RGB",
+        in_memory=not lazy,
+        skip_corrupt=False,
+        title="one",
+    )
+    assert corrupt == []
+    (pixels,) = read(np.array([0]))
+    assert pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
+    return pixels.astype(int)
+
+
+lazily = pytest.mark.parametrize("lazy", [False, True])
+
+
+@lazily
+def test_cmyk(tmp_path, lazy):
+    # Ink: none, all cyan, all magenta; half yellow with half black.
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 128, 128)]
+    colours = [
+        (255, 255, 255), (0, 255, 255), (255, 0, 255), (127, 127, 63)
+    ]  # fmt: skip
+    ink = np.repeat(np.uint8(inks)[:, None], 8, axis=0).repeat(32, axis=1)
+    image = Image.fromarray(ink.reshape(32, 32, 4), "CMYK")
+    path = save(tmp_path / "ink.jpg", image, quality=100)
+    got = read_one(path, lazy, size=32)
+    for row, colour in enumerate(colours):
+        np.testing.assert_allclose(got[8 * row + 4, 16], colour, atol=4)
+
+
+@lazily
+def test_greyscale_and_palette_and_alpha(tmp_path, lazy):
+    grey = noise(1, (8, 8))
+    path = save(tmp_path / "grey.png", grey)
+    got = read_one(path, lazy)
+    np.testing.assert_array_equal(got, np.stack([grey] * 3, axis=-1))
+    alpha = np.dstack([noise(2), np.full((8, 8), 7, np.uint8)])
+    save(path, alpha)
+    got = read_one(path, lazy)
+    np.testing.assert_array_equal(got, alpha[..., :3])
+    few = Image.fromarray(noise(3) // 128 * 255).quantize(8)
+    save(path, few)
+    got = read_one(path, lazy)
+    table = np.array(few.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(got, table[np.asarray(few)])
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    grey = noise(4, (8, 8)).astype(np.uint16) * 257
+    path = save(tmp_path / "deep.png", Image.fromarray(grey))
+    got = read_one(path, False)
+    np.testing.assert_array_equal(got[..., 0], grey // 257)
+
+
+@lazily
+def test_a_png_that_is_called_jpeg(tmp_path, lazy):
+    pixels = noise(5)
+    path = save(tmp_path / "really.JPEG", pixels, format="PNG")
+    got = read_one(path, lazy)
+    np.testing.assert_array_equal(got, pixels)
+
+
+# EXIF 2.32, 4.6.4 A: which corner of the stored picture is the top left.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+def test_exif_turned(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = save(tmp_path / "turned.jpg", noise(6), exif=exif)
+    stored = np.asarray(Image.open(path))
+    got = read_one(path, turn % 2)
+    np.testing.assert_array_equal(got, UPRIGHT[turn](stored))
+
+
+@lazily
+def test_bytes_after_the_end_are_harmless(tmp_path, lazy):
+    path = save(tmp_path / "long.jpg", solid(200))
+    with open(path, "ab") as file:
+        file.write(b"written by a camera" * 40)
+    got = read_one(path, lazy)
+    np.testing.assert_allclose(got, 200, atol=2)
+
+
+def test_short_side_and_handover_preparation(tmp_path):
+    # A black left and a white right half stay halves, whatever the sides.
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 40:] = 255
+    wide[:, :20] = wide[:, 60:] = 128  # Outside the centre square.
+    path = save(tmp_path / "wide.png", wide)
+    got = read_one(path, False, size=20)
+    assert got.shape == (20, 20, 3)
+    # Only the two columns at the edge mix with what was cropped.
+    assert np.all(got[:, 1:9] == 0) and np.all(got[:, 11:19] == 255)
+    # Handover: a larger image is cropped as it is, an odd rest at the end.
+    large = noise(7, (25, 36, 3))
+    save(path, large)
+    got = read_one(path, False, size=20, resize="handover")
+    np.testing.assert_array_equal(got, large[2:22, 8:28])
+    # A smaller one is enlarged: bilinear keeps a ramp a ramp.
+    ramp = np.broadcast_to(np.arange(10)[:, None, None] * 20, (10, 15, 3))
+    save(path, ramp)
+    for resize in ("handover", "short_side"):
+        got = read_one(path, False, size=20, resize=resize)
+        expected = np.clip((np.arange(20) + 0.5) / 2 - 0.5, 0, 9) * 20
+        error = got - expected[:, None, None]
+        assert np.abs(error).max() <= 1
+
+
+@pytest.mark.parametrize("cut", [10, 100, 400])
+def test_a_picture_cut_short_is_seen_in_its_file_and_its_bytes(tmp_path, cut):
+    path = save(tmp_path / "cut.jpg", noise(8, (32, 32, 3)))
+    path.write_bytes(path.read_bytes()[:-cut])
+    for lazy in (False, True):
+        with pytest.raises(image_files.CorruptImageError, match="cut.jpg"):
+            read_one(path, lazy)
+
+
+# A tf.train.Example by hand: fields of number << 3 | 2, a length, the bytes.
+def message(number, content):
+    assert len(content) < 128
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def example(**features):
+    entries = [
+        message(1, message(1, name.encode()) + message(2, feature))
+        for name, feature in features.items()
+    ]
+    return message(1, b"".join(entries))
+
+
+def write_shard(path, records):
+    frames = [struct.pack("<QI", len(r), 0) + r + bytes(4) for r in records]
+    path.write_bytes(b"".join(frames))
+    return str(path)
+
+
+IMAGE = message(1, message(1, b"the bytes"))
+
+
+def test_shards_hold_images_and_labels_of_either_form(tmp_path):
+    packed, plain = message(3, message(1, b"\x02")), message(3, b"\x08\x01")
+    records = [
+        example(image=IMAGE, label=packed),
+        example(label=plain, file_name=message(1, b""), image=IMAGE),
+    ]
+    paths = [
+        write_shard(tmp_path / "0", records),
+        write_shard(tmp_path / "1", []),
+        write_shard(tmp_path / "2", records[:1]),
+    ]
+    class_of = np.array([-1, -1, 5], np.int32)
+    images = image_files.of_shards(paths, class_of, "train")
+    np.testing.assert_array_equal(images.labels, [5, 5])
+    assert [images.fetch(i) for i in (0, 1)] == [b"the bytes"] * 2
+    assert images.describe(1).endswith(paths[2])
+    with pytest.raises(image_files.CorruptImageError, match="not an image"):
+        images.check(1)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"",
+        b"no protocol buffer",
+        example(image=IMAGE),
+        example(image=IMAGE, label=b""),
+        example(image=IMAGE, label=b"\x08\x01"),
+        example(image=IMAGE, label=message(3, b"\x0d1234")),
+    ],
+)
+def test_other_records_are_refused_in_one_line(tmp_path, record):
+    path = write_shard(tmp_path / "shard", [record])
+    with pytest.raises(ValueError, match="not a whole TFRecord") as error:
+        image_files.of_shards([path], np.arange(10), "train")
+    assert path in one_line(error)
