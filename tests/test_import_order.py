@@ -74,6 +74,17 @@ def test_every_module_is_installed():
     assert setup["options"]["py_modules"].split() == MODULES
 
 
+def test_the_class_lists_are_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options"]["packages"].split() == ["class_lists"]
+    pattern = setup["options.package_data"]["class_lists"]
+    lists = {
+        path for path in (ROOT / "class_lists").iterdir() if path.is_file()
+    }
+    assert lists and set((ROOT / "class_lists").glob(pattern)) == lists
+
+
 @pytest.mark.parametrize("module", [*MODULES, "view_images"])
 def test_imports_point_down(module):
     found = sideways(module, imports(tree(module)), LEVELS)
