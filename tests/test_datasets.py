@@ -710,6 +710,13 @@ def test_flat_validation_without_or_with_another_list(tmp_path):
 # TFDS
 
 
+def prepare_digits(data_dir, splits, file_format="tfrecord"):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    feature = tfds.features.Image(shape=(28, 28, 1))
+    names = list("0123456789")
+    return prepare_tfds("mnist", data_dir, feature, splits, names, file_format)
+
+
 def prepare_tfds(
     name, data_dir, feature, splits, names, file_format="tfrecord"
 ):
@@ -749,13 +756,7 @@ def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path):
         key: [(noise(i + start, (28, 28, 1)), i % 10) for i in range(12)]
         for start, key in ((0, "train"), (50, "test"))
     }
-    builder = prepare_tfds(
-        "mnist",
-        tmp_path,
-        tfds.features.Image(shape=(28, 28, 1)),
-        splits,
-        list("0123456789"),
-    )
+    builder = prepare_digits(tmp_path, splits)
     dataset = datasets.load("mnist", data_dir=tmp_path, validation_fraction=0)
     assert dataset.source.startswith("tfds:mnist")
     for split in ("train", "test"):
@@ -801,15 +802,8 @@ def test_tfds_imagenet_picks_its_classes(tmp_path, monkeypatch, lazy):
 
 
 def test_a_tfrecord_cut_short_is_named(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
     rows = [(noise(i, (28, 28, 1)), i % 10) for i in range(12)]
-    prepare_tfds(
-        "mnist",
-        tmp_path,
-        tfds.features.Image(shape=(28, 28, 1)),
-        {"train": rows, "test": rows},
-        list("0123456789"),
-    )
+    prepare_digits(tmp_path, {"train": rows, "test": rows})
     (shard,) = tmp_path.glob("mnist/*/*train.tfrecord*")
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole TFRecord") as error:
@@ -818,16 +812,8 @@ def test_a_tfrecord_cut_short_is_named(tmp_path):
 
 
 def test_tfds_in_another_format_is_refused(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
     rows = [(noise(i, (28, 28, 1)), i) for i in range(10)]
-    prepare_tfds(
-        "mnist",
-        tmp_path,
-        tfds.features.Image(shape=(28, 28, 1)),
-        {"train": rows, "test": rows},
-        list("0123456789"),
-        "array_record",
-    )
+    prepare_digits(tmp_path, {"train": rows, "test": rows}, "array_record")
     with pytest.raises(ValueError, match="array_record.* as TFRecord") as error:
         datasets.load("mnist", data_dir=tmp_path)
     one_line(error)
