@@ -157,7 +157,9 @@ RECIPES = {
     "imagenette": _IMAGENET10,
     "imagenet10": _IMAGENET10,
     "imagenet100": _IMAGENET100,
-    "imagenet": _IMAGENET100.override(epochs=90),
+    "imagenet": dataclasses.replace(
+        _IMAGENET100, epochs=90, drops=((30, 0.1), (60, 0.01), (80, 0.001))
+    ),
     "folder": _CIFAR,
 }
 
