@@ -42,12 +42,13 @@ def value_and_grad(fn, x, has_aux=False):
     Args:
         fn: Callable from a `(batch, ...)` tensor to losses of shape `(batch,)`,
             or to a tuple of such losses and anything else if `has_aux`.
-        x: Float tensor of shape `(batch, ...)`, the point of evaluation.
+        x: Float tensor of shape `(batch, ...)`, the point of evaluation, or a
+            list of them (images and gazes, say); `fn` is called with `x`.
         has_aux: Whether `fn` returns a second value that is not differentiated
             (the logits, say).
 
     Returns:
-        Tuple of the losses, shape `(batch,)`, and the gradient, shape of `x`;
+        Tuple of the losses, shape `(batch,)`, and the gradient, like `x`;
         with `has_aux` a tuple of (losses, second value) and the gradient. The
         gradient is zero where `fn` does not depend on `x`.
 
@@ -55,7 +56,7 @@ def value_and_grad(fn, x, has_aux=False):
         NotImplementedError: If the active backend has no automatic gradient.
     """
     backend = keras.config.backend()
-    x = ops.convert_to_tensor(x)
+    x = keras.tree.map_structure(ops.convert_to_tensor, x)
 
     def outputs(x):
         return fn(x) if has_aux else (fn(x), ())
@@ -91,22 +92,25 @@ def _value_and_grad_tensorflow(outputs, x):
         total, x, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     # A gather straight from `x` has a sparse gradient.
-    return losses, aux, tf.convert_to_tensor(grad)
+    return losses, aux, keras.tree.map_structure(tf.convert_to_tensor, grad)
 
 
 def _value_and_grad_torch(outputs, x):
     import torch
 
     with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_(True)
-        losses, aux = outputs(leaf)
+        leaves = keras.tree.map_structure(
+            lambda v: v.detach().clone().requires_grad_(True), x
+        )
+        losses, aux = outputs(leaves)
         total = ops.sum(losses)
+        flat = keras.tree.flatten(leaves)
+        grads = [torch.zeros_like(leaf) for leaf in flat]
         if total.requires_grad:
-            (grad,) = torch.autograd.grad(
-                total, leaf, allow_unused=True, materialize_grads=True
+            grads = torch.autograd.grad(
+                total, flat, allow_unused=True, materialize_grads=True
             )
-        else:
-            grad = torch.zeros_like(leaf)
+        grad = keras.tree.pack_sequence_as(x, list(grads))
     aux = keras.tree.map_structure(lambda a: a.detach(), aux)
     return losses.detach(), aux, grad
 

@@ -1,0 +1,295 @@
+"""Speed and size, measured; nothing in the tests asserts them.
+
+    python benchmark.py --what=sampler
+    python benchmark.py --what=full_size
+
+Ratios are against a named peer in the same run, on the same points.
+"""
+
+import dataclasses
+import resource
+import statistics
+import time
+
+import numpy as np
+from absl import flags
+
+import command_line  # First: it quiets TensorFlow.
+import run_folder
+
+_WHAT = flags.DEFINE_string("what", "sampler", "sampler or full_size.")
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Images.", lower_bound=1)
+_SIZE = flags.DEFINE_integer("image_size", 320, "Their side.", lower_bound=8)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls.", lower_bound=3)
+_MODELS = flags.DEFINE_list(
+    "models", ["multi_gaze", "parallel_transformers"], "For full_size."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the record.")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """What is measured: see the flags."""
+
+    what: str = "sampler"
+    batch_size: int = 8
+    image_size: int = 320
+    rounds: int = 15
+    models: tuple[str, ...] = ("multi_gaze", "parallel_transformers")
+
+
+def config_from_flags():
+    """Makes the `BenchmarkConfig` of the parsed flags.
+
+    Raises:
+        ValueError: If the benchmark is unknown.
+    """
+    if _WHAT.value not in BENCHMARKS:
+        raise ValueError(
+            f"unknown benchmark {_WHAT.value!r}."
+            f"{command_line.near(_WHAT.value, BENCHMARKS)} Expected one of "
+            f"{', '.join(BENCHMARKS)}"
+        )
+    return BenchmarkConfig(
+        what=_WHAT.value,
+        batch_size=_BATCH.value,
+        image_size=_SIZE.value,
+        rounds=_ROUNDS.value,
+        models=tuple(_MODELS.value),
+    )
+
+
+def interleaved(calls, rounds):
+    """Times several calls in turn, so that noise falls on all of them.
+
+    Args:
+        calls: Dict from names to functions without arguments.
+        rounds: Timed calls of each; two more warm up.
+
+    Returns:
+        Dict from names to the median in milliseconds.
+    """
+    times = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if number >= 2:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def sampler(config):
+    """Our sampler and retinal warp against PyTorch's `grid_sample`.
+
+    Returns:
+        List of dicts: what, ours and theirs in ms, and ratio ours / theirs.
+    """
+    import glimpse
+
+    size = config.image_size
+    rng = np.random.default_rng(0)
+    images = rng.random((config.batch_size, size, size, 3), "float32")
+    reach = size / 4
+    gazes = rng.uniform(-reach, reach, (config.batch_size, 2))
+    gazes = gazes.astype("float32")
+    points = np.asarray(
+        glimpse.retina_points(gazes, (size, size), (size, size))
+    )
+    calls = {
+        **_our_calls(images, gazes, points),
+        **_torch_calls(images, points),
+    }
+    found = interleaved(calls, config.rounds)
+    rows = []
+    for name in found:
+        if name.startswith("torch"):
+            continue
+        part = name.split(": ")[1]
+        peer = found[f"torch: {part}"]
+        rows.append(
+            {
+                "what": name,
+                "ours_ms": round(found[name], 2),
+                "grid_sample_ms": round(peer, 2),
+                "ratio": round(found[name] / peer, 2),
+            }
+        )
+    return rows
+
+
+def _our_calls(images, gazes, points):
+    from keras import ops
+
+    import glimpse
+    import numerics
+    import transformer
+
+    def run(fn, *arguments):
+        compiled = numerics.compile_call(fn)
+        arguments = [ops.convert_to_tensor(a) for a in arguments]
+
+        def call():
+            # Reading one number waits for the result.
+            for value in compiled(*arguments):
+                ops.convert_to_numpy(value[0, 0])
+
+        return call
+
+    def loss(views):
+        return ops.sum(ops.square(views), axis=(1, 2, 3))
+
+    def sample(images, points):
+        return transformer.sample_bilinear(images, points)
+
+    def gradients(view, which):
+        def fn(images, places):
+            if which == "images and points":
+                _, grads = numerics.value_and_grad(
+                    lambda x: loss(view(*x)), [images, places]
+                )
+                return grads
+            _, grad = numerics.value_and_grad(
+                lambda x: loss(view(images, x)), places
+            )
+            return [grad]
+
+        return fn
+
+    calls = {
+        "sampler: forward": run(lambda *a: [sample(*a)], images, points),
+        "retinal warp: forward": run(
+            lambda *a: [glimpse.retinal_warp(*a)], images, gazes
+        ),
+    }
+    for which in ("images and points", "points"):
+        part = f"forward and backward to {which}"
+        calls[f"sampler: {part}"] = run(
+            gradients(sample, which), images, points
+        )
+        calls[f"retinal warp: {part}"] = run(
+            gradients(glimpse.retinal_warp, which), images, gazes
+        )
+    return calls
+
+
+def _torch_calls(images, points):
+    """The peer. Imported by name, for only tests and this need Torch."""
+    import importlib
+
+    torch = importlib.import_module("torch")
+    size = images.shape[1]
+    pictures = torch.tensor(images.transpose(0, 3, 1, 2).copy())
+    grid = torch.tensor(points[..., ::-1].copy())
+    grid = (grid + 0.5) / size * 2 - 1
+
+    def sample(pictures, grid):
+        return torch.nn.functional.grid_sample(
+            pictures, grid, align_corners=False
+        )
+
+    def backward(to_pictures):
+        def call():
+            x = pictures.clone().requires_grad_(to_pictures)
+            where = grid.clone().requires_grad_(True)
+            sample(x, where).square().sum().backward()
+
+        return call
+
+    return {
+        "torch: forward": lambda: sample(pictures, grid),
+        "torch: forward and backward to images and points": backward(True),
+        "torch: forward and backward to points": backward(False),
+    }
+
+
+def full_size(config):
+    """Builds models at full size; one training step and one PGD step.
+
+    Returns:
+        List of dicts: model, parameters, seconds of the first training step
+        (with its compilation) and of the next, of a PGD step likewise, and
+        the peak memory of the process so far in GiB.
+    """
+    return [_one_full_size(name, config) for name in config.models]
+
+
+def _one_full_size(name, config):
+    import keras
+
+    import attack_backbone
+    import model_backbone
+    import numerics
+    import robust_training
+
+    size = config.image_size
+    model = model_backbone.create(
+        name, num_classes=10, image_shape=(size, size, 3)
+    )
+    rng = np.random.default_rng(0)
+    images = rng.random((config.batch_size, size, size, 3), "float32")
+    labels = (np.arange(config.batch_size) % 10).astype("int32")
+    indices = np.arange(config.batch_size, dtype="int32")
+    optimizer = keras.optimizers.Adam(1e-3)
+    optimizer.build(model.trainable_variables)
+    step = robust_training.make_step(model, optimizer, robust_training.STANDARD)
+    times = []
+    for number in range(2):
+        started = time.perf_counter()
+        loss = float(step(images, labels, indices, number)[0])
+        times.append(time.perf_counter() - started)
+    attack = attack_backbone.PGDConfig(
+        norm="linf", epsilon=4 / 255, step_size=1 / 255, steps=1
+    )
+    craft = numerics.compile_call(
+        lambda x, y, keys: attack_backbone.pgd(
+            lambda z: model(z, training=False), x, y, attack, keys
+        ),
+        model.variables,
+    )
+    keys = numerics.example_keys(0, indices)
+    for _ in range(2):
+        started = time.perf_counter()
+        moved = np.abs(np.asarray(craft(images, labels, keys).images) - images)
+        times.append(time.perf_counter() - started)
+    return {
+        "model": name,
+        "parameters": int(model.count_params()),
+        "batch_size": config.batch_size,
+        "loss": round(loss, 3),
+        "largest_perturbation": float(moved.max()),
+        "training_step_s": [round(t, 2) for t in times[:2]],
+        "pgd_step_s": [round(t, 2) for t in times[2:]],
+        "peak_memory_gib": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2
+        ),
+    }
+
+
+BENCHMARKS = {"sampler": sampler, "full_size": full_size}
+
+
+def run(config):
+    """Measures what the config names and returns the record, a dict."""
+    return {
+        **dataclasses.asdict(config),
+        "rows": BENCHMARKS[config.what](config),
+        "provenance": run_folder.provenance(),
+    }
+
+
+def main():
+    """Prints a line for each row of the benchmark."""
+    with command_line.guard():
+        command_line.load_keras()
+        config = config_from_flags()
+    record = run(config)
+    for row in record["rows"]:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if _OUTPUT.value:
+        with command_line.guard():
+            run_folder.write_json(_OUTPUT.value, record)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
