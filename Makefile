@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST_FLAGS ?=
+# Most of a test's time is one core's tracing: two at a time take half as long.
+PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 # Only errors from the libraries: their start-up notes hide our own lines.
 export TF_CPP_MIN_LOG_LEVEL ?= 3
