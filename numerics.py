@@ -149,7 +149,9 @@ def compile_call(fn, variables=()):
         import tensorflow as tf
 
         accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
-        compiled = tf.function(stateless, jit_compile=accelerated or None)
+        compiled = tf.function(
+            stateless, autograph=False, jit_compile=accelerated or None
+        )
     elif backend == "jax":
         import jax
 

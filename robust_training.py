@@ -372,7 +372,9 @@ def _tensorflow_step(run, model, optimizer):
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss, right
 
-    @tf.function(jit_compile=True if replicas == 1 and accelerated else None)
+    compiled = True if replicas == 1 and accelerated else None
+
+    @tf.function(autograph=False, jit_compile=compiled)
     def step_fn(*batch):
         results = strategy.run(replica_fn, args=batch)
         return [strategy.reduce("SUM", r, axis=None) for r in results]

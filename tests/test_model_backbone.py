@@ -18,16 +18,11 @@ BRANCHED = {"num_transformers": 3, "width": 4, "localization_width": 4}
 CASES = {
     "resnet": ("resnet", SMALL, (24, 24, 3)),
     "resnet-sampling": ("resnet", {**SMALL, "sampling": True}, (24, 24, 3)),
-    "resnet-auto": ("resnet", {"backbone": "auto", **SMALL}, (32, 32, 3)),
+    "resnet-auto": ("resnet", {"backbone": "auto", **SMALL}, (32, 32, 1)),
     "resnet_cifar": ("resnet_cifar", SMALL, (16, 16, 3)),
-    "resnet_cifar-none": (
-        "resnet_cifar",
-        {**SMALL, "downsampling": "none"},
-        (16, 16, 3),
-    ),
     "resnet_cifar-sampling": (
         "resnet_cifar",
-        {**SMALL, "sampling": True, "downsampling": "not_last"},
+        {**SMALL, "sampling": True, "downsampling": "none"},
         (16, 16, 3),
     ),
     **{
@@ -51,7 +46,7 @@ CASES = {
     ),
     "parallel_transformers-rgb": (
         "parallel_transformers",
-        {**BRANCHED, "view_size": 12},
+        {**BRANCHED, "view_size": 12, "backbone": "simple_cnn"},
         (24, 20, 3),
     ),
     "multi_gaze": ("multi_gaze", BRANCHED, (20, 20, 1)),
@@ -62,17 +57,34 @@ CASES = {
     ),
     "multi_gaze-rgb": (
         "multi_gaze",
-        {**BRANCHED, "view_size": 16, "gaze_range": 5.0, "dropout": 0.1},
+        {
+            **BRANCHED,
+            "backbone": "simple_cnn",
+            "localization": "simple_cnn",
+            "view_size": 16,
+            "gaze_range": 5.0,
+            "dropout": 0.1,
+        },
         (24, 20, 3),
     ),
     "multi_gaze-grid": (
         "multi_gaze",
-        {**BRANCHED, "localization": "resnet20", "localization_grid": 3},
+        {
+            **BRANCHED,
+            "localization": "resnet20",
+            "localization_grid": 3,
+            "max_ratio": 5.0,
+        },
         (20, 20, 1),
     ),
     "multi_gaze-resnet18": (
         "multi_gaze",
-        {**BRANCHED, "backbone": "resnet18", "num_transformers": 1},
+        {
+            **BRANCHED,
+            "backbone": "resnet18",
+            "localization": "simple_cnn",
+            "num_transformers": 1,
+        },
         (66, 66, 3),
     ),
 }
