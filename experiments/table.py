@@ -1,0 +1,73 @@
+"""Prints the records of trained and attacked runs as a Markdown table.
+
+    python experiments/table.py runs/cluttered_mnist-*
+
+One row a run, then the mean and the range over the runs of each model. Every
+number is read from the runs' `results.json` files; what is missing is "-".
+"""
+
+import collections
+import json
+import pathlib
+import sys
+
+
+def read(path):
+    """Returns a JSON file's content, or an empty dict if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def describe(folder):
+    """Returns the model, the seed and the columns of one run."""
+    config = read(folder / "config.json")
+    result = read(folder / "results.json")
+    best = result.get("best", {})
+    columns = {
+        "test images": best.get("num_examples"),
+        "clean %": 100 * best["accuracy"] if best else None,
+        "training min": result.get("training_seconds", 0) / 60 or None,
+    }
+    for path in sorted(folder.glob("attacks/*/results.json")):
+        record = read(path)
+        name = (
+            f"{record['attack'].upper()}-{record.get('steps', 1)} "
+            f"{record['norm']} {record['epsilon']:.3g} "
+            f"({record['num_examples']}) %"
+        )
+        columns[name] = 100 * record["robust_accuracy"]
+    return config.get("model", "?"), config.get("seed", "?"), columns
+
+
+def cell(value):
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def main(folders):
+    rows = [describe(pathlib.Path(folder)) for folder in folders]
+    names = list(dict.fromkeys(key for _, _, row in rows for key in row))
+    print("| model | seed | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 2) + "|")
+    models = collections.defaultdict(list)
+    for model, seed, row in sorted(rows, key=lambda r: (r[0], str(r[1]))):
+        models[model].append(row)
+        cells = " | ".join(cell(row.get(name)) for name in names)
+        print(f"| {model} | {seed} | {cells} |")
+    for model, found in models.items():
+        cells = []
+        for name in names:
+            values = [row[name] for row in found if row.get(name) is not None]
+            if not values:
+                cells.append("-")
+                continue
+            low, high = min(values), max(values)
+            mean = sum(values) / len(values)
+            spread = f" ({low:.1f} to {high:.1f})" if low < high else ""
+            cells.append(f"{mean:.1f}{spread}")
+        count = f"mean of {len(found)}"
+        print(f"| **{model}** | {count} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
