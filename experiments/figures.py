@@ -1,0 +1,104 @@
+"""Makes the README's figures: embedded digits and scikit-learn's photographs.
+
+    python experiments/figures.py runs/cluttered_digits-multi_gaze-demo
+
+Everything is made from files of the run and from pictures that come with
+scikit-learn, so the figures may be published.
+"""
+
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import sklearn.datasets
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import command_line
+
+command_line.load_keras()
+
+from keras import ops  # noqa: E402
+
+import datasets  # noqa: E402
+import glimpse  # noqa: E402
+import model_backbone  # noqa: E402
+import robust_training  # noqa: E402
+import transformer  # noqa: E402
+import visualize  # noqa: E402
+
+FIGURES = pathlib.Path(__file__).parents[1] / "figures"
+SIZE = 320
+
+
+def photographs():
+    """The two sample photographs, their middle square at 320 pixels."""
+    found = []
+    for image in sklearn.datasets.load_sample_images().images:
+        image = image.astype("float32") / 255
+        height, width = image.shape[:2]
+        scale = min(height, width) / SIZE
+        theta = np.array([[scale * SIZE / width, 0, scale * SIZE / height, 0]])
+        points = transformer.affine_points(
+            theta.astype("float32"), (height, width), (SIZE, SIZE)
+        )
+        view = transformer.sample_bilinear(image[None], points)
+        found.append(ops.convert_to_numpy(view)[0])
+    return np.stack(found)
+
+
+def retina():
+    """What a retina sees of a photograph at five gazes."""
+    images = photographs()
+    gazes = np.array(
+        [
+            [[0, 0], [-70, -80], [60, 90], [-90, 60], [90, -90]],
+            [[0, 0], [-60, 70], [50, -60], [90, 90], [-100, -100]],
+        ],
+        "float32",
+    )
+    size = (SIZE, SIZE)
+    views = ops.convert_to_numpy(glimpse.retinal_warp(images, gazes))
+    boxes = ops.convert_to_numpy(glimpse.fovea_box(gazes, size, size))
+    visualize.glimpse_grid(
+        images,
+        [0, 1],
+        [0, 1],
+        ("china", "flower"),
+        gazes=gazes,
+        boxes=boxes,
+        views=views,
+        title="One photograph, five gazes: box = where the retina magnifies",
+        path=FIGURES / "retina.png",
+    )
+
+
+def demo(folder):
+    """Where the demo's model looks, and what an attack does to it."""
+    model, config = robust_training.load_run(folder)
+    data = datasets.load(
+        config["dataset"], seed=config["seed"], test_only=True
+    ).test
+    images = data.read(np.arange(4))
+    shown = model_backbone.glimpses(model)(images)
+    logits = ops.convert_to_numpy(model(images))
+    visualize.glimpse_grid(
+        images,
+        data.labels[:4],
+        logits.argmax(-1),
+        config["class_names"],
+        **shown,
+        max_rows=4,
+        title="Where multi_gaze looks on cluttered digits, and what it sees",
+        path=FIGURES / "glimpses.png",
+    )
+    pictures = sorted(pathlib.Path(folder).glob("attacks/*/pictures.png"))
+    shutil.copy(pictures[0], FIGURES / "attack.png")
+
+
+if __name__ == "__main__":
+    FIGURES.mkdir(exist_ok=True)
+    retina()
+    for path in sys.argv[1:]:
+        demo(path)
