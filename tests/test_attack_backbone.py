@@ -33,7 +33,7 @@ def keys_for(count, seed=0):
     return numerics.example_keys(seed, np.arange(count, dtype="int32"))
 
 
-def make_data(count=6, seed=0):
+def make_data(count=24, seed=0):
     rng = np.random.default_rng(seed)
     images = np.clip(rng.normal(0.5, 0.4, (count, *SHAPE)), 0, 1)
     return images.astype("float32"), (np.arange(count) % CLASSES).astype(
@@ -41,8 +41,10 @@ def make_data(count=6, seed=0):
     )
 
 
-def linear(weights):
-    weights = ops.convert_to_tensor(np.asarray(weights, "float32"))
+@functools.cache
+def linear(seed=0, classes=CLASSES):
+    weights = random_linear(seed, classes)
+    weights = ops.convert_to_tensor(weights)
 
     def logits_fn(x):
         return ops.matmul(ops.reshape(x, (-1, weights.shape[0])), weights)
@@ -55,6 +57,7 @@ def random_linear(seed=0, classes=CLASSES):
     return rng.normal(size=(np.prod(SHAPE), classes)).astype("float32") * 0.3
 
 
+@functools.cache
 def curved():
     """A small net with batch normalization: not linear, and it has a state."""
     keras.utils.set_random_seed(0)
@@ -76,16 +79,29 @@ def curved():
     return model, lambda x: model(x, training=False)
 
 
+@functools.cache
+def compiled(name, logits_fn, targeted, frozen):
+    """A whole attack, compiled; its late numbers are arguments."""
+    function, make = attack_backbone.ATTACKS[name]
+    config = make(**dict(frozen))
+
+    def whole(images, labels, keys, targets, numbers):
+        targets = targets if targeted else None
+        bound = config.bind(numbers)
+        return function(logits_fn, images, labels, bound, keys, targets)
+
+    return numerics.compile_call(whole)
+
+
 def attack(name, logits_fn, images, labels, targets=None, keys=None, **fields):
     """Runs a whole attack compiled, as the evaluation does."""
-    function, config = attack_backbone.ATTACKS[name]
-    config = config(**fields)
+    config = attack_backbone.ATTACKS[name][1](**fields)
+    late = {*config.LATE, "step_size"}
+    frozen = tuple((k, v) for k, v in fields.items() if k not in late)
+    run = compiled(name, logits_fn, targets is not None, frozen)
     keys = keys_for(len(labels)) if keys is None else keys
-
-    def whole(images, labels, keys):
-        return function(logits_fn, images, labels, config, keys, targets)
-
-    return numerics.compile_call(whole)(images, labels, keys)
+    aims = labels if targets is None else targets
+    return run(images, labels, keys, aims, config.numbers())
 
 
 def predictions(logits_fn, images):
@@ -149,30 +165,30 @@ class TestEveryAttack:
 
     def test_epsilon_zero_returns_the_input(self, name, norm, targeted):
         images, labels = make_data()
-        targets = (labels + 1) % CLASSES if targeted else None
         result = attack(
             name,
-            linear(random_linear()),
+            curved()[1],
             images,
             labels,
-            targets,
+            (labels + 1) % CLASSES if targeted else None,
             norm=norm,
             epsilon=0.0,
             **settings(name, steps=3, restarts=2),
         )
         np.testing.assert_array_equal(array(result.images), images)
 
-    def test_a_nan_is_not_a_success(self, name, norm, targeted):
-        def broken(x):
-            return ops.sum(x, axis=(1, 2))[:, :CLASSES] * float("nan")
 
-        images, labels = make_data()
-        targets = (labels + 1) % CLASSES if targeted else None
-        result = attack(
-            name, broken, images, labels, targets, norm=norm, epsilon=0.1
-        )
-        assert not np.any(array(result.success))
-        assert np.all(np.isfinite(array(result.images)))
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("name", attack_backbone.ATTACKS)
+def test_a_nan_is_not_a_success(name, targeted):
+    def broken(x):
+        return ops.sum(x, axis=(1, 2))[:, :CLASSES] * float("nan")
+
+    images, labels = make_data()
+    targets = (labels + 1) % CLASSES if targeted else None
+    result = attack(name, broken, images, labels, targets, epsilon=0.1)
+    assert not np.any(array(result.success))
+    assert np.all(np.isfinite(array(result.images)))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -180,7 +196,7 @@ def test_compiled_equals_plain(norm):
     images, labels = make_data()
     _, logits_fn = curved()
     fields = dict(norm=norm, epsilon=RADIUS[norm], steps=2)
-    compiled = attack("pgd", logits_fn, images, labels, **fields)
+    whole = attack("pgd", logits_fn, images, labels, **fields)
     plain = attack_backbone.pgd(
         logits_fn,
         images,
@@ -188,12 +204,10 @@ def test_compiled_equals_plain(norm):
         attack_backbone.PGDConfig(**fields),
         keys_for(len(labels)),
     )
-    np.testing.assert_array_equal(array(compiled.success), array(plain.success))
-    np.testing.assert_allclose(
-        array(compiled.loss), array(plain.loss), rtol=1e-3
-    )
+    np.testing.assert_array_equal(array(whole.success), array(plain.success))
+    np.testing.assert_allclose(array(whole.loss), array(plain.loss), rtol=1e-3)
     # A sign that flips in the rounding moves a pixel a whole step.
-    off = np.abs(array(compiled.images) - array(plain.images)) > 1e-4
+    off = np.abs(array(whole.images) - array(plain.images)) > 1e-4
     assert off.mean() < 0.02
 
 
@@ -203,7 +217,7 @@ class TestLinearModels:
 
     def setup_method(self):
         self.images, _ = make_data()
-        self.labels = np.array([0, 1, 0, 1, 0, 1], "int32")
+        self.labels = np.arange(len(self.images), dtype="int32") % 2
         self.weights = random_linear(classes=2)
         gap = (self.weights[:, 1] - self.weights[:, 0]).reshape(SHAPE)
         sign = np.where(self.labels == 0, 1, -1).reshape(-1, 1, 1, 1)
@@ -238,7 +252,7 @@ class TestLinearModels:
 
     def test_pgd_reaches_the_optimum(self, norm):
         result = attack(
-            "pgd", linear(self.weights), self.images, self.labels,
+            "pgd", linear(classes=2), self.images, self.labels,
             norm=norm, epsilon=RADIUS[norm], steps=100, random_start=0,
         )  # fmt: skip
         best = self.optimum(norm, RADIUS[norm])
@@ -264,7 +278,7 @@ class TestLinearModels:
             )
             want = self.images + array(step)
         result = attack(
-            "fgsm", linear(self.weights), self.images, self.labels,
+            "fgsm", linear(classes=2), self.images, self.labels,
             norm=norm, epsilon=epsilon,
         )  # fmt: skip
         if norm == "l1":  # 1% of 48 pixels is one: the greedy optimum.
@@ -278,7 +292,7 @@ class TestLinearModels:
 
     def test_a_targeted_step_climbs_the_same_way_with_two_classes(self, norm):
         more = dict(norm=norm, epsilon=RADIUS[norm], steps=20, random_start=0)
-        args = ("pgd", linear(self.weights), self.images, self.labels)
+        args = ("pgd", linear(classes=2), self.images, self.labels)
         away = attack(*args, **more)
         towards = attack(*args, targets=1 - self.labels, **more)
         np.testing.assert_allclose(
@@ -309,7 +323,7 @@ def test_fgsm_equals_pgd_with_one_full_step(norm, targeted):
 @pytest.mark.parametrize("field,values", [("restarts", (1, 2, 4)),
                                           ("steps", (1, 3, 8))])  # fmt: skip
 def test_restarts_and_steps_never_weaken(norm, field, values):
-    images, labels = make_data(24)
+    images, labels = make_data()
     model, logits_fn = curved()
     labels = predictions(logits_fn, images).astype("int32")
     success, loss = [], []
@@ -329,7 +343,7 @@ def test_restarts_and_steps_never_weaken(norm, field, values):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_larger_ball_breaks_more(norm):
-    images, labels = make_data(24)
+    images, labels = make_data()
     _, logits_fn = curved()
     labels = predictions(logits_fn, images).astype("int32")
     rates = [
@@ -346,7 +360,7 @@ def test_a_larger_ball_breaks_more(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_example_does_not_depend_on_its_batch(norm):
     """A linear model, whose row results do not depend on the batch size."""
-    images, labels = make_data(8)
+    images, labels = make_data()
     weights = random_linear()
 
     def logits_fn(x):  # Sums row by row, in one order for every batch size.
@@ -488,7 +502,7 @@ def test_the_step_rule():
 def test_a_random_start_needs_keys():
     with pytest.raises(ValueError, match="keys=None"):
         attack_backbone.pgd(
-            linear(random_linear()),
+            linear(),
             *make_data(),
             attack_backbone.PGDConfig(),
         )
