@@ -506,3 +506,76 @@ def test_a_random_start_needs_keys():
             *make_data(),
             attack_backbone.PGDConfig(),
         )
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="XLA through tf.function"
+)
+@pytest.mark.parametrize("norm", NORMS)
+def test_xla_compiles_the_whole_attack(norm, monkeypatch):
+    """What a GPU gets; here XLA runs on the CPU."""
+    import tensorflow as tf
+
+    function = tf.function
+    monkeypatch.setattr(
+        tf,
+        "function",
+        lambda fn, **more: function(fn, **{**more, "jit_compile": True}),
+    )
+    images, labels = make_data()
+    fields = dict(norm=norm, epsilon=RADIUS[norm], steps=4, restarts=2)
+    want = attack("pgd", linear(), images, labels, **fields)
+    compiled.cache_clear()
+    got = attack("pgd", linear(), images, labels, **fields)
+    compiled.cache_clear()
+    np.testing.assert_allclose(array(got.loss), array(want.loss), rtol=1e-3)
+    np.testing.assert_array_equal(array(got.success), array(want.success))
+
+
+def test_restarts_start_elsewhere():
+    """With no step to take, each restart is one more random point."""
+    images, labels = make_data()
+    losses = []
+    for restarts in (1, 10):
+        result = attack(
+            "pgd", linear(), images, labels,
+            epsilon=0.1, steps=0, restarts=restarts,
+        )  # fmt: skip
+        losses.append(array(result.loss))
+    assert np.mean(losses[1] > losses[0] + 1e-6) > 0.5
+
+
+def test_a_targeted_attack_keeps_target_then_any_error_then_loss():
+    """One pixel, three places: the order of preference decides, not the loss.
+
+    The clean image (0.5) has label 0. Each case makes one of two steps of 0.1
+    (0.6, 0.7) misclassified or the target, and the other one of higher loss.
+    """
+
+    def made_of(rows):
+        rows = ops.convert_to_tensor(np.array(rows, "float32"))
+
+        def logits_fn(x):
+            x = x[:, 0, 0, 0]
+            place = ops.cast(ops.round((x - 0.5) * 10), "int32")
+            # The ramp is the gradient: up towards the target, class 2.
+            ramp = 1e-3 * ops.stack([-x, 0 * x, x], axis=-1)
+            return ops.take(rows, ops.clip(place, 0, 2), axis=0) + ramp
+
+        return logits_fn
+
+    clean, near, far = [5, 0, 0], [5, 0, 4.9], [5, 6, 0]
+    hit = [4, 9, 9.5]  # The target, though another class is close to it.
+    for rows, place in (
+        ([clean, near, far], 0.7),  # Wrong beats nearer to the target.
+        ([clean, far, near], 0.6),
+        ([clean, near, clean], 0.6),  # Both right: the nearer one.
+        ([clean, hit, far], 0.6),  # The target beats wrong.
+        ([clean, far, hit], 0.7),
+    ):
+        result = attack(
+            "pgd", made_of(rows), np.full((1, 1, 1, 1), 0.5, "float32"),
+            np.array([0]), np.array([2]), epsilon=0.2, step_size=0.1, steps=2,
+            random_start=0,
+        )  # fmt: skip
+        assert array(result.images).item() == pytest.approx(place, abs=1e-5)
