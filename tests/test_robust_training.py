@@ -31,6 +31,7 @@ def fgsm(logits_fn, images, labels, keys):
     return attack_backbone.fgsm(logits_fn, images, labels, config, keys).images
 
 
+STANDARD = robust_training.STANDARD
 ADVERSARIAL = robust_training.Objective(
     loss=robust_training.STANDARD.loss, craft=fgsm
 )
