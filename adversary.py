@@ -142,7 +142,6 @@ def config_from_flags():
     _check(_SPLIT, SPLITS)
     _check(_WEIGHTS, WEIGHTS)
     _check(_KEEP, ("best", "last"))
-    _check(_ATTACK, ("fgsm", "pgd"))
     if _SAVE_IMAGES.value < -1:
         raise ValueError(
             "Expected --save_images to be a number of images, or -1 for all. "
@@ -216,27 +215,35 @@ def _evaluations(run):
     import attack_backbone
     import robust_evaluation
 
+    _check(_ATTACK, attack_backbone.ATTACKS)
+    _, attack = attack_backbone.ATTACKS[_ATTACK.value]
+    fields = {field.name for field in dataclasses.fields(attack)}
+    for flag in (_STEPS, _STEP_SIZE, _RESTARTS, _RANDOM_START, _KEEP):
+        if flag.present and flag.name not in fields:
+            raise ValueError(
+                f"The attack {_ATTACK.value} has no --{flag.name}; leave it "
+                "out, or choose another --attack."
+            )
     height, width, channels = run["image_shape"]
-    grey = channels == 1
     text = _EPSILON.value
     if text is None:
-        text = EPSILONS[_NORM.value][0 if grey else 1]
-    epsilons = _parsed("epsilon", text, command_line.parse_ratios)
-    scans = {"epsilon": epsilons}
-    shared = {"norm": _NORM.value, "l1_fraction": _L1_FRACTION.value}
-    if _ATTACK.value == "pgd":
-        for flag in (_STEPS, _RESTARTS):
+        text = EPSILONS[_NORM.value][0 if channels == 1 else 1]
+    scans = {"epsilon": _parsed("epsilon", text, command_line.parse_ratios)}
+    for flag in (_STEPS, _RESTARTS):
+        if flag.name in fields:
             scans[flag.name] = _parsed(
                 flag.name, flag.value, command_line.parse_integers
             )
-        shared["random_start"] = _RANDOM_START.value
-        shared["keep"] = _KEEP.value
-        if _STEP_SIZE.value is not None:
-            shared["step_size"] = _parsed(
-                "step_size", _STEP_SIZE.value, command_line.parse_ratio
-            )
+    shared = {
+        flag.name: flag.value
+        for flag in (_NORM, _L1_FRACTION, _RANDOM_START, _KEEP)
+        if flag.name in fields
+    }
+    if _STEP_SIZE.value is not None:
+        shared["step_size"] = _parsed(
+            "step_size", _STEP_SIZE.value, command_line.parse_ratio
+        )
     target = _target(run["class_names"])
-    _, attack = attack_backbone.ATTACKS[_ATTACK.value]
     for values in itertools.product(
         *(dict.fromkeys(v) for v in scans.values())
     ):

@@ -288,6 +288,7 @@ def test_other_attacks_get_other_names(cli, root, arguments, name):
         (["--epsilon=a,b"], ["--epsilon=a,b", "8/255"]),
         (["--steps=2.5"], ["--steps=2.5", "10,100"]),
         (["--restarts=0"], ["restarts=0"]),
+        (["--attack=fgsm", "--steps=9"], ["fgsm has no --steps"]),
         (["--restarts=2", "--random_start=0"], ["random_start=0"]),
         (["--num_examples=0"], ["num_examples=0"]),
         (["--batch_size=0"], ["batch_size >= 1"]),
