@@ -331,9 +331,10 @@ def _short(value):
 
 
 def _levels(value):
-    """k if the value is k/255, else None."""
+    """k if the value is k/255, between 0 and 1, else None."""
     levels = round(value * 255)
-    return levels if levels and abs(value * 255 - levels) < 1e-9 else None
+    exact = abs(value * 255 - levels) < 1e-9
+    return levels if exact and 0 < levels < 255 else None
 
 
 def run(config, data=None, progress=True):
