@@ -257,6 +257,9 @@ def _fitting(image_shape):
     return "simple_cnn" if channels == 1 else "resnet20"
 
 
+_STRIDES = ("stem_stride", "pool_stride")
+
+
 def _features(kind, input_shape, width, name, **options):
     """Builds a backbone by name; `width` 0 is the backbone's own."""
     if kind == "auto":
@@ -266,22 +269,20 @@ def _features(kind, input_shape, width, name, **options):
             f"unknown backbone {kind!r}.{command_line.near(kind, BACKBONES)} "
             f"Expected one of {', '.join(BACKBONES)}."
         )
-    if kind == "simple_cnn":
-        options.pop("grid", None)  # It keeps places anyway.
-        options.pop("downsampling", None)
-        if width:
-            options["filters"] = (width, width)
-    else:
-        if kind == "resnet18":
-            options.pop("downsampling", None)
-            if min(input_shape[:2]) <= 64:
-                # The stem for ImageNet would leave a map of 2x2 pixels.
-                options.update(stem_stride=1, pool_stride=1)
-        for key in ("filters", "kernel_size", "units", "pool", "normalize"):
-            options.pop(key, None)
-        if width:
-            options["width"] = width
-    return resnet_backbone.BACKBONES[kind](input_shape, name=name, **options)
+    if kind == "resnet18":
+        # The stem for ImageNet would leave a map of 2x2 pixels.
+        fitting = 1 if min(input_shape[:2]) <= 64 else 2
+        for stride in _STRIDES:
+            options[stride] = options.get(stride) or fitting
+    if kind == "simple_cnn" and width:
+        options["filters"] = (width, width)
+    elif width:
+        options["width"] = width
+    # What another backbone would have taken does not concern this one.
+    build = resnet_backbone.BACKBONES[kind]
+    taken = inspect.signature(build).parameters
+    options = {key: value for key, value in options.items() if key in taken}
+    return build(input_shape, name=name, **options)
 
 
 # What the simple CNN looks like as a classifier of digits. (As a localization
@@ -304,11 +305,11 @@ def _logits(features, num_classes):
     )(features)
 
 
-def _branches(views, count, shared, kind, width, dropout):
+def _branches(views, count, shared, kind, width, **options):
     """A backbone for each view, or one for all; features side by side."""
     views = _normalize(views)
     shape = tuple(views.shape[2:])
-    options = {**_DIGITS, "dropout": dropout}
+    options = {**_DIGITS, **options}
     if shared:
         net = _features(kind, shape, width, "branch", **options)
         features = net(FoldViews(name="fold")(views))
@@ -376,6 +377,8 @@ def resnet(
     gaze_range=0.0,
     backbone="resnet18",
     width=0,
+    stem_stride=0,
+    pool_stride=0,
     dropout=0.0,
 ):
     """ResNet-18; with `sampling` it sees through a retina.
@@ -389,6 +392,8 @@ def resnet(
             image.
         backbone: One of `BACKBONES`.
         width: Filters of the first stage; 0 is the backbone's own.
+        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
+        pool_stride: Of the pool behind it, likewise.
         dropout: Rate of dropout on the features.
     """
     return _classifier(
@@ -399,6 +404,8 @@ def resnet(
         sampling,
         gaze_range,
         dropout=dropout,
+        stem_stride=stem_stride,
+        pool_stride=pool_stride,
         **_DIGITS,
     )
 
@@ -562,6 +569,8 @@ def parallel_transformers(
     restricted_attention=True,
     backbone="auto",
     width=0,
+    stem_stride=0,
+    pool_stride=0,
     localization="auto",
     localization_width=0,
     localization_grid=1,
@@ -580,6 +589,8 @@ def parallel_transformers(
             parameters each), or are free affine ones (6).
         backbone: Of the branches; one of `BACKBONES`.
         width: Filters of its first stage; 0 is the backbone's own.
+        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
+        pool_stride: Of the pool behind it, likewise.
         localization: Backbone of the localization net; `"auto"` is a ResNet-20
             without downsampling, or the simple CNN for small digits.
         localization_width: Its filters; 0 is the backbone's own.
@@ -605,7 +616,14 @@ def parallel_transformers(
     size = (view_size, view_size) if view_size else None
     views, *_ = transformer.SpatialTransformer(size, name="look")(images, theta)
     features = _branches(
-        views, num_transformers, shared, backbone, width, dropout
+        views,
+        num_transformers,
+        shared,
+        backbone,
+        width,
+        dropout=dropout,
+        stem_stride=stem_stride,
+        pool_stride=pool_stride,
     )
     return keras.Model(images, _logits(features, num_classes))
 
@@ -624,6 +642,8 @@ def multi_gaze(
     shared=False,
     backbone="auto",
     width=0,
+    stem_stride=0,
+    pool_stride=0,
     localization="auto",
     localization_width=0,
     localization_grid=1,
@@ -643,6 +663,8 @@ def multi_gaze(
         shared: Whether one backbone looks at all the views.
         backbone: Of the branches; one of `BACKBONES`.
         width: Filters of its first stage; 0 is the backbone's own.
+        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
+        pool_stride: Of the pool behind it, likewise.
         localization: Backbone of the localization net; `"auto"` is the one
             that fits the image size, a full ResNet-18 for photographs.
         localization_width: Its filters; 0 is the backbone's own.
@@ -680,6 +702,13 @@ def multi_gaze(
         images, gazes
     )
     features = _branches(
-        views, num_transformers, shared, backbone, width, dropout
+        views,
+        num_transformers,
+        shared,
+        backbone,
+        width,
+        dropout=dropout,
+        stem_stride=stem_stride,
+        pool_stride=pool_stride,
     )
     return keras.Model(images, _logits(features, num_classes))

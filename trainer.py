@@ -116,6 +116,12 @@ _OPTIONS = {
     "width": flags.DEFINE_integer(
         "width", None, "Filters of its first stage.", lower_bound=0
     ),
+    "stem_stride": flags.DEFINE_integer(
+        "stem_stride", None, "Stride of ResNet-18's stem.", lower_bound=0
+    ),
+    "pool_stride": flags.DEFINE_integer(
+        "pool_stride", None, "Stride of the pool behind it.", lower_bound=0
+    ),
     "downsampling": flags.DEFINE_string(
         "downsampling", None, "all, not_last or none."
     ),

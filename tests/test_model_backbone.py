@@ -245,6 +245,18 @@ def test_shared_branches_share_and_others_do_not():
     assert branches("multi_gaze") == ["branch1", "branch2", "branch3"]
 
 
+def test_strides_of_the_stem_can_be_overridden():
+    def last_map(**options):
+        model = model_backbone.create(
+            "resnet", num_classes=3, image_shape=(32, 32, 3), width=2, **options
+        )
+        return model.get_layer("backbone").get_layer("stage4").output.shape[1]
+
+    assert last_map() == 4  # Fits a small image by itself.
+    assert last_map(stem_stride=2) == 2
+    assert last_map(stem_stride=2, pool_stride=2) == 1
+
+
 def test_frozen_controls_look_at_what_they_say():
     model, images = make("attention_mnist-dummy")
     shown = model_backbone.glimpses(model)(images)
