@@ -463,6 +463,20 @@ def _check_data(folder, run, data):
                 " Point --data_dir at the files it was trained on, or choose "
                 "another --run."
             )
+    earlier = run.get("test_fingerprint")
+    if earlier is None:
+        return
+    found = data.test.fingerprint()
+    same = len(earlier["means"]) == len(found["means"]) and all(
+        abs(a - b) < 0.005
+        for a, b in zip(earlier["means"], found["means"], strict=True)
+    )
+    if not same or earlier["labels_sha256"] != found["labels_sha256"]:
+        raise ValueError(
+            f"The test images of {data.name} are not those of the run in "
+            f"{folder}: labels or brightness differ ({data.source}). Point "
+            "--data_dir at the files it was trained on, or train it again."
+        )
 
 
 def _brief(value):
@@ -635,6 +649,7 @@ def show(results, file=None):
 
 def main():
     """Attacks what the flags say and prints the table."""
+    command_line.load_keras()
     with command_line.guard():
         config = config_from_flags()
     started = time.monotonic()

@@ -290,6 +290,7 @@ def describe(config, data, model):
         "num_train": len(data.train),
         "num_validation": 0 if validation is None else len(validation),
         "num_test": len(data.test),
+        "test_fingerprint": data.test.fingerprint(),
         "provenance": run_folder.provenance(),
     }
 

@@ -329,6 +329,18 @@ class TestOtherData:
         assert "another data set" in err and word in err
         assert not (tmp_path / "other" / "attacks").exists()
 
+    def test_images_that_changed_under_it(self, cli, data, tmp_path):
+        found = data.test.fingerprint()
+        make_run(tmp_path / "same", data, test_fingerprint=found)
+        status, _, err = cli("--steps=1", runs_dir=tmp_path)
+        assert status == 0, err
+        darker = [mean - 0.01 for mean in found["means"]]
+        changed = {**found, "means": darker}
+        make_run(tmp_path / "x" / "other", data, test_fingerprint=changed)
+        status, _, err = cli("--steps=1", runs_dir=tmp_path / "x")
+        assert status == 2 and one_line(err)
+        assert "not those of the run" in err
+
     def test_weights_of_another_model(self, cli, data, tmp_path):
         folder = make_run(tmp_path / "run", data)
         other = model_backbone.create(

@@ -920,3 +920,21 @@ def test_importing_and_the_embedded_set_need_no_backend():
     )
     root = os.path.dirname(datasets.__file__)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_fingerprint_tells_splits_apart():
+    rng = np.random.default_rng(0)
+    images = rng.random((20, 4, 4, 1)).astype("float32")
+    labels = np.arange(20, dtype="int32") % 3
+
+    def fingerprint(images, labels):
+        return datasets.Split("test", labels, lambda i: images[i]).fingerprint()
+
+    found = fingerprint(images, labels)
+    assert found == fingerprint(images, labels)
+    assert len(found["means"]) == 16
+    assert abs(found["means"][0] - images[0].mean()) < 1e-3
+    assert abs(found["means"][-1] - images[-1].mean()) < 1e-3
+    assert found["means"] != fingerprint(images * 0.9, labels)["means"]
+    other = fingerprint(images, labels[::-1])
+    assert found["labels_sha256"] != other["labels_sha256"]
