@@ -42,7 +42,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 .venv: $(VENV)/.installed-test
 
 demo: $(VENV)/.installed-test
-	$(BIN)/python trainer.py --tag=demo --overwrite --epochs=12
+	$(BIN)/python trainer.py --tag=demo --overwrite
 	$(BIN)/python adversary.py --run=$(DEMO_RUN) --overwrite \
 	  --epsilon=0.05,0.1,0.2 --steps=20 --num_examples=200
 	@echo

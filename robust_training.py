@@ -139,7 +139,7 @@ _CLUTTERED_MNIST = Recipe(
 # nearest relative does, in as many epochs as their size asks for.
 RECIPES = {
     "cluttered_digits": Recipe(
-        epochs=24,
+        epochs=12,
         batch_size=64,
         learning_rate=2e-3,
         schedule="cosine",
