@@ -21,6 +21,12 @@ def _norm(name):
     )
 
 
+def _dropout(rate):
+    # Any seed: the training loop keys the layer at every step, which Keras on
+    # Torch only lets it do where a seed was given.
+    return layers.Dropout(rate, seed=0, name="dropout")
+
+
 def _basic_block(x, filters, stride, name, conv):
     """Two 3x3 convolutions and a shortcut (He et al., 2016, Fig. 2)."""
     shortcut = x
@@ -210,7 +216,7 @@ def simple_cnn(
     x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(units, activation="relu", name="features")(x)
     if dropout:
-        x = layers.Dropout(dropout, name="dropout")(x)
+        x = _dropout(dropout)(x)
     return keras.Model(inputs, x, name=name)
 
 
@@ -227,7 +233,7 @@ def _pooled(inputs, x, grid, dropout, name):
         x = layers.AveragePooling2D(cells, name="cells")(x)
         x = layers.Flatten(name="features")(x)
     if dropout:
-        x = layers.Dropout(dropout, name="dropout")(x)
+        x = _dropout(dropout)(x)
     return keras.Model(inputs, x, name=name)
 
 
