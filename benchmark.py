@@ -239,7 +239,7 @@ def _one_full_size(name, config):
         loss = float(step(images, labels, indices, number)[0])
         times.append(time.perf_counter() - started)
     attack = attack_backbone.PGDConfig(
-        norm="linf", epsilon=4 / 255, step_size=1 / 255, steps=1
+        norm="linf", epsilon=4 / 255, steps=1, random_start=0.0
     )
     craft = numerics.compile_call(
         lambda x, y, keys: attack_backbone.pgd(
