@@ -152,10 +152,21 @@ def retinal_warp(images, gazes, view_size=None, max_ratio=MAX_RATIO):
     gazes = ops.convert_to_tensor(gazes, "float32")
     if len(gazes.shape) == 1:
         gazes = ops.broadcast_to(gazes, (ops.shape(images)[0], 2))
-    points = retina_points(
-        gazes, image_size, tuple(view_size or image_size), max_ratio
+    look = _retina(image_size, tuple(view_size or image_size), max_ratio)
+    return transformer.sample_bilinear(images, look(gazes), "zeros")
+
+
+@functools.cache
+def _retina(image_size, view_size, max_ratio):
+    """`retina_points` of one geometry, compiled as one kernel."""
+    return numerics.fuse(
+        functools.partial(
+            retina_points,
+            image_size=image_size,
+            view_size=view_size,
+            max_ratio=max_ratio,
+        )
     )
-    return transformer.sample_bilinear(images, points, "zeros")
 
 
 def five_gazes(reach):

@@ -67,88 +67,92 @@ def sample_bilinear(images, points, padding="zeros"):
 def _sampler(padding):
     """The sampler on `(batch, points, 2)`, with its two gradients.
 
-    Each of the three parts is compiled by itself (see `numerics.fuse`), so a
-    training step, which needs no gradient for the image, never computes it.
+    Each of the parts is compiled by itself (see `numerics.fuse`): a training
+    step, which needs no gradient for the image, never computes it, and what is
+    said once a location is not computed again for each channel of each corner.
     """
-    read, to_points, to_images = (
+    locate, frame, read, to_points, to_images = (
         numerics.fuse(functools.partial(part, padding=padding))
-        for part in (_read, _gradient_to_points, _gradient_to_images)
+        for part in (
+            _locate,
+            _frame,
+            _read,
+            _gradient_to_points,
+            _gradient_to_images,
+        )
     )
 
     @ops.custom_gradient
     def sample(images, points):
+        framed = frame(images)
+        where = locate(images, points)
+
         def gradient(*args, upstream=None):
             # TensorFlow and JAX pass the upstream gradient alone, Torch
             # passes the inputs as well and names it.
             upstream = args[0] if upstream is None else upstream
             return (
-                to_images(images, points, upstream),
-                to_points(images, points, upstream),
+                to_images(images, where, upstream),
+                to_points(framed, points, where, upstream),
             )
 
-        return read(images, points), gradient
+        return read(framed, where), gradient
 
     return sample
 
 
-def _corner(points, size, padding):
-    """Splits locations into the integer top-left corner and the fractions.
+def _frame(images, padding):
+    """Puts one pixel before the image and two after it, along both axes.
 
-    Locations far outside are moved to where the sampler is constant: two
-    pixels beyond the image if that is black, onto its border otherwise.
+    Every location then has four neighbours, and no read needs a condition.
     """
-    reach = 2.0 if padding == "zeros" else 0.0
-    parts = []
-    for axis in range(2):
-        place = ops.clip(points[..., axis], -reach, size[axis] - 1.0 + reach)
-        corner = ops.floor(place)
-        fraction = ops.expand_dims(place - corner, -1)
-        parts.append((ops.cast(corner, "int32"), fraction))
-    (top, down), (left, right) = parts
-    return top, left, down, right
+    mode = {"zeros": "constant", "edge": "symmetric"}[padding]
+    return ops.pad(images, [[0, 0], [1, 2], [1, 2], [0, 0]], mode=mode)
 
 
-def _neighbours(images, points, padding):
-    """Reads the four pixels around each location."""
-    height, width, channels = images.shape[1:]
+def _locate(images, points, padding):
+    """Finds the top-left neighbours in the framed image, and the fractions.
+
+    Locations far outside are moved to where the sampler is constant: one pixel
+    beyond the image if that is black, onto its border otherwise.
+    """
+    reach = 1.0 if padding == "zeros" else 0.0
+    height, width = images.shape[1:3]
     batch = ops.shape(images)[0]
-    flat = ops.reshape(images, (-1, channels))
-    first = ops.arange(batch, dtype="int32") * (height * width)
-    first = ops.reshape(first, (-1, 1))
-    top, left, down, right = _corner(points, (height, width), padding)
+    rows, columns = height + 3, width + 3
+    parts = []
+    for axis, size in enumerate((height, width)):
+        place = ops.clip(points[..., axis], -reach, size - 1.0 + reach)
+        corner = ops.floor(place)
+        parts.append((ops.cast(corner, "int32") + 1, place - corner))
+    (row, down), (column, right) = parts
+    first = ops.arange(batch, dtype="int32") * (rows * columns)
+    index = ops.reshape(first, (-1, 1)) + row * columns + column
+    return index, ops.expand_dims(down, -1), ops.expand_dims(right, -1)
 
-    def read(row, column):
-        index = (
-            first
-            + ops.clip(row, 0, height - 1) * width
-            + ops.clip(column, 0, width - 1)
-        )
-        pixels = ops.take(flat, index, axis=0)
-        if padding == "edge":
-            return pixels
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        return ops.where(ops.expand_dims(inside, -1), pixels, 0.0)
 
+def _neighbours(framed, index):
+    """Reads the four pixels around each location."""
+    columns, channels = framed.shape[2:]
+    flat = ops.reshape(framed, (-1, channels))
     return (
-        read(top, left),
-        read(top, left + 1),
-        read(top + 1, left),
-        read(top + 1, left + 1),
-        down,
-        right,
+        ops.take(flat, index + offset, axis=0)
+        for offset in (0, 1, columns, columns + 1)
     )
 
 
-def _read(images, points, padding):
-    a, b, c, d, down, right = _neighbours(images, points, padding)
+def _read(framed, where, padding):
+    index, down, right = where
+    a, b, c, d = _neighbours(framed, index)
     # (1 - w) a + w b, not a + w (b - a): only the former returns b at w = 1.
     upper = (1.0 - right) * a + right * b
     lower = (1.0 - right) * c + right * d
     return (1.0 - down) * upper + down * lower
 
 
-def _gradient_to_points(images, points, upstream, padding):
-    a, b, c, d, down, right = _neighbours(images, points, padding)
+def _gradient_to_points(framed, points, where, upstream, padding):
+    index, down, right = where
+    a, b, c, d = _neighbours(framed, index)
     by_row = (1.0 - right) * (c - a) + right * (d - b)
     by_column = (1.0 - down) * (b - a) + down * (d - c)
     gradient = ops.stack(
@@ -158,33 +162,26 @@ def _gradient_to_points(images, points, upstream, padding):
         ],
         axis=-1,
     )
-    if padding == "zeros":
-        return gradient
-    # Beyond the border the edge goes on unchanged along that axis.
-    height, width = images.shape[1:3]
-    last = ops.convert_to_tensor([height - 1.0, width - 1.0], "float32")
-    inside = (points >= 0.0) & (points <= last)
+    # Where `_locate` moved a location, the sampler is constant.
+    reach = 1.0 if padding == "zeros" else 0.0
+    height, width = framed.shape[1] - 3, framed.shape[2] - 3
+    last = [height - 1.0 + reach, width - 1.0 + reach]
+    last = ops.convert_to_tensor(last, "float32")
+    inside = (points >= -reach) & (points <= last)
     return ops.where(inside, gradient, 0.0)
 
 
-def _gradient_to_images(images, points, upstream, padding):
+def _gradient_to_images(images, where, upstream, padding):
     """Adds every upstream value to the four pixels it was read from.
 
-    The four shares of a location lie side by side in one row of a table of
-    (height + 1) x (width + 1) corners, so one scatter does for all of them;
-    four shifted slices of the table then add up to the gradient.
+    The four shares of a location lie side by side in one row of a table with a
+    row for each pixel of the framed image, so one scatter does for all of
+    them; four shifted slices of the table then add up to the gradient.
     """
+    index, down, right = where
     height, width, channels = images.shape[1:]
     batch = ops.shape(images)[0]
-    top, left, down, right = _corner(points, (height, width), padding)
-    rows, columns = height + 1, width + 1
-    row, column = top + 1, left + 1
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    first = ops.reshape(
-        ops.arange(batch, dtype="int32") * rows * columns, (-1, 1)
-    )
-    outside = batch * rows * columns  # A last row that is thrown away.
-    index = ops.where(inside, first + row * columns + column, outside)
+    rows, columns = height + 3, width + 3
     upper, lower = (1.0 - down) * upstream, down * upstream
     shares = ops.concatenate(
         [
@@ -198,14 +195,16 @@ def _gradient_to_images(images, points, upstream, padding):
     table = ops.segment_sum(
         ops.reshape(shares, (-1, 4 * channels)),
         ops.reshape(index, (-1,)),
-        outside + 1,
+        batch * rows * columns,
     )
-    table = ops.reshape(table[:-1], (-1, rows, columns, 4, channels))
+    table = ops.reshape(table, (-1, rows, columns, 4, channels))
+    down, right = slice(0, height), slice(0, width)
+    below, beside = slice(1, height + 1), slice(1, width + 1)
     return (
-        table[:, 1:, 1:, 0]
-        + table[:, 1:, :-1, 1]
-        + table[:, :-1, 1:, 2]
-        + table[:, :-1, :-1, 3]
+        table[:, below, beside, 0]
+        + table[:, below, right, 1]
+        + table[:, down, beside, 2]
+        + table[:, down, right, 3]
     )
 
 
