@@ -17,6 +17,14 @@ def read(path):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def radius(epsilon):
+    """Writes a radius as people do: 4/255 or 0.05."""
+    levels = epsilon * 255
+    if abs(levels - round(levels)) < 1e-6 and epsilon != round(epsilon, 3):
+        return f"{round(levels)}/255"
+    return f"{epsilon:.3g}"
+
+
 def describe(folder):
     """Returns the model, the seed and the columns of one run."""
     config = read(folder / "config.json")
@@ -31,7 +39,7 @@ def describe(folder):
         record = read(path)
         name = (
             f"{record['attack'].upper()}-{record.get('steps', 1)} "
-            f"{record['norm']} {record['epsilon']:.3g} "
+            f"{record['norm']} {radius(record['epsilon'])} "
             f"({record['num_examples']}) %"
         )
         columns[name] = 100 * record["robust_accuracy"]
@@ -62,9 +70,11 @@ def main(folders):
                 cells.append("-")
                 continue
             low, high = min(values), max(values)
+            if low == high:
+                cells.append(cell(low))
+                continue
             mean = sum(values) / len(values)
-            spread = f" ({low:.1f} to {high:.1f})" if low < high else ""
-            cells.append(f"{mean:.1f}{spread}")
+            cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
         count = f"mean of {len(found)}"
         print(f"| **{model}** | {count} | {' | '.join(cells)} |")
 
