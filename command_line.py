@@ -7,6 +7,7 @@ it an exception is a defect of ours and keeps its traceback.
 
 import contextlib
 import difflib
+import errno
 import math
 import os
 import sys
@@ -59,13 +60,13 @@ def describe(error):
     if error.errno is None or error.strerror is None:
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
-    hint = ""
-    if error.errno == 28:  # ENOSPC
-        hint = (
-            " Free some space and continue with the same command; what was"
-            " saved before is intact."
+    if error.errno == errno.ENOSPC:
+        # HDF5 puts a paragraph about its buffers here.
+        return (
+            f"{where}{os.strerror(errno.ENOSPC)}. Free some space and run it "
+            "again; what was saved before is intact."
         )
-    return f"{where}{error.strerror}.{hint}"
+    return f"{where}{error.strerror}."
 
 
 @contextlib.contextmanager

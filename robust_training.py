@@ -27,6 +27,7 @@ import numerics
 import run_folder
 
 STATE = "state.npz"
+_ROOM = 2**20  # Bytes beside the arrays in a file of ours.
 HISTORY = (
     "epoch",
     "step",
@@ -481,7 +482,9 @@ def save_state(path, model, optimizer, progress):
     arrays = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
     text = np.array(json.dumps(progress))
     run_folder.atomic_write(
-        path, lambda temporary: np.savez(temporary, progress=text, **arrays)
+        path,
+        lambda temporary: np.savez(temporary, progress=text, **arrays),
+        size=_ROOM + sum(array.nbytes for array in arrays.values()),
     )
 
 
@@ -525,7 +528,10 @@ def save_weights(path, model):
     optimizer = getattr(model, "optimizer", None)
     model.optimizer = None
     try:
-        run_folder.atomic_write(path, model.save_weights)
+        values = sum(math.prod(v.shape) for v in model.variables)
+        run_folder.atomic_write(
+            path, model.save_weights, size=_ROOM + 4 * values
+        )
     finally:
         model.optimizer = optimizer
 

@@ -6,6 +6,7 @@ killed at any moment leaves the old file or the new one, never half of either.
 """
 
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -21,13 +22,16 @@ CONFIG = "config.json"
 _PACKAGES = ("tensorflow", "keras", "numpy", "jax", "torch")
 
 
-def atomic_write(path, writer):
+def atomic_write(path, writer, size=0):
     """Writes a file so that readers see the old content or the new, never less.
 
     Args:
         path: Where the file is wanted.
         writer: Callable that takes the path of a temporary file beside `path`,
             with the same suffixes, and writes it.
+        size: How many bytes it will need, if that is known. A disk without
+            that much space is refused before anything is written, for HDF5
+            and zip files complain at length when they cannot be finished.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written. The old
@@ -35,6 +39,8 @@ def atomic_write(path, writer):
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     try:
         writer(temporary)
         with open(temporary, "rb+") as file:

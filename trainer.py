@@ -412,7 +412,10 @@ def _evaluate(config, data, model, loop, folder):
     """Counts every test image with the last and with the best weights."""
     import robust_evaluation
 
-    run_folder.atomic_write(folder / "model.keras", model.save)
+    weights = (folder / "last.weights.h5").stat().st_size
+    run_folder.atomic_write(
+        folder / "model.keras", model.save, size=2 * weights
+    )
     record = {
         "dataset": config.dataset,
         "split": "test",

@@ -25,6 +25,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_disk_without_the_room_is_refused_before_writing(tmp_path):
+    def never(temporary):
+        raise AssertionError
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_folder.atomic_write(tmp_path / "a", never, size=2**60)
+    assert caught.value.errno == 28 and caught.value.filename.endswith("a")
+
+
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     run_folder.write_json(path, {"a": 1})
