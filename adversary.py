@@ -597,7 +597,9 @@ def _bar(name, wanted):
 def _radius(epsilon):
     """A radius for people: 0.0313725 (8/255)."""
     levels = _levels(epsilon)
-    return f"{epsilon:.4g}" + (f" ({levels}/255)" if levels else "")
+    text = f"{epsilon:.4g}"
+    # A radius chosen as a decimal, 0.2, happens to be 51/255.
+    return f"{text} ({levels}/255)" if levels and len(text) > 5 else text
 
 
 def show(results, file=None):

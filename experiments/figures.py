@@ -7,7 +7,6 @@ scikit-learn, so the figures may be published.
 """
 
 import pathlib
-import shutil
 import sys
 
 import numpy as np
@@ -93,8 +92,25 @@ def demo(folder):
         title="Where multi_gaze looks on cluttered digits, and what it sees",
         path=FIGURES / "glimpses.png",
     )
-    pictures = sorted(pathlib.Path(folder).glob("attacks/*/pictures.png"))
-    shutil.copy(pictures[0], FIGURES / "attack.png")
+    found = sorted(pathlib.Path(folder).glob("attacks/*/adversarial.npz"))[0]
+    arrays = np.load(found)
+    before = model_backbone.glimpses(model)(arrays["clean"])
+    after = model_backbone.glimpses(model)(arrays["adversarial"])
+    visualize.attack_grid(
+        arrays["clean"],
+        arrays["adversarial"],
+        arrays["labels"],
+        arrays["clean_predictions"],
+        arrays["adversarial_predictions"],
+        config["class_names"],
+        clean_gazes=before["gazes"],
+        adversarial_gazes=after["gazes"],
+        clean_boxes=before["boxes"],
+        adversarial_boxes=after["boxes"],
+        max_rows=3,
+        title=found.parent.name,
+        path=FIGURES / "attack.png",
+    )
 
 
 if __name__ == "__main__":
