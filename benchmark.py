@@ -241,9 +241,15 @@ def _one_full_size(name, config):
     attack = attack_backbone.PGDConfig(
         norm="linf", epsilon=4 / 255, steps=1, random_start=0.0
     )
+    # An untrained net is so sure of itself that only a target has a gradient.
     craft = numerics.compile_call(
         lambda x, y, keys: attack_backbone.pgd(
-            lambda z: model(z, training=False), x, y, attack, keys
+            lambda z: model(z, training=False),
+            x,
+            y,
+            attack,
+            keys,
+            targets=attack_backbone.next_targets(y, 10),
         ),
         model.variables,
     )
