@@ -42,6 +42,22 @@ def _basic_block(x, filters, stride, name, conv):
     return layers.Add(name=f"{name}_add")([x, shortcut])
 
 
+def _stages(x, width, depths, halving, conv):
+    """Stages of `depths` basic blocks; the width doubles from each to the next.
+
+    Stages named in `halving` (from 1) halve the resolution in their first
+    block. The output of stage i is the layer "stage<i>".
+    """
+    for stage, blocks in enumerate(depths, start=1):
+        for block in range(1, blocks + 1):
+            stride = 2 if block == 1 and stage in halving else 1
+            prefix = f"stage{stage}_block{block}"
+            x = _basic_block(x, width * 2 ** (stage - 1), stride, prefix, conv)
+            last = f"stage{stage}" if block == blocks else f"{prefix}_relu"
+            x = layers.ReLU(name=last)(x)
+    return x
+
+
 def resnet18(
     input_shape,
     *,
@@ -93,13 +109,7 @@ def resnet18(
     x = conv(width, 7, strides=stem_stride, name="stem_conv")(inputs)
     x = layers.ReLU(name="stem_relu")(_norm("stem_norm")(x))
     x = layers.MaxPooling2D(3, pool_stride, "same", name="stem_pool")(x)
-    for stage, blocks in enumerate(DEPTHS[depth], start=1):
-        for block in range(1, blocks + 1):
-            stride = 2 if stage > 1 and block == 1 else 1
-            prefix = f"stage{stage}_block{block}"
-            x = _basic_block(x, width * 2 ** (stage - 1), stride, prefix, conv)
-            last = f"stage{stage}" if block == blocks else f"{prefix}_relu"
-            x = layers.ReLU(name=last)(x)
+    x = _stages(x, width, DEPTHS[depth], (2, 3, 4), conv)
     return _pooled(inputs, x, grid, dropout, name)
 
 
@@ -157,13 +167,7 @@ def resnet20(
     inputs = keras.Input(input_shape)
     x = conv(width, 3, name="stem_conv")(inputs)
     x = layers.ReLU(name="stem_relu")(_norm("stem_norm")(x))
-    for stage in (1, 2, 3):
-        for block in range(1, blocks + 1):
-            stride = 2 if block == 1 and stage in halving else 1
-            prefix = f"stage{stage}_block{block}"
-            x = _basic_block(x, width * 2 ** (stage - 1), stride, prefix, conv)
-            last = f"stage{stage}" if block == blocks else f"{prefix}_relu"
-            x = layers.ReLU(name=last)(x)
+    x = _stages(x, width, (blocks,) * 3, halving, conv)
     return _pooled(inputs, x, grid, dropout, name)
 
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from norms import array, norm_of
 
 import attack_backbone
 import numerics
@@ -14,19 +15,6 @@ NORMS = numerics.NORMS
 RADIUS = {"l1": 3.0, "l2": 0.7, "linf": 0.1}
 SHAPE = (4, 4, 3)
 CLASSES = 3
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def norm_of(x, norm):
-    flat = np.abs(np.asarray(x, "float64")).reshape(len(x), -1)
-    return {
-        "l1": flat.sum(-1),
-        "l2": np.sqrt((flat**2).sum(-1)),
-        "linf": flat.max(-1),
-    }[norm]
 
 
 def keys_for(count, seed=0):

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from norms import array, norm_of
 from scipy import optimize, stats
 
 import numerics
@@ -13,19 +14,6 @@ import numerics
 NORMS = numerics.NORMS
 SHAPE = (3, 3, 2)
 RADIUS = {"l1": 1.0, "l2": 0.5, "linf": 0.1}
-
-
-def array(x):
-    return ops.convert_to_numpy(x)
-
-
-def norm_of(x, norm):
-    flat = np.abs(np.asarray(x, "float64")).reshape(len(x), -1)
-    return {
-        "l1": flat.sum(-1),
-        "l2": np.sqrt((flat**2).sum(-1)),
-        "linf": flat.max(-1),
-    }[norm]
 
 
 def project(delta, epsilon, norm, images=None):
