@@ -1,0 +1,402 @@
+"""What an attack maximizes: losses on logits, targets, and how to choose.
+
+A loss is written so that the attack ascends it: larger is worse for the model.
+`labels` are always the true labels; `targets`, one class an example, turn each
+loss into its targeted form. Nothing here calls a model or moves an image.
+"""
+
+import math
+from typing import NamedTuple
+
+from keras import ops
+
+import numerics
+
+_TINY = 1e-12  # AutoAttack's guard of the DLR denominator.
+
+
+class Outputs(NamedTuple):
+    """What a `logits_fn` may return in place of bare logits.
+
+    Attributes:
+        logits: `(batch, classes)`: what the verdict is read from.
+        answers: Optional `(batch, n, classes)`: several answers to one image
+            (draws of a stochastic model, read-outs of a recurrent one); the
+            loss is the mean of theirs. None means the logits alone.
+        shown: Dict of tensors `(batch, ...)` that tell where the model looks
+            ("gazes", "boxes", "maps"), for attacks on the attention.
+    """
+
+    logits: object
+    answers: object = None
+    shown: dict = {}  # noqa: RUF012 -- never written to.
+
+
+def outputs_of(value):
+    """Returns what a `logits_fn` returned as `Outputs`."""
+    return value if isinstance(value, Outputs) else Outputs(value)
+
+
+# --- Losses ------------------------------------------------------------------
+
+
+def cross_entropy(logits, classes):
+    """Cross-entropy from logits whose gradient does not vanish too early.
+
+    It equals the usual one. Written as softplus of (log-sum-exp of the other
+    logits - own logit), its gradient stays in balance and in float32's range
+    for a confidence of 1 - 1e-30; the usual form rounds the probability to 1
+    at 1 - 1e-8, a masked gradient of our own making.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`.
+        classes: Integers of shape `(batch,)`.
+
+    Returns:
+        Tensor of shape `(batch,)`, in nats.
+    """
+    logits = ops.cast(logits, "float32")
+    own = _own(logits, classes)
+    rest = ops.logsumexp(_without(logits, own), axis=-1)
+    return ops.softplus(rest - _pick(logits, own))
+
+
+def margin(logits, classes):
+    """The largest other logit minus the own one; above 0 is an error.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`.
+        classes: Integers of shape `(batch,)`.
+
+    Returns:
+        Tensor of shape `(batch,)`, in units of the logits.
+
+    References:
+        - [Carlini and Wagner, 2017](https://arxiv.org/abs/1608.04644)
+    """
+    logits = ops.cast(logits, "float32")
+    own = _own(logits, classes)
+    return ops.max(_without(logits, own), axis=-1) - _pick(logits, own)
+
+
+def dlr(logits, labels):
+    """Difference of logits ratio: the margin over the spread of the top three.
+
+    Neither a shift nor a rescaling of the logits changes it, so that a large
+    temperature cannot make its gradient vanish.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`, at least 3 classes.
+        labels: Integers of shape `(batch,)`.
+
+    Returns:
+        Tensor of shape `(batch,)`, between -1 and 1.
+
+    References:
+        - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 6
+    """
+    logits = ops.cast(logits, "float32")
+    top = _top(logits, 3)
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
+
+
+def targeted_dlr(logits, labels, targets):
+    """The targeted difference of logits ratio.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`, at least 4 classes.
+        labels: Integers of shape `(batch,)`, the true labels.
+        targets: Integers of shape `(batch,)`, the classes to reach.
+
+    Returns:
+        Tensor of shape `(batch,)`.
+
+    References:
+        - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 7
+    """
+    logits = ops.cast(logits, "float32")
+    top = _top(logits, 4)
+    gap = _pick(logits, _own(logits, targets)) - _pick(
+        logits, _own(logits, labels)
+    )
+    return gap / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _TINY)
+
+
+OBJECTIVES = ("cross_entropy", "margin", "dlr")
+
+
+def check_objective(name, num_classes=None, targeted=False):
+    """Raises a ValueError, one line, if an objective cannot be used.
+
+    Args:
+        name: One of `OBJECTIVES`.
+        num_classes: How many classes there are, if that is known.
+        targeted: Whether there are targets.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"Expected objective to be one of {', '.join(OBJECTIVES)}. "
+            f"Received: objective={name!r}."
+        )
+    needed = 2 if name != "dlr" else 4 if targeted else 3
+    if num_classes is not None and num_classes < needed:
+        raise ValueError(
+            f"Expected at least {needed} classes for the "
+            f"{'targeted ' if targeted else ''}objective {name}. "
+            f"Received: num_classes={num_classes}."
+        )
+
+
+def loss(name, logits, labels, targets=None):
+    """Returns what an attack ascends, per example.
+
+    Args:
+        name: One of `OBJECTIVES`.
+        logits: Tensor of shape `(batch, classes)`.
+        labels: Integers of shape `(batch,)`, the true labels.
+        targets: Optional integers of shape `(batch,)`: the classes to reach.
+
+    Returns:
+        Tensor of shape `(batch,)`: the loss of the label, or, with targets,
+        minus that of the target (for DLR its targeted form).
+    """
+    check_objective(name, logits.shape[-1], targets is not None)
+    if name == "dlr":
+        if targets is None:
+            return dlr(logits, labels)
+        return targeted_dlr(logits, labels, targets)
+    function = {"cross_entropy": cross_entropy, "margin": margin}[name]
+    if targets is None:
+        return function(logits, labels)
+    return -function(logits, targets)
+
+
+def _own(logits, classes):
+    hot = ops.one_hot(
+        ops.cast(classes, "int32"), logits.shape[-1], dtype="float32"
+    )
+    return ops.cast(hot, "bool")
+
+
+def _without(logits, own):
+    return ops.where(own, ops.full_like(logits, -math.inf), logits)
+
+
+def _pick(logits, own):
+    # Not a sum with the one-hot: zero times an infinite logit is NaN.
+    return ops.sum(ops.where(own, logits, ops.zeros_like(logits)), axis=-1)
+
+
+def _top(logits, count):
+    values, _ = ops.top_k(logits, count, sorted=True)
+    return values
+
+
+# --- Targets -----------------------------------------------------------------
+
+
+def random_targets(keys, labels, num_classes):
+    """Draws a target for each example, uniform over the other classes.
+
+    Args:
+        keys: Int32 tensor of shape `(batch, 2)`.
+        labels: Integers of shape `(batch,)`.
+        num_classes: How many classes there are, at least 2.
+
+    Returns:
+        Int32 tensor of shape `(batch,)`, never equal to the label.
+    """
+    _check_classes(num_classes)
+    shift = 1 + numerics.integers(keys, (), num_classes - 1)
+    return ops.mod(ops.cast(labels, "int32") + shift, num_classes)
+
+
+def next_targets(labels, num_classes):
+    """Returns label + 1, and class 0 after the last; int32, `(batch,)`."""
+    _check_classes(num_classes)
+    return ops.mod(ops.cast(labels, "int32") + 1, num_classes)
+
+
+def least_likely_targets(logits, labels):
+    """Returns the class of the smallest logit but the label's.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`, of the clean images.
+        labels: Integers of shape `(batch,)`.
+
+    Returns:
+        Int32 tensor of shape `(batch,)`, never equal to the label.
+
+    References:
+        - [Kurakin et al., 2017](https://arxiv.org/abs/1607.02533)
+    """
+    _check_classes(logits.shape[-1])
+    logits = ops.cast(logits, "float32")
+    own = _own(logits, labels)
+    others = ops.where(own, ops.full_like(logits, math.inf), logits)
+    return ops.cast(ops.argmin(others, axis=-1), "int32")
+
+
+def fixed_targets(labels, target, num_classes):
+    """Returns one class for all; its own examples get the class after it.
+
+    Args:
+        labels: Integers of shape `(batch,)`.
+        target: The class.
+        num_classes: How many classes there are, at least 2.
+
+    Returns:
+        Int32 tensor of shape `(batch,)`, never equal to the label.
+
+    Raises:
+        ValueError: If there is no such class.
+    """
+    _check_classes(num_classes)
+    if not 0 <= target < num_classes:
+        raise ValueError(
+            f"Expected a target class from 0 to {num_classes - 1}. "
+            f"Received: {target}."
+        )
+    labels = ops.cast(labels, "int32")
+    after = (target + 1) % num_classes
+    return ops.where(
+        ops.equal(labels, target),
+        ops.full_like(labels, after),
+        ops.full_like(labels, target),
+    )
+
+
+def likely_targets(logits, labels, rank):
+    """Returns the class of the `rank`-th largest logit but the label's.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`, of the clean images.
+        labels: Integers of shape `(batch,)`.
+        rank: Integer, or integer scalar tensor, from 0 to classes - 2.
+
+    Returns:
+        Int32 tensor of shape `(batch,)`, never equal to the label.
+    """
+    logits = ops.cast(logits, "float32")
+    others = _without(logits, _own(logits, labels))
+    order = ops.argsort(-others, axis=-1)
+    return ops.cast(ops.take(order, rank, axis=-1), "int32")
+
+
+def _check_classes(num_classes):
+    if num_classes < 2:
+        raise ValueError(
+            "Expected at least 2 classes for a targeted attack. "
+            f"Received: num_classes={num_classes}."
+        )
+
+
+# --- Where a model looks -----------------------------------------------------
+
+
+def attention_distance(shown, reference, image_shape):
+    """How far the attention moved from where it was on the clean images.
+
+    Every kind is scaled to about [0, 1], and the kinds are averaged: gazes by
+    their mean Euclidean distance in half image sides, boxes by the mean
+    absolute difference of their corners, maps (non-negative, of sum 1 over
+    the positions) by the mean total variation distance.
+
+    Args:
+        shown: Dict of tensors, as in `Outputs.shown`: "gazes"
+            `(batch, n, 2)` in pixels, "boxes" `(batch, n, 4)` in [0, 1],
+            "maps" `(batch, n, rows, columns)`.
+        reference: Dict with the same keys, for the clean images.
+        image_shape: Tuple (height, width, channels).
+
+    Returns:
+        Tensor of shape `(batch,)`.
+
+    Raises:
+        ValueError: If the model shows nothing that could be moved.
+    """
+    parts = []
+    for name in ("gazes", "boxes", "maps"):
+        if name not in reference:
+            continue
+        moved = ops.cast(shown[name], "float32") - reference[name]
+        if name == "gazes":
+            moved = moved / (0.5 * max(image_shape[:2]))
+            # The root has no gradient at zero; 1e-12 is a millionth of a side.
+            moved = ops.sqrt(ops.sum(ops.square(moved), axis=-1) + 1e-12)
+            parts.append(ops.mean(moved, axis=-1))
+        elif name == "boxes":
+            parts.append(ops.mean(ops.abs(moved), axis=(1, 2)))
+        else:
+            distance = 0.5 * ops.sum(ops.abs(moved), axis=(2, 3))
+            parts.append(ops.mean(distance, axis=-1))
+    if not parts:
+        raise ValueError(
+            "The model shows no gazes, boxes or attention maps, so there is "
+            "nothing to distract. Attack it without distraction."
+        )
+    return sum(parts) / len(parts)
+
+
+# --- Candidates --------------------------------------------------------------
+
+
+def judge(logits, values, labels, targets=None):
+    """Tells which examples an image turns.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`.
+        values: The loss of each example; a NaN is a defect to report, not an
+            adversarial example.
+        labels: Integers of shape `(batch,)`, the true labels.
+        targets: Optional integers of shape `(batch,)`.
+
+    Returns:
+        Booleans (success, wrong), each of shape `(batch,)`: whether the goal
+        (the target, or any error) is reached, and whether there is an error.
+    """
+    predicted = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    broken = ops.any(ops.isnan(ops.cast(logits, "float32")), axis=-1)
+    valid = ops.logical_not(ops.logical_or(ops.isnan(values), broken))
+    labels = ops.cast(labels, "int32")
+    wrong = ops.logical_and(valid, ops.not_equal(predicted, labels))
+    if targets is None:
+        return wrong, wrong
+    hit = ops.equal(predicted, ops.cast(targets, "int32"))
+    return ops.logical_and(valid, hit), wrong
+
+
+def offer(state, images, values, success, wrong, keep="best"):
+    """Puts forward an image an example; the better one stays in the state.
+
+    Prefers success, then any misclassification, then the higher loss.
+
+    Args:
+        state: Dict with "best" (images), "success", "wrong" and "loss".
+        images: Candidates, of the shape of "best".
+        values: Their losses, `(batch,)`.
+        success: Whether they reach the goal, `(batch,)`.
+        wrong: Whether they are misclassified, `(batch,)`.
+        keep: `"first"` never replaces a success, so that what an example gets
+            does not depend on how long its neighbours are attacked.
+
+    Returns:
+        The new state.
+    """
+
+    def rank(success, wrong):
+        return 2 * ops.cast(success, "int32") + ops.cast(wrong, "int32")
+
+    old, new = rank(state["success"], state["wrong"]), rank(success, wrong)
+    higher = ops.logical_and(ops.equal(new, old), values > state["loss"])
+    better = ops.logical_or(new > old, higher)
+    if keep == "first":
+        better = ops.logical_and(better, ops.logical_not(state["success"]))
+    mask = numerics.per_example(better, images)
+    return {
+        **state,
+        "best": ops.where(mask, images, state["best"]),
+        "success": ops.where(better, success, state["success"]),
+        "wrong": ops.where(better, wrong, state["wrong"]),
+        "loss": ops.where(better, values, state["loss"]),
+    }
