@@ -94,6 +94,16 @@ class Attack:
         """The attacks that run one after the other; an ensemble has several."""
         return (self,)
 
+    def fit(self, num_classes):
+        """Returns the attack for a model of so many classes.
+
+        Raises:
+            ValueError: If its objective needs more classes.
+        """
+        name = getattr(self, "loss", "cross_entropy")
+        objectives.check_objective(name, num_classes)
+        return self
+
     def calls(self):
         """Forward-sized calls of one step on one image, for batch sizes."""
         return 1

@@ -133,7 +133,13 @@ def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
     return ops.concatenate([centre - half, centre + half], axis=-1)
 
 
-def retinal_warp(images, gazes, view_size=None, max_ratio=MAX_RATIO):
+def retinal_warp(
+    images,
+    gazes,
+    view_size=None,
+    max_ratio=MAX_RATIO,
+    interpolation="bilinear",
+):
     """Looks at images through a retina.
 
     Args:
@@ -143,17 +149,18 @@ def retinal_warp(images, gazes, view_size=None, max_ratio=MAX_RATIO):
             column) in pixels from the image centre.
         view_size: (height, width) of the view; None for the image's own.
         max_ratio: See `retina_mapping`.
+        interpolation: See `transformer.sample`.
 
     Returns:
-        Tensor of shape `(batch, [gazes,] rows, columns, channels)`, bilinear,
-        black outside the image, differentiable in images and gazes.
+        Tensor of shape `(batch, [gazes,] rows, columns, channels)`, black
+        outside the image; bilinear, it is differentiable in images and gazes.
     """
     image_size = tuple(images.shape[1:3])
     gazes = ops.convert_to_tensor(gazes, "float32")
     if len(gazes.shape) == 1:
         gazes = ops.broadcast_to(gazes, (ops.shape(images)[0], 2))
     look = _retina(image_size, tuple(view_size or image_size), max_ratio)
-    return transformer.sample_bilinear(images, look(gazes), "zeros")
+    return transformer.sample(images, look(gazes), "zeros", interpolation)
 
 
 @functools.cache
@@ -189,6 +196,7 @@ class RetinalWarp(keras.layers.Layer):
     Args:
         view_size: (height, width) of a view; None for the image's own.
         max_ratio: See `retina_mapping`.
+        interpolation: See `transformer.sample`.
 
     Call arguments:
         images: Tensor of shape `(batch, height, width, channels)`.
@@ -200,17 +208,32 @@ class RetinalWarp(keras.layers.Layer):
         `fovea_box`.
     """
 
-    def __init__(self, view_size=None, max_ratio=MAX_RATIO, **kwargs):
+    def __init__(
+        self,
+        view_size=None,
+        max_ratio=MAX_RATIO,
+        interpolation="bilinear",
+        **kwargs,
+    ):
+        transformer.check_interpolation(interpolation)
         # Coordinates in half precision are off by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.view_size = None if view_size is None else tuple(view_size)
         self.max_ratio = max_ratio
+        self.interpolation = interpolation
 
     def call(self, images, gazes):
         image_size = tuple(images.shape[1:3])
         size = self.view_size or image_size
-        views = retinal_warp(images, gazes, size, self.max_ratio)
+        views = retinal_warp(
+            images, gazes, size, self.max_ratio, self.interpolation
+        )
         return views, fovea_box(gazes, image_size, size, self.max_ratio)
+
+    def shown(self, inputs, outputs):
+        """What it shows; see `model_backbone.shown`."""
+        views, boxes = outputs
+        return transformer.as_views(views, boxes, inputs[1])
 
     def compute_output_shape(self, images_shape, gazes_shape):
         size = self.view_size or tuple(images_shape[1:3])
@@ -222,7 +245,11 @@ class RetinalWarp(keras.layers.Layer):
             **super().get_config(),
             "view_size": self.view_size,
             "max_ratio": self.max_ratio,
+            "interpolation": self.interpolation,
         }
+
+
+TEST_GAZES = ("five", "random")
 
 
 @keras.saving.register_keras_serializable("saccade")
@@ -232,12 +259,14 @@ class Fixations(keras.layers.Layer):
     In training each image gets one gaze, uniform in the square of `reach`
     around its centre. In evaluation every image gets the same five
     (`five_gazes`), whose logits are to be averaged, so that a model is
-    deterministic when it is tested.
+    deterministic when it is tested; or a random one again, which makes it a
+    stochastic model, to be attacked in expectation.
 
     Args:
         reach: Largest offset along each axis, in pixels.
         given: Optional list of (row, column) gazes used instead, in training
             and in evaluation alike.
+        test_gazes: `"five"` or `"random"`: the gazes of an evaluation.
         seed: Integer or `keras.random.SeedGenerator`.
 
     Call arguments:
@@ -248,16 +277,29 @@ class Fixations(keras.layers.Layer):
         Tensor of shape `(batch, gazes, 2)`, offsets (row, column) in pixels.
     """
 
-    def __init__(self, reach, given=None, seed=None, **kwargs):
+    def __init__(
+        self, reach, given=None, test_gazes="five", seed=None, **kwargs
+    ):
+        if test_gazes not in TEST_GAZES:
+            raise ValueError(
+                f"Expected test_gazes to be one of {', '.join(TEST_GAZES)}. "
+                f"Received: test_gazes={test_gazes!r}."
+            )
         super().__init__(**{"dtype": "float32", **kwargs})
         self.reach = float(reach)
         self.given = given
+        self.test_gazes = test_gazes
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
+    @property
+    def stochastic(self):
+        """Whether it draws in inference mode."""
+        return self.given is None and self.test_gazes == "random"
+
     def call(self, images, training=False):
         batch = ops.shape(images)[0]
-        if training and self.given is None:
+        if self.stochastic or (training and self.given is None):
             return keras.random.uniform(
                 (batch, 1, 2),
                 -self.reach,
@@ -280,6 +322,7 @@ class Fixations(keras.layers.Layer):
             **super().get_config(),
             "reach": self.reach,
             "given": self.given,
+            "test_gazes": self.test_gazes,
             "seed": self.seed,
         }
 

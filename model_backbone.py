@@ -130,7 +130,8 @@ def glimpses(model):
     """Returns a function that tells where a model looks.
 
     One function for every model: whatever takes glimpses (a retinal warp, a
-    spatial transformer) is found in the model itself, also after loading.
+    spatial transformer) is found in the model itself, also after loading; see
+    `shown`, which gives the same as tensors.
 
     Args:
         model: A `keras.Model` made by `create`, or loaded again.
@@ -140,35 +141,93 @@ def glimpses(model):
         NumPy arrays: "gazes", `(batch, n, 2)`, (row, column) in pixels from
         the image centre; "boxes", `(batch, n, 4)`, top, left, bottom, right
         in [0, 1], what an affine view covers or where a retina magnifies;
-        "views", `(batch, n, rows, columns, channels)`. A key is absent if the
-        model has no such thing; the dict is empty for a plain ResNet.
+        "views", `(batch, n, rows, columns, channels)`; "maps", `(batch, n,
+        rows, columns)`. A key is absent if the model has no such thing; the
+        dict is empty for a plain ResNet.
     """
-    kinds = (glimpse.RetinalWarp, transformer.SpatialTransformer)
-    found = [layer for layer in model.layers if isinstance(layer, kinds)]
-    if not found:
+    reader = shown(model)
+    if not set(reader.output) - {"logits"}:
         return lambda images: {}
-    layer = found[0]
-    if isinstance(layer, glimpse.RetinalWarp):
-        views, boxes = layer.output
-        gazes = layer.input[1]
-    else:
-        views, boxes, gazes = layer.output
-    reader = keras.Model(model.input, [gazes, boxes, views])
 
     def read(images):
         images = ops.convert_to_tensor(images, "float32")
-        gazes, boxes, views = (
-            ops.convert_to_numpy(ops.stop_gradient(value))
-            for value in reader(images, training=False)
-        )
-        batch = len(gazes)
-        return {
-            "gazes": gazes.reshape(batch, -1, 2),
-            "boxes": np.clip(boxes.reshape(batch, -1, 4), 0.0, 1.0),
-            "views": views.reshape(batch, -1, *views.shape[-3:]),
+        found = {
+            name: ops.convert_to_numpy(ops.stop_gradient(value))
+            for name, value in reader(images, training=False).items()
+            if name not in ("logits", "step_logits")
         }
+        if "boxes" in found:
+            found["boxes"] = np.clip(found["boxes"], 0.0, 1.0)
+        return found
 
     return read
+
+
+def shown(model):
+    """Returns a model that gives its logits and what it looks at, as tensors.
+
+    A layer that has something to show has a method `shown(inputs, outputs)`
+    that returns a dict of tensors: "gazes" `(batch, n, 2)`, "boxes"
+    `(batch, n, 4)`, "views" `(batch, n, rows, columns, channels)`, "maps"
+    `(batch, n, rows, columns)`, non-negative with sum 1, or "step_logits"
+    `(batch, steps, classes)`. Where two layers show the same, the first counts.
+
+    Args:
+        model: A functional `keras.Model` made by `create`, or loaded again.
+
+    Returns:
+        A `keras.Model` with the same weights, from images to a dict with
+        "logits" and whatever is shown.
+    """
+    outputs = {}
+    for layer in model.layers:
+        if hasattr(layer, "shown"):
+            found = layer.shown(layer.input, layer.output)
+            outputs = {**found, **outputs}
+    return keras.Model(model.input, {**outputs, "logits": model.output})
+
+
+def generators(model):
+    """Returns the seed generators of a model's layers, in a fixed order."""
+    return [
+        layer.seed_generator
+        for layer in model._flatten_layers()
+        if isinstance(
+            getattr(layer, "seed_generator", None), keras.random.SeedGenerator
+        )
+    ]
+
+
+def is_stochastic(model):
+    """Tells whether two calls in inference mode can differ.
+
+    Args:
+        model: A `keras.Model`. A layer that draws in inference mode says so
+            with an attribute `stochastic`.
+    """
+    return any(
+        getattr(layer, "stochastic", False) for layer in model._flatten_layers()
+    )
+
+
+def key_generators(found, seed, step, replica=0):
+    """Makes a model's noise a function of (seed, step, replica).
+
+    Args:
+        found: What `generators` returned.
+        seed: Integer, the run's seed.
+        step: Integer or scalar tensor.
+        replica: Integer or scalar tensor.
+    """
+    for number, generator in enumerate(found):
+        # A layer draws fewer than 1024 times a step.
+        state = [
+            ops.cast((seed + 977 * number) % 2**31, "uint32")
+            + ops.cast(replica, "uint32") * 65521,
+            ops.cast(step, "uint32") * 1024,
+        ]
+        dtype = generator.state.dtype
+        generator.state.assign(ops.cast(ops.stack(state), dtype))
 
 
 @keras.saving.register_keras_serializable("saccade")
@@ -344,17 +403,31 @@ def _check_count(num_transformers):
 
 
 def _classifier(
-    num_classes, image_shape, kind, width, sampling, gaze_range, **options
+    num_classes,
+    image_shape,
+    kind,
+    width,
+    sampling,
+    test_gazes,
+    gaze_range,
+    **options,
 ):
     """A plain backbone, or one that sees through the retina."""
     images = keras.Input(image_shape, name="images")
     if not sampling:
+        if test_gazes != "five":
+            raise ValueError(
+                f"test_gazes={test_gazes!r} is a matter of models that sample; "
+                "add sampling."
+            )
         net = _features(kind, image_shape, width, "backbone", **options)
         logits = _logits(net(_normalize(images)), num_classes)
         return keras.Model(images, logits)
     # +-80 of 320 and +-8 of 32 in the handover.
     reach = gaze_range or min(image_shape[:2]) / 4
-    gazes = glimpse.Fixations(reach, name="fixations")(images)
+    gazes = glimpse.Fixations(reach, test_gazes=test_gazes, name="fixations")(
+        images
+    )
     views, _ = glimpse.RetinalWarp(name="retina")(images, gazes)
     folded = FoldViews(name="fold")(_normalize(views))
     net = _features(kind, image_shape, width, "backbone", **options)
@@ -374,6 +447,7 @@ def resnet(
     num_classes,
     image_shape,
     sampling=False,
+    test_gazes="five",
     gaze_range=0.0,
     backbone="resnet18",
     width=0,
@@ -388,6 +462,8 @@ def resnet(
         image_shape: (height, width, channels).
         sampling: Whether to warp the image at a random gaze in training, and
             to average the logits over five fixed gazes in evaluation.
+        test_gazes: `"five"`, or `"random"` for a random gaze in evaluation
+            also: a stochastic model, to be attacked in expectation.
         gaze_range: Largest offset of a gaze in pixels; 0 is a quarter of the
             image.
         backbone: One of `BACKBONES`.
@@ -402,6 +478,7 @@ def resnet(
         backbone,
         width,
         sampling,
+        test_gazes,
         gaze_range,
         dropout=dropout,
         stem_stride=stem_stride,
@@ -421,6 +498,7 @@ def resnet_cifar(
     num_classes,
     image_shape,
     sampling=False,
+    test_gazes="five",
     gaze_range=0.0,
     width=0,
     downsampling="all",
@@ -432,6 +510,7 @@ def resnet_cifar(
         num_classes: Number of logits.
         image_shape: (height, width, channels).
         sampling: See `resnet`.
+        test_gazes: See `resnet`.
         gaze_range: See `resnet`.
         width: Filters of the first stage, 16 by default ("wider": 32).
         downsampling: `"all"`, `"not_last"` or `"none"`.
@@ -443,6 +522,7 @@ def resnet_cifar(
         "resnet20",
         width,
         sampling,
+        test_gazes,
         gaze_range,
         downsampling=downsampling,
         dropout=dropout,
@@ -469,6 +549,7 @@ def attention_mnist(
     gaze_range=0.0,
     regularization=0.0,
     dropout=0.2,
+    interpolation="bilinear",
 ):
     """One glimpse of a small image, then two convolutions and a dense layer.
 
@@ -484,6 +565,7 @@ def attention_mnist(
         gaze_range: Largest offset of a gaze in pixels; 0 is half the image.
         regularization: L2 coefficient on the parameters of the view.
         dropout: Rate of dropout before the logits.
+        interpolation: Of the view; see `transformer.sample`.
     """
     if attention_kind not in ATTENTIONS:
         raise ValueError(
@@ -512,11 +594,13 @@ def attention_mnist(
             theta = layers.Rescaling(reach, dtype="float32", name="gazes")(
                 theta
             )
-            view, _ = glimpse.RetinalWarp(name="retina")(images, theta)
+            view, _ = glimpse.RetinalWarp(
+                interpolation=interpolation, name="retina"
+            )(images, theta)
         else:
-            view, *_ = transformer.SpatialTransformer(name="look")(
-                images, theta
-            )
+            view, *_ = transformer.SpatialTransformer(
+                interpolation=interpolation, name="look"
+            )(images, theta)
     x = _normalize(SelectView(0, name="view")(view))
     net = resnet_backbone.simple_cnn(
         tuple(x.shape[1:]),
@@ -577,6 +661,7 @@ def parallel_transformers(
     regularization=0.0,
     view_size=0,
     dropout=0.0,
+    interpolation="bilinear",
 ):
     """Several affine views of an image, a backbone each.
 
@@ -598,6 +683,7 @@ def parallel_transformers(
         regularization: L2 coefficient on the parameters of the views.
         view_size: Side of a view in pixels; 0 is the image's own size.
         dropout: Rate of dropout on the features of each branch.
+        interpolation: Of the views; see `transformer.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -614,7 +700,9 @@ def parallel_transformers(
         activity_l2=regularization,
     )
     size = (view_size, view_size) if view_size else None
-    views, *_ = transformer.SpatialTransformer(size, name="look")(images, theta)
+    views, *_ = transformer.SpatialTransformer(
+        size, interpolation=interpolation, name="look"
+    )(images, theta)
     features = _branches(
         views,
         num_transformers,
@@ -653,6 +741,7 @@ def multi_gaze(
     view_size=0,
     max_ratio=glimpse.MAX_RATIO,
     dropout=0.0,
+    interpolation="bilinear",
 ):
     """Several retinal glimpses of an image at learned gazes, a backbone each.
 
@@ -677,6 +766,7 @@ def multi_gaze(
         view_size: Side of a view in pixels; 0 is the image's own size.
         max_ratio: Density of the retina at the fovea over the periphery.
         dropout: Rate of dropout on the features of each branch.
+        interpolation: Of the views; see `transformer.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -698,9 +788,9 @@ def multi_gaze(
     reach = gaze_range or min(image_shape[:2]) / 2
     gazes = layers.Rescaling(reach, dtype="float32", name="gazes")(theta)
     size = (view_size, view_size) if view_size else None
-    views, _ = glimpse.RetinalWarp(size, max_ratio, name="retina")(
-        images, gazes
-    )
+    views, _ = glimpse.RetinalWarp(
+        size, max_ratio, interpolation, name="retina"
+    )(images, gazes)
     features = _branches(
         views,
         num_transformers,

@@ -133,7 +133,8 @@ def compile_call(fn, variables=()):
 
     Returns:
         Callable with the arguments of `fn`, as NumPy arrays or tensors. It is
-        traced once for each combination of shapes and dtypes.
+        traced once for each combination of shapes and dtypes (on TensorFlow
+        without an accelerator twice, whatever the batch sizes).
 
     Raises:
         NotImplementedError: If the active backend is none of the three.
@@ -148,9 +149,13 @@ def compile_call(fn, variables=()):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+        accelerated = _accelerated()
         compiled = tf.function(
-            stateless, autograph=False, jit_compile=accelerated or None
+            stateless,
+            autograph=False,
+            jit_compile=accelerated or None,
+            # The second batch size makes the graph one for all of them.
+            reduce_retracing=not accelerated,
         )
     elif backend == "jax":
         import jax
@@ -176,6 +181,41 @@ def compile_call(fn, variables=()):
     return lambda *args: compiled(
         keras.tree.map_structure(ops.convert_to_tensor, args)
     )
+
+
+def row_count(rows, limit):
+    """The batch size for which `rows` rows are best padded.
+
+    Padding wastes time and a new size costs a compilation: where every size is
+    compiled anew, only halves of `limit` are offered, otherwise its eighths.
+
+    Args:
+        rows: How many rows there are, from 1 to `limit`.
+        limit: The largest batch size.
+
+    Returns:
+        Integer from `rows` to `limit`.
+    """
+    if _compiles_sizes():
+        size = limit
+        while size % 2 == 0 and rows <= size // 2 and size > limit // 8:
+            size //= 2
+        return size
+    part = max(1, limit // 8)
+    return min(limit, -(-rows // part) * part)
+
+
+def _compiles_sizes():
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        return _accelerated()
+    return backend == "jax"
+
+
+def _accelerated():
+    import tensorflow as tf
+
+    return any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
 
 
 def fuse(fn):

@@ -3,25 +3,42 @@
 Every image is counted exactly once, and a verdict is a fresh forward pass on
 the float32 images that an attack returned. The noise of an image comes from
 the run's seed and its index in the split, so neither the batch size nor the
-order changes a result.
+order changes a result. What is under way can be kept in a folder, from which a
+killed evaluation goes on.
 """
 
 import dataclasses
+import hashlib
 import math
 import time
-import weakref
+import zipfile
 
 import keras
 import numpy as np
 from keras import ops
 
 import attack_backbone
+import autoattack
+import crafting
 import datasets
+import metrics
+import model_backbone
 import numerics
+import objectives
+import run_folder
+import square
 
-# Compiled functions by model; none of them keeps its model alive.
-_COMPILED = weakref.WeakKeyDictionary()
+ATTACKS = {
+    **attack_backbone.ATTACKS,
+    **square.ATTACKS,
+    **autoattack.ATTACKS,
+}
+TARGETS = ("none", "random", "next", "least_likely")
+CRAFT_DTYPES = ("float32", "bfloat16")
+READ_OUTS = ("last", "all")
 _SUBSET = 0x5ACC  # Tells the choice of images from other uses of the seed.
+_GROUP_BYTES = 2**30  # Memory for the states of the examples under attack.
+_ROW_IMAGES = 10  # Image-sized arrays in one example's state, about.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,59 +46,105 @@ class EvaluationConfig:
     """What an evaluation under attack depends on, but model and data.
 
     Attributes:
-        attack: A config of `attack_backbone.ATTACKS`.
+        attack: One of the attacks in `ATTACKS`, with its settings.
         target: `"none"` for an untargeted attack; `"random"` (uniform over the
-            other classes), `"next"` (label + 1), or a class id for all images
-            (those of that class are sent to the class after it).
+            other classes), `"next"` (label + 1), `"least_likely"` (of the
+            clean image), or a class id for all images (those of that class
+            are sent to the class after it).
         num_examples: How many images, drawn from the split by `seed`; a larger
             number holds the smaller one's images. None for all.
+        indices: The images themselves, by their place in the split, instead.
         batch_size: Most images attacked at a time; changes the speed alone.
         seed: Integer from which all randomness comes.
+        eot: Draws of a stochastic model over which verdict and gradient are
+            averaged; None is for deterministic models.
+        read_outs: `"last"`, or `"all"` to attack every read-out step of a
+            recurrent model; the verdict is that of the last.
+        craft_dtype: `"float32"` or `"bfloat16"`: in what the model computes
+            while an attack is made. Perturbations, projections and verdicts
+            are float32 always.
     """
 
-    attack: object = attack_backbone.PGDConfig()
+    attack: object = attack_backbone.PGD(keep="first")
     target: str | int = "none"
     num_examples: int | None = None
+    indices: tuple | None = None
     batch_size: int = 64
     seed: int = 0
+    eot: int | None = None
+    read_outs: str = "last"
+    craft_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.target not in ("none", "random", "next") and not (
+        if self.target not in TARGETS and not (
             isinstance(self.target, int) and self.target >= 0
         ):
             raise ValueError(
-                "Expected target to be none, random, next or a class id. "
-                f"Received: target={self.target!r}."
+                f"Expected target to be one of {', '.join(TARGETS)} or a class "
+                f"id. Received: target={self.target!r}."
             )
-        if self.batch_size < 1:
+        if self.target != "none" and not self.attack.can_target:
             raise ValueError(
-                f"Expected batch_size >= 1. Received: {self.batch_size}."
+                f"The attack {self.name} chooses its targets by itself. "
+                f"Received: target={self.target!r}. Leave it out."
             )
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(
-                "Expected num_examples >= 1, or none for all images. "
-                f"Received: num_examples={self.num_examples}."
-            )
+        for name, known in (
+            ("read_outs", READ_OUTS),
+            ("craft_dtype", CRAFT_DTYPES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Expected {name} to be one of {', '.join(known)}. "
+                    f"Received: {name}={getattr(self, name)!r}."
+                )
+        for name in ("batch_size", "num_examples", "eot"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"Expected {name} >= 1. Received: {name}={value}."
+                )
         if self.seed < 0:
             raise ValueError(f"Expected seed >= 0. Received: {self.seed}.")
+        if self.indices is not None:
+            self._check_indices()
+
+    def _check_indices(self):
+        object.__setattr__(self, "indices", tuple(map(int, self.indices)))
+        if self.num_examples is not None:
+            raise ValueError(
+                "Expected num_examples or indices, not both. Received: "
+                f"num_examples={self.num_examples} and {len(self.indices)} "
+                "indices."
+            )
+        if not self.indices or len(set(self.indices)) < len(self.indices):
+            raise ValueError(
+                "Expected indices to name at least one image, each once. "
+                f"Received: {len(self.indices)}, "
+                f"{len(set(self.indices))} of them different."
+            )
 
     @property
     def name(self):
-        """The attack's name in `attack_backbone.ATTACKS`."""
-        for name, (_, config) in attack_backbone.ATTACKS.items():
-            if isinstance(self.attack, config):
-                return name
-        raise ValueError(f"No attack takes a {type(self.attack).__name__}.")
+        """The attack's name in `ATTACKS`."""
+        return self.attack.name
 
     def describe(self):
         """Returns every setting as a JSON-able dict."""
         settings = dataclasses.asdict(self.attack)
+        # The loss that is ascended; "loss" is a result.
+        if "loss" in settings:
+            settings["objective"] = settings.pop("loss")
         if "step_size" in settings:
             settings["step_size"] = self.attack.step_length
+        described = {"attack": self.name, **settings, "target": self.target}
+        if self.eot is not None:
+            described["eot"] = self.eot
+        if self.indices is not None:
+            described["indices"] = list(self.indices)
         return {
-            "attack": self.name,
-            **settings,
-            "target": self.target,
+            **described,
+            "read_outs": self.read_outs,
+            "craft_dtype": self.craft_dtype,
             "seed": self.seed,
         }
 
@@ -106,8 +169,7 @@ def accuracy(model, split, batch_size=256):
     right, losses = 0, []
     order = np.arange(len(split))
     for images, labels, _ in datasets.batches(split, order, batch_size):
-        count = len(labels)
-        logits = _logits(model, _pad(images, batch_size))[:count]
+        logits = crafting.logits(model, images, batch_size)
         right += int(np.sum(logits.argmax(-1) == labels))
         losses.append(_cross_entropy(logits, labels))
     return {
@@ -118,21 +180,37 @@ def accuracy(model, split, batch_size=256):
 
 
 def evaluate(
-    model, split, config, *, context=None, progress=None, keep_images=64
+    model,
+    split,
+    config,
+    *,
+    surrogate=None,
+    context=None,
+    progress=None,
+    keep_images=64,
+    state_dir=None,
 ):
     """Attacks a model over a split.
 
     Args:
-        model: A `keras.Model` from images in [0, 1] to logits, deterministic
-            in inference mode. Its variables are left as they are.
+        model: A `keras.Model` from images in [0, 1] to logits. Its variables
+            are left as they are.
         split: A `datasets.Split`.
         config: An `EvaluationConfig`.
+        surrogate: Another model with the same classes on which the attack is
+            made; `model` gives the verdicts. The same weights in bfloat16 or
+            behind a straight-through sampler, say, or a model whose examples
+            are transferred.
         context: JSON-able dict (data set, weights, provenance) that opens the
             record.
-        progress: Callable `(done, total, record)`, called after every batch
-            with the record of what is done.
+        progress: Callable `(done, total, record)`, called now and then with
+            the examples that are decided; the record is None before the first
+            ones are all done.
         keep_images: How many images are returned, the first in the order of
             the evaluation, which is a random one; -1 for all.
+        state_dir: Folder in which what is under way is kept, and from which an
+            evaluation that was killed goes on; the caller removes it when the
+            record is safe.
 
     Returns:
         Tuple (record, arrays). The record is a JSON-able dict. The arrays, for
@@ -145,59 +223,309 @@ def evaluate(
         "all_adversarial_predictions" and "all_norms".
 
     Raises:
-        ValueError: If the split is empty or does not fit the model.
+        ValueError: If the split is empty or does not fit the model, if the
+            model is stochastic and `config.eot` is None, or if the state is
+            another evaluation's or damaged.
     """
     check_fit(model, split)
-    classes = model.output_shape[-1]
-    if isinstance(config.target, int):
-        attack_backbone.fixed_targets([0], config.target, classes)
-    order = _choose(len(split), config)
-    # Batches of one size, as even as they can be: little is padded.
-    size = math.ceil(len(order) / math.ceil(len(order) / config.batch_size))
+    if surrogate is not None:
+        check_fit(surrogate, split)
+    _check_outputs(model, split, config)
+    order = _choose(split, config)
     keep = len(order) if keep_images < 0 else keep_images
-    tally = _Tally(config, keep, context or {}, len(order))
-    for images, labels, indices in datasets.batches(split, order, size):
-        tally.add(_attack_batch(model, config, images, labels, indices, size))
+    work = _Evaluation(model, surrogate or model, config, len(order))
+    tally = _Tally(config, keep, context or {})
+    state = _State(state_dir, _identity(split, config, order, context))
+    sizes = work.group_size(split)
+    for number, start in enumerate(range(0, len(order), sizes)):
+        results = state.finished(number)
+        if results is None:
+            indices = order[start : start + sizes]
+            images = _checked(split.read(indices), split.name)
+
+            def report(done, start=start):
+                if progress is not None:
+                    record = tally.record() if tally.count else None
+                    progress(start + done, len(order), record)
+
+            results = work.attack(
+                images, split.labels[indices], indices, state, number, report
+            )
+            state.finish(number, results)
+        tally.add(results)
         if progress is not None:
             progress(tally.count, len(order), tally.record())
     return tally.record(), tally.arrays()
 
 
-def _attack_batch(model, config, images, labels, indices, size):
-    """Attacks one batch; returns its results, an array each, by name."""
-    count = len(labels)
-    images, labels, indices = (
-        _pad(values, size) for values in (images, labels, indices)
-    )
-    adversarial, targets = _craft(model, config)(
-        images, labels, indices, config.attack.numbers()
-    )
-    adversarial = ops.convert_to_numpy(adversarial)
-    clean_logits = _logits(model, images)
-    adversarial_logits = _logits(model, adversarial)
-    # A NaN is counted by itself; it must not hide the norms of the rest.
-    moved = np.nan_to_num(adversarial.astype("float64") - images)
-    results = {
-        "indices": indices,
-        "labels": labels,
-        "targets": ops.convert_to_numpy(targets),
-        "clean": images,
-        "adversarial": adversarial,
-        "clean_logits": clean_logits,
-        "adversarial_logits": adversarial_logits,
-        "clean_predictions": clean_logits.argmax(-1).astype("int32"),
-        "adversarial_predictions": adversarial_logits.argmax(-1).astype(
-            "int32"
-        ),
-        "clean_loss": _cross_entropy(clean_logits, labels),
-        "loss": _cross_entropy(adversarial_logits, labels),
-        "norms": _norm(moved, config.attack.norm),
+class _Evaluation:
+    """Attacks groups of images; their arrays are all in memory at once."""
+
+    def __init__(self, model, surrogate, config, total):
+        self.model, self.surrogate, self.config = model, surrogate, config
+        classes = model.output_shape[-1]
+        self.classes = classes
+        if isinstance(config.target, int):
+            objectives.fixed_targets(
+                np.zeros(1, "int32"), config.target, classes
+            )
+        self.members = tuple(m.fit(classes) for m in config.attack.members())
+        # As even as can be: little is padded.
+        parts = math.ceil(total / config.batch_size)
+        self.size = math.ceil(total / parts)
+        self.verdicts = crafting.Reading(config.eot or 1, seed=config.seed)
+        self.reading = dataclasses.replace(
+            self.verdicts, read_outs=config.read_outs
+        )
+
+    def group_size(self, split):
+        """How many examples fit into memory with their states."""
+        row = split.read([0]).nbytes * _ROW_IMAGES
+        return max(1, _GROUP_BYTES // (row * self.size)) * self.size
+
+    def attack(self, images, labels, indices, state, number, report):
+        """Attacks one group; returns its results, an array each, by name."""
+        started = time.perf_counter()
+        labels = np.asarray(labels, "int32")
+        clean_logits = self._logits(images)
+        keys = _array(numerics.example_keys(self.config.seed, indices))
+        targets = self._targets(keys, labels, clean_logits)
+        best, earlier = images.copy(), 0.0
+        logits = clean_logits.copy()
+        member, saved, seconds = state.underway(number, best, logits)
+        earlier += seconds
+        for rank, attack in enumerate(self.members):
+            if rank < member:
+                continue
+            left = np.flatnonzero(~self._hit(logits, labels, targets))
+            if attack.keep == "best" and len(self.members) == 1:
+                left = np.arange(len(labels))
+            if not len(left):
+                break
+
+            def save(rows, rank=rank):
+                done = len(labels) - int(np.sum(~rows["success"]))
+                report(done)
+                passed = earlier + time.perf_counter() - started
+                state.save(number, rank, rows, best, logits, passed)
+
+            rows = {
+                "images": images[left],
+                "labels": labels[left],
+                "keys": _array(numerics.fold_in(keys[left], rank)),
+            }
+            if targets is not None:
+                rows["targets"] = targets[left]
+            found = self._crafter(attack).run(rows, saved, save)["best"]
+            saved = None
+            self._take(best, logits, left, found, labels, targets)
+        seconds = earlier + time.perf_counter() - started
+        return self._results(
+            images,
+            best,
+            labels,
+            targets,
+            indices,
+            clean_logits,
+            logits,
+            seconds,
+        )
+
+    def _crafter(self, attack):
+        size = max(1, self.size // (self.config.eot or 1))
+        calls = attack.calls()
+        if calls > 8:
+            size = max(1, 8 * size // calls)
+        return crafting.Crafter(
+            self.surrogate, attack, self.reading, size, self._confirm
+        )
+
+    def _confirm(self, images, labels, targets):
+        return self._hit(self._logits(images), labels, targets)
+
+    def _logits(self, images):
+        return crafting.logits(self.model, images, self.size, self.verdicts)
+
+    def _hit(self, logits, labels, targets):
+        predictions = logits.argmax(-1)
+        broken = np.isnan(logits).any(-1)
+        hit = (
+            predictions != labels
+            if targets is None
+            else (predictions == targets)
+        )
+        return hit & ~broken
+
+    def _take(self, best, logits, left, found, labels, targets):
+        """Keeps the worse of what an example has and what was found."""
+        new = self._logits(found)
+        goal = None if targets is None else targets[left]
+        rank = [
+            2 * self._hit(values, labels[left], goal)
+            + (values.argmax(-1) != labels[left])
+            for values in (logits[left], new)
+        ]
+        goals = labels if targets is None else targets
+        losses = [
+            _cross_entropy(values, goals[left])
+            for values in (logits[left], new)
+        ]
+        worse = losses[1] >= losses[0]
+        if targets is not None:
+            worse = losses[1] <= losses[0]
+        better = (rank[1] > rank[0]) | ((rank[1] == rank[0]) & worse)
+        if self.config.attack.keep != "first":
+            # Which candidate counts was the attack's to say.
+            better = np.ones_like(better)
+        best[left[better]] = found[better]
+        logits[left[better]] = new[better]
+
+    def _targets(self, keys, labels, clean_logits):
+        target = self.config.target
+        if target == "none":
+            return None
+        if target == "random":
+            keys = numerics.fold_in(keys, 2**30)
+            found = objectives.random_targets(keys, labels, self.classes)
+        elif target == "next":
+            found = objectives.next_targets(labels, self.classes)
+        elif target == "least_likely":
+            found = objectives.least_likely_targets(clean_logits, labels)
+        else:
+            found = objectives.fixed_targets(labels, target, self.classes)
+        return _array(found)
+
+    def _results(
+        self, images, best, labels, targets, indices, clean, logits, seconds
+    ):
+        none = np.full(len(labels), -1, "int32")
+        # A NaN is counted by itself; it must not hide the norms of the rest.
+        moved = np.nan_to_num(best.astype("float64") - images)
+        return {
+            "indices": np.asarray(indices, "int64"),
+            "labels": labels,
+            "targets": none if targets is None else targets,
+            "clean": images,
+            "adversarial": best,
+            "clean_logits": clean,
+            "adversarial_logits": logits,
+            "clean_predictions": clean.argmax(-1).astype("int32"),
+            "adversarial_predictions": logits.argmax(-1).astype("int32"),
+            "clean_loss": _cross_entropy(clean, labels),
+            "loss": _cross_entropy(logits, labels),
+            "norms": _norm(moved, self.config.attack.norm),
+            "seconds": np.array([seconds]),
+        }
+
+
+class _State:
+    """What is under way, in a folder; nothing if there is none.
+
+    One file for each group that is done, and one for the group under way,
+    which is written anew between chunks of steps, but never so often that more
+    than a few hundredths of the time go into it.
+    """
+
+    OFTEN = 0.03
+
+    def __init__(self, folder, identity):
+        self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
+        if folder is None:
+            return
+        path = folder / "evaluation.json"
+        if not path.exists():
+            run_folder.write_json(path, identity)
+        earlier = run_folder.read_json(path)
+        changed = [k for k in identity if earlier.get(k) != identity[k]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds the state of an evaluation with another "
+                f"{', '.join(changed)}. Remove it, or write --overwrite."
+            )
+
+    def finished(self, number):
+        """Returns the results of a group that is done, or None."""
+        return self._read(f"group-{number:05d}.npz")
+
+    def finish(self, number, results):
+        """Writes the results of a group."""
+        if self.folder is None:
+            return
+        self._write(f"group-{number:05d}.npz", results)
+        (self.folder / "underway.npz").unlink(missing_ok=True)
+
+    def underway(self, number, best, logits):
+        """Returns (member, its state, seconds) and fills `best`, `logits`."""
+        found = self._read("underway.npz")
+        if found is None or int(found["group"]) != number:
+            return 0, None, 0.0
+        best[:], logits[:] = found["best"], found["logits"]
+        rows = {k[4:]: v for k, v in found.items() if k.startswith("row_")}
+        return int(found["member"]), rows, float(found["seconds"])
+
+    def save(self, number, member, rows, best, logits, seconds):
+        """Writes the group under way, if it is time."""
+        since = time.perf_counter() - self.saved_at
+        if self.folder is None or since < max(1.0, self.cost / self.OFTEN):
+            return
+        started = time.perf_counter()
+        self._write(
+            "underway.npz",
+            {
+                "group": number,
+                "member": member,
+                "seconds": seconds,
+                "best": best,
+                "logits": logits,
+                **{f"row_{k}": v for k, v in rows.items()},
+            },
+        )
+        self.saved_at = time.perf_counter()
+        self.cost = self.saved_at - started
+
+    def _write(self, name, arrays):
+        size = sum(np.asarray(v).nbytes for v in arrays.values())
+        run_folder.atomic_write(
+            self.folder / name,
+            lambda path: np.savez(path, **arrays),
+            size=size,
+        )
+
+    def _read(self, name):
+        if self.folder is None or not (self.folder / name).exists():
+            return None
+        path = self.folder / name
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"{path} is damaged and cannot be read ({reason}). Remove it "
+                "to attack its images again; the others are kept."
+            ) from error
+
+
+def _identity(split, config, order, context):
+    """What must be the same for a state to be gone on with."""
+    context = context or {}
+    return {
+        **config.describe(),
+        "batch_size": config.batch_size,
+        "examples": hashlib.sha256(
+            np.asarray(order, "int64").tobytes()
+        ).hexdigest(),
+        "labels": hashlib.sha256(
+            np.asarray(split.labels, "int64").tobytes()
+        ).hexdigest(),
+        "weights_sha256": context.get("weights_sha256"),
+        "surrogate": context.get("surrogate"),
+        "backend": keras.config.backend(),
     }
-    return {name: value[:count] for name, value in results.items()}
 
 
 class _Tally:
-    """Adds up batches; keeps one number an example, and the first images."""
+    """Adds up groups; keeps one number an example, and the first images."""
 
     IMAGES = ("clean", "adversarial", "clean_logits", "adversarial_logits")
     EXAMPLES = (
@@ -208,16 +536,15 @@ class _Tally:
         "adversarial_predictions",
     )
 
-    def __init__(self, config, keep, context, total):
+    def __init__(self, config, keep, context):
         self.config, self.keep, self.context = config, keep, context
-        self.total, self.count, self.nans = total, 0, 0
+        self.count, self.nans, self.seconds = 0, 0, 0.0
         self.low, self.high = math.inf, -math.inf
         self.kept = {name: [] for name in self.IMAGES}
         self.all = {}
-        self.started = time.perf_counter()
 
     def add(self, results):
-        """Adds the results of a batch, as `_attack_batch` returns them."""
+        """Adds the results of a group, as `_Evaluation.attack` gives them."""
         for name in self.IMAGES:
             self.kept[name].append(results[name][: max(self.keep, 0)])
         self.keep -= len(self.kept["clean"][-1])
@@ -227,36 +554,32 @@ class _Tally:
         self.low = min(self.low, float(np.nanmin(adversarial)))
         self.high = max(self.high, float(np.nanmax(adversarial)))
         self.count += len(results["labels"])
+        self.seconds += float(results["seconds"][0])
         for name, values in results.items():
-            if name not in self.IMAGES:
+            if name not in (*self.IMAGES, "seconds"):
                 self.all.setdefault(name, []).append(values)
 
     def record(self):
         """Returns the record of the examples so far."""
         rows = {name: np.concatenate(v) for name, v in self.all.items()}
-        right = rows["clean_predictions"] == rows["labels"]
-        robust = rows["adversarial_predictions"] == rows["labels"]
-        hit = ~robust
-        if self.config.target != "none":
-            hit = rows["adversarial_predictions"] == rows["targets"]
-        seconds = time.perf_counter() - self.started
+        counted = metrics.robustness(
+            rows["labels"],
+            rows["clean_predictions"],
+            rows["adversarial_predictions"],
+            rows["targets"] if self.config.target != "none" else None,
+        )
         return {
             **self.context,
             **self.config.describe(),
             "batch_size": self.config.batch_size,
             "num_examples": self.count,
-            "clean_accuracy": float(right.mean()),
-            "robust_accuracy": float(robust.mean()),
-            "attack_success": float(hit.mean()),
-            "attack_success_on_correct": float(hit[right].mean())
-            if right.any()
-            else None,
+            **counted,
             "clean_loss": float(rows["clean_loss"].mean()),
             "loss": float(rows["loss"].mean()),
             "largest_norm": float(rows["norms"].max()),
             "pixel_range": [self.low, self.high],
             "nan_count": self.nans,
-            "seconds": round(seconds, 3),
+            "seconds": round(self.seconds, 3),
             "device": _device(),
             "backend": keras.config.backend(),
         }
@@ -277,10 +600,18 @@ def _device():
     return str(getattr(ops.zeros(()), "device", "")).rsplit("device:")[-1]
 
 
-def _choose(size, config):
+def _choose(split, config):
     """The images of an evaluation, in a random order that nests."""
-    order = np.random.default_rng([config.seed, _SUBSET]).permutation(size)
-    return order[: config.num_examples]
+    if config.indices is not None:
+        outside = [i for i in config.indices if not 0 <= i < len(split)]
+        if outside:
+            raise ValueError(
+                f"The {split.name} split has the images 0 to {len(split) - 1}. "
+                f"Received: {outside[0]} in the list of examples."
+            )
+        return np.array(config.indices)
+    rng = np.random.default_rng([config.seed, _SUBSET])
+    return rng.permutation(len(split))[: config.num_examples]
 
 
 def check_fit(model, split):
@@ -316,85 +647,64 @@ def check_fit(model, split):
         )
 
 
-def _compile(model, key, make):
-    """Returns the compiled function `key` of a model, made at first use.
+def _checked(images, name):
+    """Returns images if they are pixels in [0, 1], and complains otherwise."""
+    images = np.asarray(images, "float32")
+    low, high = float(images.min()), float(images.max())
+    # A NaN fails every comparison.
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"Expected images in [0, 1]. Received: the {name} split has pixels "
+            f"from {low:g} to {high:g}. Divide 8-bit pixels by 255, and leave "
+            "mean and standard deviation to the model."
+        )
+    return images
+
+
+def _check_outputs(model, split, config):
+    """Refuses a model whose logits cannot be what an attack needs.
+
+    Two looks at the first images, as cheap as they are: are the outputs
+    probabilities, and are they the same twice?
+    """
+    images = split.read(np.arange(min(8, len(split))))
+    first = _array(model(images, training=False)).astype("float64")
+    if looks_like_probabilities(first):
+        raise ValueError(
+            "The model's outputs look like probabilities (they lie in [0, 1] "
+            "and sum to 1); attacks need logits. Remove the softmax."
+        )
+    if config.eot is None and varies(model, images):
+        raise ValueError(
+            "The model is stochastic: two calls on the same images differ. "
+            "Attack it in expectation, with --eot=20 say (--eot=1 insists on "
+            "one draw)."
+        )
+
+
+def looks_like_probabilities(outputs):
+    """Tells whether rows lie in [0, 1] and sum to 1; `(batch, classes)`."""
+    sums = np.abs(outputs.sum(-1) - 1)
+    return bool(outputs.min() >= 0 and outputs.max() <= 1 and sums.max() < 1e-3)
+
+
+def varies(model, images):
+    """Tells whether two calls in inference mode differ on the same images.
 
     Args:
-        model: The model.
-        key: Hashable name of the function.
-        make: Callable that takes a `logits_fn` and returns the function.
+        model: A `keras.Model`; its seed generators are put back.
+        images: `(batch, height, width, channels)`.
     """
-    functions = _COMPILED.setdefault(model, {})
-    if key not in functions:
-        # A closure over the model itself would keep the model for ever.
-        reference = weakref.ref(model)
-
-        def logits_fn(images):
-            return reference()(images, training=False)
-
-        functions[key] = numerics.compile_call(make(logits_fn), model.variables)
-    return functions[key]
+    states = [g.state for g in model_backbone.generators(model)]
+    before = [_array(state).copy() for state in states]
+    first, second = (_array(model(images, training=False)) for _ in range(2))
+    for state, value in zip(states, before, strict=True):
+        state.assign(value)
+    return not np.array_equal(first, second, equal_nan=True)
 
 
-def _logits(model, images):
-    forward = _compile(model, "logits", lambda logits_fn: logits_fn)
-    return ops.convert_to_numpy(ops.cast(forward(images), "float32"))
-
-
-def _craft(model, config):
-    """Returns the compiled attack of a config.
-
-    Its radius, steps and restarts come in as tensors, so that a whole scan is
-    one compiled function.
-    """
-    function, _ = attack_backbone.ATTACKS[config.name]
-    classes = model.output_shape[-1]
-
-    def make(logits_fn):
-        def craft(images, labels, indices, numbers):
-            keys = numerics.example_keys(config.seed, indices)
-            targets = _targets(config, keys, labels, classes)
-            result = function(
-                logits_fn,
-                images,
-                labels,
-                config.attack.bind(numbers),
-                numerics.fold_in(keys, 0),
-                targets,
-            )
-            if targets is None:
-                targets = ops.full_like(labels, -1)
-            return result.images, targets
-
-        return craft
-
-    frozen = {
-        name: value
-        for name, value in dataclasses.asdict(config.attack).items()
-        if name not in config.attack.LATE and name != "step_size"
-    }
-    key = (config.name, *frozen.items(), config.target, config.seed)
-    return _compile(model, key, make)
-
-
-def _targets(config, keys, labels, classes):
-    if config.target == "none":
-        return None
-    if config.target == "random":
-        return attack_backbone.random_targets(
-            numerics.fold_in(keys, 1), labels, classes
-        )
-    if config.target == "next":
-        return attack_backbone.next_targets(labels, classes)
-    return attack_backbone.fixed_targets(labels, config.target, classes)
-
-
-def _pad(values, size):
-    """Repeats the last row up to `size`, so that no shape is compiled twice."""
-    missing = size - len(values)
-    if not missing:
-        return values
-    return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)])
+def _array(values):
+    return ops.convert_to_numpy(ops.stop_gradient(values))
 
 
 def _cross_entropy(logits, labels):

@@ -306,26 +306,11 @@ class _Step:
     def __init__(self, model, objective, seed, augmentation):
         self.model, self.objective = model, objective
         self.seed, self.augmentation = seed, augmentation
-        self.generators = [
-            layer.seed_generator
-            for layer in model._flatten_layers()
-            if isinstance(
-                getattr(layer, "seed_generator", None),
-                keras.random.SeedGenerator,
-            )
-        ]
+        self.generators = model_backbone.generators(model)
 
     def prepare(self, images, labels, indices, step, replica=0):
         """Keys everything that draws; returns the clean and crafted images."""
-        for number, generator in enumerate(self.generators):
-            # A layer draws fewer than 1024 times a step.
-            state = [
-                ops.cast((self.seed + 977 * number) % 2**31, "uint32")
-                + ops.cast(replica, "uint32") * 65521,
-                ops.cast(step, "uint32") * 1024,
-            ]
-            dtype = generator.state.dtype
-            generator.state.assign(ops.cast(ops.stack(state), dtype))
+        model_backbone.key_generators(self.generators, self.seed, step, replica)
         keys = numerics.example_keys(self.seed, indices, step)
         clean = glimpse.augment(images, keys, self.augmentation)
         if self.objective.craft is None:

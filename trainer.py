@@ -101,6 +101,12 @@ _OPTIONS = {
     "sampling": flags.DEFINE_boolean(
         "sampling", None, "Retinal sampling at random gazes."
     ),
+    "test_gazes": flags.DEFINE_string(
+        "test_gazes", None, "Evaluate at five fixed gazes, or at a random one."
+    ),
+    "interpolation": flags.DEFINE_string(
+        "interpolation", None, "Views: bilinear, nearest or straight_through."
+    ),
     "coarse_fixations": flags.DEFINE_boolean(
         "coarse_fixations", None, "Random crops as fixations."
     ),

@@ -63,6 +63,62 @@ def sample_bilinear(images, points, padding="zeros"):
     return ops.cast(values, keras.backend.standardize_dtype(images.dtype))
 
 
+INTERPOLATIONS = ("bilinear", "nearest", "straight_through")
+
+
+def sample(images, points, padding="zeros", interpolation="bilinear"):
+    """Reads images at points by one of three kinds of interpolation.
+
+    Args:
+        images: See `sample_bilinear`, like `points`, `padding` and the result.
+        points: Pixel coordinates (row, column).
+        padding: `"zeros"` or `"edge"`.
+        interpolation: `"bilinear"`; `"nearest"`, which reads the nearest pixel
+            as the handover's single-gaze warp did and passes no gradient to
+            the points; `"straight_through"`, which reads the nearest pixel
+            and passes the gradients of bilinear interpolation (BPDA), for
+            attacks on a model that samples the nearest.
+
+    Returns:
+        Tensor like that of `sample_bilinear`.
+
+    Raises:
+        ValueError: If `interpolation` is none of the three.
+
+    References:
+        - [Athalye et al., 2018](https://arxiv.org/abs/1802.00420), BPDA
+    """
+    check_interpolation(interpolation)
+    if interpolation == "bilinear":
+        return sample_bilinear(images, points, padding)
+    # Halves are rounded up: ops.round would send them to the even pixel.
+    nearest = ops.stop_gradient(ops.floor(points + 0.5))
+    values = sample_bilinear(images, nearest, padding)
+    if interpolation == "nearest":
+        return values
+    smooth = sample_bilinear(images, points, padding)
+    return smooth + ops.stop_gradient(values - smooth)
+
+
+def check_interpolation(interpolation):
+    """Raises a ValueError if there is no such kind of interpolation."""
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"Expected interpolation to be one of {', '.join(INTERPOLATIONS)}."
+            f" Received: interpolation={interpolation!r}."
+        )
+
+
+def as_views(views, boxes, gazes):
+    """Names what a sampler shows, one entry a view also if there is one."""
+    batch = ops.shape(views)[0]
+    return {
+        "gazes": ops.reshape(gazes, (batch, -1, 2)),
+        "boxes": ops.reshape(boxes, (batch, -1, 4)),
+        "views": ops.reshape(views, (batch, -1, *views.shape[-3:])),
+    }
+
+
 @functools.cache
 def _sampler(padding):
     """The sampler on `(batch, points, 2)`, with its two gradients.
@@ -310,6 +366,7 @@ class SpatialTransformer(keras.layers.Layer):
     Args:
         view_size: (height, width) of a view; None for the image's own.
         padding: What lies outside the image; see `sample_bilinear`.
+        interpolation: See `sample`.
 
     Call arguments:
         images: Tensor of shape `(batch, height, width, channels)`.
@@ -325,17 +382,31 @@ class SpatialTransformer(keras.layers.Layer):
         - [Jaderberg et al., 2015](https://arxiv.org/abs/1506.02025)
     """
 
-    def __init__(self, view_size=None, padding="zeros", **kwargs):
+    def __init__(
+        self,
+        view_size=None,
+        padding="zeros",
+        interpolation="bilinear",
+        **kwargs,
+    ):
+        check_interpolation(interpolation)
         # Coordinates in half precision are off by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.view_size = None if view_size is None else tuple(view_size)
         self.padding = padding
+        self.interpolation = interpolation
 
     def call(self, images, theta):
         image_size = tuple(images.shape[1:3])
         points = affine_points(theta, image_size, self.view_size or image_size)
-        views = sample_bilinear(images, points, self.padding)
+        views = sample(images, points, self.padding, self.interpolation)
         return views, affine_box(theta), affine_centre(theta, image_size)
+
+    def shown(self, inputs, outputs):
+        """What it shows; see `model_backbone.shown`."""
+        del inputs
+        views, boxes, centres = outputs
+        return as_views(views, boxes, centres)
 
     def compute_output_shape(self, images_shape, theta_shape):
         size = self.view_size or tuple(images_shape[1:3])
@@ -347,4 +418,5 @@ class SpatialTransformer(keras.layers.Layer):
             **super().get_config(),
             "view_size": self.view_size,
             "padding": self.padding,
+            "interpolation": self.interpolation,
         }
