@@ -1,0 +1,365 @@
+"""The Square attack: random search over squares, from logits alone.
+
+Each query changes one square of the current perturbation at random and keeps
+the change if it raises the loss. No gradient is taken, so an attack that gains
+by it where gradient attacks stop tells of masked gradients.
+
+In L-inf a square is set to +-epsilon, one sign a channel. In L2 and L1 it gets
+a peaked pattern on top of what it holds, paid for with the budget that is
+unused and with that of a second square, which is wiped.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import numpy as np
+from keras import ops
+
+import attack_backbone
+import numerics
+import objectives
+
+# The last of 10000 queries with each size; the area is halved after it.
+_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_TINY = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(attack_backbone.Attack):
+    """The Square attack, as AutoAttack runs it.
+
+    Three choices where the published programs differ from each other or from
+    the papers: a square may lie at every position, the last row and column
+    included; each example draws its own squares; and an image of any shape is
+    tiled as a whole to begin with.
+
+    Attributes:
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+        epsilon: Radius of the ball, in units of the pixel range [0, 1].
+        n_queries: Calls of the model in one restart. The first one judges the
+            start: vertical stripes in L-inf, a tiling with the pattern in L2
+            and L1.
+        p_init: Part of the pixels that a square covers at first. It is halved
+            along the published schedule, rescaled to `n_queries`.
+        restarts: Independent runs.
+        loss: One of `objectives.OBJECTIVES`, with targets in its targeted
+            form. AutoAttack takes the margin, and with targets the
+            cross-entropy.
+
+    References:
+        - [Andriushchenko et al., 2020](https://arxiv.org/abs/1912.00049),
+          algorithms 1 to 3
+        - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), for L1
+    """
+
+    n_queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+    loss: str = "margin"
+
+    name: ClassVar[str] = "square"
+    LATE: ClassVar[tuple] = ("epsilon", "n_queries", "restarts")
+    white_box: ClassVar[bool] = False
+    random: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_queries < 1 or self.restarts < 1:
+            raise ValueError(
+                "Expected n_queries >= 1 and restarts >= 1. Received: "
+                f"n_queries={self.n_queries}, restarts={self.restarts}."
+            )
+        if not 0 < self.p_init <= 1:
+            raise ValueError(
+                "Expected p_init in (0, 1], the part of the pixels in the "
+                f"first squares. Received: p_init={self.p_init:g}."
+            )
+        objectives.check_objective(self.loss)
+
+    @property
+    def rounds(self):
+        """See `Attack.rounds`."""
+        return self.restarts
+
+    @property
+    def steps_a_round(self):
+        """See `Attack.steps_a_round`."""
+        return self.n_queries
+
+    def objective(self, logits_fn, state):
+        """See `Attack.objective`."""
+        labels, targets = state["labels"], state.get("targets")
+
+        def evaluate(images):
+            outputs = objectives.outputs_of(logits_fn(images))
+            value = attack_backbone.mean_loss(
+                self.loss, outputs, labels, targets
+            )
+            return value, outputs.logits
+
+        return evaluate
+
+    def open(self, logits_fn, images, labels, keys=None, targets=None):
+        """See `Attack.open`."""
+        state = super().open(logits_fn, images, labels, keys, targets)
+        lowest = ops.full_like(state["loss"], -math.inf)
+        return {**state, "current": state["images"], "value": lowest}
+
+    def begin(self, logits_fn, state, number):
+        """See `Attack.begin`: makes the start, which step 0 judges."""
+        del logits_fn
+        keys = numerics.fold_in(numerics.fold_in(state["keys"], number), 0)
+        start = _stripes if self.norm == "linf" else _tiles
+        lowest = ops.full_like(state["value"], -math.inf)
+        current = start(state["images"], self, keys)
+        return {**state, "current": current, "value": lowest}
+
+    def step(self, logits_fn, state, number, index):
+        """See `Attack.step`: one query."""
+        keys = numerics.fold_in(state["keys"], number)
+        keys = numerics.fold_in(keys, ops.cast(index, "int32") + 1)
+        propose = _repaint if self.norm == "linf" else _reshape
+        proposed = propose(state, self, keys, self.stage(index))
+        proposed = ops.where(ops.equal(index, 0), state["current"], proposed)
+        value, logits = self.objective(logits_fn, state)(proposed)
+        success, _ = objectives.judge(
+            logits, value, state["labels"], state.get("targets")
+        )
+        taken = ops.logical_or(value > state["value"], success)
+        mask = numerics.per_example(taken, proposed)
+        state = self._offer(state, proposed, value, logits)
+        return {
+            **state,
+            "current": ops.where(mask, proposed, state["current"]),
+            "value": ops.where(taken, value, state["value"]),
+        }
+
+    def stage(self, index):
+        """How often the area has been halved by query `index`, 0 to 9."""
+        index = ops.cast(index, "int32")
+        # floor(index * 10000 / n_queries) > last, in integers that stay small.
+        whole, rest = self.n_queries // 10_000, self.n_queries % 10_000
+        return sum(
+            ops.cast(
+                index
+                >= (last + 1) * whole + ((last + 1) * rest + 9_999) // 10_000,
+                "int32",
+            )
+            for last in _SCHEDULE
+        )
+
+    def sides(self, height, width):
+        """Returns the side of the squares at each stage, a list of integers.
+
+        Args:
+            height, width: Those of the images, in pixels.
+        """
+        most = min(height, width)
+        sides = []
+        for stage in range(len(_SCHEDULE) + 1):
+            area = self.p_init * height * width / 2**stage
+            side = round(math.sqrt(area))
+            if self.norm != "linf":  # The pattern has a middle: 3, 5, 7...
+                side = max(side, 3)
+                side += 1 - side % 2
+                side = min(side, most - 1 + most % 2)
+            sides.append(min(max(side, 1), most))
+        return sides
+
+
+ATTACKS = {Square.name: Square}
+
+
+# --- Where a run begins ------------------------------------------------------
+
+
+def _stripes(images, attack, keys):
+    """Vertical stripes of +-epsilon, one sign a column and channel."""
+    signs = numerics.signs(keys, (1, *images.shape[2:]))
+    return attack_backbone.perturbed(images, attack.epsilon * signs)
+
+
+def _tiles(images, attack, keys):
+    """A tiling with the pattern, five tiles or more along each side.
+
+    Each tile turns by chance, and each of its channels draws a sign.
+    """
+    height, width, channels = images.shape[1:]
+    side = max(min(height, width) // 5, 1)
+    rows, columns = height // side, width // side
+    upright = np.tile(pattern(side, attack.norm), (rows, columns))
+    lying = np.tile(pattern(side, attack.norm).T, (rows, columns))
+    signs = numerics.signs(numerics.fold_in(keys, 0), (rows, columns, channels))
+    turned = numerics.uniform(numerics.fold_in(keys, 1), (rows, columns, 1))
+
+    def grow(x):
+        return ops.repeat(ops.repeat(x, side, axis=1), side, axis=2)
+
+    delta = grow(signs) * ops.where(
+        grow(turned) < 0.5,
+        ops.convert_to_tensor(upright[..., None]),
+        ops.convert_to_tensor(lying[..., None]),
+    )
+    top = (height - rows * side) // 2
+    left = (width - columns * side) // 2
+    delta = ops.pad(
+        delta,
+        (
+            (0, 0),
+            (top, height - rows * side - top),
+            (left, width - columns * side - left),
+            (0, 0),
+        ),
+    )
+    if attack.norm == "l1":
+        # Every tile and channel has norm 1, far more than epsilon together as
+        # a rule; else they are raised as the squares are.
+        scale = ops.cast(attack.epsilon, "float32") / (rows * columns)
+        delta = delta * ops.maximum(scale, 1.0)
+    return _inside(images, delta, attack)
+
+
+# --- What a query tries ------------------------------------------------------
+
+
+def _repaint(state, attack, keys, stage):
+    """L-inf: one square of +-epsilon, one sign a channel."""
+    images = state["images"]
+    height, width, channels = images.shape[1:]
+    sides = _table(attack.sides(height, width))
+    row, column, _ = _square(keys, height, width, ops.take(sides, stage))
+    inside = ops.logical_and(row >= 0, column >= 0)
+    inside = ops.expand_dims(inside, -1)
+    signs = numerics.signs(numerics.fold_in(keys, 1), (1, 1, channels))
+    painted = attack_backbone.perturbed(images, attack.epsilon * signs)
+    return ops.where(inside, painted, state["current"])
+
+
+def _reshape(state, attack, keys, stage):
+    """L2 and L1: the pattern onto one square, at the expense of another."""
+    images, norm = state["images"], attack.norm
+    height, width, channels = images.shape[1:]
+    sides = attack.sides(height, width)
+    side = ops.take(_table(sides), stage)
+    delta = state["current"] - images
+    row, column, one = _square(numerics.fold_in(keys, 0), height, width, side)
+    *_, two = _square(numerics.fold_in(keys, 1), height, width, side)
+    zero = ops.zeros_like(delta)
+
+    signs = numerics.signs(numerics.fold_in(keys, 2), (1, 1, channels))
+    turned = numerics.uniform(numerics.fold_in(keys, 3), (1, 1)) < 0.5
+    peaks = _peaks(sides, norm, stage, row, column, turned)
+    before = ops.where(one, delta, zero)
+    new = signs * peaks + before / (_channel_norm(before, norm) + _TINY)
+    new = ops.where(one, new, zero)
+    new = new / (_channel_norm(new, norm) + _TINY)
+
+    both = ops.where(ops.logical_or(one, two), delta, zero)
+    spent = numerics.per_example(numerics.lp_norm(delta, norm), delta)
+    held = _channel_norm(both, norm)
+    epsilon = ops.cast(attack.epsilon, "float32")
+    if norm == "l2":
+        unused = ops.maximum(ops.square(epsilon) - ops.square(spent), 0.0)
+        budget = ops.sqrt(unused / channels + ops.square(held))
+    else:
+        # Larger than there is room for: the projection takes it back from
+        # the smallest entries, those of the whole image.
+        unused = ops.maximum(epsilon - spent, 0.0)
+        budget = channels * (unused / channels + held)
+    delta = ops.where(one, budget * new, ops.where(two, zero, delta))
+    return _inside(images, delta, attack)
+
+
+def _inside(images, delta, attack):
+    """Brings a perturbation of L2 or L1 onto the ball and into the box."""
+    if attack.norm == "l1":
+        delta = numerics.project(delta, attack.epsilon, "l1", images)
+    else:
+        length = ops.maximum(numerics.lp_norm(delta, "l2"), _TINY)
+        epsilon = ops.cast(attack.epsilon, "float32")
+        delta = delta * numerics.per_example(epsilon / length, delta)
+    return attack_backbone.perturbed(images, delta)
+
+
+def _square(keys, height, width, side):
+    """Draws a square of `side` for each example, uniform over its positions.
+
+    Returns:
+        Tuple of the row inside the square, int32 `(batch, height, 1)`, the
+        column, `(batch, 1, width)`, each -1 outside, and a mask of booleans,
+        `(batch, height, width, 1)`.
+    """
+    draws = numerics.uniform(numerics.fold_in(keys, 0), (2,))
+
+    def inner(draw, length):
+        room = length - side
+        places = ops.cast(room + 1, "float32")
+        first = ops.cast(ops.floor(draw * places), "int32")
+        first = ops.minimum(first, room)  # The product may round up.
+        at = ops.arange(length, dtype="int32") - ops.expand_dims(first, -1)
+        inside = ops.logical_and(at >= 0, at < side)
+        return ops.where(inside, at, -ops.ones_like(at))
+
+    row = ops.expand_dims(inner(draws[:, 0], height), 2)
+    column = ops.expand_dims(inner(draws[:, 1], width), 1)
+    mask = ops.logical_and(row >= 0, column >= 0)
+    return row, column, ops.expand_dims(mask, -1)
+
+
+def _peaks(sides, norm, stage, row, column, turned):
+    """Looks the pattern up at each pixel; junk outside the square."""
+    most = max(sides)
+    table = np.zeros((len(sides), most, most), "float32")
+    for index, side in enumerate(sides):
+        table[index, :side, :side] = pattern(side, norm)
+    row, column = ops.maximum(row, 0), ops.maximum(column, 0)
+    place = ops.where(turned, column * most + row, row * most + column)
+    table = ops.convert_to_tensor(table.reshape(len(sides), -1))
+    peaks = ops.take(ops.take(table, stage, axis=0), place)
+    return ops.expand_dims(peaks, -1)
+
+
+def _channel_norm(delta, norm):
+    if norm == "l1":
+        return ops.sum(ops.abs(delta), axis=(1, 2), keepdims=True)
+    return ops.sqrt(ops.sum(ops.square(delta), axis=(1, 2), keepdims=True))
+
+
+def _table(values):
+    return ops.convert_to_tensor(np.array(values, "int32"))
+
+
+def pattern(side, norm):
+    """The pattern of a square: a positive peak above a negative one.
+
+    Args:
+        side: In pixels.
+        norm: `"l2"` or `"l1"`, in which it has length 1. The peaks of L1 are
+            the steeper ones.
+
+    Returns:
+        Float32 NumPy array of shape `(side, side)`.
+
+    References:
+        - [Andriushchenko et al., 2020](https://arxiv.org/abs/1912.00049),
+          equation 2
+    """
+    order, power = (2, 2) if norm == "l2" else (1, 4)
+
+    def unit(x):
+        length = np.sum(np.abs(x) ** order) ** (1 / order)
+        return x / length if x.size else x
+
+    def peak(height):
+        rows = np.abs(np.arange(height) - height // 2)[:, None]
+        columns = np.abs(np.arange(side) - side // 2)[None]
+        far = max(height, side) // 2
+        terms = np.arange(1, far + 2) ** -float(power)
+        # Entry d holds the sum of the terms from d on.
+        tails = np.cumsum(terms[::-1])[::-1]
+        return unit(tails[np.maximum(rows, columns)])
+
+    upper = side // 2
+    both = np.concatenate([peak(upper), -peak(side - upper)])
+    return unit(both).astype("float32")
