@@ -529,6 +529,34 @@ def resnet_cifar(
     )
 
 
+@register(
+    "madry_cnn",
+    reference="https://arxiv.org/abs/1706.06083 (the network for MNIST)",
+    image_size=28,
+)
+def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
+    """The convolutional network that defences on MNIST are measured with.
+
+    Args:
+        num_classes: Number of logits.
+        image_shape: (height, width, channels).
+        width: Filters of the first convolution, 32 by default; the second has
+            twice as many, and the dense layer 32 times.
+        dropout: Rate of dropout on the features; the published one has none.
+    """
+    width = width or 32
+    images = keras.Input(image_shape, name="images")
+    net = resnet_backbone.simple_cnn(
+        image_shape,
+        filters=(width, 2 * width),
+        kernel_size=5,
+        units=32 * width,
+        dropout=dropout,
+        name="backbone",
+    )
+    return keras.Model(images, _logits(net(_normalize(images)), num_classes))
+
+
 ATTENTIONS = ("transformer", "retina", "dummy", "dummy_scaled")
 
 

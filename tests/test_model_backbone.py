@@ -25,6 +25,7 @@ CASES = {
         {**SMALL, "sampling": True, "downsampling": "none"},
         (16, 16, 3),
     ),
+    "madry_cnn": ("madry_cnn", SMALL, (12, 12, 1)),
     **{
         f"attention_mnist-{kind}": (
             "attention_mnist",
@@ -94,6 +95,7 @@ if keras.config.backend() != "tensorflow":
     LIGHT = (
         "resnet-auto",
         "resnet_cifar",
+        "madry_cnn",
         "attention_mnist-transformer",
         "parallel_transformers",
         "multi_gaze",
@@ -193,7 +195,8 @@ def test_what_it_shows_has_the_promised_shapes(case):
     model, images = share(case)
     name, options, shape = CASES[case]
     shown = model_backbone.glimpses(model)(images)
-    if name.startswith("resnet") and not options.get("sampling"):
+    plain = name.startswith("resnet") and not options.get("sampling")
+    if plain or not model_backbone.entry(name).shows:
         assert shown == {}
         return
     assert set(shown) == set(model_backbone.entry(name).shows)
@@ -255,6 +258,21 @@ def test_strides_of_the_stem_can_be_overridden():
     assert last_map() == 4  # Fits a small image by itself.
     assert last_map(stem_stride=2) == 2
     assert last_map(stem_stride=2, pool_stride=2) == 1
+
+
+def test_madry_cnn_has_the_published_size():
+    """The count of Madry et al.'s code, and no layer before the first one."""
+    model = model_backbone.create(
+        "madry_cnn", num_classes=10, image_shape=(28, 28, 1)
+    )
+    convolutions = 5 * 5 * 32 + 32 + 5 * 5 * 32 * 64 + 64
+    dense = 7 * 7 * 64 * 1024 + 1024 + 1024 * 10 + 10
+    assert model.count_params() == convolutions + dense == 3_274_634
+    assert [type(layer).__name__ for layer in model.layers] == [
+        "InputLayer",
+        "Functional",
+        "Dense",
+    ]
 
 
 def test_frozen_controls_look_at_what_they_say():
