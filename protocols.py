@@ -1,0 +1,551 @@
+"""The evaluations of the texts this project builds on, by name.
+
+A protocol is a list of attacks and a table. `PROTOCOLS[name].evaluations(...)`
+gives what is to be run; `.table(records, ...)` sets the records in the layout
+of the text, with its published numbers below ours where the data match.
+`published` holds these tables and writes them down.
+"""
+
+import dataclasses
+from typing import Callable
+
+import attack_backbone
+import autoattack
+import metrics
+import published
+import robust_evaluation
+
+_S3TA_URL = "https://arxiv.org/abs/1912.02184"
+# The settings that make two evaluations the same one in a table; a record
+# without one of the needed ones is of no use.
+_NEEDED = ("attack", "norm", "epsilon", "target")
+_DECISIVE = (
+    *_NEEDED,
+    "steps",
+    "step_size",
+    "restarts",
+    "random_start",
+    "keep",
+    "objective",
+    "distraction",
+    "momentum",
+    "rates",
+    "boundaries",
+    "samples",
+    "radius",
+    "version",
+)
+# The usual radii of AutoAttack's leader board, by norm: images of up to 64
+# pixels, larger ones, grey ones (the digits of Madry et al.).
+_USUAL_RADII = {
+    "linf": (8 / 255, 4 / 255, 0.3),
+    "l2": (0.5, 3.0, None),
+    "l1": (12.0, None, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """An evaluation under a name.
+
+    Attributes:
+        name: The name.
+        summary: One line that tells what it runs.
+        reference: Where it is published.
+        make: Callable (norm, epsilon, **settings of a scan) to an attack.
+        layouts: Its tables; the first is the one for other data.
+        target: See `robust_evaluation.EvaluationConfig`.
+        num_examples: How many images the text used, None for all.
+        remarks: What the text leaves open and how it is filled in.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    make: Callable
+    layouts: tuple
+    target: str = "none"
+    num_examples: int | None = None
+    remarks: tuple = ()
+
+    def evaluations(
+        self, image_shape, num_classes, norm=None, epsilon=None, **common
+    ):
+        """Returns what is to be run.
+
+        Args:
+            image_shape: Tuple (height, width, channels) of the images.
+            num_classes: How many classes the model tells apart.
+            norm: Another norm than the published one; needs `epsilon`.
+            epsilon: A radius, or several, in place of the published ones;
+                step sizes change in proportion.
+            **common: Further arguments of `EvaluationConfig`, the same for
+                all. Without `num_examples` and `indices` it is the number
+                of the text.
+
+        Returns:
+            Tuple of `robust_evaluation.EvaluationConfig`.
+
+        Raises:
+            ValueError: If a norm has no published radius, or a value does not
+                fit.
+        """
+        layout = self.layouts[0]
+        if max(image_shape[:2]) > 64:
+            layout = self.layouts[-1]
+        norm = norm or layout.norm
+        radii = self._radii(layout, image_shape, norm, epsilon)
+        if common.get("num_examples") is None and not common.get("indices"):
+            common["num_examples"] = self.num_examples
+        attacks = [
+            self._attack(norm, radius, settings, common.get("eot"))
+            for radius in radii
+            for _, settings in layout.scans
+        ]
+        for attack in attacks:
+            attack.fit(num_classes)  # Raises where it cannot be.
+        return tuple(
+            robust_evaluation.EvaluationConfig(
+                attack=attack, target=self.target, **common
+            )
+            for attack in attacks
+        )
+
+    def _attack(self, norm, epsilon, settings, eot):
+        attack = self.make(norm, epsilon, **settings)
+        if self.name == "autoattack" and (eot or 1) > 1:
+            return dataclasses.replace(attack, version="rand")
+        return attack
+
+    def _radii(self, layout, image_shape, norm, epsilon):
+        if epsilon is not None:
+            return _listed(epsilon)
+        if layout.radii and norm == layout.norm:
+            return layout.radii
+        usual = None
+        if not layout.radii:
+            place = 1 if max(image_shape[:2]) > 64 else 0
+            place = 2 if image_shape[-1] == 1 else place
+            usual = _USUAL_RADII[norm][place]
+        if usual is None:
+            raise ValueError(
+                f"The protocol {self.name} has no usual radius in the norm "
+                f"{norm} for images of shape {tuple(image_shape)}. Received: "
+                "epsilon=None. Give one with --epsilon."
+            )
+        return (usual,)
+
+    def table(
+        self, records, model, dataset, *, options=None, norm=None, epsilon=None
+    ):
+        """Sets records in the layout of the text.
+
+        Args:
+            records: Iterable of records (`robust_evaluation.evaluate`), of one
+                model; those of other evaluations are passed over, and
+                evaluations without a record leave a dash.
+            model: Our name of the model.
+            dataset: Our name of its data set.
+            options: Dict of the options the model was made with, which tell
+                what it is called in the text.
+            norm: The norm given to `evaluations`; None means the records say.
+            epsilon: The radii given to `evaluations`, likewise.
+
+        Returns:
+            A `published.Table`.
+        """
+        records = list(records)
+        layout = self._layout(records, dataset)
+        norm, radii = self._threat(layout, records, norm, epsilon)
+        known = layout.is_published(norm, radii)
+        columns = layout.columns(radii)
+        lines = (None,) if layout.by_radius else radii
+        rows, used, missing = [], [], []
+        for line in lines:
+            found = _with_clean(
+                columns,
+                [self._find(records, norm, c, line) for c in columns],
+            )
+            several = line if len(lines) > 1 else None
+            rows.append(_own_row(layout, model, columns, found, several))
+            used += [record for record in found if record is not None]
+            missing += [
+                layout.scan_name(column, several)
+                for column, record in zip(columns, found, strict=True)
+                if record is None
+            ]
+        comparable = known and dataset == layout.dataset
+        if comparable:
+            rows += published.published_rows(layout, model, options or {})
+        return published.Table(
+            title=layout.title(norm, radii, comparable),
+            header=layout.header(columns),
+            rows=tuple(rows),
+            notes=(
+                *_missing_note(missing, used),
+                *_comparison_notes(layout, rows, model, dataset, used),
+                *_threat_note(layout, known, norm, radii),
+                *_sample_notes(used),
+                *self.remarks,
+            ),
+        )
+
+    def _layout(self, records, dataset):
+        """The table of a data set; else the one most records fit in."""
+        for layout in self.layouts:
+            if layout.dataset == dataset:
+                return layout
+        return max(
+            self.layouts,
+            key=lambda layout: len(self._threats(layout, records)),
+        )
+
+    def _threats(self, layout, records):
+        """The pairs (norm, epsilon) of all records that fit a layout."""
+        found = []
+        for record in records:
+            norm, epsilon = record.get("norm"), record.get("epsilon")
+            if norm is None or epsilon is None:
+                continue
+            if any(
+                self._answers(record, norm, epsilon, settings)
+                for _, settings in layout.scans
+            ):
+                found.append((norm, epsilon))
+        return found
+
+    def _threat(self, layout, records, norm, epsilon):
+        """The norm and the radii of a table."""
+        if epsilon is not None:
+            norm, radii = norm or layout.norm, _listed(epsilon)
+            known = layout.is_published(norm, radii) and layout.by_radius
+            return norm, layout.radii if known else radii
+        found = [
+            threat
+            for threat in self._threats(layout, records)
+            if norm in (None, threat[0])
+        ]
+        if layout.radii and (
+            not found
+            or any(layout.is_published(n, (radius,)) for n, radius in found)
+        ):
+            return layout.norm, layout.radii
+        norm = norm or (found[0][0] if found else layout.norm)
+        radii = sorted({radius for n, radius in found if n == norm})
+        return norm, tuple(radii)
+
+    def _answers(self, record, norm, epsilon, settings):
+        """Whether a record is of the evaluation with these settings."""
+        if None in (record.get("norm"), record.get("epsilon")):
+            return False
+        wanted = robust_evaluation.EvaluationConfig(
+            attack=self._attack(norm, epsilon, settings, record.get("eot")),
+            target=self.target,
+        ).describe()
+        return all(
+            _equal(record.get(key), wanted[key])
+            for key in _DECISIVE
+            if key in wanted and (key in record or key in _NEEDED)
+        )
+
+    def _find(self, records, norm, column, line):
+        """The record of a cell: the one with most images, else None."""
+        _, settings, _ = column
+        if settings is None:
+            return None  # Clean accuracy: from any of the others.
+        settings = dict(settings)
+        epsilon = settings.pop("epsilon", line)
+        found = [
+            record
+            for record in records
+            if self._answers(record, norm, epsilon, settings)
+        ]
+        return max(
+            found,
+            key=lambda record: record.get("num_examples", 0),
+            default=None,
+        )
+
+
+def _listed(epsilon):
+    """Radii as a tuple without doubles."""
+    if isinstance(epsilon, (int, float)):
+        epsilon = (epsilon,)
+    radii = tuple(dict.fromkeys(float(radius) for radius in epsilon))
+    if not radii:
+        raise ValueError("Expected at least one radius. Received: epsilon=().")
+    return radii
+
+
+def _equal(a, b):
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return published.close(a, b)
+    return a == b
+
+
+def _with_clean(columns, found):
+    """Fills the column of clean accuracy from the records of the others."""
+    others = [record for record in found if record is not None]
+    best = max(
+        others, key=lambda record: record.get("num_examples", 0), default=None
+    )
+    return [
+        best if settings is None else record
+        for (_, settings, _), record in zip(columns, found, strict=True)
+    ]
+
+
+def _own_row(layout, model, columns, found, line):
+    """Our line: a percentage for every record that was found."""
+    name = f"ours: {model}"
+    if line is not None:
+        name += f", ε = {published.radius_text(line)}"
+    cells = tuple(
+        published.DASH
+        if record is None or record.get(key) is None
+        else layout.percent(record[key])
+        for (_, _, key), record in zip(columns, found, strict=True)
+    )
+    return published.Row(name, cells)
+
+
+def _missing_note(missing, used):
+    if not missing:
+        return ()
+    names = "; ".join(filter(None, dict.fromkeys(missing)))
+    return (f"missing: {names if used and names else 'all of it'}",)
+
+
+def _comparison_notes(layout, rows, model, dataset, used):
+    """Says what can be compared with what, and what cannot."""
+    if not layout.dataset:
+        return ()
+    if dataset != layout.dataset:
+        return (
+            f"The table is that of {layout.source}, on {layout.dataset}; "
+            f"ours is on {dataset}: not comparable.",
+        )
+    theirs = [row for row in rows if row.kind != "ours"]
+    if not theirs:
+        return ()
+    notes = []
+    if any(row.kind == "same" for row in theirs):
+        notes.append(
+            "* published numbers of the same architecture; how it was trained "
+            "may differ"
+        )
+    else:
+        notes.append(
+            f"No published line is of the model {model}: the others are for "
+            "orientation."
+        )
+    sides = {tuple(r["image_shape"])[0] for r in used if r.get("image_shape")}
+    if layout.image_size and sides - {layout.image_size}:
+        notes.append(
+            f"Our images have a side of {', '.join(map(str, sorted(sides)))} "
+            f"pixels, the published ones of {layout.image_size}."
+        )
+    if layout.doubt:
+        notes.append(f"? as printed: {layout.doubt}")
+    return tuple(notes)
+
+
+def _threat_note(layout, known, norm, radii):
+    if known or not layout.radii:
+        return ()
+    ours = ", ".join(map(published.radius_text, radii))
+    theirs = ", ".join(map(published.radius_text, layout.radii))
+    return (
+        f"Radius {ours} ({norm}) in place of the published {theirs} "
+        f"({layout.norm}), steps in proportion: not comparable.",
+    )
+
+
+def _sample_notes(used):
+    """On how many images ours stand, and how sure they are."""
+    kinds = {}
+    for record in used:
+        number = record.get("num_examples")
+        if number:
+            kinds[number, record.get("split", "test")] = None
+    notes = []
+    for number, split in kinds:
+        low, high = metrics.proportion_interval(round(number / 2), number)
+        notes.append(
+            f"ours: {number} {split} images, 95% intervals of at most "
+            f"±{50 * (high - low):.1f} points"
+        )
+    for draws in sorted({r["eot"] for r in used if r.get("eot")}):
+        notes.append(f"ours: mean over {draws} draws of a stochastic model")
+    return tuple(notes)
+
+
+# --- Attacks ----------------------------------------------------------------
+
+
+def _in_proportion(norm, epsilon, length, radius=published.RADIUS):
+    """A published step length, scaled to another radius."""
+    if norm == "linf" and published.close(epsilon, radius):
+        return length
+    return length * (epsilon / radius)
+
+
+def _s3ta_pgd(norm, epsilon, steps, restarts=1):
+    length = (1.6 if steps == 10 else 1) / 255
+    return attack_backbone.PGD(
+        norm=norm,
+        epsilon=epsilon,
+        steps=steps,
+        step_size=_in_proportion(norm, epsilon, length),
+        restarts=restarts,
+        random_start=1.0,
+        keep="last",
+    )
+
+
+def _s3ta_untargeted(norm, epsilon, steps):
+    if norm == "linf" and published.close(epsilon, 4 / 255):
+        attack = _s3ta_pgd(norm, published.RADIUS, steps)
+        return dataclasses.replace(attack, epsilon=epsilon)
+    return _s3ta_pgd(norm, epsilon, steps)
+
+
+def _s3ta_adam(norm, epsilon):
+    return attack_backbone.PGDAdam(
+        norm=norm,
+        epsilon=epsilon,
+        steps=250,
+        rates=tuple(
+            _in_proportion(norm, epsilon, rate) for rate in (0.1, 0.01, 0.001)
+        ),
+        boundaries=(100, 200),
+        random_start=1.0,
+        keep="last",
+    )
+
+
+def _s3ta_spsa(norm, epsilon):
+    return attack_backbone.SPSA(
+        norm=norm,
+        epsilon=epsilon,
+        steps=100,
+        samples=4096,
+        step_size=_in_proportion(norm, epsilon, 1 / 255),
+        random_start=1.0,
+        keep="last",
+    )
+
+
+def _handover_bim(norm, epsilon, steps):
+    return attack_backbone.BIM(norm=norm, epsilon=epsilon, steps=steps)
+
+
+def _perceptual_pgd(norm, epsilon):
+    return attack_backbone.PGD(
+        norm=norm, epsilon=epsilon, steps=10, random_start=1.0, keep="last"
+    )
+
+
+def _autoattack(norm, epsilon):
+    return autoattack.AutoAttack(norm=norm, epsilon=epsilon, version="standard")
+
+
+_LAST = (
+    "Each restart is judged at its last iterate, as in the text; what was "
+    "wrong before the attack stays wrong."
+)
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "s3ta",
+            "random targets, PGD of 10, 100, 250 and 1000 steps, 16/255",
+            f"{_S3TA_URL}, Table 1",
+            _s3ta_pgd,
+            (published.S3TA,),
+            target="random",
+            remarks=(_LAST,),
+        ),
+        Protocol(
+            "s3ta_strong",
+            "random targets, PGD of 5000 and 10,000 steps, 16/255",
+            f"{_S3TA_URL}, supplement, Table 1",
+            _s3ta_pgd,
+            (published.S3TA_STRONG,),
+            target="random",
+            num_examples=2200,
+            remarks=(_LAST,),
+        ),
+        Protocol(
+            "s3ta_restarts",
+            "random targets, PGD of 100 and 1000 steps, 1, 10, 100 restarts",
+            f"{_S3TA_URL}, supplement, Table 2",
+            _s3ta_pgd,
+            (published.S3TA_RESTARTS,),
+            target="random",
+            remarks=(_LAST,),
+        ),
+        Protocol(
+            "s3ta_adam",
+            "random targets, 250 steps of PGD with Adam, 16/255",
+            f"{_S3TA_URL}, supplement, Table 3",
+            _s3ta_adam,
+            (published.S3TA_ADAM,),
+            target="random",
+            remarks=(_LAST,),
+        ),
+        Protocol(
+            "s3ta_untargeted",
+            "untargeted, PGD of 200 steps, 4/255 and 16/255",
+            f"{_S3TA_URL}, Table 2",
+            _s3ta_untargeted,
+            (published.S3TA_UNTARGETED,),
+            remarks=(_LAST,),
+        ),
+        Protocol(
+            "s3ta_spsa",
+            "random targets, SPSA of 100 signed steps, 4096 directions, 16/255",
+            f"{_S3TA_URL}, Table 3",
+            _s3ta_spsa,
+            (published.S3TA_SPSA,),
+            target="random",
+            num_examples=1000,
+            remarks=(
+                _LAST,
+                "The text names neither SPSA's step, which is 1/255 here as "
+                "in its other attacks, nor its distance d, here 0.01, nor its "
+                "objective, here the margin as in Uesato et al.",
+            ),
+        ),
+        Protocol(
+            "handover",
+            "untargeted, basic iterative method of eps/3 a step, no random "
+            "start; 5 steps, 20 for images above 64 pixels",
+            "https://arxiv.org/abs/2006.16427, as the handover quotes it",
+            _handover_bim,
+            (published.HANDOVER_CIFAR10, published.HANDOVER_IMAGENET10),
+        ),
+        Protocol(
+            "perceptual",
+            "untargeted, PGD of 10 steps, 4/255 and 8/255",
+            "https://arxiv.org/abs/2005.01499, Table 1",
+            _perceptual_pgd,
+            (published.PERCEPTUAL,),
+            remarks=(
+                "The text names no step; here it is a quarter of ε. Judged at "
+                "the last iterate.",
+            ),
+        ),
+        Protocol(
+            "autoattack",
+            "AutoAttack standard (rand for several draws of a stochastic "
+            "model), at the given or the usual radius",
+            "https://arxiv.org/abs/2003.01690",
+            _autoattack,
+            (published.AUTOATTACK,),
+        ),
+    )
+}

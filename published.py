@@ -1,0 +1,603 @@
+"""The published tables this project is held against, and how to write one.
+
+A `Layout` is a table of one of the texts: its columns and its numbers. A
+`Table` is plain text in such a layout, made by `protocols`; `render`,
+`to_markdown` and `to_csv` write it down.
+
+The numbers are transcribed as they are printed. A `?` behind one marks an
+entry that does not agree with another place of the same text; the layout says
+why.
+"""
+
+import csv
+import dataclasses
+import io
+import math
+import textwrap
+
+DASH = "–"
+_ZORAN = "Zoran et al., 2020"
+_HANDOVER = "the handover's published results"
+RADIUS = 16 / 255  # The one radius of S3TA's tables but one.
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        name: The model.
+        cells: Texts, one a column but the first.
+        kind: `"ours"`, `"same"` (published, of the same model) or
+            `"published"`.
+    """
+
+    name: str
+    cells: tuple
+    kind: str = "ours"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of plain text, in the layout of the text it is from.
+
+    Attributes:
+        title: What it shows, and whose table it is.
+        header: Tuple of header rows; each has one text a column, that of a
+            group once for each of its columns.
+        rows: Tuple of `Row`, ours first.
+        notes: Tuple of sentences: what is missing, what cannot be compared.
+    """
+
+    title: str
+    header: tuple
+    rows: tuple
+    notes: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A published table: its columns, and its numbers.
+
+    Attributes:
+        source: Text and table number.
+        caption: What it measures.
+        dataset: Our name of its data set; empty if no numbers are published.
+        image_size: Side of its images in pixels.
+        corner: Head of the first column.
+        scans: Pairs (heads, settings): the columns that differ in settings.
+        measures: Pairs (head, key of the record) for each of them.
+        radii: The published radii, in the units of `norm`.
+        by_radius: Whether radii are columns, by the template `radius_head`;
+            otherwise every radius is a line.
+        radius_head: Head of a radius, with `{}` for its value.
+        clean: Heads of the column of clean accuracy; empty for none.
+        published: Pairs (model, numbers in percent as printed).
+        doubt: What is wrong with the numbers that are marked with `?`.
+        decimals: Digits of a percentage.
+        sign: What stands behind a percentage.
+        norm: The norm of its threat model.
+    """
+
+    source: str
+    caption: str
+    dataset: str = ""
+    image_size: int = 0
+    corner: tuple = ("Model",)
+    scans: tuple = (((), {}),)
+    measures: tuple = (("", "robust_accuracy"),)
+    radii: tuple = ()
+    by_radius: bool = False
+    radius_head: str = "ε = {}"
+    clean: tuple = ()
+    published: tuple = ()
+    doubt: str = ""
+    decimals: int = 2
+    sign: str = "%"
+    norm: str = "linf"
+
+    def title(self, norm, radii, comparable):
+        """Says what a table shows, and whose it is."""
+        ball = "" if norm == self.norm and self.dataset else norm
+        if not self.by_radius and len(radii) == 1:
+            ball = f"{ball} ε = {radius_text(radii[0])}"
+        whose = self.source if comparable else f"layout of {self.source}"
+        return (
+            f"{', '.join(filter(None, (self.caption, ball.strip())))} ({whose})"
+        )
+
+    def scan_name(self, column, line=None):
+        """Names the evaluation behind a column, for people.
+
+        Args:
+            column: One of `columns`.
+            line: The radius of the line, if there are several.
+        """
+        heads, settings, key = column
+        if settings is None:
+            return ""
+        if self.by_radius:
+            heads = heads[-1:]
+        elif any(head for head, k in self.measures if k == key):
+            heads = heads[:-1]
+        if len(heads) > 1 and len(self.corner) > 1:
+            # The second head is a bare number: restarts.
+            unit = self.corner[1].split()[-1]
+            heads = (heads[0], f"{heads[1]} {unit}")
+        at = "" if line is None else self.radius_head.format(radius_text(line))
+        return ", ".join(filter(None, (*heads, at)))
+
+    def columns(self, radii):
+        """Returns triples (heads, settings or None for clean, measure key).
+
+        The settings hold "epsilon" if radii are columns.
+        """
+        columns = []
+        if self.clean:
+            columns.append((self.clean, None, "clean_accuracy"))
+        for radius in radii if self.by_radius else (None,):
+            for heads, settings in self.scans:
+                for head, key in self.measures:
+                    names = [*heads, head]
+                    if radius is not None:
+                        names.append(
+                            self.radius_head.format(radius_text(radius))
+                        )
+                        settings = {**settings, "epsilon": radius}
+                    names = tuple(name for name in names if name)
+                    columns.append((names, settings, key))
+        return columns
+
+    def header(self, columns):
+        """Returns the header rows, all of one length, the corner included."""
+        heads = [self.corner, *(heads for heads, _, _ in columns)]
+        depth = max(len(head) for head in heads)
+        heads = [head + ("",) * (depth - len(head)) for head in heads]
+        return tuple(zip(*heads, strict=True))
+
+    def percent(self, value):
+        """Writes a proportion in the style of the table."""
+        return f"{100 * value:.{self.decimals}f}{self.sign}"
+
+    def cells(self, numbers):
+        """Returns the texts of a published line."""
+        return tuple(
+            number.replace("?", "") + self.sign + "?" * number.endswith("?")
+            for number in numbers.split()
+        )
+
+    def is_published(self, norm, radii):
+        """Whether the published numbers are for this threat model."""
+        return norm == self.norm and all(
+            any(close(radius, known) for known in self.radii)
+            for radius in radii
+        )
+
+
+def close(a, b):
+    """Whether two settings are the same number, but for rounding."""
+    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
+
+
+def radius_text(radius):
+    """A radius for people: 16/255, 0.001."""
+    levels = round(radius * 255)
+    text = f"{radius:.4g}"
+    if 0 < levels < 255 and close(radius * 255, levels) and len(text) > 5:
+        return f"{levels}/255"
+    return text
+
+
+# --- Whose numbers they are -------------------------------------------------
+
+# Our models as the texts call them: name, options that tell, their name. The
+# options not named are free, one not given counts as off.
+_SAME = (
+    ("resnet_cifar", {"sampling": False}, "resnet_cifar"),
+    ("resnet_cifar", {"sampling": True}, "retinal sampling"),
+    ("resnet", {"sampling": False}, "resnet"),
+    ("resnet", {"sampling": True}, "retinal sampling"),
+    ("ecnn", {"auxiliary": False}, "cortical (ECNN)"),
+    ("ecnn", {"auxiliary": True}, "cortical, auxiliary"),
+)
+# Options that make it another model, unless they have one of these values.
+_ALTERING = {
+    "width": (0, None),
+    "backbone": ("auto", "resnet18", None),
+    "downsampling": ("all", None),
+}
+
+
+def published_name(layout, model, options=None):
+    """Returns the line of a published table that is of our model, or None.
+
+    Args:
+        layout: A `Layout`.
+        model: Our name of a model.
+        options: Dict of the options it was made with.
+    """
+    options = options or {}
+    if any(
+        key in options and options[key] not in usual
+        for key, usual in _ALTERING.items()
+    ):
+        return None
+    names = {_plain(name): name for name, _ in layout.published}
+    if options.get("coarse_fixations"):
+        blurred = "blur" in str(options["coarse_fixations"])
+        return names.get("coarseblurred" if blurred else "coarsefixations")
+    for ours, wanted, theirs in _SAME:
+        if ours == model and all(
+            bool(options.get(key, False)) == value
+            for key, value in wanted.items()
+        ):
+            return names.get(_plain(theirs))
+    return names.get(_plain(model))
+
+
+def _plain(name):
+    """A name without case, references and punctuation."""
+    name = name.split("[")[0].lower()
+    return "".join(letter for letter in name if letter.isalnum())
+
+
+def published_rows(layout, model, options):
+    """Returns the published lines; the one of our model has a star.
+
+    Args:
+        layout: A `Layout`.
+        model: Our name of a model.
+        options: Dict of the options it was made with.
+    """
+    same = published_name(layout, model, options)
+    return [
+        Row(
+            f"{name} *" if name == same else name,
+            layout.cells(numbers),
+            "same" if name == same else "published",
+        )
+        for name, numbers in layout.published
+    ]
+
+
+# --- The published tables ---------------------------------------------------
+
+_TOP_1_AND_SUCCESS = (
+    ("Top-1", "robust_accuracy"),
+    ("Attack Success", "attack_success"),
+)
+_IMAGENET = {"dataset": "imagenet", "image_size": 224, "radii": (RADIUS,)}
+
+S3TA = Layout(
+    source=f"{_ZORAN}, Table 1",
+    caption="Random targeted PGD attacks",
+    clean=("Nominal Accuracy",),
+    scans=tuple(
+        ((f"{steps} steps",), {"steps": steps})
+        for steps in (10, 100, 250, 1000)
+    ),
+    measures=_TOP_1_AND_SUCCESS,
+    published=(
+        (
+            "ResNet-152",
+            "70.66 53.48 7.63 36.91 43.48 32.50 50.93 29.5 55.84",
+        ),
+        ("S3TA-2", "72.30 55.08? 9.06 40.13 40.31 36.56 46.56 33.97 50.40"),
+        ("S3TA-4", "72.48 56.78 9.10 42.54 39.37 40.00 44.33 37.99 47.50"),
+        ("S3TA-8", "72.14 56.02 9.50 42.63 39.06 40.17 44.01 38.48 47.09"),
+        ("S3TA-16", "72.54 57.45 9.33 44.19 38.83 40.71 44.82 38.70 48.16"),
+        (
+            "ResNet-152-30",
+            "63.62 53.30 6.56 39.56 34.62 37.56 38.68 36.18 41.37",
+        ),
+        ("DENOISE", "66.02 56.33 5.00 45.84 27.36 44.19 30.66 43.39 32.54"),
+        (
+            "S3TA-16-30",
+            "64.55 55.08? 3.79 47.18 21.87 46.65 23.52 46.11? 24.91?",
+        ),
+    ),
+    doubt="S3TA-2 and S3TA-16-30 share one number at 10 steps, and S3TA-16-30 "
+    "has the same two at 1000 steps as at 5000 in the supplement, on other "
+    "images.",
+    **_IMAGENET,
+)
+
+S3TA_STRONG = Layout(
+    source=f"{_ZORAN}, supplement, Table 1",
+    caption="Extra strong random targeted PGD attacks",
+    scans=(
+        (("5000 steps",), {"steps": 5000}),
+        (("10,000 steps",), {"steps": 10000}),
+    ),
+    measures=(
+        ("Top-1 Accuracy", "robust_accuracy"),
+        ("Attack Success Rate", "attack_success"),
+    ),
+    published=(
+        ("ResNet-152", "28.12 58.03 27.64 58.79"),
+        ("S3TA-2", "32.85 52.50 32.63 52.94"),
+        ("S3TA-4", "35.67 50.57 35.43 50.96"),
+        ("S3TA-8", "36.20 50.75 35.44 51.91"),
+        ("S3TA-16", "37.36 49.50 36.96 50.23"),
+        ("ResNet-152-30", "36.69 41.33 36.78 41.25"),
+        ("DENOISE", "42.76 33.83 42.99 33.88"),
+        ("S3TA-16-30", "46.11? 24.91? 46.20 24.68"),
+    ),
+    doubt="the main text's Table 1 has the same two numbers for S3TA-16-30 at "
+    "1000 steps, on other images.",
+    **_IMAGENET,
+)
+
+S3TA_RESTARTS = Layout(
+    source=f"{_ZORAN}, supplement, Table 2",
+    caption="Random targeted PGD with restarts, Top-1",
+    corner=("Attack steps", "Random restarts"),
+    scans=tuple(
+        (
+            (f"{steps} steps", str(restarts)),
+            {"steps": steps, "restarts": restarts},
+        )
+        for steps in (100, 1000)
+        for restarts in (1, 10, 100)
+    ),
+    published=(
+        ("ResNet-152-30", "39.77 39.37 39.15 37.41 36.51 35.75"),
+        ("DENOISE", "46.16 44.68? 44.68? 43.57 41.91 41.37"),
+        ("S3TA-16-30", "47.76 47.27 47.09 46.74 46.09 45.78"),
+    ),
+    doubt="DENOISE has the same number with 10 and with 100 restarts; all "
+    "others fall.",
+    **_IMAGENET,
+)
+
+S3TA_ADAM = Layout(
+    source=f"{_ZORAN}, supplement, Table 3",
+    caption="Random targeted PGD with Adam, 250 steps",
+    measures=(
+        ("Top-1", "robust_accuracy"),
+        ("Success rate", "attack_success"),
+    ),
+    published=(
+        ("ResNet-152-30", "26.38 42.94"),
+        ("DENOISE", "32.99 35.04"),
+        ("S3TA-16-30", "36.83 27.00"),
+    ),
+    **_IMAGENET,
+)
+
+S3TA_UNTARGETED = Layout(
+    source=f"{_ZORAN}, Table 2",
+    caption="Untargeted attacks at 200 PGD steps",
+    dataset="imagenet",
+    image_size=224,
+    scans=(((), {"steps": 200}),),
+    radii=(4 / 255, RADIUS),
+    by_radius=True,
+    radius_head="Top-1 ε = {}",
+    published=(
+        ("ResNet-152", "39.7 6.3"),
+        ("DENOISE [55]", "38.9 7.5"),
+        ("LLR [42]", "47.0 6.1"),
+        ("S3TA-16", "46.75? 9.8?"),
+    ),
+    doubt="the prose calls this model S3TA-16-30.",
+)
+
+S3TA_SPSA = Layout(
+    source=f"{_ZORAN}, Table 3",
+    caption="Random targeted SPSA, batch 4096, 100 iterations",
+    measures=_TOP_1_AND_SUCCESS,
+    published=(
+        ("ResNet-152", "61.90 2.20"),
+        ("DENOISE [55]", "63.70 1.90"),
+        ("S3TA-16", "59.60 1.90"),
+    ),
+    **_IMAGENET,
+)
+
+_HANDOVER_STYLE = {
+    "source": _HANDOVER,
+    "by_radius": True,
+    "radius_head": "eps {}",
+    "clean": ("clean",),
+    "decimals": 1,
+    "sign": "",
+}
+
+HANDOVER_CIFAR10 = Layout(
+    caption="Basic iterative method, L-inf, untargeted, 5 steps of eps/3",
+    dataset="cifar10",
+    image_size=32,
+    corner=("CIFAR-10, 5 steps",),
+    scans=(((), {"steps": 5}),),
+    radii=(0.001, 0.005, 0.01),
+    published=(
+        ("resnet_cifar", "88.1 69.8 11.4 0.5"),
+        ("coarse fixations", "87.7 70.7 11.7 0.5"),
+        ("retinal sampling", "88.9 82.1 43.8 11.8"),
+        ("cortical (ECNN)", "85.2 77.8 40.1 11.5"),
+    ),
+    **_HANDOVER_STYLE,
+)
+
+HANDOVER_IMAGENET10 = Layout(
+    caption="Basic iterative method, L-inf, untargeted, 20 steps of eps/3",
+    dataset="imagenet10",
+    image_size=320,
+    corner=("ImageNet10, 20 steps",),
+    scans=(((), {"steps": 20}),),
+    radii=(0.001, 0.005, 0.01, 0.02),
+    published=(
+        ("resnet", "89.4 78.4 20.0 1.6 0"),
+        ("coarse fixations", "91.2 80.8 16.4 1.2 0"),
+        ("coarse, blurred", "89.0 78.4 21.4 2.8 0"),
+        ("retinal sampling", "90.2 86.4 43.4 7.6 0.4"),
+        ("cortical (ECNN)", "85.2 78.8 52.0 23.2 2.0"),
+        ("cortical, auxiliary", "88.6 82.0 42.8 11.8 1.0"),
+        ("branched resnet", "88.8 76.2 10.6 0.8 0"),
+    ),
+    **_HANDOVER_STYLE,
+)
+
+_PERCEPTUAL_HEAD = "Adversarial Accuracy (10 step PGD attack)"
+PERCEPTUAL = Layout(
+    source="Aggarwal et al., 2020, Table 1",
+    caption="Adversarial robustness of different models",
+    dataset="cifar10",
+    image_size=32,
+    clean=(_PERCEPTUAL_HEAD, "ε = 0"),
+    scans=(((_PERCEPTUAL_HEAD,), {}),),
+    radii=(4 / 255, 8 / 255),
+    by_radius=True,
+    published=(
+        ("Natural", "90.88? 0.01 0.00"),
+        ("AT-1", "90.95 34.33 4.53"),
+        ("AT-2", "90.88? 50.76 14.41"),
+        ("AT-4", "89.79 61.28 27.30"),
+        ("AT-8", "87.25 73.99 47.37"),
+    ),
+    doubt="Natural and AT-2 have one clean accuracy, though the prose speaks "
+    "of a slight drop.",
+    sign="",
+)
+
+AUTOATTACK = Layout(
+    source="Croce and Hein, 2020",
+    caption="AutoAttack",
+    clean=("Clean",),
+    by_radius=True,
+    radius_head="Robust, ε = {}",
+)
+
+# --- Writing a table --------------------------------------------------------
+
+
+def render(table):
+    """Returns a table as plain text for a terminal.
+
+    Args:
+        table: A `Table`.
+    """
+    import rich.box
+    import rich.console
+    import rich.table
+
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for number, head in enumerate(_folded(table.header)):
+        grid.add_column(
+            head, justify="right" if number else "left", no_wrap=True
+        )
+    for index, row in enumerate(table.rows):
+        last_of_ours = row.kind == "ours" and index + 1 < len(table.rows)
+        section = last_of_ours and table.rows[index + 1].kind != "ours"
+        grid.add_row(row.name, *row.cells, end_section=section)
+    out = io.StringIO()
+    console = rich.console.Console(
+        file=out, width=300, highlight=False, markup=False, color_system=None
+    )
+    console.print(table.title)
+    console.print(grid)
+    for note in table.notes:
+        console.print(
+            textwrap.fill(
+                note, 78, subsequent_indent="  ", break_on_hyphens=False
+            )
+        )
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def to_markdown(table):
+    """Returns a table as Markdown; ours are bold.
+
+    Args:
+        table: A `Table`.
+    """
+    heads = _joined(table.header, ", ")
+    lines = [
+        f"**{table.title}**",
+        "",
+        _markdown_row(heads),
+        _markdown_row(["---", *["---:"] * (len(heads) - 1)]),
+    ]
+    for row in table.rows:
+        cells = [row.name, *row.cells]
+        if row.kind == "ours":
+            cells = [f"**{c}**" if c != DASH else c for c in cells]
+        lines.append(_markdown_row(cells))
+    if table.notes:
+        lines += ["", *(f"- {_escaped(note)}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(table):
+    """Returns a table as CSV: numbers in percent, an empty field for none.
+
+    The first column tells whose line it is: ours, same or published.
+
+    Args:
+        table: A `Table`.
+    """
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["source", *_joined(table.header, " / ")])
+    for row in table.rows:
+        numbers = [
+            "" if cell == DASH else cell.rstrip("?%") for cell in row.cells
+        ]
+        name = row.name.removesuffix(" *")
+        writer.writerow([row.kind, name, *numbers])
+    return out.getvalue()
+
+
+def _folded(header):
+    """One head a column, in lines; that of a group at its first one only."""
+    levels = []
+    for depth, heads in enumerate(header):
+        groups = [above[: depth + 1] for above in zip(*header, strict=True)]
+        shown = [
+            ""
+            if number
+            and depth + 1 < len(header)
+            and group == groups[number - 1]
+            else head
+            for number, (head, group) in enumerate(
+                zip(heads, groups, strict=True)
+            )
+        ]
+        # The corner stays on one line: the names below it are longer.
+        lines = [
+            [head] if not number else _fold(head)
+            for number, head in enumerate(shown)
+        ]
+        height = max(map(len, lines))
+        levels.append([found + [""] * (height - len(found)) for found in lines])
+    return ["\n".join(sum(parts, [])) for parts in zip(*levels, strict=True)]
+
+
+def _fold(head):
+    """Breaks a head into short lines, but not before or behind a sign."""
+    tied = head.replace(" = ", "\u00a0=\u00a0")
+    lines = textwrap.wrap(tied, 12, break_long_words=False)
+    return [line.replace("\u00a0", " ") for line in lines]
+
+
+def _joined(header, between):
+    """One head a column, its levels joined."""
+    return [
+        between.join(filter(None, heads)) for heads in zip(*header, strict=True)
+    ]
+
+
+def _markdown_row(cells):
+    return f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text):
+    """Text without what Markdown would take for its own."""
+    if set(text) <= set("-:"):
+        return text
+    bold = text.startswith("**") and text.endswith("**") and len(text) > 4
+    inner = text[2:-2] if bold else text
+    for letter in "|*_":
+        inner = inner.replace(letter, f"\\{letter}")
+    return f"**{inner}**" if bold else inner

@@ -1,0 +1,609 @@
+"""The presets run what the texts ran, and print what they printed."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import attack_backbone
+import datasets
+import metrics
+import published
+import robust_evaluation
+from protocols import PROTOCOLS
+
+PHOTOGRAPH, SMALL, DIGIT = (224, 224, 3), (32, 32, 3), (28, 28, 1)
+PRESETS = sorted(PROTOCOLS)
+# Lines of the texts, word for word but for what separates the cells.
+PRINTED = {
+    "s3ta": """
+ResNet-152|70.66%|53.48%|7.63%|36.91%|43.48%|32.50%|50.93%|29.5%|55.84%
+S3TA-2|72.30%|55.08%|9.06%|40.13%|40.31%|36.56%|46.56%|33.97%|50.40%
+S3TA-4|72.48%|56.78%|9.10%|42.54%|39.37%|40.00%|44.33%|37.99%|47.50%
+S3TA-8|72.14%|56.02%|9.50%|42.63%|39.06%|40.17%|44.01%|38.48%|47.09%
+S3TA-16|72.54%|57.45%|9.33%|44.19%|38.83%|40.71%|44.82%|38.70%|48.16%
+ResNet-152-30|63.62%|53.30%|6.56%|39.56%|34.62%|37.56%|38.68%|36.18%|41.37%
+DENOISE|66.02%|56.33%|5.00%|45.84%|27.36%|44.19%|30.66%|43.39%|32.54%
+S3TA-16-30|64.55%|55.08%|3.79%|47.18%|21.87%|46.65%|23.52%|46.11%|24.91%
+""",
+    "s3ta_strong": """
+ResNet-152|28.12%|58.03%|27.64%|58.79%
+S3TA-2|32.85%|52.50%|32.63%|52.94%
+S3TA-4|35.67%|50.57%|35.43%|50.96%
+S3TA-8|36.20%|50.75%|35.44%|51.91%
+S3TA-16|37.36%|49.50%|36.96%|50.23%
+ResNet-152-30|36.69%|41.33%|36.78%|41.25%
+DENOISE|42.76%|33.83%|42.99%|33.88%
+S3TA-16-30|46.11%|24.91%|46.20%|24.68%
+""",
+    "s3ta_restarts": """
+ResNet-152-30|39.77%|39.37%|39.15%|37.41%|36.51%|35.75%
+DENOISE|46.16%|44.68%|44.68%|43.57%|41.91%|41.37%
+S3TA-16-30|47.76%|47.27%|47.09%|46.74%|46.09%|45.78%
+""",
+    "s3ta_adam": """
+ResNet-152-30|26.38%|42.94%
+DENOISE|32.99%|35.04%
+S3TA-16-30|36.83%|27.00%
+""",
+    "s3ta_untargeted": """
+ResNet-152|39.7%|6.3%
+DENOISE [55]|38.9%|7.5%
+LLR [42]|47.0%|6.1%
+S3TA-16|46.75%|9.8%
+""",
+    "s3ta_spsa": """
+ResNet-152|61.90%|2.20%
+DENOISE [55]|63.70%|1.90%
+S3TA-16|59.60%|1.90%
+""",
+    "perceptual": """
+Natural|90.88|0.01|0.00
+AT-1|90.95|34.33|4.53
+AT-2|90.88|50.76|14.41
+AT-4|89.79|61.28|27.30
+AT-8|87.25|73.99|47.37
+""",
+    "handover cifar10": """
+| resnet_cifar | 88.1 | 69.8 | 11.4 | 0.5 |
+| coarse fixations | 87.7 | 70.7 | 11.7 | 0.5 |
+| retinal sampling | 88.9 | 82.1 | 43.8 | 11.8 |
+| cortical (ECNN) | 85.2 | 77.8 | 40.1 | 11.5 |
+""",
+    "handover imagenet10": """
+| resnet | 89.4 | 78.4 | 20.0 | 1.6 | 0 |
+| coarse fixations | 91.2 | 80.8 | 16.4 | 1.2 | 0 |
+| coarse, blurred | 89.0 | 78.4 | 21.4 | 2.8 | 0 |
+| retinal sampling | 90.2 | 86.4 | 43.4 | 7.6 | 0.4 |
+| cortical (ECNN) | 85.2 | 78.8 | 52.0 | 23.2 | 2.0 |
+| cortical, auxiliary | 88.6 | 82.0 | 42.8 | 11.8 | 1.0 |
+| branched resnet | 88.8 | 76.2 | 10.6 | 0.8 | 0 |
+""",
+}
+
+
+def record(config, robust=0.5, hit=0.25, clean=0.875, number=200, **more):
+    """A record as an evaluation would leave it, through JSON and back."""
+    low, high = metrics.proportion_interval(round(robust * number), number)
+    made = {
+        **config.describe(),
+        "num_examples": number,
+        "split": "test",
+        "clean_accuracy": clean,
+        "robust_accuracy": robust,
+        "robust_accuracy_interval": [low, high],
+        "attack_success": hit,
+        "loss": 2.5,
+        **more,
+    }
+    return json.loads(json.dumps(made))
+
+
+def run(name, shape=PHOTOGRAPH, classes=1000, **settings):
+    """The evaluations of a preset, and a record of each."""
+    configs = PROTOCOLS[name].evaluations(shape, classes, **settings)
+    return configs, [
+        record(config, robust=0.5 - i / 64, hit=0.25 + i / 64)
+        for i, config in enumerate(configs)
+    ]
+
+
+def own(table):
+    return [row for row in table.rows if row.kind == "ours"]
+
+
+class TestPublished:
+    @pytest.mark.parametrize("which", sorted(PRINTED))
+    def test_every_number_is_the_printed_one(self, which):
+        name, _, dataset = which.partition(" ")
+        layouts = {x.dataset: x for x in PROTOCOLS[name].layouts}
+        layout = layouts[dataset] if dataset else PROTOCOLS[name].layouts[0]
+        lines = PRINTED[which].strip().splitlines()
+        printed = [
+            [cell.strip() for cell in line.strip("| ").split("|")]
+            for line in lines
+        ]
+        ours = [
+            [name, *(cell.rstrip("?") for cell in layout.cells(numbers))]
+            for name, numbers in layout.published
+        ]
+        assert ours == printed
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_lines_are_as_long_as_the_header(self, name):
+        for layout in PROTOCOLS[name].layouts:
+            columns = layout.columns(layout.radii)
+            assert {len(n.split()) for _, n in layout.published} <= {
+                len(columns)
+            }
+            doubtful = any("?" in numbers for _, numbers in layout.published)
+            assert doubtful == bool(layout.doubt)
+
+    def test_the_prose_agrees_with_the_numbers(self):
+        numbers = {
+            name: [float(n.rstrip("?")) for n in numbers.split()]
+            for name, numbers in published.S3TA.published
+        }
+        # "more robust against a 1000 PGD attack steps than a ResNet-152 model
+        # is against a 100 attack steps"
+        assert numbers["S3TA-16"][7] > numbers["ResNet-152"][3]
+        # "more robust than a ResNet-152 trained with 30 PGD steps"
+        for column in (1, 3, 5, 7):
+            assert numbers["S3TA-16"][column] > numbers["ResNet-152-30"][column]
+        # "about 25% lower than that of DENOISE"
+        ratio = numbers["S3TA-16-30"][8] / numbers["DENOISE"][8]
+        assert 0.7 < ratio < 0.8
+        for line in numbers.values():
+            assert line[1] > line[3] > line[5] > line[7]
+            assert line[2] < line[4] < line[6] < line[8]
+
+
+class TestEvaluations:
+    def attacks(self, name, shape=PHOTOGRAPH, **settings):
+        configs = PROTOCOLS[name].evaluations(shape, 1000, **settings)
+        return [config.attack for config in configs]
+
+    def test_s3ta(self):
+        attacks = self.attacks("s3ta")
+        assert [a.steps for a in attacks] == [10, 100, 250, 1000]
+        lengths = [a.step_length * 255 for a in attacks]
+        assert lengths == pytest.approx([1.6, 1, 1, 1])
+        for attack in attacks:
+            assert (attack.norm, attack.loss) == ("linf", "cross_entropy")
+            assert attack.epsilon == 16 / 255
+            assert (attack.random_start, attack.restarts) == (1.0, 1)
+            assert attack.keep == "last"
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_targets_and_numbers_of_images(self, name):
+        for config in PROTOCOLS[name].evaluations(PHOTOGRAPH, 1000):
+            untargeted = ("s3ta_untargeted", "handover", "perceptual")
+            aimed = name not in (*untargeted, "autoattack")
+            assert config.target == ("random" if aimed else "none")
+            wanted = {"s3ta_strong": 2200, "s3ta_spsa": 1000}.get(name)
+            assert config.num_examples == wanted
+
+    def test_strong_and_restarts(self):
+        strong = self.attacks("s3ta_strong")
+        assert [a.steps for a in strong] == [5000, 10000]
+        restarts = [
+            (a.steps, a.restarts) for a in self.attacks("s3ta_restarts")
+        ]
+        assert restarts == [
+            (100, 1),
+            (100, 10),
+            (100, 100),
+            (1000, 1),
+            (1000, 10),
+            (1000, 100),
+        ]
+        for attack in (*strong, *self.attacks("s3ta_restarts")):
+            assert attack.step_length == 1 / 255
+
+    def test_adam(self):
+        (attack,) = self.attacks("s3ta_adam")
+        assert isinstance(attack, attack_backbone.PGDAdam)
+        assert (attack.steps, attack.boundaries) == (250, (100, 200))
+        assert attack.rates == (0.1, 0.01, 0.001)
+
+    def test_untargeted(self):
+        attacks = self.attacks("s3ta_untargeted")
+        assert [a.epsilon for a in attacks] == [4 / 255, 16 / 255]
+        assert {a.steps for a in attacks} == {200}
+        assert {a.step_length for a in attacks} == {1 / 255}
+
+    def test_spsa(self):
+        (attack,) = self.attacks("s3ta_spsa")
+        assert isinstance(attack, attack_backbone.SPSA)
+        assert (attack.samples, attack.steps) == (4096, 100)
+        assert (attack.epsilon, attack.step_length) == (16 / 255, 1 / 255)
+
+    @pytest.mark.parametrize(
+        ("shape", "steps", "radii"),
+        [
+            (SMALL, 5, [0.001, 0.005, 0.01]),
+            (DIGIT, 5, [0.001, 0.005, 0.01]),
+            ((320, 320, 3), 20, [0.001, 0.005, 0.01, 0.02]),
+        ],
+    )
+    def test_handover(self, shape, steps, radii):
+        attacks = self.attacks("handover", shape)
+        assert [a.epsilon for a in attacks] == radii
+        for attack in attacks:
+            assert isinstance(attack, attack_backbone.BIM)
+            assert (attack.steps, attack.random_start) == (steps, 0)
+            length = attack.epsilon / 0.3 * 0.1
+            assert attack.step_length == pytest.approx(length)
+
+    def test_perceptual(self):
+        attacks = self.attacks("perceptual")
+        assert [a.epsilon for a in attacks] == [4 / 255, 8 / 255]
+        assert {a.steps for a in attacks} == {10}
+
+    @pytest.mark.parametrize(
+        ("shape", "norm", "radius"),
+        [
+            (SMALL, None, 8 / 255),
+            (PHOTOGRAPH, "linf", 4 / 255),
+            (DIGIT, "linf", 0.3),
+            (SMALL, "l2", 0.5),
+        ],
+    )
+    def test_autoattack_at_the_usual_radius(self, shape, norm, radius):
+        (attack,) = self.attacks("autoattack", shape, norm=norm)
+        assert attack.version == "standard"
+        assert (attack.norm, attack.epsilon) == (norm or "linf", radius)
+
+    def test_autoattack_takes_the_version_for_noise(self):
+        (attack,) = self.attacks("autoattack", SMALL, eot=20)
+        assert attack.version == "rand"
+        (attack,) = self.attacks("autoattack", SMALL, eot=1)
+        assert attack.version == "standard"
+
+    def test_what_is_common_goes_into_all(self):
+        common = {
+            "batch_size": 7,
+            "seed": 3,
+            "num_examples": 11,
+            "craft_dtype": "bfloat16",
+        }
+        for name in PRESETS:
+            for config in PROTOCOLS[name].evaluations(SMALL, 10, **common):
+                for key, value in common.items():
+                    assert getattr(config, key) == value
+
+    def test_a_list_of_images_is_not_cut(self):
+        indices = (5, 2, 9)
+        (config,) = PROTOCOLS["s3ta_spsa"].evaluations(
+            SMALL, 10, indices=indices
+        )
+        assert (config.indices, config.num_examples) == (indices, None)
+
+    @pytest.mark.parametrize("name", [n for n in PRESETS if n != "autoattack"])
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_another_radius_scales_the_steps(self, name, norm):
+        once, twice = (
+            self.attacks(name, norm=norm, epsilon=epsilon)
+            for epsilon in (0.2, 0.4)
+        )
+        assert len(once) == len(twice)
+        for a, b in zip(once, twice, strict=True):
+            assert (a.norm, a.epsilon, b.epsilon) == (norm, 0.2, 0.4)
+            assert a.steps == b.steps
+            if name == "s3ta_adam":
+                assert b.rates == pytest.approx([2 * r for r in a.rates])
+            else:
+                assert b.step_length == pytest.approx(2 * a.step_length)
+
+    def test_several_radii_are_all_run(self):
+        attacks = self.attacks("s3ta", epsilon=(0.1, 0.2, 0.1))
+        assert [(a.epsilon, a.steps) for a in attacks] == [
+            (radius, steps)
+            for radius in (0.1, 0.2)
+            for steps in (10, 100, 250, 1000)
+        ]
+
+    def test_a_norm_without_a_radius_is_refused(self):
+        for name in PRESETS:
+            with pytest.raises(ValueError, match="--epsilon") as raised:
+                PROTOCOLS[name].evaluations(DIGIT, 10, norm="l2")
+            assert "\n" not in str(raised.value)
+        with pytest.raises(ValueError, match="at least one radius"):
+            PROTOCOLS["s3ta"].evaluations(DIGIT, 10, epsilon=())
+
+    def test_too_few_classes_are_refused_before_anything_is_run(self):
+        with pytest.raises(ValueError, match="classes"):
+            PROTOCOLS["autoattack"].evaluations(SMALL, 2)
+
+    def test_a_protocol_is_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            PROTOCOLS["s3ta"].target = "none"
+
+
+class TestTable:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_all_of_it(self, name):
+        protocol = PROTOCOLS[name]
+        layout = protocol.layouts[-1]
+        configs, records = run(name)
+        table = protocol.table(records, "mine", layout.dataset)
+        first, *rest = table.rows
+        assert first.kind == "ours" and "mine" in first.name
+        assert [row.name for row in rest] == [n for n, _ in layout.published]
+        for line in (*table.header, *((r.name, *r.cells) for r in table.rows)):
+            assert len(line) == len(table.header[0])
+        assert published.DASH not in first.cells
+        assert not any("missing" in note for note in table.notes)
+        # Every evaluation is in it: in its order, with its own numbers.
+        numbers = [float(cell.rstrip("%")) for cell in first.cells]
+        if layout.clean:
+            assert numbers.pop(0) == 87.5
+        keys = [key for _, key in layout.measures]
+        wanted = [100 * r[key] for r in records for key in keys]
+        assert numbers == pytest.approx(wanted, abs=0.051)
+        assert len(configs) * len(keys) == len(numbers)
+
+    def test_two_header_rows(self):
+        table = PROTOCOLS["s3ta"].table(run("s3ta")[1], "s3ta", "imagenet")
+        groups, heads = table.header
+        assert groups[:4] == (
+            "Model",
+            "Nominal Accuracy",
+            "10 steps",
+            "10 steps",
+        )
+        assert heads[:4] == ("", "", "Top-1", "Attack Success")
+        assert groups[-1] == "1000 steps"
+        table = PROTOCOLS["s3ta_restarts"].table([], "s3ta", "imagenet")
+        assert table.header == (
+            ("Attack steps", *["100 steps"] * 3, *["1000 steps"] * 3),
+            ("Random restarts", *["1", "10", "100"] * 2),
+        )
+
+    def test_half_of_it(self):
+        _, records = run("s3ta")
+        table = PROTOCOLS["s3ta"].table(records[1:3], "s3ta", "imagenet")
+        (row,) = own(table)
+        dash = published.DASH
+        assert row.cells == (
+            "87.50%",
+            *(dash, dash),
+            *("48.44%", "26.56%"),
+            *("46.88%", "28.12%"),
+            *(dash, dash),
+        )
+        assert "missing: 10 steps; 1000 steps" in table.notes
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_none_of_it(self, name):
+        table = PROTOCOLS[name].table([], "mine", "imagenet")
+        for row in own(table):
+            assert set(row.cells) <= {published.DASH}
+        assert "missing: all of it" in table.notes or name == "autoattack"
+        assert published.render(table)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"target": "none"},
+            {"keep": "best"},
+            {"epsilon": 8 / 255},
+            {"norm": "l2"},
+            {"attack": "bim"},
+            {"steps": 101},
+            {"step_size": 2 / 255},
+            {"restarts": 2},
+            {"objective": "dlr"},
+        ],
+    )
+    def test_another_evaluation_fills_no_cell(self, change):
+        _, records = run("s3ta")
+        changed = {**records[1], **change}
+        table = PROTOCOLS["s3ta"].table(
+            [records[0], changed], "s3ta", "imagenet"
+        )
+        (row,) = own(table)
+        assert row.cells[1] != published.DASH
+        assert set(row.cells[3:]) == {published.DASH}
+
+    def test_the_seed_and_the_result_do_not_matter(self):
+        _, records = run("s3ta")
+        records[1]["seed"], records[1]["loss"] = 7, "unlike any"
+        table = PROTOCOLS["s3ta"].table(records, "s3ta", "imagenet")
+        assert own(table)[0].cells[3] == "48.44%"
+
+    def test_the_record_with_most_images_counts(self):
+        _, (small,) = run("s3ta_adam")
+        large = {**small, "num_examples": 5000, "robust_accuracy": 0.125}
+        for records in ([small, large], [large, small]):
+            table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
+            assert own(table)[0].cells[0] == "12.50%"
+            assert any("5000 test images" in note for note in table.notes)
+
+    @pytest.mark.parametrize(
+        ("model", "options", "dataset", "theirs"),
+        [
+            ("resnet_cifar", {}, "cifar10", "resnet_cifar"),
+            (
+                "resnet_cifar",
+                {"sampling": True},
+                "cifar10",
+                "retinal sampling",
+            ),
+            ("resnet", None, "imagenet10", "resnet"),
+            (
+                "resnet",
+                {"coarse_fixations": "blur"},
+                "imagenet10",
+                "coarse, blurred",
+            ),
+            ("ecnn", {"auxiliary": 1}, "imagenet10", "cortical, auxiliary"),
+            ("resnet_cifar", {"width": 32}, "cifar10", None),
+            ("multi_gaze", {}, "imagenet10", None),
+        ],
+    )
+    def test_the_same_model_is_marked(self, model, options, dataset, theirs):
+        table = PROTOCOLS["handover"].table([], model, dataset, options=options)
+        same = [row for row in table.rows if row.kind == "same"]
+        assert [row.name for row in same] == ([f"{theirs} *"] if theirs else [])
+        starred = any(note.startswith("*") for note in table.notes)
+        assert starred == bool(theirs)
+
+    def test_other_data_are_not_compared(self):
+        for name in PRESETS:
+            configs, records = run(name, DIGIT, 10, epsilon=(0.1, 0.2))
+            table = PROTOCOLS[name].table(records, "cnn", "mnist")
+            assert {row.kind for row in table.rows} == {"ours"}
+            cells = [c for row in table.rows for c in row.cells]
+            assert published.DASH not in cells
+            if name != "autoattack":
+                assert any("mnist: not compar" in n for n in table.notes)
+                assert any("0.1, 0.2" in note for note in table.notes)
+            by_radius = PROTOCOLS[name].layouts[0].by_radius
+            assert len(table.rows) == (1 if by_radius else 2)
+
+    def test_other_radii_are_not_compared(self):
+        _, records = run("perceptual", SMALL, 10, epsilon=(2 / 255, 4 / 255))
+        table = PROTOCOLS["perceptual"].table(
+            records, "resnet_cifar", "cifar10", epsilon=(2 / 255, 4 / 255)
+        )
+        assert {row.kind for row in table.rows} == {"ours"}
+        assert table.header[1][2:] == ("ε = 2/255", "ε = 4/255")
+
+    def test_the_asked_radii_tell_what_is_missing(self):
+        _, records = run("s3ta", DIGIT, 10, epsilon=0.1)
+        table = PROTOCOLS["s3ta"].table(
+            records[:3], "cnn", "mnist", epsilon=(0.1, 0.2)
+        )
+        assert [row.name for row in own(table)] == [
+            "ours: cnn, ε = 0.1",
+            "ours: cnn, ε = 0.2",
+        ]
+        (note,) = (n for n in table.notes if n.startswith("missing"))
+        assert "1000 steps, ε = 0.1" in note and "10 steps, ε = 0.2" in note
+        assert "100 steps, ε = 0.1" not in note
+
+    def test_the_handover_without_a_known_data_set_follows_its_records(self):
+        for shape, corner in (
+            (SMALL, "CIFAR-10, 5 steps"),
+            ((320, 320, 3), "ImageNet10, 20 steps"),
+        ):
+            _, records = run("handover", shape, 10)
+            table = PROTOCOLS["handover"].table(records, "resnet", "folder")
+            assert table.header[0][0] == corner
+            assert published.DASH not in table.rows[0].cells
+
+    def test_autoattack_of_a_stochastic_model(self):
+        _, records = run("autoattack", SMALL, 10, eot=20)
+        table = PROTOCOLS["autoattack"].table(records, "noisy", "cifar10")
+        assert own(table)[0].cells == ("87.50%", "50.00%")
+        assert any("20 draws" in note for note in table.notes)
+
+    def test_how_sure_one_is_stands_below(self):
+        _, records = run("s3ta_adam")
+        table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
+        low, high = metrics.proportion_interval(100, 200)
+        wide = f"±{50 * (high - low):.1f} points"
+        assert any("200 test" in n and wide in n for n in table.notes)
+
+    def test_images_of_another_size_are_said(self):
+        _, records = run("s3ta_adam")
+        records[0]["image_shape"] = [320, 320, 3]
+        table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
+        assert any("320" in n and "224" in n for n in table.notes)
+
+
+@pytest.mark.parametrize("name", ["perceptual", "handover", "s3ta_adam"])
+def test_what_an_evaluation_records_fills_the_table(name):
+    shape, classes = (4, 4, 1), 4
+    model = keras.Sequential(
+        [keras.Input(shape), layers.Flatten(), layers.Dense(classes)]
+    )
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.normal(size=(16, classes)), np.zeros(classes)])
+    images = rng.random((20, *shape)).astype("float32")
+    labels = model.predict(images, verbose=0).argmax(-1).astype("int32")
+    labels[:2] = (labels[:2] + 1) % classes  # Two are wrong from the first.
+    split = datasets.Split("test", labels, lambda i: images[i])
+    configs = PROTOCOLS[name].evaluations(shape, classes, batch_size=20)
+    records = [
+        json.loads(
+            json.dumps(robust_evaluation.evaluate(model, split, config)[0])
+        )
+        for config in configs
+    ]
+    table = PROTOCOLS[name].table(records, "linear", "mnist")
+    (row,) = own(table)
+    assert published.DASH not in row.cells
+    assert not any("missing" in note for note in table.notes)
+    if name != "s3ta_adam":
+        clean, *robust = (float(cell) for cell in row.cells)
+        assert clean == 90
+        assert robust == [
+            pytest.approx(100 * r["robust_accuracy"]) for r in records
+        ]
+
+
+class TestWriting:
+    @pytest.fixture(params=PRESETS)
+    def table(self, request):
+        _, records = run(request.param)
+        protocol = PROTOCOLS[request.param]
+        dataset = protocol.layouts[-1].dataset
+        return protocol.table(records[:-1], "resnet", dataset)
+
+    def test_text_shows_every_cell_in_its_line(self, table):
+        lines = published.render(table).splitlines()
+        assert lines[0] == table.title
+        for row in table.rows:
+            (line,) = (x for x in lines if x.startswith(f" {row.name}  "))
+            assert line.split()[len(row.name.split()) :] == list(row.cells)
+        text = " ".join(" ".join(lines).split())
+        for note in table.notes:
+            assert note in text
+
+    def test_text_fits_a_wide_terminal(self, table):
+        assert max(map(len, published.render(table).splitlines())) <= 120
+
+    def test_csv_has_every_number(self, table):
+        head, *lines = csv.reader(io.StringIO(published.to_csv(table)))
+        assert len(head) == len(set(head)) == 1 + len(table.header[0])
+        assert [line[0] for line in lines] == [r.kind for r in table.rows]
+        for line, row in zip(lines, table.rows, strict=True):
+            for field, cell in zip(line[2:], row.cells, strict=True):
+                if cell == published.DASH:
+                    assert field == ""
+                else:
+                    assert float(field) == float(cell.rstrip("?%"))
+
+    def test_markdown_is_a_table(self, table):
+        lines = published.to_markdown(table).splitlines()
+        grid = [line for line in lines if line.startswith("|")]
+        assert len(grid) == 2 + len(table.rows)
+        assert {line.replace("\\|", "").count("|") for line in grid} == {
+            len(table.header[0]) + 1
+        }
+        assert set(grid[1]) <= set("|-: ")
+        assert sum("**ours" in line for line in grid) == len(own(table))
+
+
+def test_presets_have_the_names_of_the_issue():
+    assert set(PROTOCOLS) == {
+        "s3ta",
+        "s3ta_strong",
+        "s3ta_restarts",
+        "s3ta_adam",
+        "s3ta_untargeted",
+        "s3ta_spsa",
+        "handover",
+        "perceptual",
+        "autoattack",
+    }
+    for name, protocol in PROTOCOLS.items():
+        assert protocol.name == name
+        assert protocol.summary and protocol.reference
