@@ -179,6 +179,26 @@ class Attack:
         state = ops.fori_loop(0, self.rounds, run_round, state)
         return AttackResult(state["best"], state["success"], state["loss"])
 
+    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+        """Takes the steps of one round and judges nothing, for training.
+
+        An image that is trained on needs no verdict, so this saves the calls
+        of the model that only tell how an example stands.
+
+        Args:
+            logits_fn: See `open`, like the other arguments.
+
+        Returns:
+            Where the round ended: float32 of the shape of `images`, inside
+            the ball and inside [0, 1].
+
+        Raises:
+            NotImplementedError: If it is no walk along gradients.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not perturb without judging."
+        )
+
     def advance(self, logits_fn, state, number, first, count):
         """Takes `count` steps of round `number`, from step `first` on."""
 
@@ -412,9 +432,20 @@ class FGSM(Attack):
             objective, images, has_aux=True
         )
         state = self._offer(state, images, value, logits)
-        delta = move(ops.zeros_like(images), grad, images, self, self.epsilon)
-        changed = perturbed(images, delta)
+        changed = self._move(images, grad)
         return self._offer(state, changed, *objective(changed))
+
+    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+        """See `Attack.perturb`."""
+        state = self._rows(images, labels, keys, targets)
+        _, grad = numerics.value_and_grad(
+            self.objective(logits_fn, state), state["images"], has_aux=True
+        )
+        return self._move(state["images"], grad)
+
+    def _move(self, images, grad):
+        delta = move(ops.zeros_like(images), grad, images, self, self.epsilon)
+        return perturbed(images, delta)
 
 
 def _class_loss(name, logits_fn, state):
@@ -426,6 +457,14 @@ def _class_loss(name, logits_fn, state):
         return value, outputs.logits
 
     return evaluate
+
+
+def _attended(outputs):
+    """Where the model looks on the clean image, as rows of the state."""
+    return {
+        f"clean_{name}": ops.cast(shown, "float32")
+        for name, shown in outputs.shown.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -521,8 +560,7 @@ class _Iterative(Attack):
             value, logits = self.objective(logits_fn, state)(state["images"])
             return self._offer(state, state["images"], value, logits)
         outputs = objectives.outputs_of(logits_fn(state["images"]))
-        for name, shown in outputs.shown.items():
-            state[f"clean_{name}"] = ops.cast(shown, "float32")
+        state = {**state, **_attended(outputs)}
         value = mean_loss(
             self.loss, outputs, state["labels"], state.get("targets")
         )
@@ -553,6 +591,17 @@ class _Iterative(Attack):
 
     def _walk(self, state, grad, index):
         raise NotImplementedError(type(self).__name__)
+
+    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+        """See `Attack.perturb`: the last iterate of the first restart."""
+        walk = self.bind({"keep": "last"})  # Whose steps judge nothing.
+        state = walk._rows(images, labels, keys, targets)
+        if walk.distraction:
+            outputs = objectives.outputs_of(logits_fn(state["images"]))
+            state = {**state, **_attended(outputs)}
+        state = walk.begin(logits_fn, state, 0)
+        state = walk.advance(logits_fn, state, 0, 0, walk.steps)
+        return perturbed(state["images"], state["delta"])
 
     def end(self, logits_fn, state, number):
         """See `Attack.end`: judges the last iterate."""
