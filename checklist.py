@@ -36,6 +36,9 @@ import square
 _SUBSET = 0xC4EC  # Tells the choice of images from other uses of the seed.
 # Squares of smaller numbers are zero in float32: an L2 step has no direction.
 _VANISHED = 1e-19
+# The odds of exp(-87) are the smallest normal number of float32: the
+# probabilities of the other classes, which are the usual gradient, are zero.
+_UNDERFLOW = 87.0
 _CALLS = 3  # Of the model, on the same images.
 # Sums on an accelerator may come out in another order; AutoAttack's bound.
 _ROUNDING = 1e-4
@@ -364,7 +367,6 @@ class _Subject:
             gradient holds one.
         """
         losses = {
-            "usual": _usual_cross_entropy,
             "cross_entropy": objectives.cross_entropy,
             "margin": objectives.margin,
         }
@@ -394,13 +396,6 @@ class _Subject:
             parts.append(ops.convert_to_numpy(fn(*(a[rows] for a in arrays))))
         found = np.concatenate(parts)[: self.count]
         return dict(zip(losses, found.T, strict=True))
-
-
-def _usual_cross_entropy(logits, labels):
-    """Minus the log-softmax of the label: what most libraries ascend."""
-    logits = ops.cast(logits, "float32")
-    hot = ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1])
-    return -ops.sum(hot * ops.log_softmax(logits, axis=-1), axis=-1)
 
 
 def _gaps(logits, labels):
@@ -458,7 +453,6 @@ def _zero_gradients(subject):
     counts = {
         name: int(np.sum(~(peaks > _VANISHED)))
         for name, peaks in subject.peaks.items()
-        if name != "usual"
     }
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = (
@@ -469,13 +463,13 @@ def _zero_gradients(subject):
 
 
 def _logit_scale(subject):
-    lost = ~(subject.peaks["usual"] > _VANISHED)
-    count = int(np.sum(lost & (subject.peaks["margin"] > _VANISHED)))
-    typical = np.median(-subject.gaps[subject.right])
+    sure = -subject.gaps[subject.right]
+    lost = (sure > _UNDERFLOW) & (subject.peaks["margin"] > _VANISHED)
+    count = int(np.sum(lost))
     found = (
-        f"{count} of {subject.count} images are so sure that the gradient of "
-        "the usual softmax cross-entropy is zero in float32, that of the "
-        f"margin is not (log-odds of {typical:.3g} nats at the median)"
+        f"{count} of {subject.count} images are so sure (log-odds of "
+        f"{np.median(sure):.3g} nats at the median) that float32 takes the "
+        "gradient of the softmax for zero, while the margin has one"
     )
     return count <= subject.allowed, found
 
