@@ -7,13 +7,10 @@ restarts goes into a folder `<run>/attacks/<name>/`: the record, the images and
 a picture. This file owns flags and the order of things, and no formula.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import os
+import math
 import pathlib
-import shutil
-import sys
 import time
 
 from absl import flags
@@ -36,32 +33,93 @@ _RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of the files; without it the run's own."
 )
-_ATTACK = flags.DEFINE_string("attack", "pgd", "fgsm or pgd.")
-_NORM = flags.DEFINE_string("norm", "linf", "linf, l2 or l1.")
+_PROTOCOL = flags.DEFINE_string(
+    "protocol", None, "Evaluations of a paper by name; see the README."
+)
+_CHECKLIST = flags.DEFINE_boolean(
+    "checklist", False, "Look for signs that attacks are only held up."
+)
+_NONROBUST = flags.DEFINE_boolean(
+    "nonrobust_features",
+    False,
+    "Train a fresh model on adversarial images with the targets as labels.",
+)
+_ATTACK = flags.DEFINE_string(
+    "attack", None, "pgd (the default) and others, with commas; see the README."
+)
+_VERSION = flags.DEFINE_string(
+    "version", None, "Of autoattack: standard, plus or rand."
+)
+_NORM = flags.DEFINE_string("norm", None, "linf (the default), l2 or l1.")
 _EPSILON = flags.DEFINE_string(
     "epsilon",
     None,
     "Radii in units of the pixel range [0, 1], 1/255,4/255 say; the default "
     "depends on the images.",
 )
-_STEPS = flags.DEFINE_string("steps", "20", "Gradient steps: 10,100 say.")
+_STEPS = flags.DEFINE_string("steps", None, "Gradient steps: 10,100 say.")
 _STEP_SIZE = flags.DEFINE_string(
     "step_size", None, "Length of a step; without it 2.5 * epsilon / steps."
 )
+_STEP_RULE = flags.DEFINE_string(
+    "step_rule", None, "fixed, at_least (epsilon / steps) or decayed."
+)
+_MOMENTUM = flags.DEFINE_float("momentum", None, "Momentum of PGD's gradients.")
 _RESTARTS = flags.DEFINE_string(
-    "restarts", "1", "Random starts, the worst of which counts: 1,10 say."
+    "restarts", None, "Random starts, the worst of which counts: 1,10 say."
 )
 _RANDOM_START = flags.DEFINE_float(
-    "random_start", 1.0, "Probability of a random start."
+    "random_start", None, "Probability of a random start."
 )
 _KEEP = flags.DEFINE_string(
-    "keep", "best", "Which iterates count: best (any of them) or last."
+    "keep",
+    None,
+    "Which iterates count: first (up to the first success, the default), best "
+    "(the one of highest loss) or last.",
+)
+_LOSS = flags.DEFINE_string(
+    "loss", None, "What is ascended: cross_entropy, margin or dlr."
 )
 _L1_FRACTION = flags.DEFINE_float(
-    "l1_fraction", 0.01, "Part of the coordinates that share an L1 step."
+    "l1_fraction", None, "Part of the coordinates that share an L1 step."
+)
+_SAMPLES = flags.DEFINE_integer("samples", None, "Directions of SPSA.")
+_QUERIES = flags.DEFINE_integer("queries", None, "Queries of Square.")
+_DISTRACTION = flags.DEFINE_float(
+    "distraction", None, "Weight of the distance by which attention moves."
+)
+_READ_OUTS = flags.DEFINE_string(
+    "read_outs",
+    "last",
+    "Attack the last read-out, or all of a recurrent model.",
+)
+_EOT = flags.DEFINE_integer(
+    "eot", None, "Draws of a stochastic model to average over."
+)
+_TEST_GAZES = flags.DEFINE_string(
+    "test_gazes", None, "five or random, in place of the run's own."
+)
+_CRAFT_DTYPE = flags.DEFINE_string(
+    "craft_dtype", "float32", "Make attacks in float32 or bfloat16."
+)
+_STRAIGHT_THROUGH = flags.DEFINE_boolean(
+    "straight_through",
+    False,
+    "Make attacks through the gradient of bilinear sampling.",
+)
+_SURROGATE = flags.DEFINE_string(
+    "surrogate", None, "Folder of another run on which attacks are made."
 )
 _TARGET = flags.DEFINE_string(
-    "target", "none", "none, random, next, or the id or name of a class."
+    "target",
+    None,
+    "none (the default), random, next, least_likely, or the id or name of a "
+    "class.",
+)
+_EXAMPLES = flags.DEFINE_string(
+    "examples",
+    None,
+    "The images by their place in the split: 0,5,7 or a file, one a line.",
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples", None, "Images, drawn by the seed; without it all."
@@ -90,7 +148,6 @@ EPSILONS = {
     "l2": ("0.5,1,2", "0.25,0.5,1"),
     "l1": ("5,10,20", "6,12,24"),
 }
-_PICTURED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +162,11 @@ class AdversaryConfig:
         weights: `"best"` or `"last"`.
         save_images: How many images are kept with a record, -1 for all.
         overwrite: Whether earlier records of the same name are replaced.
+        protocol: Name of the protocol the evaluations are of, or None.
+        options: Model options in place of the run's, a dict.
+        surrogate: Folder of a run on which attacks are made, or None.
+        straight_through: Whether they are made through the gradient of
+            bilinear sampling.
     """
 
     folder: pathlib.Path
@@ -114,6 +176,10 @@ class AdversaryConfig:
     weights: str = "best"
     save_images: int = 64
     overwrite: bool = False
+    protocol: str | None = None
+    options: dict = dataclasses.field(default_factory=dict)
+    surrogate: str | None = None
+    straight_through: bool = False
 
     def request(self, evaluation, sha256):
         """What a record answers; an equal one is not made again."""
@@ -123,12 +189,27 @@ class AdversaryConfig:
             "split": self.split,
             "weights": self.weights,
             "weights_sha256": sha256,
+            "options": self.options,
+            "surrogate": self.surrogate,
+            "straight_through": self.straight_through,
             "save_images": self.save_images,
         }
 
     def place(self, evaluation):
         """The folder of an evaluation; its name tells the settings."""
-        return self.folder / "attacks" / _name(evaluation, self)
+        import attack_records
+
+        name = attack_records.name(
+            evaluation,
+            *(f"{key}_{value}" for key, value in self.options.items()),
+            "straight_through" if self.straight_through else "",
+            f"from_{pathlib.Path(self.surrogate).name}"
+            if self.surrogate
+            else "",
+            self.split if self.split != "test" else "",
+            f"{self.weights}_weights" if self.weights != "best" else "",
+        )
+        return self.folder / "attacks" / name
 
 
 def config_from_flags():
@@ -138,16 +219,20 @@ def config_from_flags():
         ValueError: If a name or a value does not fit; names the near ones.
         OSError: If there is no such run.
     """
-    _check(_NORM, NORMS)
     _check(_SPLIT, SPLITS)
     _check(_WEIGHTS, WEIGHTS)
-    _check(_KEEP, ("best", "last"))
     if _SAVE_IMAGES.value < -1:
         raise ValueError(
             "Expected --save_images to be a number of images, or -1 for all. "
             f"Received: {_SAVE_IMAGES.value}."
         )
     folder, run = _find_run()
+    surrogate = None
+    if _SURROGATE.value is not None:
+        surrogate = str(_run_at(_SURROGATE.value))
+    options = {}
+    if _TEST_GAZES.value is not None:
+        options["test_gazes"] = _TEST_GAZES.value
     return AdversaryConfig(
         folder=folder,
         evaluations=tuple(_evaluations(run)),
@@ -156,6 +241,10 @@ def config_from_flags():
         weights=_WEIGHTS.value,
         save_images=_SAVE_IMAGES.value,
         overwrite=_OVERWRITE.value,
+        protocol=_PROTOCOL.value,
+        options=options,
+        surrogate=surrogate,
+        straight_through=_STRAIGHT_THROUGH.value,
     )
 
 
@@ -182,23 +271,7 @@ def _find_run():
             _RUNS_DIR.value, _MODEL.value, _DATASET.value
         )
     else:
-        folder = pathlib.Path(_RUN.value)
-        named = pathlib.Path(_RUNS_DIR.value) / _RUN.value
-        if not folder.exists() and named.exists():
-            folder = named
-        path = folder / run_folder.CONFIG
-        if not path.exists():
-            there = sorted(
-                str(path.parent)
-                for path in pathlib.Path(_RUNS_DIR.value).glob(
-                    f"*/{run_folder.CONFIG}"
-                )
-            )
-            raise FileNotFoundError(
-                f"There is no run in {folder} (no {run_folder.CONFIG})."
-                f"{command_line.near(folder, there)} Runs: "
-                f"{', '.join(there) or 'none'}."
-            )
+        folder = _run_at(_RUN.value)
     run = run_folder.read_json(folder / run_folder.CONFIG)
     for flag in (_MODEL, _DATASET):
         if flag.value not in (None, run.get(flag.name)):
@@ -210,50 +283,160 @@ def _find_run():
     return folder, run
 
 
+def _run_at(text):
+    """Returns the folder of a run, given itself or its name."""
+    folder = pathlib.Path(text)
+    named = pathlib.Path(_RUNS_DIR.value) / text
+    if not folder.exists() and named.exists():
+        folder = named
+    if not (folder / run_folder.CONFIG).exists():
+        there = sorted(
+            str(path.parent)
+            for path in pathlib.Path(_RUNS_DIR.value).glob(
+                f"*/{run_folder.CONFIG}"
+            )
+        )
+        raise FileNotFoundError(
+            f"There is no run in {folder} (no {run_folder.CONFIG})."
+            f"{command_line.near(folder, there)} Runs: "
+            f"{', '.join(there) or 'none'}."
+        )
+    return folder
+
+
+# Flags that an attack may have, by the name of its field.
+_SETTINGS = {
+    "steps": (_STEPS, command_line.parse_integers),
+    "restarts": (_RESTARTS, command_line.parse_integers),
+    "step_size": (_STEP_SIZE, command_line.parse_ratio),
+    "step_rule": (_STEP_RULE, None),
+    "momentum": (_MOMENTUM, None),
+    "random_start": (_RANDOM_START, None),
+    "keep": (_KEEP, None),
+    "loss": (_LOSS, None),
+    "l1_fraction": (_L1_FRACTION, None),
+    "samples": (_SAMPLES, None),
+    "n_queries": (_QUERIES, None),
+    "distraction": (_DISTRACTION, None),
+    "version": (_VERSION, None),
+}
+_SCANNED = ("steps", "restarts")
+
+
 def _evaluations(run):
-    """Yields an evaluation for each radius, number of steps and restarts."""
-    import attack_backbone
+    """Yields the evaluations that the flags ask for."""
+    common = {
+        "num_examples": _NUM_EXAMPLES.value,
+        "indices": _examples(),
+        "seed": _SEED.value,
+        "eot": _EOT.value,
+        "read_outs": _READ_OUTS.value,
+        "craft_dtype": _CRAFT_DTYPE.value,
+        "batch_size": _batch_size(math.prod(run["image_shape"])),
+    }
+    norm = _NORM.value or "linf"
+    if norm not in NORMS:
+        _check(_NORM, NORMS)
+    if _PROTOCOL.value is not None:
+        yield from _protocol(run, common)
+        return
+    grey = run["image_shape"][-1] == 1
+    text = _EPSILON.value or EPSILONS[norm][0 if grey else 1]
+    radii = _parsed("epsilon", text, command_line.parse_ratios)
+    target = _target(run["class_names"])
+    for attack in _attacks(norm, radii):
+        yield _evaluation(attack, target, common)
+
+
+def _evaluation(attack, target, common):
     import robust_evaluation
 
-    _check(_ATTACK, attack_backbone.ATTACKS)
-    _, attack = attack_backbone.ATTACKS[_ATTACK.value]
-    fields = {field.name for field in dataclasses.fields(attack)}
-    for flag in (_STEPS, _STEP_SIZE, _RESTARTS, _RANDOM_START, _KEEP):
-        if flag.present and flag.name not in fields:
+    eot = common["eot"]
+    if eot is None and getattr(attack, "version", None) == "rand":
+        eot = attack.eot
+    return robust_evaluation.EvaluationConfig(
+        attack=attack, target=target, **{**common, "eot": eot}
+    )
+
+
+def _attacks(norm, radii):
+    """Yields each attack at each radius, number of steps and restarts."""
+    import robust_evaluation
+
+    known = robust_evaluation.ATTACKS
+    names = (_ATTACK.value or "pgd").split(",")
+    for name in names:
+        if name not in known:
             raise ValueError(
-                f"The attack {_ATTACK.value} has no --{flag.name}; leave it "
-                "out, or choose another --attack."
+                f"Unknown --attack={name}.{command_line.near(name, known)} "
+                f"Known: {', '.join(known)}."
             )
-    height, width, channels = run["image_shape"]
-    text = _EPSILON.value
+    fields = {n: {f.name for f in dataclasses.fields(known[n])} for n in names}
+    given = {}
+    for field, (flag, parse) in _SETTINGS.items():
+        if flag.value is None:
+            continue
+        if not any(field in fields[name] for name in names):
+            raise ValueError(
+                f"The attack {names[0]} has no --{flag.name}; leave it out, "
+                "or choose another --attack."
+            )
+        given[field] = flag.value
+        if parse is not None:
+            given[field] = _parsed(flag.name, flag.value, parse)
+    for name in names:
+        own = {k: v for k, v in given.items() if k in fields[name]}
+        # What has fallen need not be attacked on.
+        if getattr(known[name], "keep", "") == "best":
+            own.setdefault("keep", "first")
+        scans = {"epsilon": radii}
+        scans.update({k: own.pop(k) for k in _SCANNED if k in own})
+        for values in itertools.product(
+            *(dict.fromkeys(v) for v in scans.values())
+        ):
+            yield known[name](
+                norm=norm, **dict(zip(scans, values, strict=True)), **own
+            )
+
+
+def _protocol(run, common):
+    """Yields the evaluations of the protocol that is named."""
+    import protocols
+
+    _check(_PROTOCOL, protocols.PROTOCOLS)
+    for flag in (*(flag for flag, _ in _SETTINGS.values()), _ATTACK, _TARGET):
+        if flag.value is not None:
+            raise ValueError(
+                f"--protocol={_PROTOCOL.value} says what --{flag.name} is. "
+                f"Leave --{flag.name} or --protocol out."
+            )
+    radii = None
+    if _EPSILON.value is not None:
+        radii = _parsed("epsilon", _EPSILON.value, command_line.parse_ratios)
+    yield from protocols.PROTOCOLS[_PROTOCOL.value].evaluations(
+        image_shape=tuple(run["image_shape"]),
+        num_classes=len(run["class_names"]),
+        norm=_NORM.value,
+        epsilon=radii,
+        **{k: v for k, v in common.items() if v is not None},
+    )
+
+
+def _examples():
+    """Reads --examples: numbers with commas, or a file with one a line."""
+    text = _EXAMPLES.value
     if text is None:
-        text = EPSILONS[_NORM.value][0 if channels == 1 else 1]
-    scans = {"epsilon": _parsed("epsilon", text, command_line.parse_ratios)}
-    for flag in (_STEPS, _RESTARTS):
-        if flag.name in fields:
-            scans[flag.name] = _parsed(
-                flag.name, flag.value, command_line.parse_integers
-            )
-    shared = {
-        flag.name: flag.value
-        for flag in (_NORM, _L1_FRACTION, _RANDOM_START, _KEEP)
-        if flag.name in fields
-    }
-    if _STEP_SIZE.value is not None:
-        shared["step_size"] = _parsed(
-            "step_size", _STEP_SIZE.value, command_line.parse_ratio
-        )
-    target = _target(run["class_names"])
-    for values in itertools.product(
-        *(dict.fromkeys(v) for v in scans.values())
-    ):
-        yield robust_evaluation.EvaluationConfig(
-            attack=attack(**dict(zip(scans, values, strict=True)), **shared),
-            target=target,
-            num_examples=_NUM_EXAMPLES.value,
-            batch_size=_batch_size(height * width * channels),
-            seed=_SEED.value,
-        )
+        return None
+    path = pathlib.Path(text)
+    if not text.replace(",", "").replace(" ", "").isdecimal():
+        try:
+            text = ",".join(path.read_text().split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--examples={text} is neither a list of numbers nor a file "
+                "that can be read."
+            ) from error
+    return tuple(_parsed("examples", text, command_line.parse_integers))
 
 
 def _parsed(name, text, parse):
@@ -265,18 +448,21 @@ def _parsed(name, text, parse):
 
 def _target(class_names):
     """Reads --target: a word, a class id or the name of a class."""
-    text = _TARGET.value
-    if text in ("none", "random", "next"):
+    import robust_evaluation
+
+    text = _TARGET.value or "none"
+    if text in robust_evaluation.TARGETS:
         return text
     if text in class_names:
         return class_names.index(text)
     if text.isdecimal() and int(text) < len(class_names):
         return int(text)
-    words = ("none", "random", "next", *class_names)
+    words = (*robust_evaluation.TARGETS, *class_names)
     near = "" if text.isdecimal() else command_line.near(text, words)
     raise ValueError(
-        f"Unknown --target={text}.{near} Expected none, random, next, or a "
-        f"class id from 0 to {len(class_names) - 1} or its name."
+        f"Unknown --target={text}.{near} Expected "
+        f"{', '.join(robust_evaluation.TARGETS)}, or a class id from 0 to "
+        f"{len(class_names) - 1} or its name."
     )
 
 
@@ -288,53 +474,6 @@ def _batch_size(numbers):
         if numbers <= limit:
             return size
     return 8
-
-
-def _name(evaluation, config):
-    """Names an evaluation by its settings, the usual ones left out."""
-    settings = evaluation.describe()
-    parts = [
-        evaluation.name,
-        settings["norm"],
-        f"eps{_short(settings['epsilon'])}",
-    ]
-    if evaluation.name == "pgd":
-        parts.append(f"{settings['steps']}steps")
-        if evaluation.attack.step_size is not None:
-            parts.append(f"step{_short(settings['step_size'])}")
-        if settings["restarts"] > 1:
-            parts.append(f"{settings['restarts']}restarts")
-        if settings["random_start"] != 1:
-            parts.append(f"start{settings['random_start']:g}")
-        if settings["keep"] != "best":
-            parts.append("last_iterate")
-    if settings["norm"] == "l1" and settings["l1_fraction"] != 0.01:
-        parts.append(f"fraction{settings['l1_fraction']:g}")
-    if evaluation.target != "none":
-        parts.append(f"target_{evaluation.target}")
-    if evaluation.num_examples is not None:
-        parts.append(f"{evaluation.num_examples}images")
-    if evaluation.seed:
-        parts.append(f"seed{evaluation.seed}")
-    if config.split != "test":
-        parts.append(config.split)
-    if config.weights != "best":
-        parts.append(f"{config.weights}_weights")
-    return "-".join(parts)
-
-
-def _short(value):
-    """A radius as it is best read in a file name: 0.05, 8_255."""
-    text = f"{value:.6g}"
-    levels = _levels(value)
-    return f"{levels}_255" if len(text) > 5 and levels else text
-
-
-def _levels(value):
-    """k if the value is k/255, between 0 and 1, else None."""
-    levels = round(value * 255)
-    exact = abs(value * 255 - levels) < 1e-9
-    return levels if exact and 0 < levels < 255 else None
 
 
 def run(config, data=None, progress=True):
@@ -349,6 +488,8 @@ def run(config, data=None, progress=True):
         List of tuples (record, folder of the record, whether it was there
         already), one an evaluation.
     """
+    import attack_records
+
     with command_line.guard():
         path = config.folder / f"{config.weights}.weights.h5"
         if not path.exists():
@@ -357,48 +498,121 @@ def run(config, data=None, progress=True):
                 "weights yet. Train it on with trainer.py --resume."
             )
         sha256 = run_folder.sha256(path)
-        found = [_earlier(config, e, sha256) for e in config.evaluations]
-    if all(found):
-        return [
-            (record, config.place(evaluation), True)
-            for record, evaluation in zip(
-                found, config.evaluations, strict=True
+        found = [
+            attack_records.earlier(
+                config.place(e), config.request(e, sha256), config.overwrite
             )
+            for e in config.evaluations
         ]
-    with command_line.guard():
-        model, context, split = _load(config, data, sha256)
     results = []
+    loaded = None
     for evaluation, record in zip(config.evaluations, found, strict=True):
         reused = record is not None
-        with command_line.guard_disk():
-            if not reused:
-                record = _attack(
-                    config, evaluation, model, split, context, progress
-                )
+        if not reused:
+            if loaded is None:
+                with command_line.guard():
+                    loaded = _Loaded(config, data, sha256)
+            with command_line.guard_disk():
+                record = loaded.attack(evaluation, progress)
         results.append((record, config.place(evaluation), reused))
+    if len(results) > 1:
+        with command_line.guard_disk():
+            _write_curves(config, [record for record, _, _ in results])
     return results
 
 
-def _earlier(config, evaluation, sha256):
-    """Returns the record that answers the same request, or None.
+class _Loaded:
+    """A run's model and data, and the models its attacks are made on."""
 
-    Raises:
-        FileExistsError: If the folder holds the answer to another one.
-    """
-    place = config.place(evaluation)
-    path = place / "results.json"
-    if config.overwrite or not path.exists():
-        return None
-    record = run_folder.read_json(path)
-    wanted = config.request(evaluation, sha256)
-    earlier = record.get("request", {})
-    changed = [key for key in wanted if earlier.get(key) != wanted[key]]
-    if changed:
-        raise FileExistsError(
-            f"{place} holds a record with another {', '.join(changed)}. "
-            "Replace it with --overwrite."
+    def __init__(self, config, data, sha256):
+        import model_backbone
+
+        self.config = config
+        self.model, self.context, self.split = _load(config, data, sha256)
+        row = model_backbone.entry(self.context["model"])
+        drawn = row.stochastic or model_backbone.is_stochastic(self.model)
+        for evaluation in config.evaluations:
+            _check_draws(self.context["model"], drawn, evaluation.eot)
+        self.surrogates = {}
+
+    def surrogate(self, evaluation):
+        """Returns the model an attack is made on, or None for the model."""
+        import robust_training
+
+        config, dtype = self.config, evaluation.craft_dtype
+        half = dtype == "bfloat16"
+        if not (half or config.surrogate or config.straight_through):
+            return None
+        if dtype not in self.surrogates:
+            options = dict(config.options)
+            if config.straight_through:
+                options["interpolation"] = "straight_through"
+            self.surrogates[dtype], _ = robust_training.load_run(
+                config.surrogate or config.folder,
+                config.weights,
+                options=options,
+                dtype="mixed_bfloat16" if half else None,
+            )
+        return self.surrogates[dtype]
+
+    def attack(self, evaluation, progress):
+        """Runs one evaluation and writes its folder."""
+        import attack_records
+        import robust_evaluation
+
+        config = self.config
+        place = config.place(evaluation)
+        sha256 = self.context["weights_sha256"]
+        with command_line.guard():
+            surrogate = self.surrogate(evaluation)
+        request = config.request(evaluation, sha256)
+        with attack_records.bar(place.name, progress) as report:
+            try:
+                return attack_records.attack(
+                    place,
+                    self.model,
+                    self.split,
+                    evaluation,
+                    class_names=self.class_names,
+                    context={**self.context, "request": request},
+                    surrogate=surrogate,
+                    progress=report,
+                    save_images=config.save_images,
+                    overwrite=config.overwrite,
+                )
+            except robust_evaluation.EvaluationError as error:
+                command_line.fail(error)
+
+    @property
+    def class_names(self):
+        """Names of the classes, in order."""
+        run = run_folder.read_json(self.config.folder / run_folder.CONFIG)
+        return run["class_names"]
+
+
+def _check_draws(name, drawn, eot):
+    """Raises a ValueError if one draw of a stochastic model would be judged."""
+    if drawn and eot is None:
+        raise ValueError(
+            f"The model {name} is stochastic: one draw says little of it. "
+            "Attack and judge the mean over draws with --eot=20 (--eot=1 "
+            "insists on one draw)."
         )
-    return record
+    if not drawn and eot not in (None, 1):
+        raise ValueError(
+            f"The model {name} is deterministic: --eot={eot} draws would all "
+            "be the same. Leave --eot out."
+        )
+
+
+def _write_curves(config, records):
+    """Writes the curves of several evaluations beside their folders."""
+    import curves
+
+    folder = config.folder / "attacks"
+    name = config.protocol or "scan"
+    curves.write_csv(records, folder / f"{name}.csv")
+    curves.accuracy_curves(records, folder / f"{name}.png")
 
 
 def _load(config, data, sha256):
@@ -407,6 +621,9 @@ def _load(config, data, sha256):
     import robust_training
 
     run = run_folder.read_json(config.folder / run_folder.CONFIG)
+    model, _ = robust_training.load_run(
+        config.folder, config.weights, options=config.options
+    )
     if data is None:
         data = _load_data(config, run)
     _check_data(config.folder, run, data)
@@ -416,7 +633,6 @@ def _load(config, data, sha256):
             f"The run in {config.folder} held no {config.split} images out "
             "(validation_fraction=0). Choose another --split."
         )
-    model, _ = robust_training.load_run(config.folder, config.weights)
     robust_evaluation.check_fit(model, split)
     context = {
         "run": str(config.folder),
@@ -430,6 +646,9 @@ def _load(config, data, sha256):
         "image_shape": list(data.image_shape),
         "weights": config.weights,
         "weights_sha256": sha256,
+        "options": config.options,
+        "surrogate": config.surrogate,
+        "straight_through": config.straight_through,
         "provenance": run_folder.provenance(),
     }
     return model, context, split
@@ -484,179 +703,29 @@ def _brief(value):
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _attack(config, evaluation, model, split, context, progress):
-    """Runs one evaluation and puts its folder in place, all or nothing."""
-    import robust_evaluation
+def _show_protocol(config, records):
+    """Prints a protocol's table and writes it beside the records."""
+    import protocols
 
-    place = config.place(evaluation)
-    with _bar(place.name, progress) as report:
-        record, arrays = robust_evaluation.evaluate(
-            model,
-            split,
-            evaluation,
-            context={
-                **context,
-                "request": config.request(
-                    evaluation, context["weights_sha256"]
-                ),
-            },
-            progress=report,
-            keep_images=config.save_images,
-        )
-    temporary = place.with_name(f".{os.getpid()}.tmp.{place.name}")
-    retired = place.with_name(f".{os.getpid()}.old.{place.name}")
-    try:
-        temporary.mkdir(parents=True)
-        _write(temporary, config, model, record, arrays)
-        if place.exists():
-            os.replace(place, retired)
-        os.replace(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-    return record
-
-
-def _write(folder, config, model, record, arrays):
-    """Writes the record, the arrays and the picture of one evaluation."""
-    import numpy as np
-
-    run_folder.atomic_write(
-        folder / "adversarial.npz",
-        lambda temporary: np.savez_compressed(temporary, **arrays),
+    first = records[0]
+    table = protocols.PROTOCOLS[config.protocol].table(
+        records, first["model"], first["dataset"]
     )
-    if len(arrays["clean"]):
-        _picture(folder / "pictures.png", config, model, record, arrays)
-    run_folder.write_json(folder / "results.json", record)
-
-
-def _picture(path, config, model, record, arrays):
-    """Draws the images that the attack turned, then those that stood."""
-    import numpy as np
-
-    import model_backbone
-    import visualize
-
-    run = run_folder.read_json(config.folder / run_folder.CONFIG)
-    labels = arrays["labels"]
-    right = arrays["clean_predictions"] == labels
-    stands = arrays["adversarial_predictions"] == labels
-    order = np.argsort(np.where(right, stands, 2), kind="stable")[:_PICTURED]
-    chosen = {k: v[order] for k, v in arrays.items() if not k.startswith("all")}
-    look = model_backbone.glimpses(model)
-    before, after = look(chosen["clean"]), look(chosen["adversarial"])
-    radius = _radius(record["epsilon"])
-    visualize.attack_grid(
-        chosen["clean"],
-        chosen["adversarial"],
-        chosen["labels"],
-        chosen["clean_predictions"],
-        chosen["adversarial_predictions"],
-        run["class_names"],
-        clean_gazes=before.get("gazes"),
-        adversarial_gazes=after.get("gazes"),
-        clean_boxes=before.get("boxes"),
-        adversarial_boxes=after.get("boxes"),
-        max_rows=_PICTURED,
-        title=f"{record['attack']} {record['norm']} {radius}: "
-        f"{record['robust_accuracy']:.1%} of {record['num_examples']} right",
-        path=path,
-    )
-
-
-@contextlib.contextmanager
-def _bar(name, wanted):
-    """Shows a progress bar with the time left, if there is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
-        yield None
-        return
-    from rich import console, progress
-
-    bar = progress.Progress(
-        "{task.description}",
-        progress.BarColumn(20),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        "{task.fields[found]}",
-        console=console.Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(name, total=None, found="")
-
-        def report(done, total, record):
-            found = (
-                f"clean {record['clean_accuracy']:.1%}, "
-                f"robust {record['robust_accuracy']:.1%}"
-            )
-            bar.update(task, completed=done, total=total, found=found)
-
-        yield report
-
-
-def _radius(epsilon):
-    """A radius for people: 0.0313725 (8/255)."""
-    levels = _levels(epsilon)
-    text = f"{epsilon:.4g}"
-    # A radius chosen as a decimal, 0.2, happens to be 51/255.
-    return f"{text} ({levels}/255)" if levels and len(text) > 5 else text
-
-
-def show(results, file=None):
-    """Prints the table of the results, and where their records are."""
-    import rich.box
-    import rich.console
-    import rich.table
-
-    console = rich.console.Console(file=file, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 120  # A log has no width; do not fold the table.
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    heads = "# attack norm eps steps restarts clean robust success images s"
-    for head in heads.split():
-        text = head in ("attack", "norm")
-        table.add_column(
-            head, justify="left" if text else "right", no_wrap=True
-        )
-    for number, (record, _, _) in enumerate(results, 1):
-        aim = record["target"]
-        table.add_row(
-            str(number),
-            record["attack"] + ("" if aim == "none" else f" to {aim}"),
-            record["norm"],
-            _radius(record["epsilon"]),
-            str(record.get("steps", 1)),
-            str(record.get("restarts", 1)),
-            f"{record['clean_accuracy']:.1%}",
-            f"{record['robust_accuracy']:.1%}",
-            f"{record['attack_success']:.1%}",
-            str(record["num_examples"]),
-            f"{record['seconds']:.1f}",
-        )
-    first = results[0][0]
-    console.print(
-        f"{first['model']} on {first['dataset']} ({first['split']} images), "
-        f"{first['weights']} weights of {first['run']}",
-        highlight=False,
-    )
-    console.print(table)
-    for number, (_, place, reused) in enumerate(results, 1):
-        note = "  (there already; --overwrite runs it again)" if reused else ""
-        console.print(
-            f"{number}: {place / 'results.json'}{note}",
-            highlight=False,
-            markup=False,
-        )
+    print(protocols.render(table))
 
 
 def main():
     """Attacks what the flags say and prints the table."""
+    import attack_records
+
     command_line.load_keras()
     with command_line.guard():
         config = config_from_flags()
     started = time.monotonic()
     results = run(config)
-    show(results)
+    attack_records.show(results)
+    if config.protocol is not None:
+        _show_protocol(config, [record for record, _, _ in results])
     print(f"{time.monotonic() - started:.0f} s in all")
 
 

@@ -41,6 +41,10 @@ _GROUP_BYTES = 2**30  # Memory for the states of the examples under attack.
 _ROW_IMAGES = 10  # Image-sized arrays in one example's state, about.
 
 
+class EvaluationError(ValueError):
+    """Model, data or state are not what an evaluation needs; one line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """What an evaluation under attack depends on, but model and data.
@@ -223,9 +227,10 @@ def evaluate(
         "all_adversarial_predictions" and "all_norms".
 
     Raises:
-        ValueError: If the split is empty or does not fit the model, if the
-            model is stochastic and `config.eot` is None, or if the state is
-            another evaluation's or damaged.
+        EvaluationError: If the split is empty or does not fit the model, if
+            pixels are outside [0, 1], outputs are no logits, the model is
+            stochastic and `config.eot` is None, or the state is another
+            evaluation's or damaged. It is a ValueError.
     """
     check_fit(model, split)
     if surrogate is not None:
@@ -418,6 +423,10 @@ class _Evaluation:
         }
 
 
+class StateError(EvaluationError):
+    """The state of an evaluation is another one's, or damaged."""
+
+
 class _State:
     """What is under way, in a folder; nothing if there is none.
 
@@ -432,13 +441,14 @@ class _State:
         self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
         if folder is None:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "evaluation.json"
         if not path.exists():
             run_folder.write_json(path, identity)
         earlier = run_folder.read_json(path)
         changed = [k for k in identity if earlier.get(k) != identity[k]]
         if changed:
-            raise ValueError(
+            raise StateError(
                 f"{folder} holds the state of an evaluation with another "
                 f"{', '.join(changed)}. Remove it, or write --overwrite."
             )
@@ -500,9 +510,10 @@ class _State:
                 return {key: file[key] for key in file.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{path} is damaged and cannot be read ({reason}). Remove it "
-                "to attack its images again; the others are kept."
+            raise StateError(
+                f"{path} is damaged and cannot be read ({reason}). Remove it, "
+                "and its images are attacked again, the others are not; or "
+                "write --overwrite."
             ) from error
 
 
@@ -605,7 +616,7 @@ def _choose(split, config):
     if config.indices is not None:
         outside = [i for i in config.indices if not 0 <= i < len(split)]
         if outside:
-            raise ValueError(
+            raise EvaluationError(
                 f"The {split.name} split has the images 0 to {len(split) - 1}. "
                 f"Received: {outside[0]} in the list of examples."
             )
@@ -626,21 +637,21 @@ def check_fit(model, split):
             images of another shape.
     """
     if len(split) == 0:
-        raise ValueError(
+        raise EvaluationError(
             f"The {split.name} split holds no images; there is nothing to "
             "evaluate. Check --data_dir and --split."
         )
     classes = model.output_shape[-1]
     largest = int(np.max(split.labels))
     if largest >= classes:
-        raise ValueError(
+        raise EvaluationError(
             f"The model tells {classes} classes apart, the {split.name} split "
             f"has the label {largest}: the model is of another data set."
         )
     wanted = tuple(model.input_shape[1:])
     found = tuple(split.read([0]).shape[1:])
     if any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
-        raise ValueError(
+        raise EvaluationError(
             f"The model takes images of shape {wanted}, the {split.name} split "
             f"holds {found}: the model is of another data set, or of another "
             "--image_size."
@@ -653,7 +664,7 @@ def _checked(images, name):
     low, high = float(images.min()), float(images.max())
     # A NaN fails every comparison.
     if not (low >= 0 and high <= 1):
-        raise ValueError(
+        raise EvaluationError(
             f"Expected images in [0, 1]. Received: the {name} split has pixels "
             f"from {low:g} to {high:g}. Divide 8-bit pixels by 255, and leave "
             "mean and standard deviation to the model."
@@ -670,12 +681,12 @@ def _check_outputs(model, split, config):
     images = split.read(np.arange(min(8, len(split))))
     first = _array(model(images, training=False)).astype("float64")
     if looks_like_probabilities(first):
-        raise ValueError(
+        raise EvaluationError(
             "The model's outputs look like probabilities (they lie in [0, 1] "
             "and sum to 1); attacks need logits. Remove the softmax."
         )
     if config.eot is None and varies(model, images):
-        raise ValueError(
+        raise EvaluationError(
             "The model is stochastic: two calls on the same images differ. "
             "Attack it in expectation, with --eot=20 say (--eot=1 insists on "
             "one draw)."

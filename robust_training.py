@@ -163,6 +163,20 @@ RECIPES = {
     ),
     "folder": _CIFAR,
 }
+# On adversarial images; what is not here trains as it does on clean ones.
+_ADVERSARIAL_CIFAR = Recipe(
+    optimizer="sgd",
+    learning_rate=0.1,
+    epochs=165,
+    batch_size=64,
+    drops=((85, 0.1), (125, 0.01)),
+    augmentation="small_photographs",
+)
+ADVERSARIAL_RECIPES = {
+    **RECIPES,
+    "cifar10": _ADVERSARIAL_CIFAR,
+    "folder": _ADVERSARIAL_CIFAR,
+}
 
 
 def make_optimizer(recipe, steps_per_epoch):
@@ -521,7 +535,7 @@ def save_weights(path, model):
         model.optimizer = optimizer
 
 
-def load_run(folder, weights="best"):
+def load_run(folder, weights="best", options=None, dtype=None):
     """Builds the model of a run again and loads its weights.
 
     The architecture is built by our own code from `config.json`; from the
@@ -530,6 +544,9 @@ def load_run(folder, weights="best"):
     Args:
         folder: The folder of the run.
         weights: `"best"` or `"last"`.
+        options: Dict of model options to use in place of the run's.
+        dtype: A Keras dtype policy, `"mixed_bfloat16"` say; None for the
+            global one. Layers that insist on float32 (samplers) keep it.
 
     Returns:
         Tuple of the model and the run's config, a dict.
@@ -551,12 +568,17 @@ def load_run(folder, weights="best"):
             f"{path} does not exist: the run has no {weights} weights yet. "
             "Continue it with --resume."
         )
-    model = model_backbone.create(
-        config["model"],
-        num_classes=config["num_classes"],
-        image_shape=config["image_shape"],
-        **config["model_options"],
-    )
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(dtype or policy)
+        model = model_backbone.create(
+            config["model"],
+            num_classes=config["num_classes"],
+            image_shape=config["image_shape"],
+            **{**config["model_options"], **(options or {})},
+        )
+    finally:
+        keras.config.set_dtype_policy(policy)
     try:
         model.load_weights(path)
     except (ValueError, OSError, KeyError) as error:

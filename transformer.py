@@ -111,11 +111,10 @@ def check_interpolation(interpolation):
 
 def as_views(views, boxes, gazes):
     """Names what a sampler shows, one entry a view also if there is one."""
-    batch = ops.shape(views)[0]
+    named = {"gazes": (gazes, 3), "boxes": (boxes, 3), "views": (views, 5)}
     return {
-        "gazes": ops.reshape(gazes, (batch, -1, 2)),
-        "boxes": ops.reshape(boxes, (batch, -1, 4)),
-        "views": ops.reshape(views, (batch, -1, *views.shape[-3:])),
+        name: value if len(value.shape) == rank else ops.expand_dims(value, 1)
+        for name, (value, rank) in named.items()
     }
 
 

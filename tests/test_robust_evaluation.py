@@ -16,7 +16,7 @@ from robust_evaluation import EvaluationConfig, accuracy, evaluate
 
 SHAPE = (6, 6, 1)
 CLASSES = 4
-PGD = attack_backbone.PGDConfig(epsilon=0.05, steps=4)
+PGD = attack_backbone.PGD(epsilon=0.05, steps=4)
 
 
 def array(x):
@@ -79,7 +79,7 @@ def test_the_record_can_be_recomputed_from_the_images(
     model, norm, epsilon, target
 ):
     split, images = make_split()
-    attack = attack_backbone.PGDConfig(norm=norm, epsilon=epsilon, steps=3)
+    attack = attack_backbone.PGD(norm=norm, epsilon=epsilon, steps=3)
     config = EvaluationConfig(attack, target=target, batch_size=16)
     record, arrays = evaluate(model, split, config, keep_images=-1)
     labels, out = arrays["labels"], arrays["adversarial"]
@@ -107,7 +107,7 @@ def test_the_record_can_be_recomputed_from_the_images(
 
 def test_batch_size_and_order_change_nothing(model):
     split, images = make_split()
-    attack = attack_backbone.PGDConfig(epsilon=0.05, steps=3, restarts=2)
+    attack = attack_backbone.PGD(epsilon=0.05, steps=3, restarts=2)
 
     def run(split, **fields):
         config = EvaluationConfig(attack, target="random", **fields)
@@ -183,7 +183,7 @@ def test_a_scan_is_compiled_once(model, monkeypatch):
     model = keras.models.clone_model(model)
     norms = []
     for epsilon, steps, restarts in ((0.1, 2, 1), (0.2, 3, 1), (0.2, 3, 2)):
-        attack = attack_backbone.PGDConfig(
+        attack = attack_backbone.PGD(
             epsilon=epsilon, steps=steps, restarts=restarts
         )
         record, arrays = evaluate(model, split, EvaluationConfig(attack))
@@ -196,7 +196,7 @@ def test_a_scan_equals_its_parts_run_alone(model):
     split, _ = make_split()
     fresh = keras.models.clone_model(model)
     fresh.set_weights(model.get_weights())
-    attack = attack_backbone.PGDConfig(epsilon=0.03, steps=5, restarts=3)
+    attack = attack_backbone.PGD(epsilon=0.03, steps=5, restarts=3)
     config = EvaluationConfig(attack, batch_size=37)
     evaluate(model, split, EvaluationConfig(PGD, batch_size=37))
     record, arrays = evaluate(model, split, config)
@@ -245,7 +245,7 @@ def test_progress_and_context(model):
 
 def test_fgsm_has_its_record(model):
     split, _ = make_split()
-    config = EvaluationConfig(attack_backbone.FGSMConfig(epsilon=0.1))
+    config = EvaluationConfig(attack_backbone.FGSM(epsilon=0.1))
     record, _ = evaluate(model, split, config)
     assert record["attack"] == "fgsm" and record["epsilon"] == 0.1
     assert record["robust_accuracy"] < record["clean_accuracy"]
