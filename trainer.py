@@ -87,6 +87,30 @@ _RECIPE = {
         "augmentation", None, "Which augmentation; see the README."
     ),
 }
+# Overrides of the data set's adversarial training; unset flags keep it.
+_ADV_TRAIN = flags.DEFINE_boolean(
+    "adv_train", False, "Train on adversarial images."
+)
+_ADVERSARIAL = {
+    "attack": flags.DEFINE_string("adv_attack", None, "pgd or fgsm."),
+    "norm": flags.DEFINE_string("adv_norm", None, "linf, l2 or l1."),
+    "epsilon": flags.DEFINE_string(
+        "adv_epsilon", None, "Radius in units of the pixel range: 8/255, say."
+    ),
+    "steps": flags.DEFINE_integer(
+        "adv_steps", None, "Gradient steps of pgd.", lower_bound=1
+    ),
+    "step_size": flags.DEFINE_string(
+        "adv_step_size", None, "Length of one step, in the units of epsilon."
+    ),
+    "random_start": flags.DEFINE_float(
+        "adv_random_start", None, "Chance of a random start in the ball."
+    ),
+    "target": flags.DEFINE_string("adv_target", None, "none or random."),
+    "clean_weight": flags.DEFINE_float(
+        "adv_clean_weight", None, "Weight of the clean images, below 1."
+    ),
+}
 # Options of the models; unset flags keep the model's own.
 _OPTIONS = {
     "num_transformers": flags.DEFINE_integer(
@@ -171,6 +195,7 @@ class RunConfig:
     Attributes:
         model: Name in the registry.
         model_options: Options of `model_backbone.create`.
+        adversarial: A `losses.AdversarialConfig`; None for standard training.
         dataset: Name of the data set.
         recipe: A `robust_training.Recipe`.
         data_dir, image_size, class_list, validation_fraction, skip_corrupt,
@@ -185,6 +210,7 @@ class RunConfig:
     dataset: str
     recipe: object
     model_options: dict = dataclasses.field(default_factory=dict)
+    adversarial: object | None = None
     data_dir: str | None = None
     image_size: int | None = None
     class_list: str | None = None
@@ -217,7 +243,13 @@ def config_from_flags():
     row = model_backbone.entry(_MODEL.value)
     if _DATASET.value not in datasets.names():
         datasets.load(_DATASET.value)  # Raises, with the near names.
-    recipe = robust_training.RECIPES[_DATASET.value].override(
+    adversarial = _adversarial_from_flags()
+    recipes = (
+        robust_training.ADVERSARIAL_RECIPES
+        if adversarial
+        else robust_training.RECIPES
+    )
+    recipe = recipes[_DATASET.value].override(
         **{name: flag.value for name, flag in _RECIPE.items()}
     )
     if not _AUGMENT.value:
@@ -234,6 +266,7 @@ def config_from_flags():
         dataset=_DATASET.value,
         recipe=recipe,
         model_options=options,
+        adversarial=adversarial,
         data_dir=_DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
         class_list=_CLASS_LIST.value,
@@ -246,6 +279,27 @@ def config_from_flags():
         save_every=_SAVE_EVERY.value,
         eval_batch_size=_EVAL_BATCH.value,
     )
+
+
+def _adversarial_from_flags():
+    import losses
+
+    given = {
+        name: flag.value
+        for name, flag in _ADVERSARIAL.items()
+        if flag.value is not None
+    }
+    if not _ADV_TRAIN.value:
+        if given:
+            name = next(iter(given))
+            raise ValueError(
+                f"--adv_{name}={given[name]} is a matter of adversarial "
+                "training; add --adv_train=1."
+            )
+        return None
+    for name in {"epsilon", "step_size"} & set(given):
+        given[name] = command_line.parse_ratio(given[name])
+    return losses.CONFIGS[_DATASET.value].override(**given)
 
 
 def load_data(config):
@@ -359,7 +413,6 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
     Returns:
         The record of the final evaluation, also in `results.json`.
     """
-    import robust_evaluation
     import robust_training
 
     with command_line.guard():
@@ -369,14 +422,10 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
         folder = open_folder(
             config, described, overwrite=overwrite, resume=resume
         )
-        validate = None
-        if data.validation is not None:
-
-            def validate(model):
-                return robust_evaluation.accuracy(
-                    model, data.validation, config.eval_batch_size
-                )
-
+        objective = robust_training.STANDARD
+        if config.adversarial:
+            found = config.adversarial.objective(len(data.class_names))
+            objective = robust_training.Objective(found.loss, found.craft)
         loop = robust_training.Loop(
             model=model,
             optimizer=optimizer,
@@ -386,7 +435,8 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
             batch_size=config.recipe.batch_size,
             epochs=config.recipe.epochs,
             augmentation=config.recipe.augmentation,
-            validate=validate,
+            objective=objective,
+            validate=_validation(config, data),
             callbacks=(*_callbacks(folder), *callbacks),
             save_every=config.save_every,
             should_stop=_asked_to_stop(),
@@ -412,6 +462,44 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
         record["provenance"] = described["provenance"]
         run_folder.write_json(folder / "results.json", record)
     return record
+
+
+def _validation(config, data):
+    """Returns what validates after each epoch; None without such images.
+
+    An adversarially trained model is validated under the attack it is trained
+    on: of its epochs the best on clean images can be among the least robust.
+    """
+    import model_backbone
+    import robust_evaluation
+
+    if data.validation is None:
+        return None
+
+    def clean(model):
+        return robust_evaluation.accuracy(
+            model, data.validation, config.eval_batch_size
+        )
+
+    def attacked(model):
+        record, _ = robust_evaluation.evaluate(
+            model,
+            data.validation,
+            robust_evaluation.EvaluationConfig(
+                attack=objective.attack,
+                target=objective.target,
+                batch_size=config.eval_batch_size,
+                seed=config.seed,
+                eot=1 if model_backbone.is_stochastic(model) else None,
+            ),
+            keep_images=0,
+        )
+        return {"accuracy": record["robust_accuracy"], "loss": record["loss"]}
+
+    if not config.adversarial:
+        return clean
+    objective = config.adversarial.objective(len(data.class_names))
+    return attacked
 
 
 def _evaluate(config, data, model, loop, folder):

@@ -1,5 +1,6 @@
 """Flags become one config, one config becomes one run."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,8 +13,11 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import attack_backbone
 import datasets
+import losses
 import model_backbone
+import robust_evaluation
 import robust_training
 import trainer
 
@@ -62,6 +66,13 @@ def config(tmp_path, line=""):
     return parse(
         f"--runs_dir={tmp_path} --width=2 --localization_width=2 "
         f"--num_transformers=2 --epochs=2 --batch_size=8 {line}"
+    )
+
+
+def adversarial(tmp_path, line=""):
+    return parse(
+        f"--runs_dir={tmp_path} --model=madry_cnn --width=2 --dropout=0.2 "
+        f"--epochs=2 --batch_size=8 --adv_train=1 --adv_steps=2 {line}"
     )
 
 
@@ -127,11 +138,56 @@ class TestFlags:
             ("--dataset=imagnet10", "imagenet10"),
             ("--optimizer=adm", "unknown optimizer 'adm'"),
             ("--learning_rate=-1", "learning_rate must be above 0"),
+            ("--adv_train=1 --adv_attack=pdg", "pgd, fgsm"),
+            ("--adv_train=1 --adv_norm=l2", "an epsilon with the norm l2"),
+            ("--adv_train=1 --adv_epsilon=eps", "a ratio like 8/255"),
+            ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
         ],
     )
     def test_bad_values_name_what_is_near(self, line, match):
         with pytest.raises(ValueError, match=match):
             parse(line)
+
+    @pytest.mark.parametrize("dataset", datasets.names())
+    def test_adversarial_training_has_defaults_by_data_set(self, dataset):
+        line = f"--dataset={dataset} --data_dir=somewhere"
+        assert parse(line).adversarial is None
+        found = parse(f"{line} --adv_train=1")
+        assert found.adversarial == losses.CONFIGS[dataset]
+        assert found.recipe == robust_training.ADVERSARIAL_RECIPES[dataset]
+
+    def test_adversarial_training_on_cifar_is_the_handovers(self):
+        found = parse("--dataset=cifar10 --adv_train=1")
+        assert found.recipe == robust_training.Recipe(
+            optimizer="sgd",
+            learning_rate=0.1,
+            momentum=0.9,
+            batch_size=64,
+            epochs=165,
+            drops=((85, 0.1), (125, 0.01)),
+            augmentation="small_photographs",
+        )
+        attack = found.adversarial.objective(10).attack
+        assert attack.norm == "linf" and attack.random_start == 1
+        assert (attack.epsilon, attack.steps) == (8 / 255, 5)
+        assert attack.step_length == pytest.approx(8 / 255 / 3)
+
+    def test_every_setting_of_adversarial_training_has_a_flag(self):
+        fields = dataclasses.fields(losses.AdversarialConfig)
+        assert set(trainer._ADVERSARIAL) == {field.name for field in fields}
+        found = parse(
+            "--adv_train=1 --adv_attack=pgd --adv_norm=l2 --adv_epsilon=1/2 "
+            "--adv_steps=3 --adv_step_size=1/8 --adv_random_start=0.8 "
+            "--adv_target=random --adv_clean_weight=0.5"
+        )
+        assert found.adversarial == losses.AdversarialConfig(
+            "pgd", "l2", 0.5, 3, 0.125, 0.8, "random", 0.5
+        )
+
+    @pytest.mark.parametrize("name", sorted(trainer._ADVERSARIAL))
+    def test_its_flags_ask_for_it(self, name):
+        with pytest.raises(ValueError, match=f"adv_{name}=1.*add --adv_train"):
+            parse(f"--adv_train=0 --adv_{name}=1")
 
 
 class TestRun:
@@ -201,6 +257,66 @@ class TestRun:
         again = trainer.run(chosen, tiny(), resume=True)
         assert first["last"] == again["last"]
 
+    def test_adversarial_training_resumes_bit_for_bit(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        line = "--adv_target=random --tag="
+        whole = adversarial(tmp_path, line + "whole")
+        trainer.run(whole, tiny())
+        written = json.loads((whole.folder / "config.json").read_text())
+        assert written["adversarial"] == {
+            "attack": "pgd",
+            "norm": "linf",
+            "epsilon": 0.1,
+            "steps": 2,
+            "step_size": None,
+            "random_start": 1.0,
+            "target": "random",
+            "clean_weight": 0.0,
+        }
+        part = adversarial(tmp_path, line + "part")
+        asked = iter([False, True])  # To stop, in the middle of an epoch.
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_asked_to_stop", lambda: asked.__next__)
+            with pytest.raises(SystemExit) as stopped:
+                trainer.run(part, tiny())
+        assert stopped.value.code == 130
+        assert "stopped at step 2" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            changed = adversarial(tmp_path, line + "part --adv_epsilon=0.2")
+            trainer.run(changed, tiny(), resume=True)
+        assert "adversarial was {" in capsys.readouterr().err
+        trainer.run(part, tiny(), resume=True)
+        first, again = (
+            np.load(chosen.folder / "state.npz") for chosen in (whole, part)
+        )
+        for name in set(first.files) - {"progress"}:
+            np.testing.assert_array_equal(first[name], again[name])
+        rows = [
+            json.loads(str(state["progress"]))["history"]
+            for state in (first, again)
+        ]
+        for a, b in zip(*rows, strict=True):
+            assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+    def test_adversarial_training_is_validated_under_its_attack(self, tmp_path):
+        chosen = adversarial(tmp_path, "--epochs=1")
+        record = trainer.run(chosen, tiny())
+        model, _ = robust_training.load_run(chosen.folder, "last")
+        found, _ = robust_evaluation.evaluate(
+            model,
+            tiny().validation,
+            robust_evaluation.EvaluationConfig(
+                attack_backbone.PGD(epsilon=0.1, steps=2, keep="last")
+            ),
+        )
+        accuracy = found["robust_accuracy"]
+        assert record["best_validation_accuracy"] == pytest.approx(accuracy)
+        lines = (chosen.folder / "history.csv").read_text().splitlines()
+        row = dict(zip(*(line.split(",") for line in lines), strict=True))
+        loss = float(row["validation_loss"])
+        assert loss == pytest.approx(found["loss"], rel=1e-4)
+
     def test_a_full_disk_is_one_line(self, tmp_path, capsys, monkeypatch):
         def full(*arguments):
             raise OSError(28, "No space left on device", "state.npz")
@@ -235,6 +351,7 @@ def call(*arguments, **environment):
         (["--epochs=many"], "--epochs=many"),
         (["--epoch=3"], "epochs"),
         (["--auxiliary=1"], "no option 'auxiliary'"),
+        (["--adv_train=1", "--adv_epsilon=0"], "Expected epsilon > 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
