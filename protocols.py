@@ -382,6 +382,11 @@ def _sample_notes(used):
     return tuple(notes)
 
 
+# How a table is written down; who asks a protocol for one looks here.
+render = published.render
+to_markdown = published.to_markdown
+to_csv = published.to_csv
+
 # --- Attacks ----------------------------------------------------------------
 
 
