@@ -8,6 +8,7 @@ it an exception is a defect of ours and keeps its traceback.
 import contextlib
 import difflib
 import errno
+import logging
 import math
 import os
 import sys
@@ -94,6 +95,8 @@ def load_keras():
         import keras
 
         keras.ops.zeros(())  # The backend greets at its first operation.
+    # TensorFlow takes the pieces of an attack for one function traced anew.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
 def run(main):

@@ -541,6 +541,7 @@ def fold_in(keys, value):
         Int32 tensor of shape `(batch, 2)`.
     """
     value = ops.cast(_wrap(value) if isinstance(value, int) else value, "int32")
+    keys = ops.convert_to_tensor(keys, dtype="int32")
     first, second = keys[..., 0], keys[..., 1]
     first = _mix(ops.bitwise_xor(first, _mix(value + _VALUE_SALT)))
     second = _mix(second + first)

@@ -379,7 +379,7 @@ class _Evaluation:
         if targets is not None:
             worse = losses[1] <= losses[0]
         better = (rank[1] > rank[0]) | ((rank[1] == rank[0]) & worse)
-        if self.config.attack.keep != "first":
+        if len(self.members) == 1:
             # Which candidate counts was the attack's to say.
             better = np.ones_like(better)
         best[left[better]] = found[better]
@@ -435,7 +435,8 @@ class _State:
     than a few hundredths of the time go into it.
     """
 
-    OFTEN = 0.03
+    SHARE = 0.03  # Of the time, at most, for writing.
+    PAUSE = 1.0  # Seconds between two writes, at least.
 
     def __init__(self, folder, identity):
         self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
@@ -476,7 +477,7 @@ class _State:
     def save(self, number, member, rows, best, logits, seconds):
         """Writes the group under way, if it is time."""
         since = time.perf_counter() - self.saved_at
-        if self.folder is None or since < max(1.0, self.cost / self.OFTEN):
+        if self.folder is None or since < max(self.PAUSE, self.cost / self.SHARE):
             return
         started = time.perf_counter()
         self._write(

@@ -10,8 +10,11 @@ import pytest
 from keras import layers, ops
 
 import attack_backbone
+import crafting
 import datasets
+import objectives
 import robust_evaluation
+import square
 from robust_evaluation import EvaluationConfig, accuracy, evaluate
 
 SHAPE = (6, 6, 1)
@@ -174,9 +177,9 @@ def test_a_scan_is_compiled_once(model, monkeypatch):
     """Radius, steps and restarts are arguments of one compiled function."""
     split, _ = make_split(8)
     made = []
-    compile_call = robust_evaluation.numerics.compile_call
+    compile_call = crafting.numerics.compile_call
     monkeypatch.setattr(
-        robust_evaluation.numerics,
+        crafting.numerics,
         "compile_call",
         lambda *args: made.append(args) or compile_call(*args),
     )
@@ -189,7 +192,7 @@ def test_a_scan_is_compiled_once(model, monkeypatch):
         record, arrays = evaluate(model, split, EvaluationConfig(attack))
         norms.append(record["largest_norm"])
     assert norms == pytest.approx([0.1, 0.2, 0.2], rel=1e-5)
-    assert len(made) == 2  # The attack and the forward pass.
+    assert len(made) == 5  # Four pieces of the attack, the forward pass.
 
 
 def test_a_scan_equals_its_parts_run_alone(model):
@@ -219,14 +222,15 @@ def test_no_compiled_function_keeps_its_model(model):
     model = keras.models.clone_model(model)
     accuracy(model, split)
     reference = weakref.ref(model)
-    assert model in robust_evaluation._COMPILED
+    assert model in crafting._COMPILED
     del model
     gc.collect()
     assert reference() is None
 
 
-def test_progress_and_context(model):
+def test_progress_and_context(model, monkeypatch):
     split, _ = make_split()
+    monkeypatch.setattr(robust_evaluation, "_GROUP_BYTES", 1)
     calls = []
     config = EvaluationConfig(PGD, batch_size=10)
     record, _ = evaluate(
@@ -238,7 +242,9 @@ def test_progress_and_context(model):
             (done, total, record)
         ),
     )
-    assert [c[:2] for c in calls] == [(10, 37), (20, 37), (30, 37), (37, 37)]
+    done = [c[0] for c in calls]
+    assert {10, 20, 30, 37} <= set(done) and done == sorted(done)
+    assert all(c[1] == 37 for c in calls)
     assert calls[-1][2]["robust_accuracy"] == record["robust_accuracy"]
     assert record["dataset"] == "quadrants"
 
@@ -277,6 +283,9 @@ def test_a_model_of_another_data_set_is_refused(model):
         dict(num_examples=0),
         dict(batch_size=0),
         dict(seed=-1),
+        dict(eot=0),
+        dict(read_outs="first"),
+        dict(craft_dtype="float16"),
     ],
 )
 def test_bad_settings_are_named(fields):
@@ -285,3 +294,322 @@ def test_bad_settings_are_named(fields):
         EvaluationConfig(PGD, **fields)
     assert str(value) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+FAST = [
+    attack_backbone.PGD(epsilon=0.04, steps=12, restarts=2, keep="first"),
+    attack_backbone.PGDAdam(
+        epsilon=0.04, steps=8, boundaries=(3, 5), keep="first"
+    ),
+    square.Square(epsilon=0.04, n_queries=40),
+]
+
+
+@pytest.mark.parametrize("attack", FAST, ids=lambda a: a.name)
+@pytest.mark.parametrize("target", ["none", "least_likely"])
+def test_dropping_the_fallen_changes_no_example(
+    model, attack, target, monkeypatch
+):
+    """Compaction against one uninterrupted call that keeps every row."""
+    split, images = make_split()
+    config = EvaluationConfig(attack, target=target, batch_size=8)
+    rows = []
+    apply = crafting.Crafter._apply
+    monkeypatch.setattr(
+        crafting.Crafter,
+        "_apply",
+        lambda self, piece, state, active, *n: (
+            rows.append(len(active)) or apply(self, piece, state, active, *n)
+        ),
+    )
+    _, arrays = evaluate(model, split, config, keep_images=-1)
+    order = arrays["indices"]
+    if target == "none":
+        assert rows[-1] < rows[0] < 37  # The clean errors, then the fallen.
+    numerics = crafting.numerics
+    keys = numerics.fold_in(numerics.example_keys(0, order), 0)
+    aims = None if target == "none" else arrays["targets"]
+
+    def logits_fn(x):
+        return model(x, training=False)
+
+    whole = numerics.compile_call(
+        lambda x, y, k, t=None: attack(logits_fn, x, y, k, t), model.variables
+    )
+    given = (images[order], split.labels[order], keys)
+    result = whole(*given, *(() if aims is None else (aims,)))
+    want, fallen = array(result.images), array(result.success)
+    wrong = arrays["clean_predictions"] != arrays["labels"]
+    untouched = wrong if target == "none" else np.zeros_like(wrong)
+    np.testing.assert_array_equal(
+        arrays["adversarial"][untouched], arrays["clean"][untouched]
+    )
+    np.testing.assert_allclose(
+        arrays["adversarial"][~untouched], want[~untouched], atol=1e-6
+    )
+    goals = arrays["labels"] if aims is None else aims
+    hit = arrays["adversarial_predictions"] == goals
+    np.testing.assert_array_equal(hit ^ (aims is None), fallen)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_killed_evaluation_goes_on_bit_for_bit(
+    model, tmp_path, monkeypatch, after
+):
+    split, _ = make_split()
+    config = EvaluationConfig(FAST[0], target="random", batch_size=8)
+    monkeypatch.setattr(robust_evaluation, "_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(robust_evaluation._State, "PAUSE", 0.0)
+    monkeypatch.setattr(robust_evaluation._State, "SHARE", 1e9)
+    want, arrays = evaluate(model, split, config, keep_images=-1)
+    write, left = robust_evaluation._State._write, [after]
+
+    def die(self, name, arrays):
+        write(self, name, arrays)
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(robust_evaluation._State, "_write", die)
+        with pytest.raises(Killed):
+            evaluate(model, split, config, state_dir=tmp_path)
+    steps = []
+    advance = crafting.Crafter._apply
+    monkeypatch.setattr(
+        crafting.Crafter,
+        "_apply",
+        lambda self, *args: steps.append(args[0]) or advance(self, *args),
+    )
+    got, again = evaluate(
+        model, split, config, state_dir=tmp_path, keep_images=-1
+    )
+    assert steps[0] != "open"  # It went on, it did not begin again.
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(again[name], values)
+    assert {**got, "seconds": 0} == {**want, "seconds": 0}
+    steps.clear()
+    evaluate(model, split, config, state_dir=tmp_path)
+    assert not steps  # All groups are done.
+
+
+def test_a_state_of_another_evaluation_is_refused(model, tmp_path):
+    split, _ = make_split()
+    evaluate(model, split, EvaluationConfig(PGD), state_dir=tmp_path)
+    other = EvaluationConfig(PGD, seed=1)
+    with pytest.raises(robust_evaluation.StateError, match="another .*seed"):
+        evaluate(model, split, other, state_dir=tmp_path)
+    path = tmp_path / "group-00000.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(robust_evaluation.StateError, match="is damaged") as e:
+        evaluate(model, split, EvaluationConfig(PGD), state_dir=tmp_path)
+    assert "\n" not in str(e.value) and path.name in str(e.value)
+
+
+def test_a_list_of_examples(model):
+    split, _ = make_split()
+    config = EvaluationConfig(PGD, indices=(7, 3, 30))
+    record, arrays = evaluate(model, split, config)
+    assert list(arrays["all_indices"]) == [7, 3, 30]
+    assert record["num_examples"] == 3 and record["indices"] == [7, 3, 30]
+    with pytest.raises(ValueError, match="0 to 36.*99"):
+        evaluate(model, split, EvaluationConfig(PGD, indices=(99,)))
+    for indices in ((), (1, 1)):
+        with pytest.raises(ValueError, match="indices"):
+            EvaluationConfig(PGD, indices=indices)
+    with pytest.raises(ValueError, match="not both"):
+        EvaluationConfig(PGD, indices=(1,), num_examples=1)
+
+
+def test_pixels_outside_the_range_are_refused(model):
+    split, images = make_split()
+    for wrong in (images * 255, images - 1, images * np.nan):
+        bad = datasets.Split("test", split.labels, lambda i, w=wrong: w[i])
+        with pytest.raises(ValueError, match=r"\[0, 1\].*test split") as error:
+            evaluate(model, bad, EvaluationConfig(PGD))
+        assert "\n" not in str(error.value)
+
+
+def test_probabilities_are_refused(model):
+    split, _ = make_split()
+    softmax = keras.Sequential([model, layers.Softmax()])
+    with pytest.raises(ValueError, match="look like probabilities"):
+        evaluate(softmax, split, EvaluationConfig(PGD))
+
+
+class Jitter(layers.Layer):
+    """Noise in inference also: a randomized defence."""
+
+    stochastic = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed_generator = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        noise = keras.random.normal(ops.shape(x), seed=self.seed_generator)
+        return x + 0.05 * noise
+
+
+@pytest.fixture
+def noisy(model):
+    return keras.Sequential([keras.Input(SHAPE), Jitter(), *model.layers])
+
+
+def test_a_stochastic_model_needs_its_draws(noisy):
+    split, _ = make_split()
+    with pytest.raises(ValueError, match="stochastic.*--eot=20"):
+        evaluate(noisy, split, EvaluationConfig(PGD))
+
+
+def test_draws_are_averaged_and_repeatable(noisy, model):
+    split, images = make_split()
+    before = [array(v).copy() for v in noisy.variables]
+    config = EvaluationConfig(PGD, eot=8, batch_size=37)
+    record, arrays = evaluate(noisy, split, config, keep_images=-1)
+    _, again = evaluate(noisy, split, config, keep_images=-1)
+    np.testing.assert_array_equal(arrays["adversarial"], again["adversarial"])
+    for variable, value in zip(noisy.variables, before, strict=True):
+        np.testing.assert_array_equal(array(variable), value)
+    # The mean over eight draws is nearer to the noiseless model than one is.
+    one = crafting.logits(noisy, images, 37, crafting.Reading(1))
+    many = crafting.logits(noisy, images, 37, crafting.Reading(8))
+    clean = forward(model, images)
+    assert np.mean((many - clean) ** 2) < 0.5 * np.mean((one - clean) ** 2)
+    assert record["robust_accuracy"] < record["clean_accuracy"]
+    assert record["eot"] == 8
+
+
+def test_a_surrogate_is_attacked_and_the_model_judges(model):
+    split, _ = make_split()
+    blind = keras.models.clone_model(model)
+    blind.set_weights([0 * w for w in model.get_weights()])
+    config = EvaluationConfig(attack_backbone.PGD(epsilon=0.04, steps=5))
+    own, _ = evaluate(model, split, config)
+    other, arrays = evaluate(
+        model, split, config, surrogate=blind, keep_images=-1
+    )
+    verdicts = forward(model, arrays["adversarial"]).argmax(-1)
+    np.testing.assert_array_equal(verdicts, arrays["adversarial_predictions"])
+    assert own["robust_accuracy"] < other["robust_accuracy"]
+
+
+def test_a_success_that_only_the_surrogate_sees_is_attacked_on(model):
+    """The surrogate calls everything wrong; the attack must not stop there."""
+    split, _ = make_split()
+    sure = keras.models.clone_model(model)
+    sure.set_weights(model.get_weights())
+    shifted = keras.Sequential([sure, Roll()])
+    config = EvaluationConfig(FAST[0], batch_size=37)
+    record, arrays = evaluate(
+        model, split, config, surrogate=shifted, keep_images=-1
+    )
+    right = arrays["clean_predictions"] == arrays["labels"]
+    moved = np.abs(arrays["adversarial"] - arrays["clean"]).max((1, 2, 3))
+    assert np.all(moved[right] > 0.02)
+
+
+class Roll(layers.Layer):
+    """Moves every class by one."""
+
+    def call(self, x):
+        return ops.roll(x, 1, axis=-1)
+
+
+def test_bfloat16_crafts_and_float32_judges():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        half = make_small()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    whole = make_small()
+    half.set_weights(whole.get_weights())
+    split, _ = make_split()
+    attack = attack_backbone.PGD(epsilon=0.05, steps=5, keep="first")
+    config = EvaluationConfig(attack, craft_dtype="bfloat16")
+    record, arrays = evaluate(whole, split, config, surrogate=half)
+    assert arrays["adversarial"].dtype == np.float32
+    assert record["craft_dtype"] == "bfloat16"
+    assert record["largest_norm"] <= 0.05 * (1 + 1e-6)
+    verdicts = forward(whole, arrays["adversarial"]).argmax(-1)
+    np.testing.assert_array_equal(verdicts, arrays["adversarial_predictions"])
+    exact, _ = evaluate(whole, split, EvaluationConfig(attack))
+    gap = record["robust_accuracy"] - exact["robust_accuracy"]
+    assert abs(gap) <= 0.1 and exact["robust_accuracy"] < 1
+
+
+def make_small():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            layers.AveragePooling2D(3),
+            layers.Flatten(),
+            layers.Dense(CLASSES, use_bias=False),
+        ]
+    )
+    model.set_weights([20 * np.eye(4, dtype="float32")])
+    return model
+
+
+class ReadOuts(layers.Layer):
+    """Shows three read-outs; the last one is what the model answers."""
+
+    def call(self, logits):
+        return logits, ops.stack([-logits, 2 * logits, logits], axis=1)
+
+    def shown(self, inputs, outputs):
+        return {"step_logits": outputs[1]}
+
+
+def test_all_read_outs_are_attacked():
+    base = make_small()
+    images = keras.Input(SHAPE)
+    logits, _ = ReadOuts()(base(images))
+    model = keras.Model(images, logits)
+    split, x = make_split()
+    seen = {}
+    for read_outs in ("last", "all"):
+        reading = crafting.Reading(read_outs=read_outs)
+        fn = crafting.compiled(
+            model,
+            "loss",
+            lambda f: (
+                lambda x, y: attack_backbone.mean_loss(
+                    "cross_entropy", objectives.outputs_of(f(x)), y
+                )
+            ),
+            reading,
+        )
+        seen[read_outs] = array(fn(x, split.labels))
+    z = forward(model, x)
+    parts = [
+        array(objectives.cross_entropy(ops.convert_to_tensor(k * z),
+                                       split.labels))
+        for k in (-1, 2, 1)
+    ]  # fmt: skip
+    np.testing.assert_allclose(seen["last"], parts[2], rtol=1e-5)
+    np.testing.assert_allclose(seen["all"], np.mean(parts, 0), rtol=1e-5)
+    config = EvaluationConfig(PGD, read_outs="all")
+    record, _ = evaluate(model, split, config)
+    assert record["read_outs"] == "all"
+
+
+def test_an_ensemble_attacks_what_still_stands(model):
+    """Its result is the worst case over its members, example for example."""
+    import autoattack
+
+    split, _ = make_split(20)
+    ensemble = autoattack.AutoAttack(epsilon=0.03, version="rand")
+    assert len(ensemble.members()) == 2
+    _, arrays = evaluate(model, split, EvaluationConfig(ensemble))
+    fallen = arrays["all_adversarial_predictions"] != arrays["all_labels"]
+    either = np.zeros_like(fallen)
+    for member in ensemble.members():
+        _, alone = evaluate(model, split, EvaluationConfig(member))
+        either |= alone["all_adversarial_predictions"] != alone["all_labels"]
+    assert fallen.sum() >= either.sum() > 0
