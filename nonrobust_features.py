@@ -1,0 +1,537 @@
+"""What a model can learn from adversarial perturbations alone.
+
+    record = nonrobust_features.run(folder, data=data, target="random")
+
+Each training image of a run is moved a little towards a class that has nothing
+to do with what it shows, and gets that class as its label. To people such a
+set is mislabelled throughout. A fresh model trained on it that is right on
+clean test images has learned what the perturbations are made of: features that
+predict the class and are not robust.
+
+The crafted images lie in files of a few thousand, the training is the one loop
+of `robust_training`; killed anywhere, both go on where they were.
+
+References:
+    - [Ilyas et al., 2019](https://arxiv.org/abs/1905.02175), section 3.2
+"""
+
+import bisect
+import dataclasses
+import math
+import pathlib
+import shutil
+import time
+
+import keras
+import numpy as np
+from keras import ops
+
+import attack_backbone
+import crafting
+import datasets
+import metrics
+import model_backbone
+import numerics
+import objectives
+import robust_evaluation
+import robust_training
+import run_folder
+
+TARGETS = ("random", "next")
+_SET = "set.json"
+_FILE_BYTES = 2**26  # Of crafted images in a file, about.
+_CHOICE, _FRESH = 0xFEA7, 0xF2E5  # Tell these uses of the seed from others.
+
+
+@dataclasses.dataclass(frozen=True)
+class CraftConfig:
+    """How the images of the set are made; the defaults are the handover's.
+
+    Attributes:
+        target: `"random"`: uniform over all classes, the image's own among
+            them, so that what it shows says nothing about its new label;
+            `"next"`: label + 1, so that what it shows is misleading.
+        norm: One of `"l1"`, `"l2"`, `"linf"`.
+        epsilon: Radius of the ball, in units of the pixel range [0, 1].
+        steps: Steps of projected gradient descent from the image, without a
+            random start; the last iterate counts.
+        step_size: Length of one in `norm`, in the units of epsilon.
+        num_examples: How many images are used, drawn by the seed; None for
+            all.
+        batch_size: Images at a time; changes the speed alone.
+        seed: Integer from which all randomness comes.
+        eot: Draws of a stochastic model whose gradients are averaged; None is
+            for deterministic models.
+    """
+
+    target: str = "random"
+    norm: str = "l2"
+    epsilon: float = 0.5
+    steps: int = 50
+    step_size: float = 0.1
+    num_examples: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+    eot: int | None = None
+
+    def __post_init__(self):
+        if self.target not in TARGETS:
+            raise ValueError(
+                f"Expected target to be one of {', '.join(TARGETS)}. "
+                f"Received: target={self.target!r}."
+            )
+        for name in ("batch_size", "num_examples", "eot"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"Expected {name} >= 1. Received: {name}={value}."
+                )
+        if self.seed < 0:
+            raise ValueError(f"Expected seed >= 0. Received: {self.seed}.")
+        _ = self.attack  # Checks the rest.
+
+    @property
+    def attack(self):
+        """The attack that makes the images."""
+        return attack_backbone.PGD(
+            norm=self.norm,
+            epsilon=self.epsilon,
+            steps=self.steps,
+            step_size=self.step_size,
+            random_start=0.0,
+            keep="last",
+        )
+
+    def describe(self):
+        """Returns every setting that a result depends on, JSON-able."""
+        settings = dataclasses.asdict(self)
+        del settings["batch_size"]
+        return settings
+
+
+# --- The crafted set ---------------------------------------------------------
+
+
+def build(
+    model,
+    split,
+    config,
+    path,
+    progress=None,
+    *,
+    weights_sha256=None,
+    should_stop=lambda: False,
+):
+    """Crafts the set into a folder, or goes on where that was stopped.
+
+    Args:
+        model: A `keras.Model` from images in [0, 1] to logits; its variables
+            are left as they are.
+        split: The training `datasets.Split`.
+        config: A `CraftConfig`.
+        path: The folder; it is made if it is not there.
+        progress: Callable `(done, total)`, called after every file.
+        weights_sha256: What tells the model's weights from others.
+        should_stop: Callable that says whether to stop after this file.
+
+    Returns:
+        Dict with "num_examples", "attack_success" (the part that the model
+        takes for the target), "relabelled" (the part whose target is not the
+        true label) and "crafting_seconds".
+
+    Raises:
+        ValueError: If the split does not fit the model, if the model is
+            stochastic and `config.eot` is None, or if the folder holds another
+            set or a damaged one.
+        robust_training.Interrupted: If `should_stop` said so.
+    """
+    robust_evaluation.check_fit(model, split)
+    if config.eot is None and robust_evaluation.varies(
+        model, split.read(range(min(8, len(split))))
+    ):
+        raise ValueError(
+            "The model is stochastic: two calls on the same images differ. "
+            "Craft in expectation over its noise, with --eot=20 say."
+        )
+    path = pathlib.Path(path)
+    indices = _chosen(len(split), config)
+    rows = max(1, _FILE_BYTES // split.read([0]).nbytes)
+    starts = range(0, len(indices), rows)
+    _claim(
+        path,
+        {
+            **config.describe(),
+            "count": len(indices),
+            "rows": rows,
+            "labels_sha256": split.fingerprint()["labels_sha256"],
+            "weights_sha256": weights_sha256,
+        },
+    )
+    for number, start in enumerate(starts):
+        if _files(path, number)[1].exists():
+            continue
+        if should_stop():
+            raise robust_training.Interrupted
+        chosen = indices[start : start + rows]
+        _write(path, number, _craft(model, split, config, chosen))
+        if progress is not None:
+            progress(start + len(chosen), len(indices))
+    parts = [_read(path, number) for number in range(len(starts))]
+    labels, targets, success = (
+        np.concatenate([part[name] for part in parts])
+        for name in ("labels", "targets", "success")
+    )
+    return {
+        "num_examples": len(indices),
+        "attack_success": float(success.mean()),
+        "relabelled": float((labels != targets).mean()),
+        "crafting_seconds": round(
+            sum(float(part["seconds"]) for part in parts), 1
+        ),
+    }
+
+
+def as_split(path):
+    """Returns a crafted set as a training `datasets.Split`.
+
+    Its labels are the targets. The images are read from the files as they are
+    needed, not held in memory.
+
+    Args:
+        path: The folder that `build` filled.
+
+    Raises:
+        FileNotFoundError: If the set is not there, or not finished.
+        ValueError: If a file is damaged.
+    """
+    path = pathlib.Path(path)
+    if not (path / _SET).exists():
+        raise FileNotFoundError(f"{path} holds no crafted set: no {_SET}.")
+    described = run_folder.read_json(path / _SET)
+    files = math.ceil(described["count"] / described["rows"])
+    for number in range(files):
+        if not _files(path, number)[1].exists():
+            raise FileNotFoundError(
+                f"{path} holds {number} of {files} files of its crafted set. "
+                "Run the same command again to finish it."
+            )
+    targets = [_read(path, number)["targets"] for number in range(files)]
+    images = [_images(path, number) for number in range(files)]
+    firsts = np.cumsum([0, *map(len, targets)]).tolist()
+
+    def read(indices):
+        out = np.empty((len(indices), *images[0].shape[1:]), "float32")
+        for row, index in enumerate(indices):
+            number = bisect.bisect_right(firsts, index) - 1
+            out[row] = images[number][index - firsts[number]]
+        return out
+
+    return datasets.Split("train", np.concatenate(targets), read)
+
+
+def _chosen(size, config):
+    order = np.random.default_rng([config.seed, _CHOICE]).permutation(size)
+    return np.sort(order[: config.num_examples])
+
+
+def _claim(path, described):
+    """Makes the folder of a set, or checks that it is the one to go on with."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / _SET).exists():
+        run_folder.write_json(path / _SET, described)
+    earlier = run_folder.read_json(path / _SET)
+    changed = [key for key in described if earlier.get(key) != described[key]]
+    if changed:
+        raise ValueError(
+            f"{path} holds a crafted set with another {', '.join(changed)}. "
+            "Replace it with --overwrite."
+        )
+
+
+def _craft(model, split, config, indices):
+    """Crafts the images of one file; returns its arrays by name."""
+    started = time.perf_counter()
+    reading = crafting.Reading(config.eot or 1, seed=config.seed)
+    classes = model.output_shape[-1]
+
+    def make(logits_fn):
+        def craft(images, labels, indices):
+            keys = numerics.example_keys(config.seed, indices)
+            if config.target == "next":
+                targets = objectives.next_targets(labels, classes)
+            else:
+                targets = numerics.integers(
+                    numerics.fold_in(keys, 0), (), classes
+                )
+            images = config.attack.perturb(
+                logits_fn, images, labels, numerics.fold_in(keys, 1), targets
+            )
+            return images, targets
+
+        return craft
+
+    key = ("nonrobust_features", *config.describe().items())
+    craft = crafting.compiled(model, key, make, reading)
+    size = max(1, config.batch_size // (config.eot or 1))
+    images, labels, targets = [], [], []
+    for batch in datasets.batches(split, indices, size):
+        count = len(batch[0])
+        padded = [crafting.pad(part, len(indices), size) for part in batch]
+        found = [ops.convert_to_numpy(part)[:count] for part in craft(*padded)]
+        images.append(found[0].astype("float32"))
+        labels.append(batch[1])
+        targets.append(found[1].astype("int32"))
+    images, labels, targets = map(np.concatenate, (images, labels, targets))
+    logits = crafting.logits(model, images, size, reading)
+    return {
+        "images": images,
+        "indices": np.asarray(indices, "int64"),
+        "labels": labels.astype("int32"),
+        "targets": targets,
+        "success": logits.argmax(-1) == targets,
+        "seconds": np.array(time.perf_counter() - started),
+    }
+
+
+def _files(path, number):
+    """The images of a file, which can be read in part, and what belongs to it.
+
+    The second is written last, so that where it is the first is whole.
+    """
+    return path / f"{number:05d}.images.npy", path / f"{number:05d}.npz"
+
+
+def _write(path, number, arrays):
+    images, rest = _files(path, number)
+    arrays = dict(arrays)
+    values = arrays.pop("images")
+    run_folder.atomic_write(
+        images, lambda file: np.save(file, values), size=values.nbytes
+    )
+    run_folder.atomic_write(rest, lambda file: np.savez(file, **arrays))
+
+
+def _read(path, number):
+    return _whole(_files(path, number)[1], _load)
+
+
+def _images(path, number):
+    def load(file):
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+    return _whole(_files(path, number)[0], load)
+
+
+def _load(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _whole(path, load):
+    """Reads a file, and says in one line if it is damaged."""
+    try:
+        return load(path)
+    except Exception as error:  # NumPy, zipfile and zlib raise seven kinds.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged and cannot be read ({reason}). Remove it and "
+            f"{path.with_name(path.name.split('.')[0] + '.npz').name} to craft "
+            "its images again; the others are kept."
+        ) from error
+
+
+# --- The experiment ----------------------------------------------------------
+
+
+def run(
+    folder,
+    *,
+    data,
+    config=None,
+    epochs=None,
+    weights="best",
+    overwrite=False,
+    callbacks=(),
+    progress=None,
+    save_every=300.0,
+    should_stop=lambda: False,
+    **settings,
+):
+    """Crafts the set of a run, trains a fresh model on it, and tests that.
+
+    The fresh model has the run's architecture and recipe and another
+    initialization. It is never shown an image with its true label, nor are its
+    weights chosen by any: those of the last epoch are tested.
+
+    Args:
+        folder: The folder of the run.
+        data: The run's `datasets.Dataset`, with its training images.
+        config: A `CraftConfig`; or give its attributes by name: `target`,
+            `norm`, `epsilon`, `steps`, `step_size`, `num_examples`,
+            `batch_size`, `seed`, `eot`.
+        epochs: Epochs of the fresh model; None for those of the recipe.
+        weights: `"best"` or `"last"`: which weights of the run are attacked.
+        overwrite: Whether an earlier result with other settings is replaced.
+        callbacks: Keras callbacks of the training.
+        progress: Callable `(done, total)` of the crafting.
+        save_every: Seconds between saves of the training's state.
+        should_stop: Callable that says whether to save and stop now.
+
+    Returns:
+        The record, also in `<run>/nonrobust_features-<target>/results.json`:
+        "accuracy" on the clean test images with its 95% interval, "chance"
+        (the part of the largest class), "shifted_accuracy" (the part of test
+        images that are taken for label + 1), "run_accuracy" of the run itself,
+        what `build` returns, and every setting. An earlier record with the
+        same settings is returned as it is.
+
+    Raises:
+        FileExistsError: If there is a result with other settings.
+        robust_training.Interrupted: If `should_stop` said so; the same call
+            goes on from there.
+        ValueError: See `build`; or if a setting is out of range.
+    """
+    folder = pathlib.Path(folder)
+    if config is None:
+        config = CraftConfig(**settings)
+    elif settings:
+        raise ValueError(f"Expected config or {', '.join(settings)}, not both.")
+    if data.train is None:
+        raise ValueError(
+            "The data set was loaded without its training images, of which "
+            "the crafted set is made."
+        )
+    model, described = robust_training.load_run(folder, weights)
+    sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
+    recipe = _recipe(described).override(epochs=epochs)
+    place = folder / f"nonrobust_features-{config.target}"
+    request = {
+        **config.describe(),
+        "epochs": recipe.epochs,
+        "weights": weights,
+        "weights_sha256": sha256,
+    }
+    record = _open(place, request, overwrite)
+    if record is not None:
+        return record
+    provenance = run_folder.provenance()
+    crafted = build(
+        model,
+        data.train,
+        config,
+        place / "crafted",
+        progress,
+        weights_sha256=sha256,
+        should_stop=should_stop,
+    )
+    loop = _fresh(
+        described,
+        recipe,
+        as_split(place / "crafted"),
+        place,
+        config.seed,
+        callbacks=tuple(callbacks),
+        save_every=save_every,
+        should_stop=should_stop,
+    )
+    loop.resume()
+    history = loop.train()
+    record = {
+        "run": str(folder),
+        "model": described["model"],
+        "dataset": described["dataset"],
+        "split": "test",
+        **request,
+        **crafted,
+        **_tested(loop.model, data.test),
+        "run_accuracy": robust_evaluation.accuracy(model, data.test)[
+            "accuracy"
+        ],
+        "crafted_accuracy": history[-1]["accuracy"],
+        "recipe": {
+            **dataclasses.asdict(recipe),
+            "drops": [list(drop) for drop in recipe.drops],
+        },
+        "training_seconds": round(sum(row["seconds"] for row in history), 1),
+        "backend": keras.config.backend(),
+        "request": request,
+        "provenance": provenance,
+    }
+    run_folder.write_json(place / "results.json", record)
+    return record
+
+
+def _recipe(described):
+    """The recipe of a run's `config.json`."""
+    fields = {
+        field.name for field in dataclasses.fields(robust_training.Recipe)
+    }
+    settings = {k: v for k, v in described["recipe"].items() if k in fields}
+    settings["drops"] = tuple(map(tuple, settings.get("drops", ())))
+    return robust_training.Recipe(**settings)
+
+
+def _open(place, request, overwrite):
+    """Makes the folder of a result; returns an earlier record or None."""
+    path = place / "request.json"
+    if path.exists():
+        earlier = run_folder.read_json(path)
+        changed = [key for key in request if earlier.get(key) != request[key]]
+        if not changed and not overwrite:
+            found = place / "results.json"
+            return run_folder.read_json(found) if found.exists() else None
+        if not overwrite:
+            raise FileExistsError(
+                f"{place} holds a result, or a part of one, with another "
+                f"{', '.join(changed)}. Replace it with --overwrite."
+            )
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(path, request)
+    return None
+
+
+def _fresh(described, recipe, split, place, seed, **settings):
+    """A training loop on a fresh model, with a seed that no run has."""
+    seed = int(np.random.SeedSequence([seed, _FRESH]).generate_state(1)[0])
+    seed >>= 1  # Seeds have 31 bits.
+    keras.utils.set_random_seed(seed)
+    model = model_backbone.create(
+        described["model"],
+        num_classes=described["num_classes"],
+        image_shape=described["image_shape"],
+        **described["model_options"],
+    )
+    steps = max(1, len(split) // recipe.batch_size)
+    return robust_training.Loop(
+        model=model,
+        optimizer=robust_training.make_optimizer(recipe, steps),
+        split=split,
+        folder=place,
+        seed=seed,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        augmentation=recipe.augmentation,
+        **settings,
+    )
+
+
+def _tested(model, split):
+    """What the fresh model makes of clean images."""
+    classes = model.output_shape[-1]
+    found = robust_evaluation.accuracy(model, split)
+    shifted = dataclasses.replace(split, labels=(split.labels + 1) % classes)
+    total = found["num_examples"]
+    interval = metrics.proportion_interval(
+        round(found["accuracy"] * total), total
+    )
+    return {
+        "accuracy": found["accuracy"],
+        "accuracy_interval": list(interval),
+        "chance": float(np.bincount(split.labels).max() / total),
+        "shifted_accuracy": robust_evaluation.accuracy(model, shifted)[
+            "accuracy"
+        ],
+        "loss": found["loss"],
+        "num_test": total,
+    }
