@@ -21,6 +21,7 @@ import attack_backbone
 import autoattack
 import crafting
 import datasets
+import fab
 import metrics
 import model_backbone
 import numerics
@@ -31,6 +32,7 @@ import square
 ATTACKS = {
     **attack_backbone.ATTACKS,
     **square.ATTACKS,
+    **fab.ATTACKS,
     **autoattack.ATTACKS,
 }
 TARGETS = ("none", "random", "next", "least_likely")

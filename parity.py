@@ -1,0 +1,393 @@
+"""Our attacks beside torchattacks, Foolbox and ART, on the same weights.
+
+    python parity.py --run=runs/mnist-madry_cnn --epsilon=0.3
+
+Every job, one attack of one library, runs in a process of its own: ours on
+`--backend`, the others on Keras' Torch backend, which gives them the same
+function. A job's result is a file in `<run>/parity/`; what is there is not run
+again, so that a table can be stopped and grown. Needs the `torch` and `peers`
+extras.
+"""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+import command_line  # First: it quiets TensorFlow.
+import run_folder
+
+_RUN = flags.DEFINE_string("run", None, "Folder of the run that is attacked.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Its files' folder.")
+_EPSILON = flags.DEFINE_string("epsilon", None, "Radius, in L-inf.")
+_ATTACKS = flags.DEFINE_list(
+    "attacks",
+    ["fgsm", "pgd", "apgd", "fab", "square", "autoattack"],
+    "Which attacks.",
+)
+_LIBRARIES = flags.DEFINE_list(
+    "libraries",
+    ["saccade", "saccade_bfloat16", "torchattacks", "foolbox", "art"],
+    "Which libraries.",
+)
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 500, "Test images.")
+_ONLY_RIGHT = flags.DEFINE_boolean(
+    "only_right", False, "Only images that are right while clean."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at a time.")
+_PGD_STEPS = flags.DEFINE_integer("pgd_steps", 50, "Steps of PGD.")
+_QUERIES = flags.DEFINE_integer("queries", 5000, "Queries of Square.")
+_BACKEND = flags.DEFINE_string("backend", "tensorflow", "Of our own jobs.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed.")
+_JOB = flags.DEFINE_string("job", None, "One job, library/attack; internal.")
+
+OURS = ("saccade", "saccade_bfloat16")
+
+
+def ours(library, attack, model, split, order, context):
+    """Runs one of our attacks; returns (adversarial images, seconds)."""
+    import attack_backbone
+    import autoattack
+    import fab
+    import robust_evaluation
+    import robust_training
+    import square
+
+    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    attack = {
+        "fgsm": lambda: attack_backbone.FGSM(epsilon=epsilon),
+        "pgd": lambda: attack_backbone.PGD(
+            epsilon=epsilon, steps=steps, keep="first"
+        ),
+        "apgd": lambda: autoattack.APGD(epsilon=epsilon),
+        "fab": lambda: fab.FAB(epsilon=epsilon),
+        "square": lambda: square.Square(
+            epsilon=epsilon, n_queries=_QUERIES.value
+        ),
+        "autoattack": lambda: autoattack.AutoAttack(epsilon=epsilon),
+    }[attack]()
+    half = library.endswith("bfloat16")
+    surrogate = None
+    if half:
+        surrogate, _ = robust_training.load_run(
+            _RUN.value, dtype="mixed_bfloat16"
+        )
+    config = robust_evaluation.EvaluationConfig(
+        attack,
+        indices=tuple(int(i) for i in order),
+        batch_size=_BATCH_SIZE.value,
+        seed=_SEED.value,
+        craft_dtype="bfloat16" if half else "float32",
+    )
+    started = time.perf_counter()
+    _, arrays = robust_evaluation.evaluate(
+        model, split, config, surrogate=surrogate, keep_images=-1
+    )
+    return arrays["adversarial"], time.perf_counter() - started
+
+
+def theirs(library, attack, model, images, labels, context):
+    """Runs another library's attack; returns (adversarial images, seconds).
+
+    Returns None if the library does not have the attack.
+    """
+    import torch
+
+    class Channels(torch.nn.Module):
+        """The model on channels first, as these libraries want it."""
+
+        def __init__(self):
+            super().__init__()
+            self.keras_model = model
+
+        def forward(self, x):
+            x = x.permute(0, 2, 3, 1).contiguous()
+            return self.keras_model(x, training=False)
+
+    torch.manual_seed(_SEED.value)
+    net = Channels().eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    y = torch.tensor(labels, dtype=torch.int64)
+    make = {"torchattacks": _torchattacks, "foolbox": _foolbox, "art": _art}
+    run = make[library](attack, net, x, context)
+    if run is None:
+        return None
+    size, parts = _BATCH_SIZE.value, []
+    started = time.perf_counter()
+    for start in range(0, len(x), size):
+        parts.append(run(x[start : start + size], y[start : start + size]))
+    seconds = time.perf_counter() - started
+    return torch.cat(parts).permute(0, 2, 3, 1).numpy(), seconds
+
+
+def _torchattacks(attack, net, x, context):
+    import torchattacks as peers
+
+    epsilon, classes = context["epsilon"], context["classes"]
+    steps = _PGD_STEPS.value
+    made = {
+        "fgsm": lambda: peers.FGSM(net, eps=epsilon),
+        "pgd": lambda: peers.PGD(
+            net, eps=epsilon, alpha=2.5 * epsilon / steps, steps=steps
+        ),
+        # Its own defaults are ten steps; the published ones are a hundred.
+        "apgd": lambda: peers.APGD(net, eps=epsilon, steps=100),
+        "apgdt": lambda: peers.APGDT(
+            net, eps=epsilon, steps=100, n_classes=classes
+        ),
+        "fab": lambda: peers.FAB(
+            net,
+            eps=epsilon,
+            steps=100,
+            multi_targeted=True,
+            n_classes=classes,
+        ),
+        "square": lambda: peers.Square(
+            net, eps=epsilon, n_queries=_QUERIES.value
+        ),
+    }
+    if attack == "autoattack":
+        members = ("apgd", "apgdt", "fab", "square")
+        found = peers.MultiAttack([made[name]() for name in members])
+    else:
+        found = made[attack]()
+    return lambda x, y: found(x, y).detach()
+
+
+def _foolbox(attack, net, x, context):
+    import foolbox
+
+    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    if attack == "fgsm":
+        found = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+    elif attack == "pgd":
+        found = foolbox.attacks.LinfPGD(
+            abs_stepsize=2.5 * epsilon / steps, steps=steps
+        )
+    else:
+        return None
+    bounded = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    return lambda x, y: found(bounded, x, y, epsilons=[epsilon])[1][0].detach()
+
+
+def _art(attack, net, x, context):
+    import torch
+    from art import estimators
+    from art.attacks import evasion
+
+    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    classifier = estimators.classification.PyTorchClassifier(
+        net,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=context["classes"],
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    common = {"eps": epsilon, "batch_size": _BATCH_SIZE.value, "verbose": False}
+    if attack == "fgsm":
+        found = evasion.FastGradientMethod(
+            classifier, eps=epsilon, batch_size=_BATCH_SIZE.value
+        )
+    elif attack == "pgd":
+        found = evasion.ProjectedGradientDescentPyTorch(
+            classifier,
+            eps_step=2.5 * epsilon / steps,
+            max_iter=steps,
+            num_random_init=1,
+            **common,
+        )
+    elif attack == "apgd":
+        found = evasion.AutoProjectedGradientDescent(
+            classifier,
+            eps_step=2 * epsilon,
+            max_iter=100,
+            nb_random_init=1,
+            loss_type="cross_entropy",
+            **common,
+        )
+    elif attack == "square":
+        found = evasion.SquareAttack(
+            classifier, max_iter=_QUERIES.value, p_init=0.8, **common
+        )
+    else:
+        return None
+    return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
+
+
+def job(name):
+    """Runs one job and writes its result."""
+    import numpy as np
+
+    import crafting
+    import datasets
+    import robust_evaluation
+    import robust_training
+
+    library, attack = name.split("/")
+    model, run = robust_training.load_run(_RUN.value)
+    data = datasets.load(
+        run["dataset"],
+        data_dir=_DATA_DIR.value or run.get("data_dir"),
+        image_size=run.get("image_size"),
+        seed=run.get("seed", 0),
+        test_only=True,
+    )
+    split = data.test
+    robust_evaluation.check_fit(model, split)
+    order = np.random.default_rng(_SEED.value).permutation(len(split))
+    if _ONLY_RIGHT.value:
+        images = split.read(order)
+        logits = crafting.logits(model, images, 250)
+        order = order[logits.argmax(-1) == split.labels[order]]
+    order = order[: _NUM_EXAMPLES.value]
+    images, labels = split.read(order), split.labels[order]
+    context = {
+        "epsilon": command_line.parse_ratio(_EPSILON.value),
+        "classes": len(data.class_names),
+    }
+    if library in OURS:
+        found = ours(library, attack, model, split, order, context)
+    else:
+        found = theirs(library, attack, model, images, labels, context)
+    result = {"library": library, "attack": attack, "available": bool(found)}
+    if found:
+        adversarial, seconds = found
+        clean = crafting.logits(model, images, 250).argmax(-1) == labels
+        # Foolbox and others may round out of the ball by an ulp.
+        right = crafting.logits(model, adversarial, 250).argmax(-1) == labels
+        moved = np.abs(adversarial.astype("float64") - images).max()
+        result.update(
+            clean_accuracy=float(clean.mean()),
+            # An image that is wrong while clean is no success of a defence.
+            robust_accuracy=float((right & clean).mean()),
+            seconds=round(seconds, 2),
+            largest_norm=float(moved),
+            verdicts=(right & clean).astype(int).tolist(),
+            indices=[int(i) for i in order],
+            **context,
+        )
+    result["provenance"] = run_folder.provenance()
+    _place(name).parent.mkdir(exist_ok=True)
+    run_folder.write_json(_place(name), result)
+
+
+def _place(name):
+    settings = f"eps{_EPSILON.value.replace('/', '_')}-{_NUM_EXAMPLES.value}"
+    if _ONLY_RIGHT.value:
+        settings += "-right"
+    if _PGD_STEPS.value != 50 and name.endswith("/pgd"):
+        settings += f"-{_PGD_STEPS.value}steps"
+    if _QUERIES.value != 5000 and name.endswith("/square"):
+        settings += f"-{_QUERIES.value}queries"
+    name = name.replace("/", "-")
+    return pathlib.Path(_RUN.value) / "parity" / f"{name}-{settings}.json"
+
+
+def check():
+    """Raises a ValueError, one line, if something is missing."""
+    if _RUN.value is None or _EPSILON.value is None:
+        raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
+    if not (pathlib.Path(_RUN.value) / run_folder.CONFIG).exists():
+        raise ValueError(f"There is no run in {_RUN.value}.")
+    command_line.parse_ratio(_EPSILON.value)
+    modules = {"torchattacks": "torchattacks", "foolbox": "foolbox"}
+    modules["art"] = "art"
+    for library in _LIBRARIES.value:
+        if library in OURS:
+            continue
+        if library not in modules:
+            raise ValueError(
+                f"Unknown library {library!r} in --libraries. Known: "
+                f"{', '.join((*OURS, *modules))}."
+            )
+        for module in ("torch", modules[library]):
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(
+                    f"{module} is not installed; it comes with "
+                    "pip install -e '.[torch,peers]'."
+                )
+
+
+def table():
+    """Prints what is there: accuracy and seconds, and the ratio of times."""
+    import rich.box
+    import rich.console
+    import rich.table
+
+    found = {}
+    for library in _LIBRARIES.value:
+        for attack in _ATTACKS.value:
+            path = _place(f"{library}/{attack}")
+            if path.exists():
+                found[library, attack] = run_folder.read_json(path)
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    heads = ("attack", "library", "robust %", "s", "fastest peer / ours")
+    for head in heads:
+        text = head in ("attack", "library")
+        grid.add_column(head, justify="left" if text else "right")
+    for attack in _ATTACKS.value:
+        peers = [
+            r["seconds"]
+            for (library, name), r in found.items()
+            if name == attack and library not in OURS and r["available"]
+        ]
+        for library in _LIBRARIES.value:
+            result = found.get((library, attack))
+            if result is None:
+                grid.add_row(attack, library, "missing", "", "")
+            elif result["available"]:
+                ratio = ""
+                if library in OURS and peers:
+                    ratio = f"{min(peers) / result['seconds']:.2f}"
+                grid.add_row(
+                    attack,
+                    library,
+                    f"{100 * result['robust_accuracy']:.1f}",
+                    f"{result['seconds']:.1f}",
+                    ratio,
+                )
+    console = rich.console.Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 100
+    some = next(iter(found.values()), {})
+    console.print(
+        f"{_RUN.value}: linf {_EPSILON.value}, {_NUM_EXAMPLES.value} images, "
+        f"clean {100 * some.get('clean_accuracy', float('nan')):.1f}%",
+        highlight=False,
+    )
+    console.print(grid)
+
+
+def main():
+    """Runs every job that has no result yet, and prints the table."""
+    if _JOB.value is not None:
+        command_line.load_keras()
+        job(_JOB.value)
+        return
+    with command_line.guard():
+        check()
+    names = [f"{b}/{a}" for a in _ATTACKS.value for b in _LIBRARIES.value]
+    for number, name in enumerate(names, 1):
+        if _place(name).exists():
+            continue
+        print(f"{number} of {len(names)}: {name}", flush=True)
+        backend = _BACKEND.value if name.split("/")[0] in OURS else "torch"
+        completed = subprocess.run(
+            [sys.executable, *sys.argv, f"--job={name}"],
+            env={**os.environ, "KERAS_BACKEND": backend},
+            check=False,
+        )
+        if completed.returncode:
+            print(f"{name} failed; the table goes on without it.")
+    table()
+
+
+if __name__ == "__main__":
+    command_line.run(main)
