@@ -44,6 +44,9 @@ _NONROBUST = flags.DEFINE_boolean(
     False,
     "Train a fresh model on adversarial images with the targets as labels.",
 )
+_EPOCHS = flags.DEFINE_integer(
+    "epochs", None, "Of the fresh model of --nonrobust_features."
+)
 _ATTACK = flags.DEFINE_string(
     "attack", None, "pgd (the default) and others, with commas; see the README."
 )
@@ -654,7 +657,7 @@ def _load(config, data, sha256):
     return model, context, split
 
 
-def _load_data(config, run):
+def _load_data(config, run, test_only=None):
     return datasets.load(
         run["dataset"],
         data_dir=config.data_dir or run.get("data_dir"),
@@ -663,7 +666,7 @@ def _load_data(config, run):
         skip_corrupt=run.get("skip_corrupt", False),
         class_list=run.get("class_list_file"),
         validation_fraction=run.get("validation_fraction", 0.05),
-        test_only=config.split == "test",
+        test_only=config.split == "test" if test_only is None else test_only,
     )
 
 
@@ -707,11 +710,105 @@ def _show_protocol(config, records):
     """Prints a protocol's table and writes it beside the records."""
     import protocols
 
-    first = records[0]
+    run = run_folder.read_json(config.folder / run_folder.CONFIG)
+    radii = None
+    if _EPSILON.value is not None:
+        radii = command_line.parse_ratios(_EPSILON.value)
     table = protocols.PROTOCOLS[config.protocol].table(
-        records, first["model"], first["dataset"]
+        records,
+        run["model"],
+        run["dataset"],
+        options={**run["model_options"], **config.options},
+        norm=_NORM.value,
+        epsilon=radii,
     )
     print(protocols.render(table))
+    for ending, text in (
+        ("md", protocols.to_markdown(table)),
+        ("table.csv", protocols.to_csv(table)),
+    ):
+        path = config.folder / "attacks" / f"{config.protocol}.{ending}"
+        run_folder.atomic_write(
+            path, lambda temporary, text=text: temporary.write_text(text)
+        )
+
+
+def _run_checklist(config, data=None):
+    """Runs the checklist on the first radius; returns whether all passed."""
+    import checklist
+    import robust_training
+
+    evaluation = config.evaluations[0]
+    with command_line.guard():
+        path = config.folder / f"{config.weights}.weights.h5"
+        loaded = _load(config, data, run_folder.sha256(path))
+        other = None
+        if config.surrogate is not None:
+            other, _ = robust_training.load_run(config.surrogate)
+        model, context, split = loaded
+        checks = checklist.run(
+            model,
+            split,
+            norm=evaluation.attack.norm,
+            epsilon=evaluation.attack.epsilon,
+            num_examples=evaluation.num_examples or 128,
+            batch_size=evaluation.batch_size,
+            seed=evaluation.seed,
+            transfer_from=other,
+            eot=evaluation.eot,
+        )
+    print(checklist.render(checks))
+    record = {
+        **context,
+        "norm": evaluation.attack.norm,
+        "epsilon": evaluation.attack.epsilon,
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+    folder = config.folder / "attacks"
+    folder.mkdir(exist_ok=True)
+    with command_line.guard_disk():
+        run_folder.write_json(folder / "checklist.json", record)
+    return all(check.passed is not False for check in checks)
+
+
+def _run_nonrobust(config):
+    """Trains on adversarial images with the targets as labels."""
+    import nonrobust_features
+
+    settings = {"seed": _SEED.value, "num_examples": _NUM_EXAMPLES.value}
+    for name, flag in (
+        ("target", _TARGET),
+        ("norm", _NORM),
+        ("epsilon", _EPSILON),
+        ("steps", _STEPS),
+        ("step_size", _STEP_SIZE),
+        ("eot", _EOT),
+    ):
+        if flag.value is not None:
+            settings[name] = flag.value
+    with command_line.guard():
+        for name in {"epsilon", "step_size"} & set(settings):
+            settings[name] = _parsed(
+                name, settings[name], command_line.parse_ratio
+            )
+        if "steps" in settings:
+            (settings["steps"],) = _parsed(
+                "steps", settings["steps"], command_line.parse_integers
+            )
+        run = run_folder.read_json(config.folder / run_folder.CONFIG)
+        data = _load_data(config, run, test_only=False)
+        record = nonrobust_features.run(
+            config.folder,
+            data=data,
+            weights=config.weights,
+            overwrite=config.overwrite,
+            epochs=_EPOCHS.value,
+            batch_size=_batch_size(math.prod(run["image_shape"])),
+            **settings,
+        )
+    for name, value in record.items():
+        if isinstance(value, float | int | str):
+            print(f"{name}: {value}")
 
 
 def main():
@@ -722,6 +819,13 @@ def main():
     with command_line.guard():
         config = config_from_flags()
     started = time.monotonic()
+    if _NONROBUST.value:
+        _run_nonrobust(config)
+        return
+    if _CHECKLIST.value:
+        if not _run_checklist(config):
+            raise SystemExit(1)
+        return
     results = run(config)
     attack_records.show(results)
     if config.protocol is not None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROGRAMS = ("trainer", "adversary", "benchmark")
+PROGRAMS = ("trainer", "adversary", "benchmark", "parity")
 HANDOVER = (
     "python trainer.py --model=parallel_transformers --dataset=imagenet10 "
     "--sampling=0 --coarse_fixations=0 --augment=1 --auxiliary=0 "
