@@ -624,9 +624,6 @@ def _load(config, data, sha256):
     import robust_training
 
     run = run_folder.read_json(config.folder / run_folder.CONFIG)
-    model, _ = robust_training.load_run(
-        config.folder, config.weights, options=config.options
-    )
     if data is None:
         data = _load_data(config, run)
     _check_data(config.folder, run, data)
@@ -636,6 +633,9 @@ def _load(config, data, sha256):
             f"The run in {config.folder} held no {config.split} images out "
             "(validation_fraction=0). Choose another --split."
         )
+    model, _ = robust_training.load_run(
+        config.folder, config.weights, options=config.options
+    )
     robust_evaluation.check_fit(model, split)
     context = {
         "run": str(config.folder),

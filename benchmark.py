@@ -220,6 +220,7 @@ def _one_full_size(name, config):
     import attack_backbone
     import model_backbone
     import numerics
+    import objectives
     import robust_training
 
     size = config.image_size
@@ -238,18 +239,17 @@ def _one_full_size(name, config):
         started = time.perf_counter()
         loss = float(step(images, labels, indices, number)[0])
         times.append(time.perf_counter() - started)
-    attack = attack_backbone.PGDConfig(
+    attack = attack_backbone.PGD(
         norm="linf", epsilon=4 / 255, steps=1, random_start=0.0
     )
     # An untrained net is so sure of itself that only a target has a gradient.
     craft = numerics.compile_call(
-        lambda x, y, keys: attack_backbone.pgd(
+        lambda x, y, keys: attack(
             lambda z: model(z, training=False),
             x,
             y,
-            attack,
             keys,
-            targets=attack_backbone.next_targets(y, 10),
+            targets=objectives.next_targets(y, 10),
         ),
         model.variables,
     )

@@ -234,7 +234,37 @@ class TestAScan:
         status, _, err = cli(*SCAN, "--overwrite")
         assert status == 2 and one_line(err) and "No space left" in err
         assert {p.name: p.read_bytes() for p in path.iterdir()} == before
-        assert not list(self.attacks.glob(".*"))
+        # What was attacked is kept for when there is room.
+        kept = {p.name for p in self.attacks.glob(".*")}
+        assert kept == {f".{self.names[0]}.partial"}
+
+    def test_the_scan_has_its_curves(self):
+        rows = (self.attacks / "scan.csv").read_text().splitlines()
+        assert len(rows) == 1 + 4
+        assert (self.attacks / "scan.png").stat().st_size > 5000
+
+    def test_the_record_tells_how_sure_it_is(self):
+        for name in self.names:
+            record = run_folder.read_json(self.attacks / name / "results.json")
+            low, high = record["robust_accuracy_interval"]
+            assert 0 <= low <= record["robust_accuracy"] <= high <= 1
+            worst = record["worst_case"]
+            assert worst["robust_accuracy"] <= record["robust_accuracy"]
+            assert name in worst["attacks"]
+        # The last one saw all the others' balls inside its own.
+        assert set(self.names) <= set(worst["attacks"])
+
+    def test_a_damaged_state_is_one_line(self, cli, root):
+        status, _, err = cli(*SCAN)
+        partial = self.attacks / ".pgd-linf-eps0.3-1steps-10images.partial"
+        again = ("--epsilon=0.3", "--steps=1", "--num_examples=10")
+        partial.mkdir()
+        run_folder.write_json(partial / "evaluation.json", {"seed": 7})
+        status, _, err = cli(*again)
+        assert status == 2 and one_line(err) and "--overwrite" in err
+        status, _, err = cli(*again, "--overwrite")
+        assert status == 0, err
+        assert not partial.exists()
 
 
 def one_line(err):
@@ -253,8 +283,8 @@ def one_line(err):
             ("--epsilon=0.2", "--steps=1", "--restarts=2", "--target=7",
              "--random_start=0.8", "--keep=last", "--step_size=1/255",
              "--seed=3", "--weights=last"),
-            "pgd-linf-eps0.2-1steps-step1_255-2restarts-start0.8-last_iterate"
-            "-target_7-6images-seed3-last_weights",
+            "pgd-linf-eps0.2-1steps-2restarts-start0.8-last_iterate"
+            "-step1_255-target_7-6images-seed3-last_weights",
         ),
     ],
 )  # fmt: skip
@@ -280,7 +310,7 @@ def test_other_attacks_get_other_names(cli, root, arguments, name):
         (["--norm=linv"], ["--norm=linv", "Did you mean linf"]),
         (["--split=tests"], ["--split=tests", "Did you mean test"]),
         (["--weights=bets"], ["--weights=bets", "Did you mean best"]),
-        (["--keep=lest"], ["--keep=lest", "last"]),
+        (["--keep=lest"], ["keep='lest'", "last"]),
         (["--target=nxt"], ["--target=nxt", "Did you mean next"]),
         (["--target=10"], ["--target=10", "0 to 9"]),
         (["--epsilon=8"], ["epsilon=8", "Write 8/255"]),
@@ -291,6 +321,21 @@ def test_other_attacks_get_other_names(cli, root, arguments, name):
         (["--attack=fgsm", "--steps=9"], ["fgsm has no --steps"]),
         (["--restarts=2", "--random_start=0"], ["random_start=0"]),
         (["--num_examples=0"], ["num_examples=0"]),
+        (["--attack=pgd,squar"], ["squar", "Did you mean square"]),
+        (["--protocol=s3tta"], ["s3tta", "Did you mean s3ta"]),
+        (["--protocol=s3ta", "--steps=5"], ["--steps", "s3ta"]),
+        (["--loss=hinge"], ["hinge", "margin"]),
+        (["--step_rule=wild"], ["wild", "decayed"]),
+        (["--version=best", "--attack=autoattack"], ["best", "standard"]),
+        (["--queries=9"], ["pgd has no --queries"]),
+        (["--examples=1,x"], ["--examples=1,x", "list of numbers"]),
+        (["--examples=1,1"], ["indices", "different"]),
+        (["--examples=99999"], ["99999", "test split"]),
+        (["--eot=4"], ["deterministic", "--eot=4"]),
+        (["--test_gazes=random"], ["test_gazes"]),
+        (["--surrogate=nowhere"], ["nowhere", "Runs: "]),
+        (["--craft_dtype=int8"], ["int8", "bfloat16"]),
+        (["--distraction=-1"], ["distraction=-1"]),
         (["--batch_size=0"], ["batch_size >= 1"]),
         (["--save_images=-2"], ["--save_images", "-2"]),
         (["--run=nowhere"], ["nowhere", "Runs: "]),
@@ -382,13 +427,14 @@ def test_defaults_follow_the_images(cli, root, data, tmp_path):
 
 def test_names_tell_all_settings_apart():
     """Two evaluations that differ in one field have two folders."""
-    from attack_backbone import PGDConfig
+    from attack_backbone import PGD
     from robust_evaluation import EvaluationConfig
 
-    base = PGDConfig(norm="l1", epsilon=0.5)
+    base = PGD(norm="l1", epsilon=0.5)
     changes = dict(
         norm="l2", epsilon=0.25, step_size=0.1, steps=3, restarts=2,
-        random_start=0.5, keep="last", l1_fraction=0.2,
+        random_start=0.5, keep="last", l1_fraction=0.2, loss="dlr",
+        distraction=0.5, step_rule="decayed", momentum=0.75,
     )  # fmt: skip
     assert set(changes) == {f.name for f in dataclasses.fields(base)}
     attacks = [
@@ -396,14 +442,28 @@ def test_names_tell_all_settings_apart():
         *(dataclasses.replace(base, **{k: v}) for k, v in changes.items()),
     ]
     evaluations = [EvaluationConfig(attack) for attack in attacks]
-    for fields in (dict(target=3), dict(num_examples=5), dict(seed=1)):
+    for fields in (
+        dict(target=3),
+        dict(num_examples=5),
+        dict(indices=(1, 2)),
+        dict(seed=1),
+        dict(eot=3),
+        dict(read_outs="all"),
+        dict(craft_dtype="bfloat16"),
+    ):
         evaluations.append(EvaluationConfig(base, **fields))
     config = adversary.AdversaryConfig(pathlib.Path("run"), ())
     places = {config.place(e) for e in evaluations}
-    for fields in (dict(split="train"), dict(weights="last")):
+    for fields in (
+        dict(split="train"),
+        dict(weights="last"),
+        dict(straight_through=True),
+        dict(surrogate="runs/other"),
+        dict(options={"test_gazes": "random"}),
+    ):
         other = dataclasses.replace(config, **fields)
         places.add(other.place(evaluations[0]))
-    assert len(places) == len(evaluations) + 2
+    assert len(places) == len(evaluations) + 5
 
 
 def test_the_program_itself_ends_with_status_2(root):
@@ -419,3 +479,83 @@ def test_the_program_itself_ends_with_status_2(root):
     last = completed.stderr.splitlines()[-1]
     assert last.startswith("adversary.py: ") and "epsilon" in last
     assert "Traceback" not in completed.stderr
+
+
+def test_a_softmax_model_is_refused(cli, root, monkeypatch):
+    import keras
+
+    load_run = robust_training.load_run
+
+    def with_softmax(*args, **kwargs):
+        model, run = load_run(*args, **kwargs)
+        return keras.Sequential([model, keras.layers.Softmax()]), run
+
+    monkeypatch.setattr(robust_training, "load_run", with_softmax)
+    status, _, err = cli("--steps=1", "--epsilon=0.25", "--num_examples=4")
+    assert status == 2 and one_line(err) and "Remove the softmax" in err
+
+
+def test_a_stochastic_run_needs_its_draws(cli, data, tmp_path, monkeypatch):
+    options = {"sampling": True, "width": 4, "test_gazes": "random"}
+    model = model_backbone.create(
+        "resnet_cifar", num_classes=10, image_shape=data.image_shape, **options
+    )
+    folder = make_run(
+        tmp_path / "run", data, model="resnet_cifar", model_options=options
+    )
+    robust_training.save_weights(folder / "best.weights.h5", model)
+    fast = ("--steps=1", "--epsilon=0.1", "--num_examples=4")
+    status, _, err = cli(*fast, runs_dir=tmp_path)
+    assert status == 2 and one_line(err) and "--eot=20" in err
+    for draws in (1, 2):
+        status, out, err = cli(*fast, f"--eot={draws}", runs_dir=tmp_path)
+        assert status == 0, err
+        assert f"eot{draws}" in out
+    # The same weights at five fixed gazes are deterministic.
+    status, out, err = cli(*fast, "--test_gazes=five", runs_dir=tmp_path)
+    assert status == 0 and "test_gazes_five" in out, err
+
+
+def test_attacks_on_the_attention_run(cli, root):
+    fast = ("--steps=2", "--epsilon=0.15", "--num_examples=4")
+    for flag, word in (
+        ("--distraction=1", "distraction1"),
+        ("--straight_through", "straight_through"),
+        ("--craft_dtype=bfloat16", "bfloat16"),
+        ("--surrogate=cluttered_digits-multi_gaze", "from_cluttered"),
+        ("--examples=3,5", "list_of_2"),
+    ):
+        arguments = [a for a in fast if "examples" not in a or "list" not in
+                     word]  # fmt: skip
+        status, out, err = cli(*arguments, flag)
+        assert status == 0, err
+        assert word in out
+
+
+def test_a_protocol_prints_its_table(cli, root):
+    status, out, err = cli(
+        "--protocol=perceptual", "--epsilon=0.01,0.02", "--num_examples=4"
+    )
+    assert status == 0, err
+    folder = root / "cluttered_digits-multi_gaze" / "attacks"
+    for ending in ("csv", "png", "md", "table.csv"):
+        assert (folder / f"perceptual.{ending}").exists()
+    assert "multi_gaze" in out
+
+
+def test_the_checklist_says_what_failed(cli, root, monkeypatch):
+    import checklist
+
+    monkeypatch.setattr(
+        checklist,
+        "run",
+        lambda *a, **k: [
+            checklist.Check("logits", True, "fine", "none"),
+            checklist.Check("black_box", False, "Square wins", "attack more"),
+        ],
+    )
+    status, out, _ = cli("--checklist", "--epsilon=0.1")
+    assert status == 1
+    assert "FAIL  black_box" in out and "attack more" in out
+    path = root / "cluttered_digits-multi_gaze" / "attacks" / "checklist.json"
+    assert len(run_folder.read_json(path)["checks"]) == 2

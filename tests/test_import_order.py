@@ -10,7 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"tensorflow", "tensorflow_datasets", "jax", "jaxlib", "torch"}
-MAY_NAME_A_BACKEND = {"numerics", "datasets", "robust_training"}
+# parity's peers are Torch programs.
+MAY_NAME_A_BACKEND = {"numerics", "datasets", "robust_training", "parity"}
 PROGRAMS = {"trainer", "adversary"}
 LONGEST_FUNCTION = 60
 

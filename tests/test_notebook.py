@@ -90,7 +90,7 @@ def make_run(folder, name, options, attacked):
             writer.writeheader()
             writer.writerow({"epoch": 1, "loss": 2.3, "accuracy": 0.1})
         evaluation = robust_evaluation.EvaluationConfig(
-            attack_backbone.FGSMConfig(epsilon=0.1), num_examples=8
+            attack_backbone.FGSM(epsilon=0.1), num_examples=8
         )
         record, arrays = robust_evaluation.evaluate(
             model, data.test, evaluation

@@ -31,8 +31,8 @@ import robust_training
 import test_robust_training as case
 
 def craft(logits_fn, images, labels, keys):
-    config = attack_backbone.PGDConfig(epsilon=0.1, step_size=0.05, steps=2)
-    result = attack_backbone.pgd(logits_fn, images, labels, config, keys)
+    attack = attack_backbone.PGD(epsilon=0.1, step_size=0.05, steps=2)
+    result = attack(logits_fn, images, labels, keys)
     return result.images
 
 objective = robust_training.Objective(case.STANDARD.loss, craft)

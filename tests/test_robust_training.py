@@ -27,8 +27,8 @@ def numpy(x):
 
 
 def fgsm(logits_fn, images, labels, keys):
-    config = attack_backbone.FGSMConfig(norm="linf", epsilon=0.1)
-    return attack_backbone.fgsm(logits_fn, images, labels, config, keys).images
+    attack = attack_backbone.FGSM(norm="linf", epsilon=0.1)
+    return attack(logits_fn, images, labels, keys).images
 
 
 STANDARD = robust_training.STANDARD
