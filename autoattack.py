@@ -457,8 +457,6 @@ class AutoAttack(attack_backbone.Attack):
         norm: One of `"l1"`, `"l2"`, `"linf"`.
         epsilon: Radius of the ball, in units of the pixel range [0, 1].
         version: One of `VERSIONS`.
-        num_classes: How many classes the model has, if that is known: `fit`
-            sets it, and the members have no more targets than that allows.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690)
@@ -466,7 +464,6 @@ class AutoAttack(attack_backbone.Attack):
     """
 
     version: str = "standard"
-    num_classes: int | None = None
 
     name: ClassVar[str] = "autoattack"
     random: ClassVar[bool] = True
@@ -487,19 +484,14 @@ class AutoAttack(attack_backbone.Attack):
 
     def members(self):
         """The published attacks, in their order."""
-        ball = {"norm": self.norm, "epsilon": self.epsilon}
-        attacks = {"standard": _standard, "plus": _plus, "rand": _rand}[
-            self.version
-        ](ball)
-        if self.num_classes is None:
-            return attacks
-        return tuple(attack.fit(self.num_classes) for attack in attacks)
+        make = {"standard": _standard, "plus": _plus, "rand": _rand}
+        return make[self.version]({"norm": self.norm, "epsilon": self.epsilon})
 
     def fit(self, num_classes):
-        """See `Attack.fit`."""
-        fitted = dataclasses.replace(self, num_classes=num_classes)
-        fitted.members()
-        return fitted
+        """See `Attack.fit`: checks the members, which are fitted one by one."""
+        for member in self.members():
+            member.fit(num_classes)
+        return self
 
     def __call__(self, logits_fn, images, labels, keys=None, targets=None):
         """Runs all members on the whole batch; see `Attack.__call__`.
@@ -510,8 +502,9 @@ class AutoAttack(attack_backbone.Attack):
         """
         fab.check_untargeted(self.name, targets)
         best = None
-        for member in self.members():
-            new = member(logits_fn, images, labels, keys)
+        for rank, member in enumerate(self.members()):
+            own = None if keys is None else numerics.fold_in(keys, rank)
+            new = member(logits_fn, images, labels, own)
             if best is None:
                 best = new
                 continue

@@ -232,9 +232,10 @@ class FAB(attack_backbone.Attack):
         distance = numerics.lp_norm(point - state["images"], self.norm)
         epsilon = ops.cast(self.epsilon, "float32")
         better = ops.logical_and(wrong, distance <= epsilon)
-        better = ops.logical_and(better, distance < state["distance"])
         if self.keep == "first":
             better = ops.logical_and(better, ops.logical_not(state["success"]))
+        else:
+            better = ops.logical_and(better, distance < state["distance"])
         mask = numerics.per_example(better, point)
         return {
             **state,

@@ -1,0 +1,767 @@
+"""APGD, FAB and the ensembles: invariants, closed forms and other programs."""
+
+import dataclasses
+import functools
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from norms import array, norm_of
+
+import autoattack
+import fab
+import numerics
+import objectives
+from autoattack import APGD, APGDT, AutoAttack
+from fab import FAB
+
+NORMS = numerics.NORMS
+SHAPE = (4, 4, 3)
+SIZE = math.prod(SHAPE)
+CLASSES = 5
+COUNT = 16
+# About half of the examples fall.
+RADIUS = {"l1": 1.2, "l2": 0.3, "linf": 0.05}
+KINDS = {
+    "apgd": lambda **ball: APGD(
+        **ball, steps=9, restarts=2, largereps=ball["norm"] == "l1"
+    ),
+    "apgd_t": lambda **ball: APGDT(**ball, steps=8, num_targets=4),
+    "fab_t": lambda **ball: FAB(**ball, steps=8, num_targets=4),
+    "fab": lambda **ball: FAB(**ball, steps=5, restarts=2, targeted=False),
+}
+
+
+def keys_for(count, seed=0):
+    return numerics.example_keys(seed, np.arange(count, dtype="int32"))
+
+
+def weights(seed=3):
+    rng = np.random.default_rng(seed)
+    inner = rng.normal(size=(SIZE, 24)) * 0.4
+    return inner.astype("float32"), rng.normal(size=(24, CLASSES)).astype(
+        "float32"
+    )
+
+
+def curved(x):
+    """A smooth net that sums row by row, alike for every batch size."""
+    inner, outer = map(ops.convert_to_tensor, weights())
+    x = ops.reshape(x, (-1, SIZE, 1)) - 0.5
+    hidden = ops.tanh(ops.sum(x * inner[None], axis=1))
+    return ops.sum(ops.expand_dims(hidden, -1) * outer[None], axis=1)
+
+
+@functools.cache
+def make_data(count=COUNT):
+    rng = np.random.default_rng(0)
+    images = np.clip(rng.normal(0.5, 0.4, (count, *SHAPE)), 0, 1)
+    images = images.astype("float32")
+    labels = predictions(curved, images).astype("int32")
+    labels[0] = (labels[0] + 1) % CLASSES  # One is wrong to begin with.
+    return images, labels
+
+
+def predictions(logits_fn, images):
+    return array(logits_fn(ops.convert_to_tensor(images))).argmax(-1)
+
+
+@functools.cache
+def compiled(config, logits_fn, seeded=True):
+    """A whole attack, compiled; its late numbers are arguments."""
+
+    def whole(images, labels, keys, numbers):
+        keys = keys if seeded else None
+        return tuple(config.bind(numbers)(logits_fn, images, labels, keys))
+
+    return numerics.compile_call(whole)
+
+
+def run(config, logits_fn=curved, data=None, seed=0):
+    """Runs a whole attack; returns images, success and loss in NumPy."""
+    images, labels = data or make_data()
+    static = dataclasses.replace(config, epsilon=0.0)
+    out = compiled(static, logits_fn)(
+        images, labels, keys_for(len(labels), seed), config.numbers()
+    )
+    return tuple(map(array, out))
+
+
+@functools.cache
+def crafted(kind, norm, scale=1.0):
+    return run(KINDS[kind](norm=norm, epsilon=scale * RADIUS[norm]))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryAttack:
+    def test_keeps_its_promises(self, kind, norm):
+        images, labels = make_data()
+        out, success, loss = crafted(kind, norm)
+        # In the ball and in the box, and it went somewhere.
+        assert out.dtype == np.float32 and out.shape == images.shape
+        reach = norm_of(out - images, norm)
+        assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
+        assert reach.max() > 0.5 * RADIUS[norm]
+        assert out.min() >= 0 and out.max() <= 1
+        # It reports what a fresh forward pass finds.
+        np.testing.assert_array_equal(
+            success, predictions(curved, out) != labels
+        )
+        name = {"apgd": "cross_entropy", "apgd_t": "dlr"}.get(kind, "margin")
+        logits = curved(ops.convert_to_tensor(out))
+        want = array(objectives.loss(name, logits, labels))
+        np.testing.assert_allclose(loss, want, atol=1e-4)
+        # What was wrong stays as it was.
+        assert success[0]
+        np.testing.assert_array_equal(out[0], images[0])
+        assert 0.2 < success.mean() < 1
+
+    def test_epsilon_zero_returns_the_input(self, kind, norm):
+        out, success, _ = crafted(kind, norm, 0.0)
+        np.testing.assert_array_equal(out, make_data()[0])
+        assert success.sum() == 1
+
+    def test_a_larger_ball_breaks_more(self, kind, norm):
+        smaller, medium, larger = (
+            crafted(kind, norm, scale)[1].mean() for scale in (0.3, 1.0, 20.0)
+        )
+        assert smaller < medium < larger or medium == larger == 1
+        assert larger == 1.0
+
+    def test_noise_comes_from_the_keys(self, kind, norm):
+        config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
+        again, other = run(config), run(config, seed=1)
+        np.testing.assert_array_equal(again[0], crafted(kind, norm)[0])
+        moved = np.any(again[0] != other[0], axis=(1, 2, 3))
+        if config.random:
+            assert kind == "fab" or moved.any()
+        else:
+            assert not moved.any()
+
+
+@pytest.mark.parametrize(
+    "kind,norm",
+    [("apgd", "l1"), ("apgd", "linf"), ("apgd_t", "l2"), ("fab_t", "linf"),
+     ("fab_t", "l1"), ("fab", "l2")],
+)  # fmt: skip
+def test_rows_may_be_packed_anew_after_every_chunk(kind, norm):
+    """What an evaluation does: pieces, chunks, other batches, another order.
+
+    Run piece by piece without compilation, it equals the compiled whole.
+    """
+    images, labels = make_data()
+    config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
+    out, success, _ = crafted(kind, norm)
+    batches = [np.array([7, 2]), np.array([5])]
+    order = np.array([2, 0, 1])  # Of the rows 7, 2, 5 in the joined batch.
+    keys = array(keys_for(COUNT))
+    states = [
+        config.open(curved, images[b], labels[b], keys[b]) for b in batches
+    ]
+    for number in range(config.rounds):
+        states = [config.begin(curved, state, number) for state in states]
+        states = [
+            config.advance(curved, state, number, 0, 2) for state in states
+        ]
+        joined = {
+            name: np.concatenate([array(state[name]) for state in states])
+            for name in states[0]
+        }
+        assert {len(value) for value in joined.values()} == {3}
+        joined = config.advance(
+            curved,
+            {k: ops.convert_to_tensor(v[order]) for k, v in joined.items()},
+            number,
+            2,
+            config.steps_a_round - 2,
+        )
+        joined = config.end(curved, joined, number)
+        back = {k: array(v)[np.argsort(order)] for k, v in joined.items()}
+        states = [
+            {k: ops.convert_to_tensor(v[rows]) for k, v in back.items()}
+            for rows in ([0, 1], [2])
+        ]
+    for state, rows in zip(states, batches, strict=True):
+        np.testing.assert_array_equal(array(state["success"]), success[rows])
+        # Rounding grows along a walk; a sign that flips moves a whole pixel.
+        far = np.abs(array(state["best"]) - out[rows]) > 1e-3
+        assert far.mean() < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_is_not_a_success(kind):
+    def broken(x):
+        return ops.concatenate([x[:, 0, 0], x[:, 1, 1]], -1) * float("nan")
+
+    images, labels = make_data()
+    config = KINDS[kind](norm="linf", epsilon=0.1)
+    config = dataclasses.replace(config, steps=2, restarts=1)
+    config = config.fit(6)
+    out, success, _ = run(config, broken, (images, labels))
+    assert not success.any()
+    np.testing.assert_array_equal(out, images)
+
+
+@pytest.mark.parametrize("kind", ["apgd", "apgd_t", "fab_t"])
+def test_several_equal_answers_are_one(kind):
+    """As the draws of a stochastic model that does not draw."""
+
+    def twice(x):
+        logits = curved(x)
+        return objectives.Outputs(logits, ops.stack([logits] * 2, axis=1))
+
+    images, labels = (part[:4] for part in make_data())
+    config = KINDS[kind](norm="linf", epsilon=RADIUS["linf"])
+    config = dataclasses.replace(config, steps=2, restarts=1)
+    keys = keys_for(4)
+    one = config(curved, images, labels, keys)
+    two = config(twice, images, labels, keys)
+    np.testing.assert_allclose(array(one.images), array(two.images), atol=1e-5)
+    np.testing.assert_allclose(array(one.loss), array(two.loss), atol=1e-5)
+
+
+# --- Against a second implementation -----------------------------------------
+
+
+def curved_with_gradient(images, labels):
+    """Logits, cross-entropy and its gradient, in float64 NumPy."""
+    inner, outer = (w.astype("float64") for w in weights())
+    hidden = np.tanh((images.reshape(len(images), -1) - 0.5) @ inner)
+    logits = hidden @ outer
+    chance = np.exp(logits - logits.max(-1, keepdims=True))
+    chance /= chance.sum(-1, keepdims=True)
+    own = np.eye(CLASSES)[labels]
+    loss = -np.log((chance * own).sum(-1))
+    slope = ((chance - own) @ outer.T * (1 - hidden**2)) @ inner.T
+    return logits, loss, slope.reshape(images.shape)
+
+
+def projected(delta, epsilon, norm, images):
+    return array(
+        numerics.project(
+            ops.convert_to_tensor(delta.astype("float32")),
+            epsilon, norm, ops.convert_to_tensor(images),
+        )
+    ).astype("float64")  # fmt: skip
+
+
+def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
+    """One run of algorithm 1 (in L1, of Croce and Hein, 2021) on one image.
+
+    Returns best loss and step size after each move, from the start on.
+    """
+    clean = image[None].astype("float32")
+
+    def evaluate(delta):
+        _, loss, grad = curved_with_gradient(clean + delta, [label])
+        return loss[0], grad
+
+    def project(delta):
+        return projected(delta, epsilon, norm, clean)
+
+    value, grad = evaluate(delta)
+    best, best_value, best_grad = delta, value, grad
+    old, losses, trail = delta, [value], []
+    eta = epsilon if norm == "l1" else 2 * epsilon
+    share, moved_before = 0.2, SIZE
+    check, gap = 0.22, 0.22
+    next_check = 4 if norm == "l1" else 22
+    last_check, checked, eta_checked = 0, value, eta
+    for k in range(1, steps + 1):
+        if norm == "l1":
+            threshold = np.sort(np.abs(grad).ravel())
+            place = min(max(int(np.float32((1 - share) * SIZE)), 0), SIZE - 1)
+            keep = np.abs(grad) >= threshold[place]
+            new = project(delta + eta * keep * np.sign(grad) / keep.sum())
+        else:
+            unit = np.sign(grad)
+            if norm == "l2":
+                unit = grad / np.sqrt((grad**2).sum())
+            new = project(delta + eta * unit)
+            a = 1.0 if k == 1 else 0.75
+            new = project(delta + a * (new - delta) + (1 - a) * (delta - old))
+        old, delta = delta, new
+        value, grad = evaluate(delta)
+        losses.append(value)
+        if value > best_value:
+            best, best_value, best_grad = delta, value, grad
+        trail.append([best_value, eta])
+        if k != next_check:
+            continue
+        if norm == "l1":
+            moved = np.count_nonzero(best)
+            back = moved / moved_before < 0.95
+            eta = epsilon if back else max(eta / 1.5, epsilon / 10)
+            share, moved_before = moved / SIZE / 1.5, moved
+            next_check += 4
+        else:
+            pairs = zip(losses[last_check:k], losses[last_check + 1 :],
+                        strict=True)  # fmt: skip
+            rises = sum(later > earlier for earlier, later in pairs)
+            back = rises <= 0.75 * (k - last_check)
+            # Neither the step nor the best loss has changed.
+            back |= last_check > 0 and (
+                eta == eta_checked and best_value == checked
+            )
+            eta_checked, checked = eta, best_value
+            if back:
+                eta /= 2
+            gap = max(gap - 0.03, 0.06)
+            check += gap
+            last_check, next_check = k, round(check * 100)
+        trail[-1][1] = eta
+        if back:
+            delta, grad = best, best_grad
+    return trail
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_apgd_walks_as_published(norm):
+    images, labels = make_data()
+    images, labels = images[1:4], labels[1:4]
+    epsilon = 2 * RADIUS[norm]
+    config = APGD(norm, epsilon, steps=100)
+    walk = numerics.compile_call(
+        lambda state, first, count: config.advance(
+            curved, state, 0, first, count
+        )
+    )
+    state = config.open(curved, images, labels, keys_for(3))
+    state = config.begin(curved, state, 0)
+    start = array(state["delta"]).astype("float64")
+    trails = [
+        apgd_of_the_paper(image, label, start[row : row + 1], norm, epsilon, 58)
+        for row, (image, label) in enumerate(zip(images, labels, strict=True))
+    ]
+    first = 0
+    for moves in (1, 5, 23, 42):
+        state = walk(state, first, moves + 1 - first)
+        first = moves + 1
+        best, length = np.array([trail[moves - 1] for trail in trails]).T
+        np.testing.assert_allclose(array(state["top_loss"]), best, rtol=2e-3)
+        # In L2 the walk has converged by then, and rounding says what rises.
+        if moves < 22 or (moves == 23 and norm != "l2"):
+            np.testing.assert_allclose(array(state["length"]), length, 1e-5)
+
+
+def test_the_timetable_is_the_published_one():
+    table = autoattack.schedule(100, "linf")
+    assert list(np.flatnonzero(table["check"])) == [
+        22, 41, 57, 70, 80, 87, 93, 99]  # fmt: skip
+    assert list(table["window"][table["check"]]) == [
+        22, 19, 16, 13, 10, 7, 6, 6]  # fmt: skip
+    assert list(table["weight"][:3]) == [1.0, 1.0, 0.75]
+    assert len(table["first"]) == 101 and table["first"].sum() == 1
+    table = autoattack.schedule(100, "l1")
+    assert list(np.flatnonzero(table["check"])) == list(range(4, 101, 4))
+    table = autoattack.schedule(100, "l1", largereps=True)
+    assert list(np.flatnonzero(table["first"])) == [0, 31, 62]
+    assert list(table["radius"]) == [3.0] * 31 + [2.0] * 31 + [1.0] * 41
+    for steps in range(6):
+        table = autoattack.schedule(steps, "l1", largereps=True)
+        assert len(table["radius"]) == steps + 3
+        assert APGD("l1", steps=steps, largereps=True).steps_a_round == (
+            steps + 3
+        )
+
+
+def test_the_sparse_direction():
+    rng = np.random.default_rng(0)
+    grad = rng.normal(size=(3, *SHAPE)).astype("float32")
+    grad[2] = 0
+    share = np.array([0.2, 0.0, 0.5], "float32")
+    out = array(
+        autoattack.sparse_direction(
+            ops.convert_to_tensor(grad), ops.convert_to_tensor(share)
+        )
+    )
+    for row, count in ((0, 10), (1, 1)):
+        order = np.argsort(-np.abs(grad[row]).ravel())[:count]
+        want = np.zeros(SIZE)
+        want[order] = np.sign(grad[row].ravel()[order]) / count
+        np.testing.assert_allclose(out[row].ravel(), want, atol=1e-7)
+    assert not out[2].any()
+
+
+def shortest_way(point, weight, gap, norm):
+    """Norm of the shortest d with weight . d = -gap in the box, float64.
+
+    None if there is no such d; by linear programs, in L2 by bisection.
+    """
+    from scipy import optimize
+
+    size = len(point)
+    bounds = list(zip(-point, 1 - point, strict=True))
+    if norm == "l2":
+        sign = -np.sign(gap) * np.sign(weight)
+        room = np.where(sign > 0, 1 - point, point)
+        if np.sum(np.abs(weight) * room) < abs(gap):
+            return None
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            middle = (low + high) / 2
+            d = np.minimum(middle * np.abs(weight), room)
+            short = np.sum(np.abs(weight) * d) < abs(gap)
+            low, high = (middle, high) if short else (low, middle)
+        return np.sqrt(np.sum(np.minimum(high * np.abs(weight), room) ** 2))
+    # Variables d and bounds on |d|: one for all (L-inf), one an entry (L1).
+    extra = 1 if norm == "linf" else size
+    cover = np.ones((size, 1)) if norm == "linf" else np.eye(size)
+    identity = np.eye(size)
+    result = optimize.linprog(
+        np.concatenate([np.zeros(size), np.ones(extra)]),
+        A_ub=np.block([[identity, -cover], [-identity, -cover]]),
+        b_ub=np.zeros(2 * size),
+        A_eq=np.concatenate([weight, np.zeros(extra)])[None],
+        b_eq=[-gap],
+        bounds=bounds + [(0, None)] * extra,
+    )
+    return result.fun if result.status == 0 else None
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_way_to_a_hyperplane_is_the_shortest(norm):
+    rng = np.random.default_rng(0)
+    count, shape = 8, (2, 3, 2)
+    points = np.clip(rng.normal(0.5, 0.5, (count, 2, *shape)), 0, 1)
+    normals = (
+        rng.normal(size=(count, *shape))
+        * np.logspace(-6, 3, count)[:, None, None, None]
+    )
+    normals[:, 0, 0] = 0  # Flat directions ...
+    normals[:, 1, 1] = normals[:, 1, 2]  # ... and equal slopes.
+    reach = np.abs(normals).sum(axis=(1, 2, 3))[:, None]
+    gaps = rng.normal(0, 0.4, (count, 2)) * reach
+    gaps[3] = 0
+    points, normals, gaps = (
+        a.astype("float32") for a in (points, normals, gaps)
+    )
+    ways = fab.to_hyperplane(
+        *map(ops.convert_to_tensor, (points, normals, gaps)), norm
+    )
+    ways = np.stack([array(way) for way in ways], axis=1).astype("float64")
+    inside = points + ways
+    assert inside.min() >= -1e-6 and inside.max() <= 1 + 1e-6
+    lost = 0
+    for row in range(count):
+        for side in range(2):
+            way = ways[row, side].ravel()
+            normal = normals[row].ravel().astype("float64")
+            point = points[row, side].ravel().astype("float64")
+            gap = float(gaps[row, side])
+            want = shortest_way(point, normal, gap, norm)
+            left = gap + normal @ way
+            if want is None:  # As near as the box allows.
+                lost += 1
+                room = np.where(-np.sign(gap) * normal > 0, 1 - point, point)
+                want_left = abs(gap) - np.abs(normal) @ room
+                assert abs(left) == pytest.approx(want_left, rel=1e-4)
+                continue
+            assert abs(left) <= 1e-4 * abs(gap) + 1e-6 * reach[row]
+            length = norm_of(way[None], norm)[0]
+            assert length == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert 0 < lost < count
+
+
+# --- Closed forms ------------------------------------------------------------
+
+
+@functools.cache
+def linear_case():
+    """Four classes, of which two are far away: one hyperplane counts."""
+    rng = np.random.default_rng(5)
+    normal = rng.normal(size=SIZE).astype("float32")
+    images = np.clip(rng.normal(0.5, 0.3, (COUNT, *SHAPE)), 0, 1)
+    images = images.astype("float32")
+    gap = (images.reshape(COUNT, -1) - 0.5).astype("float64") @ normal
+    return images, normal, gap, (gap > 0).astype("int32")
+
+
+def linear(x):
+    normal = ops.convert_to_tensor(linear_case()[1])
+    z = ops.matmul(ops.reshape(x, (-1, SIZE)) - 0.5, normal[:, None])
+    far = ops.zeros_like(z) - 40.0
+    return ops.concatenate([0 * z, z, far, far - 1.0], axis=-1)
+
+
+@functools.cache
+def distances(norm):
+    images, normal, gap, _ = linear_case()
+    return np.array(
+        [
+            shortest_way(image.ravel().astype("float64"), normal, g, norm)
+            for image, g in zip(images, gap, strict=True)
+        ],
+        dtype="float64",
+    )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+class TestALinearModel:
+    def test_fab_finds_the_nearest_error(self, norm):
+        images, _, _, labels = linear_case()
+        config = FAB(norm, 0.9 * SIZE if norm == "l1" else 0.99, steps=20,
+                     num_targets=1, keep="best")  # fmt: skip
+        out, success, _ = run(config, linear, (images, labels))
+        assert success.all()
+        found, want = norm_of(out - images, norm), distances(norm)
+        assert np.all(found >= want * (1 - 1e-5))
+        assert np.all(found <= want * 1.02)
+
+    @pytest.mark.parametrize("kind", ["apgd", "apgd_t"])
+    def test_apgd_breaks_what_can_be_broken(self, kind, norm):
+        images, _, _, labels = linear_case()
+        epsilon = float(np.median(distances(norm)))
+        config = APGD(norm, epsilon, steps=40)
+        if kind == "apgd_t":
+            config = APGDT(norm, epsilon, steps=40, num_targets=1)
+        _, success, _ = run(config, linear, (images, labels))
+        slack = 1.05 if norm == "l1" else 1.01
+        assert success[distances(norm) * slack < epsilon].all()
+        assert not success[distances(norm) > epsilon * 1.0001].any()
+        assert 0.2 < success.mean() < 0.8
+
+
+# --- The ensembles -----------------------------------------------------------
+
+
+def described(attack):
+    fields = dataclasses.asdict(attack)
+    return (attack.name, *(fields.get(k) for k in (
+        "steps", "restarts", "loss", "num_targets", "largereps", "targeted",
+        "n_queries")))  # fmt: skip
+
+
+class TestEnsembles:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_standard_is_the_published_one(self, norm):
+        members = AutoAttack(norm, 0.3).members()
+        assert [described(member)[:-1] for member in members[:3]] == [
+            ("apgd", 100, 1, "cross_entropy", None, False, None),
+            ("apgd_t", 100, 1, "dlr", 9, False, None),
+            ("fab", 100, 1, None, 9, None, True),
+        ]
+        assert members[0].rho == members[1].rho == 0.75
+        third = members[2]
+        assert (third.eta, third.beta, third.alpha_max) == (1.05, 0.9, 0.1)
+        last = members[3]
+        assert (last.name, last.n_queries, last.restarts) == ("square", 5000, 1)
+        assert last.p_init == 0.8
+        assert {(m.norm, m.epsilon) for m in members} == {(norm, 0.3)}
+
+    def test_l1_is_the_published_one(self):
+        members = AutoAttack("l1", 12.0).members()
+        assert [described(member)[:-1] for member in members[:3]] == [
+            ("apgd", 100, 5, "cross_entropy", None, True, None),
+            ("apgd_t", 100, 1, "dlr", 5, True, None),
+            ("fab", 100, 1, None, 9, None, True),
+        ]
+        assert members[3].n_queries == 5000
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_plus_and_rand(self, norm):
+        plus = AutoAttack(norm, 0.3, version="plus").members()
+        assert [described(m)[:4] for m in plus] == [
+            ("apgd", 100, 5, "cross_entropy"),
+            ("apgd", 100, 5, "dlr"),
+            ("fab", 100, 5, None),
+            ("square", None, 1, "margin"),
+            ("apgd_t", 100, 1, "dlr"),
+            ("fab", 100, 1, None),
+        ]
+        assert [m.targeted for m in plus if m.name == "fab"] == [False, True]
+        rand = AutoAttack(norm, 0.3, version="rand")
+        assert [described(m)[:4] for m in rand.members()] == [
+            ("apgd", 100, 1, "cross_entropy"),
+            ("apgd", 100, 1, "dlr"),
+        ]
+        assert rand.eot == 20 and AutoAttack(norm, 0.3).eot is None
+
+    def test_one_after_the_other(self, monkeypatch):
+        """On the whole batch, a member counts where the ones before failed."""
+        ball = dict(norm="linf", epsilon=RADIUS["linf"])
+        members = (APGD(**ball, steps=0), KINDS["apgd_t"](**ball))
+        monkeypatch.setattr(AutoAttack, "members", lambda self: members)
+        images, labels = make_data()
+        out = AutoAttack(**ball)(curved, images, labels, keys_for(COUNT))
+        keys = [numerics.fold_in(keys_for(COUNT), rank) for rank in range(2)]
+        first, second = (
+            member(curved, images, labels, own)
+            for member, own in zip(members, keys, strict=True)
+        )
+        fell = array(first.success)
+        late = array(second.success) & ~fell
+        assert fell.any() and late.any()
+        np.testing.assert_array_equal(array(out.success), fell | late)
+        for rows, source in ((~late, first), (late, second)):
+            np.testing.assert_allclose(
+                array(out.images)[rows], array(source.images)[rows], atol=1e-5
+            )
+
+    def test_the_number_of_classes_is_minded(self):
+        assert APGDT().fit(5).num_targets == FAB().fit(5).num_targets == 4
+        assert APGDT().fit(100).num_targets == 9
+        for classes, attack in ((3, APGDT()), (3, AutoAttack()),
+                                (2, APGD(loss="dlr")), (1, FAB())):  # fmt: skip
+            with pytest.raises(ValueError, match="classes") as caught:
+                attack.fit(classes)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match="Take apgd"):
+            AutoAttack().fit(3)
+        assert AutoAttack().fit(4) == AutoAttack()
+
+    def test_more_targets_than_classes_go_round(self):
+        scores = np.array([[3.0, 1.0, 2.0, 0.0]], "float32")
+        state = {
+            "scores": ops.convert_to_tensor(scores),
+            "labels": ops.convert_to_tensor(np.array([0], "int32")),
+        }
+        aims = [array(fab.aim(state, rank)).item() for rank in range(5)]
+        assert aims == [2, 1, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "make,match",
+    [
+        (lambda: APGD(steps=-1), "steps=-1"),
+        (lambda: APGD(restarts=0), "restarts=0"),
+        (lambda: APGD(loss="mse"), "objective='mse'"),
+        (lambda: APGD(rho=2.0), "rho=2"),
+        (lambda: APGD(keep="last"), "keep='last'"),
+        (lambda: APGD(epsilon=8.0), r"epsilon=8\. Write 8/255"),
+        (lambda: APGD("l2", largereps=True), "norm='l2'"),
+        (lambda: APGDT(num_targets=0), "num_targets=0"),
+        (lambda: APGDT(loss="margin"), "loss='margin'"),
+        (lambda: FAB(alpha_max=2.0), "alpha_max=2"),
+        (lambda: FAB(eta=0.5), "eta=0.5"),
+        (lambda: AutoAttack(version="all"), "version='all'"),
+    ],
+)
+def test_errors_are_one_line_and_say_what_came(make, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attack", [APGDT(), FAB(), AutoAttack()])
+def test_targets_of_the_caller_are_refused(attack):
+    images, labels = make_data()
+    with pytest.raises(ValueError, match="Take apgd or pgd"):
+        attack(curved, images, labels, keys_for(COUNT), labels)
+
+
+def test_apgd_reaches_a_target():
+    images, labels = make_data()
+    targets = (labels + 2) % CLASSES
+    config = APGD("linf", 0.5, steps=20)
+    out = numerics.compile_call(
+        lambda *args: tuple(config(curved, *args))
+    )(images, labels, keys_for(COUNT), targets)  # fmt: skip
+    hit = predictions(curved, array(out[0])) == targets
+    np.testing.assert_array_equal(array(out[1]), hit)
+    assert hit.mean() > 0.8
+
+
+# --- Against other programs --------------------------------------------------
+
+
+@functools.cache
+def trained():
+    """A small net for the digits of scikit-learn; images and labels."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = (digits.images / 16).astype("float32")[..., None]
+    labels = digits.target.astype("int32")
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(16, 3, strides=2, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(32, activation="relu"),
+            layers.Dense(10),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(3e-3), loss)
+    model.fit(images[200:], labels[200:], epochs=3, batch_size=64, verbose=0)
+    return model, images[:100], labels[:100]
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="They attack a Torch model."
+)
+class TestOtherPrograms:
+    """The same weights and images; the counts differ by chance alone."""
+
+    def robust(self, attack):
+        model, images, labels = trained()
+        return ~run(attack, model, (images, labels))[1]
+
+    def theirs(self, name, **fields):
+        torchattacks = pytest.importorskip("torchattacks")
+        import torch
+
+        model, images, labels = trained()
+
+        class Channels(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, x):
+                return self.inner(x.permute(0, 2, 3, 1), training=False)
+
+        attack = getattr(torchattacks, name)(Channels().eval(), **fields)
+        out = attack(
+            torch.tensor(images).permute(0, 3, 1, 2),
+            torch.tensor(labels).long(),
+        )
+        out = out.detach().permute(0, 2, 3, 1).numpy()
+        return predictions(model, out) == labels
+
+    @pytest.mark.parametrize("norm,epsilon", [("linf", 0.1), ("l2", 0.5)])
+    @pytest.mark.parametrize("name", ["APGD", "APGDT", "FAB"])
+    def test_torchattacks(self, name, norm, epsilon):
+        fields = dict(norm=norm, epsilon=epsilon, steps=20)
+        theirs = dict(
+            norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, steps=20
+        )
+        if name == "APGD":
+            ours, theirs["loss"] = APGD(**fields), "ce"
+        elif name == "APGDT":
+            ours = APGDT(**fields)
+        else:
+            ours, theirs["multi_targeted"] = FAB(**fields), True
+        got, want = self.robust(ours), self.theirs(name, **theirs)
+        assert 0.2 < want.mean() < 0.8
+        assert abs(int(got.sum()) - int(want.sum())) <= 2
+        assert np.sum(got != want) <= 4
+
+    @pytest.mark.parametrize("norm,epsilon", [("linf", 0.1), ("l2", 0.5)])
+    def test_art(self, norm, epsilon):
+        pytest.importorskip("art")
+        import torch
+        from art.attacks.evasion import AutoProjectedGradientDescent
+        from art.estimators.classification import PyTorchClassifier
+
+        model, images, labels = trained()
+        np.random.seed(0)
+        classifier = PyTorchClassifier(
+            model, torch.nn.CrossEntropyLoss(), (8, 8, 1), 10,
+            clip_values=(0, 1), device_type="cpu",
+        )  # fmt: skip
+        attack = AutoProjectedGradientDescent(
+            classifier, norm={"linf": np.inf, "l2": 2}[norm], eps=epsilon,
+            eps_step=2 * epsilon, max_iter=20, nb_random_init=1,
+            loss_type="cross_entropy", batch_size=100, verbose=False,
+        )  # fmt: skip
+        out = attack.generate(images, np.eye(10, dtype="float32")[labels])
+        want = predictions(model, out) == labels
+        got = self.robust(APGD(norm, epsilon, steps=20))
+        # Not weaker: ART checks the step size at other iterations.
+        assert got.sum() <= want.sum() + 2
