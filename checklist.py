@@ -25,6 +25,7 @@ import textwrap
 import keras
 import numpy as np
 from keras import ops
+from scipy import stats
 
 import attack_backbone
 import crafting
@@ -39,6 +40,7 @@ _VANISHED = 1e-19
 # The odds of exp(-87) are the smallest normal number of float32: the
 # probabilities of the other classes, which are the usual gradient, are zero.
 _UNDERFLOW = 87.0
+_RATE = 0.02  # Of images that a sound model loses to one attack more.
 _CALLS = 3  # Of the model, on the same images.
 # Sums on an accelerator may come out in another order; AutoAttack's bound.
 _ROUNDING = 1e-4
@@ -276,14 +278,14 @@ class _Subject:
 
     @property
     def allowed(self):
-        """How many images may go the wrong way by chance.
+        """How many images may go the wrong way by chance, at 5%.
 
         Even on a sound model an attack breaks an image or two in a hundred
-        that another leaves; the noise of a stochastic one breaks as many more
-        of those near its decision boundary, each time it is drawn.
+        that another leaves; the noise of a stochastic one breaks more of those
+        near its decision boundary, each time it is drawn.
         """
-        share = 0.03 if self.eot is None else 0.06
-        return max(1, int(share * self.count))
+        rate = _RATE if self.eot is None else 2 * _RATE
+        return max(1, int(stats.binom.ppf(0.95, self.count, rate)))
 
     @property
     def keep(self):
@@ -537,7 +539,7 @@ def _unbounded_epsilon(subject):
     )
     standing = subject.attack(attack, subject.right).standing
     found = _rates(subject, (f"epsilon {subject.diameter:.4g}", standing))
-    return bool(standing.sum() <= subject.allowed), found
+    return bool(standing.sum() <= max(1, 0.01 * subject.count)), found
 
 
 def _black_box(subject):
