@@ -414,6 +414,11 @@ class FGSM(Attack):
         objectives.check_objective(self.loss)
         _check_fraction(self.l1_fraction)
 
+    @property
+    def keep(self):
+        """See `Attack.keep`; the step counts where the image fails already."""
+        return "best"
+
     def objective(self, logits_fn, state):
         """See `Attack.objective`."""
         return _class_loss(self.loss, logits_fn, state)
@@ -894,9 +899,12 @@ class SPSA(_Iterative):
         objective = self.objective(logits_fn, rows)
 
         def add(part, total):
-            v = numerics.signs(numerics.fold_in(keys, part), (chunk, *shape))
-            # The last part may be a shorter one.
+            # Each direction has a key, so that it is the same in any chunk.
             wanted = part * chunk + ops.arange(chunk, dtype="int32")
+            drawn = numerics.fold_in(ops.expand_dims(keys, 1), wanted)
+            v = numerics.signs(ops.reshape(drawn, (-1, 2)), shape)
+            v = ops.reshape(v, (-1, chunk, *shape))
+            # The last part may be a shorter one.
             used = ops.cast(wanted < self.samples, "float32")
             both = ops.stack([self.radius * v, -self.radius * v], axis=2)
             probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + both

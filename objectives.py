@@ -90,7 +90,8 @@ def dlr(logits, labels):
         labels: Integers of shape `(batch,)`.
 
     Returns:
-        Tensor of shape `(batch,)`, between -1 and 1.
+        Tensor of shape `(batch,)`: between -1 and 0 where the label is on top,
+        above 0 otherwise, and above 1 where it is not among the top three.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 6

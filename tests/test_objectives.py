@@ -1,0 +1,341 @@
+"""Losses, targets, verdicts and preferences against NumPy and by cases."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from norms import array
+from toys import keys_for
+
+import numerics
+import objectives
+
+
+def tensor(x):
+    return ops.convert_to_tensor(np.asarray(x))
+
+
+def draw(count=40, classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 5, (count, classes)).astype("float32")
+    labels = rng.integers(0, classes, count).astype("int32")
+    targets = (labels + rng.integers(1, classes, count)) % classes
+    return logits, labels, targets.astype("int32")
+
+
+def oracle(name, logits, classes):
+    """Loss of a class in float64, one example at a time."""
+    out = []
+    for row, own in zip(logits.astype("float64"), classes, strict=True):
+        others = np.delete(row, own)
+        if name == "cross_entropy":
+            out.append(np.log(np.exp(row - row[own]).sum()))
+        elif name == "margin":
+            out.append(others.max() - row[own])
+        else:
+            top = np.sort(row)[::-1]
+            out.append((others.max() - row[own]) / (top[0] - top[2]))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+class TestLosses:
+    def test_value(self, name):
+        logits, labels, targets = draw()
+        got = array(objectives.loss(name, tensor(logits), tensor(labels)))
+        np.testing.assert_allclose(
+            got, oracle(name, logits, labels), rtol=1e-4, atol=1e-5
+        )
+        got = objectives.loss(
+            name, tensor(logits), tensor(labels), tensor(targets)
+        )
+        if name == "dlr":
+            rows = np.arange(len(logits))
+            top = np.sort(logits.astype("float64"))[:, ::-1]
+            want = logits[rows, targets] - logits[rows, labels]
+            want = want / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+        else:
+            want = -oracle(name, logits, targets)
+        np.testing.assert_allclose(array(got), want, rtol=1e-4, atol=1e-5)
+
+    def test_it_rises_where_the_model_errs(self, name):
+        logits, labels, targets = draw()
+        loss = array(objectives.loss(name, tensor(logits), tensor(labels)))
+        wrong = logits.argmax(-1) != labels
+        assert wrong.any() and not wrong.all()
+        assert loss[wrong].min() >= (0 if name != "cross_entropy" else 0.6)
+        if name != "cross_entropy":
+            assert loss[~wrong].max() <= 0
+        # The target's loss is highest where the target is what it says.
+        hit = np.eye(7, dtype="float32")[targets] * 30
+        high = objectives.loss(
+            name, tensor(hit), tensor(labels), tensor(targets)
+        )
+        low = objectives.loss(
+            name, tensor(-hit), tensor(labels), tensor(targets)
+        )
+        assert np.all(array(high) > array(low))
+
+    def test_half_precision_logits_give_a_float32_loss(self, name):
+        logits, labels, _ = draw()
+        half = ops.cast(tensor(logits), "float16")
+        got = objectives.loss(name, half, tensor(labels))
+        assert keras.backend.standardize_dtype(got.dtype) == "float32"
+        want = oracle(name, array(half).astype("float32"), labels)
+        np.testing.assert_allclose(array(got), want, rtol=1e-3, atol=1e-3)
+
+
+def test_cross_entropy_equals_keras():
+    logits, labels, _ = draw()
+    want = keras.losses.sparse_categorical_crossentropy(
+        labels, logits, from_logits=True
+    )
+    got = objectives.cross_entropy(tensor(logits), tensor(labels))
+    np.testing.assert_allclose(array(got), array(want), atol=1e-5)
+
+
+def test_its_gradient_lives_where_the_probability_rounds_to_one():
+    logits = tensor(np.array([[60.0, 0.0, 1.0]], "float32"))
+    labels = tensor([0])
+    _, grad = numerics.value_and_grad(
+        lambda z: objectives.cross_entropy(z, labels), logits
+    )
+    exact = np.exp([-60.0, -59.0])  # In float64, to first order.
+    np.testing.assert_allclose(
+        array(grad)[0], [-exact.sum(), *exact], rtol=1e-4
+    )
+
+
+def test_an_infinite_logit_of_another_class_is_no_nan():
+    logits = tensor(np.array([[1.0, -np.inf, 0.5]], "float32"))
+    assert array(objectives.margin(logits, tensor([0])))[0] == -0.5
+    assert np.isfinite(array(objectives.cross_entropy(logits, tensor([0]))))[0]
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_dlr_is_blind_to_shift_and_scale(targeted):
+    logits, labels, targets = draw()
+    more = (tensor(targets),) if targeted else ()
+
+    def values(logits):
+        return array(
+            objectives.loss("dlr", tensor(logits), tensor(labels), *more)
+        )
+
+    want = values(logits)
+    np.testing.assert_allclose(values(logits * 100), want, rtol=1e-4)
+    np.testing.assert_allclose(values(logits + 3), want, rtol=1e-3, atol=1e-4)
+    if not targeted:
+        place = np.sum(logits.T > logits[np.arange(len(labels)), labels], 0)
+        assert want[place == 0].min() >= -1 and want[place == 0].max() <= 0
+        assert want[place > 0].min() > 0 and want[place > 2].min() > 1
+
+
+@pytest.mark.parametrize(
+    "args,match",
+    [
+        (("hinge",), "Received: objective='hinge'"),
+        (("dlr", 2), "at least 3 classes for the objective dlr"),
+        (("dlr", 3, True), "at least 4 classes for the targeted objective dlr"),
+        (("margin", 1), "at least 2 classes.*Received: num_classes=1"),
+    ],
+)
+def test_an_objective_that_cannot_be_used_is_refused(args, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        objectives.check_objective(*args)
+    assert "\n" not in str(caught.value)
+    objectives.check_objective("dlr", 4, True)
+
+
+class TestTargets:
+    LABELS = np.arange(4000, dtype="int32") % 5
+
+    def test_random_targets_are_uniform_over_the_others(self):
+        from scipy import stats
+
+        out = array(objectives.random_targets(keys_for(4000), self.LABELS, 5))
+        assert np.all(out != self.LABELS)
+        shift = np.bincount((out - self.LABELS) % 5, minlength=5)[1:]
+        assert stats.chisquare(shift).pvalue > 1e-4
+
+    def test_next_and_fixed_targets(self):
+        out = array(objectives.next_targets(self.LABELS, 5))
+        np.testing.assert_array_equal(out, (self.LABELS + 1) % 5)
+        out = array(objectives.fixed_targets(self.LABELS, 4, 5))
+        assert np.all(out != self.LABELS)
+        np.testing.assert_array_equal(out[self.LABELS != 4], 4)
+
+    def test_targets_by_likelihood(self):
+        logits, labels, _ = draw()
+        order = [
+            [c for c in np.argsort(-row) if c != own]
+            for row, own in zip(logits, labels, strict=True)
+        ]
+        for rank, want in enumerate(np.transpose(order)):
+            for number in (rank, ops.convert_to_tensor(rank)):
+                got = array(
+                    objectives.likely_targets(
+                        tensor(logits), tensor(labels), number
+                    )
+                )
+                np.testing.assert_array_equal(got, want)
+        # The last of them is the least likely, also where the label is.
+        got = objectives.least_likely_targets(tensor(logits), tensor(labels))
+        np.testing.assert_array_equal(array(got), want)
+        assert np.any(logits.argmin(-1) == labels)
+
+    def test_bad_targets_are_refused(self):
+        with pytest.raises(ValueError, match="from 0 to 4.*Received: 5"):
+            objectives.fixed_targets(self.LABELS, 5, 5)
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            objectives.next_targets(self.LABELS, 1)
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            objectives.least_likely_targets(np.zeros((3, 1)), [0, 0, 0])
+
+
+class TestVerdict:
+    LOGITS = np.array(
+        [[3, 1, 2], [1, 3, 2], [1, 2, 3], [np.nan, 3, 2], [1, 3, 2]], "f4"
+    )
+    LABELS = np.array([0, 0, 0, 0, 0])
+    VALUES = np.array([0, 0, 0, 0, np.nan], "f4")
+
+    def test_any_error(self):
+        success, wrong = objectives.judge(
+            tensor(self.LOGITS), tensor(self.VALUES), tensor(self.LABELS)
+        )
+        want = [False, True, True, False, False]  # A NaN proves nothing.
+        np.testing.assert_array_equal(array(success), want)
+        np.testing.assert_array_equal(array(wrong), want)
+
+    def test_the_target(self):
+        success, wrong = objectives.judge(
+            tensor(self.LOGITS),
+            tensor(self.VALUES),
+            tensor(self.LABELS),
+            tensor([2, 2, 2, 1, 1]),
+        )
+        np.testing.assert_array_equal(array(success), [0, 0, 1, 0, 0])
+        np.testing.assert_array_equal(array(wrong), [0, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize("keep", ["best", "first"])
+def test_the_order_of_preference(keep):
+    """Every old candidate against every new one, a row each."""
+    kinds = [
+        (success, wrong, loss)
+        for success, wrong in ((0, 0), (0, 1), (1, 1))
+        for loss in (-np.inf, -1.0, 2.0)
+    ]
+    kinds.append((0, 0, np.nan))
+    old, new = zip(*itertools.product(kinds[:-1], kinds), strict=True)
+    old, new = np.array(old), np.array(new)
+    shape = (len(old), 1, 1, 1)
+    state = {
+        "best": tensor(np.zeros(shape, "f4")),
+        "success": tensor(old[:, 0] > 0),
+        "wrong": tensor(old[:, 1] > 0),
+        "loss": tensor(old[:, 2].astype("f4")),
+        "other": tensor(np.arange(len(old))),
+    }
+    after = objectives.offer(
+        state,
+        tensor(np.ones(shape, "f4")),
+        tensor(new[:, 2].astype("f4")),
+        tensor(new[:, 0] > 0),
+        tensor(new[:, 1] > 0),
+        keep,
+    )
+    better = np.array(
+        [
+            (not (keep == "first" and a[0])) and tuple(b) > tuple(a)
+            for a, b in zip(old, new, strict=True)
+        ]
+    )
+    want = np.where(better[:, None], new, old)
+    np.testing.assert_array_equal(array(after["best"]).ravel(), better)
+    np.testing.assert_array_equal(array(after["success"]), want[:, 0])
+    np.testing.assert_array_equal(array(after["wrong"]), want[:, 1])
+    np.testing.assert_array_equal(array(after["loss"]), want[:, 2])
+    np.testing.assert_array_equal(array(after["other"]), np.arange(len(old)))
+
+
+class TestAttentionDistance:
+    SHAPE = (20, 10, 3)
+
+    def shown(self, seed):
+        rng = np.random.default_rng(seed)
+        maps = rng.random((6, 2, 4, 3))
+        maps /= maps.sum((2, 3), keepdims=True)
+        found = {
+            "gazes": rng.normal(0, 5, (6, 3, 2)),
+            "boxes": rng.random((6, 3, 4)),
+            "maps": maps,
+        }
+        return {name: value.astype("float32") for name, value in found.items()}
+
+    def distance(self, before, after):
+        return array(
+            objectives.attention_distance(
+                {name: tensor(value) for name, value in after.items()},
+                {name: tensor(value) for name, value in before.items()},
+                self.SHAPE,
+            )
+        )
+
+    def test_value(self):
+        before, after = self.shown(0), self.shown(1)
+        apart = after["gazes"] - before["gazes"]
+        want = {
+            "gazes": np.linalg.norm(apart, axis=-1).mean(-1) / 10,
+            "boxes": np.abs(after["boxes"] - before["boxes"]).mean((1, 2)),
+            "maps": np.abs(after["maps"] - before["maps"]).sum((2, 3)).mean(-1)
+            / 2,
+        }
+        for name, value in want.items():
+            got = self.distance({name: before[name]}, after)
+            np.testing.assert_allclose(got, value, rtol=1e-4)
+        np.testing.assert_allclose(
+            self.distance(before, after),
+            np.mean(list(want.values()), axis=0),
+            rtol=1e-4,
+        )
+
+    def test_it_is_a_distance(self):
+        before, after = self.shown(0), self.shown(1)
+        np.testing.assert_allclose(self.distance(before, before), 0, atol=1e-6)
+        np.testing.assert_allclose(
+            self.distance(before, after),
+            self.distance(after, before),
+            rtol=1e-5,
+        )
+
+    def test_maps_without_overlap_are_one_apart(self):
+        maps = np.zeros((1, 1, 2, 2), "float32")
+        other = maps.copy()
+        maps[..., 0, 0], other[..., 1, 1] = 1, 1
+        assert self.distance({"maps": maps}, {"maps": other})[0] == 1
+
+    def test_its_gradient_at_rest_is_finite(self):
+        before = {n: tensor(v) for n, v in self.shown(0).items()}
+        _, grad = numerics.value_and_grad(
+            lambda gazes: objectives.attention_distance(
+                {**before, "gazes": gazes}, before, self.SHAPE
+            ),
+            before["gazes"],
+        )
+        assert np.all(np.isfinite(array(grad)))
+
+    def test_nothing_to_distract_is_refused(self):
+        with pytest.raises(ValueError, match="no gazes, boxes or attention"):
+            self.distance({}, {})
+
+
+def test_outputs_are_made_of_bare_logits_and_left_alone():
+    logits = tensor(np.zeros((2, 3), "f4"))
+    outputs = objectives.outputs_of(logits)
+    assert outputs.logits is logits
+    assert outputs.answers is None and outputs.shown == {}
+    assert objectives.outputs_of(outputs) is outputs
