@@ -389,9 +389,10 @@ def _attacks(norm, radii):
             given[field] = _parsed(flag.name, flag.value, parse)
     for name in names:
         own = {k: v for k, v in given.items() if k in fields[name]}
-        # What has fallen need not be attacked on.
+        # What has fallen need not be attacked on; but with draws, one iterate
+        # may look fallen by chance, and the last is the one to judge.
         if getattr(known[name], "keep", "") == "best":
-            own.setdefault("keep", "first")
+            own.setdefault("keep", "first" if _EOT.value is None else "last")
         scans = {"epsilon": radii}
         scans.update({k: own.pop(k) for k in _SCANNED if k in own})
         for values in itertools.product(

@@ -394,18 +394,10 @@ def run(
         ValueError: See `build`; or if a setting is out of range.
     """
     folder = pathlib.Path(folder)
-    if config is None:
-        config = CraftConfig(**settings)
-    elif settings:
-        raise ValueError(f"Expected config or {', '.join(settings)}, not both.")
-    if data.train is None:
-        raise ValueError(
-            "The data set was loaded without its training images, of which "
-            "the crafted set is made."
-        )
+    config = _configured(config, settings, data)
     model, described = robust_training.load_run(folder, weights)
-    sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     recipe = _recipe(described).override(epochs=epochs)
+    sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     place = folder / f"nonrobust_features-{config.target}"
     request = {
         **config.describe(),
@@ -442,13 +434,35 @@ def run(
         "run": str(folder),
         "model": described["model"],
         "dataset": described["dataset"],
-        "split": "test",
         **request,
         **crafted,
-        **_tested(loop.model, data.test),
-        "run_accuracy": robust_evaluation.accuracy(model, data.test)[
-            "accuracy"
-        ],
+        **_found(loop.model, model, data.test, recipe, history),
+        "request": request,
+        "provenance": provenance,
+    }
+    run_folder.write_json(place / "results.json", record)
+    return record
+
+
+def _configured(config, settings, data):
+    if data.train is None:
+        raise ValueError(
+            "The data set was loaded without its training images, of which "
+            "the crafted set is made."
+        )
+    if config is None:
+        return CraftConfig(**settings)
+    if settings:
+        raise ValueError(f"Expected config or {', '.join(settings)}, not both.")
+    return config
+
+
+def _found(fresh, model, test, recipe, history):
+    """What a record says of the fresh model."""
+    return {
+        "split": "test",
+        **_tested(fresh, test),
+        "run_accuracy": robust_evaluation.accuracy(model, test)["accuracy"],
         "crafted_accuracy": history[-1]["accuracy"],
         "recipe": {
             **dataclasses.asdict(recipe),
@@ -456,11 +470,7 @@ def run(
         },
         "training_seconds": round(sum(row["seconds"] for row in history), 1),
         "backend": keras.config.backend(),
-        "request": request,
-        "provenance": provenance,
     }
-    run_folder.write_json(place / "results.json", record)
-    return record
 
 
 def _recipe(described):

@@ -4,9 +4,9 @@
 
 Every job, one attack of one library, runs in a process of its own: ours on
 `--backend`, the others on Keras' Torch backend, which gives them the same
-function. A job's result is a file in `<run>/parity/`; what is there is not run
-again, so that a table can be stopped and grown. Needs the `torch` and `peers`
-extras.
+function. PGD starts at the image, so that chance does not part the libraries.
+A job's result is a file in `<run>/parity/`; what is there is not run again, so
+that a table can be stopped and grown. Needs the `torch` and `peers` extras.
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ def ours(library, attack, model, split, order, context):
     attack = {
         "fgsm": lambda: attack_backbone.FGSM(epsilon=epsilon),
         "pgd": lambda: attack_backbone.PGD(
-            epsilon=epsilon, steps=steps, keep="first"
+            epsilon=epsilon, steps=steps, keep="first", random_start=0
         ),
         "apgd": lambda: autoattack.APGD(epsilon=epsilon),
         "fab": lambda: fab.FAB(epsilon=epsilon),
@@ -134,7 +134,11 @@ def _torchattacks(attack, net, x, context):
     made = {
         "fgsm": lambda: peers.FGSM(net, eps=epsilon),
         "pgd": lambda: peers.PGD(
-            net, eps=epsilon, alpha=2.5 * epsilon / steps, steps=steps
+            net,
+            eps=epsilon,
+            alpha=2.5 * epsilon / steps,
+            steps=steps,
+            random_start=False,
         ),
         # Its own defaults are ten steps; the published ones are a hundred.
         "apgd": lambda: peers.APGD(net, eps=epsilon, steps=100),
@@ -168,7 +172,9 @@ def _foolbox(attack, net, x, context):
         found = foolbox.attacks.LinfFastGradientAttack(random_start=False)
     elif attack == "pgd":
         found = foolbox.attacks.LinfPGD(
-            abs_stepsize=2.5 * epsilon / steps, steps=steps
+            abs_stepsize=2.5 * epsilon / steps,
+            steps=steps,
+            random_start=False,
         )
     else:
         return None
@@ -200,7 +206,7 @@ def _art(attack, net, x, context):
             classifier,
             eps_step=2.5 * epsilon / steps,
             max_iter=steps,
-            num_random_init=1,
+            num_random_init=0,
             **common,
         )
     elif attack == "apgd":
