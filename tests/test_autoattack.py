@@ -38,20 +38,28 @@ def keys_for(count, seed=0):
     return numerics.example_keys(seed, np.arange(count, dtype="int32"))
 
 
-def weights(seed=3):
-    rng = np.random.default_rng(seed)
-    inner = rng.normal(size=(SIZE, 24)) * 0.4
+@functools.cache
+def weights(scale=1.0):
+    rng = np.random.default_rng(3)
+    inner = rng.normal(size=(SIZE, 24)) * 0.4 * scale
     return inner.astype("float32"), rng.normal(size=(24, CLASSES)).astype(
         "float32"
     )
 
 
-def curved(x):
+def curved(x, scale=1.0):
     """A smooth net that sums row by row, alike for every batch size."""
-    inner, outer = map(ops.convert_to_tensor, weights())
+    inner, outer = map(ops.convert_to_tensor, weights(scale))
     x = ops.reshape(x, (-1, SIZE, 1)) - 0.5
     hidden = ops.tanh(ops.sum(x * inner[None], axis=1))
     return ops.sum(ops.expand_dims(hidden, -1) * outer[None], axis=1)
+
+
+STEEP = 3.0  # Scale of a net on which no walk goes straight.
+
+
+def steep(x):
+    return curved(x, STEEP)
 
 
 @functools.cache
@@ -144,50 +152,57 @@ class TestEveryAttack:
 
 @pytest.mark.parametrize(
     "kind,norm",
-    [("apgd", "l1"), ("apgd", "linf"), ("apgd_t", "l2"), ("fab_t", "linf"),
-     ("fab_t", "l1"), ("fab", "l2")],
-)  # fmt: skip
+    [("apgd", "l1"), ("apgd_t", "l2"), ("fab_t", "linf"), ("fab", "l2")],
+)
 def test_rows_may_be_packed_anew_after_every_chunk(kind, norm):
-    """What an evaluation does: pieces, chunks, other batches, another order.
-
-    Run piece by piece without compilation, it equals the compiled whole.
-    """
+    """What an evaluation does: pieces, chunks, other batches, another order."""
     images, labels = make_data()
     config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
     out, success, _ = crafted(kind, norm)
-    batches = [np.array([7, 2]), np.array([5])]
-    order = np.array([2, 0, 1])  # Of the rows 7, 2, 5 in the joined batch.
     keys = array(keys_for(COUNT))
-    states = [
-        config.open(curved, images[b], labels[b], keys[b]) for b in batches
-    ]
-    for number in range(config.rounds):
-        states = [config.begin(curved, state, number) for state in states]
-        states = [
-            config.advance(curved, state, number, 0, 2) for state in states
-        ]
-        joined = {
-            name: np.concatenate([array(state[name]) for state in states])
-            for name in states[0]
-        }
-        assert {len(value) for value in joined.values()} == {3}
-        joined = config.advance(
-            curved,
-            {k: ops.convert_to_tensor(v[order]) for k, v in joined.items()},
-            number,
-            2,
-            config.steps_a_round - 2,
+    pieces = {
+        name: numerics.compile_call(functools.partial(function, curved))
+        for name, function in (
+            ("open", config.open),
+            ("begin", config.begin),
+            ("advance", config.advance),
         )
-        joined = config.end(curved, joined, number)
-        back = {k: array(v)[np.argsort(order)] for k, v in joined.items()}
-        states = [
-            {k: ops.convert_to_tensor(v[rows]) for k, v in back.items()}
-            for rows in ([0, 1], [2])
+    }
+
+    def each(name, batches, *scalars):
+        out = [pieces[name](batch, *scalars) for batch in batches]
+        return [{k: array(v) for k, v in batch.items()} for batch in out]
+
+    def repacked(batches, order):
+        joined = {
+            name: np.concatenate([batch[name] for batch in batches])[order]
+            for name in batches[0]
+        }
+        assert {len(value) for value in joined.values()} == {4}
+        return [
+            {name: value[rows] for name, value in joined.items()}
+            for rows in ([0, 1], [2, 3])
         ]
-    for state, rows in zip(states, batches, strict=True):
-        np.testing.assert_array_equal(array(state["success"]), success[rows])
+
+    batches = [
+        {k: array(v) for k, v in pieces["open"](*given).items()}
+        for given in (
+            (images[rows], labels[rows], keys[rows])
+            for rows in ([7, 2], [5, 9])
+        )
+    ]
+    order = np.array([2, 0, 3, 1])
+    for number in range(config.rounds):
+        batches = each("begin", batches, number)
+        batches = each("advance", batches, number, 0, 2)
+        batches = repacked(batches, order)
+        rest = config.steps_a_round - 2
+        batches = each("advance", batches, number, 2, rest)
+        batches = repacked(batches, np.argsort(order))
+    for state, rows in zip(batches, ([7, 2], [5, 9]), strict=True):
+        np.testing.assert_array_equal(state["success"], success[rows])
         # Rounding grows along a walk; a sign that flips moves a whole pixel.
-        far = np.abs(array(state["best"]) - out[rows]) > 1e-3
+        far = np.abs(state["best"] - out[rows]) > 1e-3
         assert far.mean() < 0.05
 
 
@@ -198,45 +213,54 @@ def test_a_nan_is_not_a_success(kind):
 
     images, labels = make_data()
     config = KINDS[kind](norm="linf", epsilon=0.1)
-    config = dataclasses.replace(config, steps=2, restarts=1)
-    config = config.fit(6)
+    config = dataclasses.replace(config, steps=2, restarts=1).fit(6)
     out, success, _ = run(config, broken, (images, labels))
     assert not success.any()
     np.testing.assert_array_equal(out, images)
 
 
-@pytest.mark.parametrize("kind", ["apgd", "apgd_t", "fab_t"])
-def test_several_equal_answers_are_one(kind):
-    """As the draws of a stochastic model that does not draw."""
+@pytest.mark.parametrize(
+    "kind,norm", [("apgd", "linf"), ("apgd_t", "l1"), ("fab_t", "l2")]
+)
+def test_plain_equals_compiled_and_equal_answers_are_one(kind, norm):
+    """Uncompiled, and as the draws of a stochastic model that draws nothing."""
 
     def twice(x):
         logits = curved(x)
         return objectives.Outputs(logits, ops.stack([logits] * 2, axis=1))
 
-    images, labels = (part[:4] for part in make_data())
-    config = KINDS[kind](norm="linf", epsilon=RADIUS["linf"])
-    config = dataclasses.replace(config, steps=2, restarts=1)
-    keys = keys_for(4)
-    one = config(curved, images, labels, keys)
-    two = config(twice, images, labels, keys)
-    np.testing.assert_allclose(array(one.images), array(two.images), atol=1e-5)
-    np.testing.assert_allclose(array(one.loss), array(two.loss), atol=1e-5)
+    images, labels = make_data()
+    config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
+    out, success, loss = crafted(kind, norm)
+    two = config(twice, images, labels, keys_for(COUNT))
+    np.testing.assert_array_equal(array(two.success), success)
+    np.testing.assert_allclose(array(two.loss), loss, rtol=1e-2, atol=1e-3)
+    # Rounding grows along a walk; a sign that flips moves a whole pixel.
+    assert np.mean(np.abs(array(two.images) - out) > 1e-3) < 0.02
 
 
 # --- Against a second implementation -----------------------------------------
 
 
-def curved_with_gradient(images, labels):
-    """Logits, cross-entropy and its gradient, in float64 NumPy."""
-    inner, outer = (w.astype("float64") for w in weights())
+def differentiated(images, scale):
+    """The net in float64 NumPy: logits, and how to pull a gradient back."""
+    inner, outer = (w.astype("float64") for w in weights(scale))
     hidden = np.tanh((images.reshape(len(images), -1) - 0.5) @ inner)
-    logits = hidden @ outer
+
+    def pull_back(slopes):
+        grad = ((slopes @ outer.T) * (1 - hidden**2)) @ inner.T
+        return grad.reshape(images.shape)
+
+    return hidden @ outer, pull_back
+
+
+def steep_loss(images, labels):
+    """Cross-entropy of the steep net and its gradient."""
+    logits, pull_back = differentiated(images, STEEP)
     chance = np.exp(logits - logits.max(-1, keepdims=True))
     chance /= chance.sum(-1, keepdims=True)
     own = np.eye(CLASSES)[labels]
-    loss = -np.log((chance * own).sum(-1))
-    slope = ((chance - own) @ outer.T * (1 - hidden**2)) @ inner.T
-    return logits, loss, slope.reshape(images.shape)
+    return -np.log((chance * own).sum(-1)), pull_back(chance - own)
 
 
 def projected(delta, epsilon, norm, images):
@@ -251,12 +275,12 @@ def projected(delta, epsilon, norm, images):
 def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
     """One run of algorithm 1 (in L1, of Croce and Hein, 2021) on one image.
 
-    Returns best loss and step size after each move, from the start on.
+    Returns iterate, best loss and step size after each move and its check.
     """
     clean = image[None].astype("float32")
 
     def evaluate(delta):
-        _, loss, grad = curved_with_gradient(clean + delta, [label])
+        loss, grad = steep_loss(clean + delta, [label])
         return loss[0], grad
 
     def project(delta):
@@ -288,7 +312,7 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
         losses.append(value)
         if value > best_value:
             best, best_value, best_grad = delta, value, grad
-        trail.append([best_value, eta])
+        trail.append([delta, best_value, eta])
         if k != next_check:
             continue
         if norm == "l1":
@@ -312,9 +336,9 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
             gap = max(gap - 0.03, 0.06)
             check += gap
             last_check, next_check = k, round(check * 100)
-        trail[-1][1] = eta
         if back:
             delta, grad = best, best_grad
+        trail[-1] = [delta, best_value, eta]
     return trail
 
 
@@ -326,25 +350,104 @@ def test_apgd_walks_as_published(norm):
     config = APGD(norm, epsilon, steps=100)
     walk = numerics.compile_call(
         lambda state, first, count: config.advance(
-            curved, state, 0, first, count
+            steep, state, 0, first, count
         )
     )
-    state = config.open(curved, images, labels, keys_for(3))
-    state = config.begin(curved, state, 0)
+    state = config.open(steep, images, labels, keys_for(3))
+    state = config.begin(steep, state, 0)
     start = array(state["delta"]).astype("float64")
     trails = [
-        apgd_of_the_paper(image, label, start[row : row + 1], norm, epsilon, 58)
+        apgd_of_the_paper(image, label, start[row : row + 1], norm, epsilon, 42)
         for row, (image, label) in enumerate(zip(images, labels, strict=True))
     ]
     first = 0
     for moves in (1, 5, 23, 42):
         state = walk(state, first, moves + 1 - first)
         first = moves + 1
-        best, length = np.array([trail[moves - 1] for trail in trails]).T
-        np.testing.assert_allclose(array(state["top_loss"]), best, rtol=2e-3)
-        # In L2 the walk has converged by then, and rounding says what rises.
-        if moves < 22 or (moves == 23 and norm != "l2"):
+        delta, best, length = zip(
+            *(trail[moves - 1] for trail in trails), strict=True
+        )
+        far = np.abs(array(state["delta"]) - np.concatenate(delta))
+        assert far.max() < 1e-3
+        np.testing.assert_allclose(array(state["top_loss"]), best, rtol=1e-3)
+        # In L2 some have converged at last, and rounding says what rises.
+        if moves < 42 or norm != "l2":
             np.testing.assert_allclose(array(state["length"]), length, 1e-5)
+
+
+def test_a_step_that_gains_nothing_is_halved():
+    """Though most moves went up: best loss and step as at the last check."""
+    images, labels = make_data()
+    images, labels = images[:4], labels[:4]
+    config = APGD("linf", 0.1, steps=100)
+    state = config.open(curved, images, labels, keys_for(4))
+    state = config.begin(curved, state, 0)
+    state = {
+        **state,
+        "top": state["delta"] + 1.0,
+        "top_grad": state["grad"] + 2.0,
+        "length": ops.ones_like(state["length"]),
+        "rises": ops.convert_to_tensor(np.array([20, 20, 20, 16], "float32")),
+        "top_loss": ops.ones_like(state["length"]),
+        "checked": ops.convert_to_tensor(np.array([1, 1, 0.5, 0.5], "float32")),
+        "reduced": ops.convert_to_tensor(np.array([False, True, False, True])),
+    }
+    row = {"check": ops.convert_to_tensor(True), "window": 22.0}
+    new = config._checkpoint(state, row)
+    halved = np.array([True, False, False, True])
+    np.testing.assert_array_equal(array(new["reduced"]), halved)
+    np.testing.assert_array_equal(array(new["length"]), 1.0 - 0.5 * halved)
+    back = halved[:, None, None, None]
+    for name, best in (("delta", "top"), ("grad", "top_grad")):
+        want = np.where(back, array(state[best]), array(state[name]))
+        np.testing.assert_array_equal(array(new[name]), want)
+    np.testing.assert_array_equal(array(new["checked"]), 1.0)
+    np.testing.assert_array_equal(array(new["rises"]), 0.0)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_a_step_of_fab_is_the_published_one(targeted):
+    """In L2, far from the edges of the box: the projections are explicit."""
+    rng = np.random.default_rng(0)
+    images = (0.5 + 0.02 * rng.normal(size=(8, *SHAPE))).astype("float32")
+    labels = predictions(steep, images).astype("int32")
+    config = FAB("l2", 0.4, targeted=targeted, restarts=2, num_targets=2)
+    state = config.open(steep, images, labels, keys_for(8))
+    state = config.begin(steep, state, 3 if targeted else 1)
+    point = array(state["point"]).astype("float64")
+    out = array(config.step(steep, state, 3, 0)["point"])
+    # The random start is at half of epsilon.
+    np.testing.assert_allclose(norm_of(point - images, "l2"), 0.2, rtol=1e-4)
+    logits, pull_back = differentiated(point, STEEP)
+    ranking = np.argsort(-differentiated(images, STEEP)[0], axis=-1)
+    walked = 0
+    for row in range(8):
+        hyperplanes = []
+        others = [ranking[row, 2]] if targeted else range(CLASSES)
+        for other in others:
+            if other == labels[row]:
+                continue
+            slopes = np.zeros((8, CLASSES))
+            slopes[:, other] += 1
+            slopes[:, labels[row]] -= 1
+            grad = pull_back(slopes)[row]
+            gap = logits[row] @ slopes[row]
+            size = np.sqrt((grad**2).sum())
+            hyperplanes.append((abs(gap) / size, gap, grad / size**2))
+        _, gap, normal = min(hyperplanes, key=lambda plane: plane[0])
+        away = ((images[row] - point[row]) * normal).sum()
+        size = np.sqrt((normal**2).sum())
+        to_point, to_image = -gap * normal, None
+        to_image = -(gap + away / size**2) * normal
+        lengths = [np.sqrt((d**2).sum()) for d in (to_point, to_image)]
+        alpha = min(lengths[0] / sum(lengths), 0.1)
+        new = (1 - alpha) * (point[row] + 1.05 * to_point)
+        new += alpha * (images[row] + 1.05 * to_image)
+        if predictions(steep, new[None].astype("float32"))[0] != labels[row]:
+            new = images[row] + 0.9 * (new - images[row])
+            walked += 1
+        np.testing.assert_allclose(out[row], new, atol=1e-4)
+    assert 0 < walked
 
 
 def test_the_timetable_is_the_published_one():
