@@ -405,8 +405,7 @@ def run(
         "weights": weights,
         "weights_sha256": sha256,
     }
-    record = _open(place, request, overwrite)
-    if record is not None:
+    if (record := _open(place, request, overwrite)) is not None:
         return record
     provenance = run_folder.provenance()
     crafted = build(
@@ -429,14 +428,11 @@ def run(
         should_stop=should_stop,
     )
     loop.resume()
-    history = loop.train()
     record = {
         "run": str(folder),
-        "model": described["model"],
-        "dataset": described["dataset"],
         **request,
         **crafted,
-        **_found(loop.model, model, data.test, recipe, history),
+        **_found(described, loop, model, data.test, recipe),
         "request": request,
         "provenance": provenance,
     }
@@ -457,11 +453,14 @@ def _configured(config, settings, data):
     return config
 
 
-def _found(fresh, model, test, recipe, history):
-    """What a record says of the fresh model."""
+def _found(described, loop, model, test, recipe):
+    """Trains the fresh model; returns what the record says of it."""
+    history = loop.train()
     return {
+        "model": described["model"],
+        "dataset": described["dataset"],
         "split": "test",
-        **_tested(fresh, test),
+        **_tested(loop.model, test),
         "run_accuracy": robust_evaluation.accuracy(model, test)["accuracy"],
         "crafted_accuracy": history[-1]["accuracy"],
         "recipe": {
