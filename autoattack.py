@@ -86,9 +86,9 @@ class APGD(attack_backbone.Attack):
     """Auto-PGD: momentum, and a step size that halves where it stalls.
 
     L-inf and L2: steps of 2 epsilon at first, momentum 0.75; at a checkpoint a
-    row halves its step and goes back to its best iterate if less than `rho` of
-    the moves since the last one went up, or if neither step nor best loss has
-    changed. L1: the step is shared between as many coordinates as two thirds
+    row halves its step and goes back to its best iterate if no more than `rho`
+    of the moves since the last one went up, or if neither step nor best loss
+    has changed. L1: the step is shared between as many coordinates as two thirds
     of those the best iterate has moved; it grows back to epsilon when the
     iterate gets sparser, and shrinks (1.5-fold, to epsilon / 10) otherwise.
     All projections are onto ball and box together.
