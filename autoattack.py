@@ -88,9 +88,9 @@ class APGD(attack_backbone.Attack):
     L-inf and L2: steps of 2 epsilon at first, momentum 0.75; at a checkpoint a
     row halves its step and goes back to its best iterate if no more than `rho`
     of the moves since the last one went up, or if neither step nor best loss
-    has changed. L1: the step is shared between as many coordinates as two thirds
-    of those the best iterate has moved; it grows back to epsilon when the
-    iterate gets sparser, and shrinks (1.5-fold, to epsilon / 10) otherwise.
+    has changed. L1: the step is shared between as many coordinates as two
+    thirds of those the best iterate has moved; it grows back to epsilon when
+    the iterate gets sparser, and shrinks (1.5-fold, to epsilon / 10) otherwise.
     All projections are onto ball and box together.
 
     Attributes:

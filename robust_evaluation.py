@@ -684,13 +684,13 @@ def _check_outputs(model, split, config):
     probabilities, and are they the same twice?
     """
     images = split.read(np.arange(min(8, len(split))))
-    first = _array(model(images, training=False)).astype("float64")
+    first, second = _two_calls(model, images)
     if looks_like_probabilities(first):
         raise EvaluationError(
             "The model's outputs look like probabilities (they lie in [0, 1] "
             "and sum to 1); attacks need logits. Remove the softmax."
         )
-    if config.eot is None and varies(model, images):
+    if config.eot is None and _differ(first, second):
         raise EvaluationError(
             "The model is stochastic: two calls on the same images differ. "
             "Attack it in expectation, with --eot=20 say (--eot=1 insists on "
@@ -713,12 +713,21 @@ def varies(model, images):
         model: A `keras.Model`; its seed generators are put back.
         images: `(batch, height, width, channels)`.
     """
+    return _differ(*_two_calls(model, images))
+
+
+def _differ(first, second):
+    return not np.allclose(first, second, rtol=0, atol=1e-4, equal_nan=True)
+
+
+def _two_calls(model, images):
+    """Calls a model twice and puts its seed generators back."""
     states = [g.state for g in model_backbone.generators(model)]
     before = [_array(state).copy() for state in states]
     first, second = (_array(model(images, training=False)) for _ in range(2))
     for state, value in zip(states, before, strict=True):
         state.assign(value)
-    return not np.allclose(first, second, rtol=0, atol=1e-4, equal_nan=True)
+    return first.astype("float64"), second.astype("float64")
 
 
 def _array(values):

@@ -137,7 +137,7 @@ class TestEveryNorm:
         two = TwoClasses(SHAPE, CLASSES)
         targeted, loss = GOAL[norm]
         epsilon = 0.5 * RADIUS[norm]
-        known = Square(norm=norm, loss=loss, epsilon=epsilon, n_queries=600)
+        known = Square(norm=norm, loss=loss, epsilon=epsilon, n_queries=300)
         result = compiled(norm, targeted, loss)(
             two.net, two.images, two.labels, keys_for(len(two.labels)),
             1 - two.labels, known.numbers(),
@@ -149,7 +149,7 @@ class TestEveryNorm:
         assert np.all(gain <= best * (1 + 1e-4))
         assert not np.any(success[margin > best])
         # The gradient is noise from pixel to pixel: smooth patterns fit badly.
-        share = {"linf": 0.94, "l2": 0.4, "l1": 0.55}[norm]
+        share = {"linf": 0.8, "l2": 0.35, "l1": 0.6}[norm]
         assert np.all(success[margin < share * best])
         # Of both kinds there are some.
         assert np.any(margin > best)
@@ -340,7 +340,7 @@ def test_as_strong_as_torchattacks(norm, epsilon):
     torch = pytest.importorskip("torch")
     torchattacks = pytest.importorskip("torchattacks")
     shape = (10, 10, 3)  # A multiple of five: both tile it alike.
-    images, _ = make_data(shape, CLASSES, count=120)
+    images, _ = make_data(shape, CLASSES, count=96)
     net = curved(shape, CLASSES)
     labels = predictions(net, images).astype("int32")
     fn = logits_fn(net)
@@ -349,28 +349,26 @@ def test_as_strong_as_torchattacks(norm, epsilon):
         def forward(self, x):
             return fn(x.permute(0, 2, 3, 1))
 
-    ours, queries = [], 60
-    for seed in range(2):
-        known = Square(norm=norm, epsilon=epsilon, n_queries=queries)
-        with torch.no_grad():
-            result = known(fn, images, labels, keys_for(len(labels), seed))
-        ours.append(array(result.success))
+    queries = 30
+    known = Square(norm=norm, epsilon=epsilon, n_queries=queries)
+    with torch.no_grad():
+        ours = known(fn, images, labels, keys_for(len(labels))).success
     theirs = []
     x = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     y = torch.tensor(labels.astype("int64"))
     # All images of one of its batches meet the same squares.
-    for start in range(0, len(labels), 6):
+    for start in range(0, len(labels), 8):
         other = torchattacks.Square(
             Module(), norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon,
             n_queries=queries, seed=start,
         )  # fmt: skip
         other.set_device("cpu")
-        rows = slice(start, start + 6)
+        rows = slice(start, start + 8)
         out = other(x[rows], y[rows]).numpy().transpose(0, 2, 3, 1)
         theirs.append(
             predictions(net, np.ascontiguousarray(out)) != labels[rows]
         )
-    ours, theirs = np.mean(ours), np.mean(np.concatenate(theirs))
+    ours, theirs = array(ours).mean(), np.concatenate(theirs).mean()
     assert 0.2 < theirs < 0.8
     assert abs(ours - theirs) < 0.12
 
