@@ -605,7 +605,7 @@ def _check_draws(name, drawn, eot):
     if not drawn and eot not in (None, 1):
         raise ValueError(
             f"The model {name} is deterministic: --eot={eot} draws would all "
-            "be the same. Leave --eot out."
+            "be the same. Leave --eot out, and AutoAttack's rand version."
         )
 
 
