@@ -337,9 +337,9 @@ def _evaluations(run):
         "craft_dtype": _CRAFT_DTYPE.value,
         "batch_size": _batch_size(math.prod(run["image_shape"])),
     }
-    norm = _NORM.value or "linf"
-    if norm not in NORMS:
+    if _NORM.value is not None:
         _check(_NORM, NORMS)
+    norm = _NORM.value or "linf"
     if _PROTOCOL.value is not None:
         yield from _protocol(run, common)
         return

@@ -100,8 +100,7 @@ class Attack:
         Raises:
             ValueError: If its objective needs more classes.
         """
-        name = getattr(self, "loss", "cross_entropy")
-        objectives.check_objective(name, num_classes)
+        objectives.check_objective(self._loss, num_classes)
         return self
 
     def calls(self):
@@ -149,12 +148,17 @@ class Attack:
 
         def evaluate(images):
             outputs = objectives.outputs_of(logits_fn(images))
-            value = mean_loss("cross_entropy", outputs, labels, targets)
+            value = mean_loss(self._loss, outputs, labels, targets)
             return value, outputs.logits
 
         return evaluate
 
     # --- What all share ---
+
+    @property
+    def _loss(self):
+        """The name of what is ascended; attacks with a choice have a field."""
+        return getattr(self, "loss", "cross_entropy")
 
     def __call__(self, logits_fn, images, labels, keys=None, targets=None):
         """Attacks a batch; see `open` for the arguments.
@@ -419,10 +423,6 @@ class FGSM(Attack):
         """See `Attack.keep`; the step counts where the image fails already."""
         return "best"
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`."""
-        return _class_loss(self.loss, logits_fn, state)
-
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`; the step judges the clean image."""
         del logits_fn
@@ -451,17 +451,6 @@ class FGSM(Attack):
     def _move(self, images, grad):
         delta = move(ops.zeros_like(images), grad, images, self, self.epsilon)
         return perturbed(images, delta)
-
-
-def _class_loss(name, logits_fn, state):
-    labels, targets = state["labels"], state.get("targets")
-
-    def evaluate(images):
-        outputs = objectives.outputs_of(logits_fn(images))
-        value = mean_loss(name, outputs, labels, targets)
-        return value, outputs.logits
-
-    return evaluate
 
 
 def _attended(outputs):
@@ -533,7 +522,7 @@ class _Iterative(Attack):
     def objective(self, logits_fn, state):
         """See `Attack.objective`; with the distance of the attention."""
         if not self.distraction:
-            return _class_loss(self.loss, logits_fn, state)
+            return super().objective(logits_fn, state)
         labels, targets = state["labels"], state.get("targets")
         reference = {
             key[6:]: value

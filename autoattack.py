@@ -147,19 +147,6 @@ class APGD(attack_backbone.Attack):
         """See `Attack.steps_a_round`; `schedule` says why it is not `steps`."""
         return self.steps + (3 if self.largereps else 1)
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`."""
-        labels, targets = state["labels"], state.get("targets")
-
-        def evaluate(images):
-            outputs = objectives.outputs_of(logits_fn(images))
-            value = attack_backbone.mean_loss(
-                self.loss, outputs, labels, targets
-            )
-            return value, outputs.logits
-
-        return evaluate
-
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
         state = super().open(logits_fn, images, labels, keys, targets)

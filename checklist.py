@@ -238,7 +238,7 @@ class _Subject:
     @property
     def reading(self):
         """How the answers of a stochastic model are read."""
-        return crafting.Reading(self.eot or 1, seed=self.seed)
+        return crafting.Reading(self.eot, seed=self.seed)
 
     @functools.cached_property
     def calls(self):

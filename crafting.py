@@ -35,14 +35,14 @@ class Reading:
     Attributes:
         draws: Draws of a stochastic model whose logits are averaged for the
             verdict and whose losses are averaged for the gradient
-            (expectation over transformation); 1 for a deterministic model.
+            (expectation over transformation); None for a deterministic model.
         read_outs: `"last"`, or `"all"` for the mean loss over every read-out
             step of a recurrent model (the verdict is that of the last).
         shown: Whether to pass on where the model looks.
         seed: Seed of a stochastic model's noise.
     """
 
-    draws: int = 1
+    draws: int | None = None
     read_outs: str = "last"
     shown: bool = False
     seed: int = 0
@@ -63,7 +63,7 @@ class _LogitsFn:
 
     def __call__(self, images):
         reading = self.reading
-        if reading.draws == 1:
+        if reading.draws is None:
             return self._outputs(images)
         number, index = (ops.cast(n, "int32") for n in self.place)
         # A prime to tell the rounds apart; the sum may wrap.

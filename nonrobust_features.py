@@ -81,14 +81,7 @@ class CraftConfig:
                 f"Expected target to be one of {', '.join(TARGETS)}. "
                 f"Received: target={self.target!r}."
             )
-        for name in ("batch_size", "num_examples", "eot"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"Expected {name} >= 1. Received: {name}={value}."
-                )
-        if self.seed < 0:
-            raise ValueError(f"Expected seed >= 0. Received: {self.seed}.")
+        robust_evaluation.check_counts(self)
         _ = self.attack  # Checks the rest.
 
     @property
@@ -253,7 +246,7 @@ def _claim(path, described):
 def _craft(model, split, config, indices):
     """Crafts the images of one file; returns its arrays by name."""
     started = time.perf_counter()
-    reading = crafting.Reading(config.eot or 1, seed=config.seed)
+    reading = crafting.Reading(config.eot, seed=config.seed)
     classes = model.output_shape[-1]
 
     def make(logits_fn):

@@ -103,14 +103,7 @@ class EvaluationConfig:
                     f"Expected {name} to be one of {', '.join(known)}. "
                     f"Received: {name}={getattr(self, name)!r}."
                 )
-        for name in ("batch_size", "num_examples", "eot"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(
-                    f"Expected {name} >= 1. Received: {name}={value}."
-                )
-        if self.seed < 0:
-            raise ValueError(f"Expected seed >= 0. Received: {self.seed}.")
+        check_counts(self)
         if self.indices is not None:
             self._check_indices()
 
@@ -153,6 +146,20 @@ class EvaluationConfig:
             "craft_dtype": self.craft_dtype,
             "seed": self.seed,
         }
+
+
+def check_counts(config):
+    """Raises a ValueError if a number of a config is out of range.
+
+    Args:
+        config: Anything with `batch_size`, `num_examples`, `eot` and `seed`.
+    """
+    for name in ("batch_size", "num_examples", "eot"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"Expected {name} >= 1. Received: {name}={value}.")
+    if config.seed < 0:
+        raise ValueError(f"Expected seed >= 0. Received: {config.seed}.")
 
 
 def accuracy(model, split, batch_size=256):
@@ -280,7 +287,7 @@ class _Evaluation:
         # As even as can be: little is padded.
         parts = math.ceil(total / config.batch_size)
         self.size = math.ceil(total / parts)
-        self.verdicts = crafting.Reading(config.eot or 1, seed=config.seed)
+        self.verdicts = crafting.Reading(config.eot, seed=config.seed)
         self.reading = dataclasses.replace(
             self.verdicts, read_outs=config.read_outs
         )

@@ -87,19 +87,6 @@ class Square(attack_backbone.Attack):
         """See `Attack.steps_a_round`."""
         return self.n_queries
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`."""
-        labels, targets = state["labels"], state.get("targets")
-
-        def evaluate(images):
-            outputs = objectives.outputs_of(logits_fn(images))
-            value = attack_backbone.mean_loss(
-                self.loss, outputs, labels, targets
-            )
-            return value, outputs.logits
-
-        return evaluate
-
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
         state = super().open(logits_fn, images, labels, keys, targets)

@@ -484,6 +484,23 @@ def test_draws_are_averaged_and_repeatable(noisy, model):
     assert record["eot"] == 8
 
 
+def test_one_draw_is_another_at_every_step(noisy):
+    """An attack on the very noise of the verdict would be too strong."""
+    _, images = make_split(5)
+    whole = crafting.compiled(
+        noisy,
+        "two steps",
+        lambda fn: lambda x: (fn.at(0, 1)(x).logits, fn.at(0, 2)(x).logits),
+        crafting.Reading(1),
+    )
+    first, second = (array(values) for values in whole(images))
+    verdict = crafting.logits(noisy, images, 5, crafting.Reading(1))
+    assert np.abs(first - second).max() > 1e-3
+    assert np.abs(first - verdict).max() > 1e-3
+    again, _ = (array(values) for values in whole(images))
+    np.testing.assert_array_equal(first, again)
+
+
 def test_a_surrogate_is_attacked_and_the_model_judges(model):
     split, _ = make_split()
     blind = keras.models.clone_model(model)
