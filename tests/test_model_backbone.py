@@ -10,6 +10,8 @@ from keras import ops
 import attention
 import glimpse
 import model_backbone
+import model_parts
+import model_registry
 import robust_training
 
 SMALL = {"width": 4}
@@ -297,7 +299,7 @@ def test_frozen_controls_look_at_what_they_say():
     ],
 )
 def test_small_images_get_a_backbone_that_fits(shape, want):
-    assert model_backbone._fitting(shape) == want
+    assert model_parts.fitting(shape) == want
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_bad_options_name_the_near_ones(name, options, match):
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="already registered by multi_gaze"):
-        model_backbone.register("multi_gaze", reference="", image_size=1)(
+        model_registry.register("multi_gaze", reference="", image_size=1)(
             lambda: None
         )
 

@@ -1,0 +1,184 @@
+"""What the named models share: normalization, views, backbones, logits."""
+
+import inspect
+
+import keras
+from keras import layers, ops
+
+import command_line
+import resnet_backbone
+
+BACKBONES = ("auto", *resnet_backbone.BACKBONES)
+# Mean and variance of ImageNet's pixels.
+_PHOTOGRAPHS = {
+    "mean": (0.485, 0.456, 0.406),
+    "variance": (0.229**2, 0.224**2, 0.225**2),
+}
+
+
+@keras.saving.register_keras_serializable("saccade")
+class SelectView(layers.Layer):
+    """Takes view `index` of `(batch, views, height, width, channels)`."""
+
+    def __init__(self, index, **kwargs):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def call(self, views):
+        return views[:, self.index]
+
+    def compute_output_shape(self, shape):
+        return (shape[0], *shape[2:])
+
+    def get_config(self):
+        return {**super().get_config(), "index": self.index}
+
+
+@keras.saving.register_keras_serializable("saccade")
+class FoldViews(layers.Layer):
+    """Moves the views into the batch: `(batch * views, height, ...)`."""
+
+    def call(self, views):
+        return ops.reshape(views, (-1, *views.shape[2:]))
+
+    def compute_output_shape(self, shape):
+        return (None, *shape[2:])
+
+
+@keras.saving.register_keras_serializable("saccade")
+class JoinViews(layers.Layer):
+    """Concatenates the features of folded views: `(batch, views * units)`."""
+
+    def __init__(self, views, **kwargs):
+        super().__init__(**kwargs)
+        self.views = views
+
+    def call(self, features):
+        return ops.reshape(features, (-1, self.views * features.shape[-1]))
+
+    def compute_output_shape(self, shape):
+        return (None, self.views * shape[-1])
+
+    def get_config(self):
+        return {**super().get_config(), "views": self.views}
+
+
+@keras.saving.register_keras_serializable("saccade")
+class AverageViews(layers.Layer):
+    """Averages folded logits over the views of an image.
+
+    Call arguments:
+        logits: Tensor of shape `(batch * views, classes)`.
+        images: Anything with the batch size of the images.
+
+    Returns:
+        Tensor of shape `(batch, classes)`.
+    """
+
+    def call(self, logits, images):
+        batch = ops.shape(images)[0]
+        logits = ops.reshape(logits, (batch, -1, logits.shape[-1]))
+        return ops.mean(logits, axis=1)
+
+    def compute_output_shape(self, logits_shape, images_shape):
+        return (images_shape[0], logits_shape[-1])
+
+
+def normalize(x):
+    """Standardizes photographs; digits, black on most pixels, stay in [0, 1].
+
+    After the glimpse, so that outside the image is black, not the mean.
+    """
+    if x.shape[-1] != 3:
+        return x
+    return layers.Normalization(axis=-1, **_PHOTOGRAPHS)(x)
+
+
+def fitting(image_shape):
+    """The backbone that fits an image size by default."""
+    side, channels = min(image_shape[:2]), image_shape[-1]
+    if side > 64:
+        return "resnet18"
+    return "simple_cnn" if channels == 1 else "resnet20"
+
+
+_STRIDES = ("stem_stride", "pool_stride")
+
+
+def backbone(kind, input_shape, width, name, **options):
+    """Builds a backbone by name.
+
+    Args:
+        kind: One of `BACKBONES`; `"auto"` is the one of `fitting`.
+        input_shape: (height, width, channels).
+        width: Filters of its first stage; 0 is the backbone's own.
+        name: Name of the model.
+        **options: Its other arguments; those of other backbones are left out.
+
+    Returns:
+        `keras.Model` from standardized images to `(batch, units)`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if kind == "auto":
+        kind = fitting(input_shape)
+    if kind not in resnet_backbone.BACKBONES:
+        raise ValueError(
+            f"unknown backbone {kind!r}.{command_line.near(kind, BACKBONES)} "
+            f"Expected one of {', '.join(BACKBONES)}."
+        )
+    if kind == "resnet18":
+        # The stem for ImageNet would leave a map of 2x2 pixels.
+        stride = 1 if min(input_shape[:2]) <= 64 else 2
+        for key in _STRIDES:
+            options[key] = options.get(key) or stride
+    if kind == "simple_cnn" and width:
+        options["filters"] = (width, width)
+    elif width:
+        options["width"] = width
+    # What another backbone would have taken does not concern this one.
+    build = resnet_backbone.BACKBONES[kind]
+    taken = inspect.signature(build).parameters
+    options = {key: value for key, value in options.items() if key in taken}
+    return build(input_shape, name=name, **options)
+
+
+# What the simple CNN looks like as a classifier of digits. (As a localization
+# net it has the defaults of `resnet_backbone.simple_cnn`.)
+DIGITS = {
+    "filters": (32, 64),
+    "kernel_size": 3,
+    "units": 128,
+    "pool": False,
+    "normalize": True,
+}
+
+
+def logits(features, num_classes):
+    """The last dense layer: `(batch, units)` to `(batch, num_classes)`."""
+    return layers.Dense(
+        num_classes,
+        kernel_initializer="he_normal",
+        dtype="float32",  # Half precision would blur the verdict.
+        name="logits",
+    )(features)
+
+
+def branches(views, count, shared, kind, width, **options):
+    """A backbone for each view, or one for all; features side by side."""
+    views = normalize(views)
+    shape = tuple(views.shape[2:])
+    options = {**DIGITS, **options}
+    if shared:
+        net = backbone(kind, shape, width, "branch", **options)
+        features = net(FoldViews(name="fold")(views))
+        return JoinViews(count, name="join")(features)
+    features = []
+    for index in range(count):
+        net = backbone(kind, shape, width, f"branch{index + 1}", **options)
+        view = SelectView(index, name=f"view{index + 1}")(views)
+        features.append(net(view))
+    if count == 1:
+        return features[0]
+    return layers.Concatenate(name="join")(features)

@@ -1,0 +1,219 @@
+"""The registry of models, and what can be asked of any model.
+
+Modules that assemble models register a builder for each name; everybody else
+goes through `model_backbone`, which imports them all.
+"""
+
+import dataclasses
+import inspect
+from typing import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+import command_line
+
+_REGISTRY: dict[str, "Entry"] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered model.
+
+    Attributes:
+        build: Callable with keyword arguments only, returning a `keras.Model`
+            from [0, 1] images to logits.
+        reference: Where the model comes from.
+        image_size: Input side the defaults were made for, in pixels.
+        stochastic: Whether two calls in inference mode can differ.
+        shows: What `glimpses` can return for it, depending on its options.
+    """
+
+    build: Callable
+    reference: str
+    image_size: int
+    stochastic: bool = False
+    shows: tuple[str, ...] = ()
+
+    @property
+    def options(self):
+        """Names of the options `create` takes for this model."""
+        parameters = inspect.signature(self.build).parameters
+        return tuple(p for p in parameters if p not in _GIVEN)
+
+
+_GIVEN = ("num_classes", "image_shape")
+
+
+def register(name, **row):
+    """Registers a builder; a second registration of a name is an error."""
+
+    def decorate(build):
+        if name in _REGISTRY:
+            raise ValueError(
+                f"Model {name!r} is already registered by "
+                f"{_REGISTRY[name].build.__qualname__}."
+            )
+        _REGISTRY[name] = Entry(build, **row)
+        return build
+
+    return decorate
+
+
+def names():
+    """Returns the names of all models, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def entry(name):
+    """Returns the registry row of a model.
+
+    Raises:
+        ValueError: If there is none; the message lists the near names.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown model {name!r}.{command_line.near(name, names())} "
+            f"Expected one of {', '.join(names())}."
+        )
+    return _REGISTRY[name]
+
+
+def create(name, *, num_classes, image_shape, **options):
+    """Builds a registered model.
+
+    Args:
+        name: One of `names()`.
+        num_classes: Number of logits.
+        image_shape: (height, width, channels) of the images.
+        **options: The builder's own; see `entry(name).options`.
+
+    Returns:
+        `keras.Model` from float images in [0, 1], shape `(batch, height,
+        width, channels)`, to float32 logits, shape `(batch, num_classes)`.
+
+    Raises:
+        ValueError: If the name or an option is unknown or out of range.
+    """
+    row = entry(name)
+    for option in options:
+        if option not in row.options:
+            raise ValueError(
+                f"model {name!r} has no option {option!r}."
+                f"{command_line.near(option, row.options)} It takes "
+                f"{', '.join(row.options)}."
+            )
+    if num_classes < 2:
+        raise ValueError(
+            f"a classifier needs at least 2 classes, got {num_classes}"
+        )
+    model = row.build(
+        num_classes=num_classes, image_shape=tuple(image_shape), **options
+    )
+    model.name = name
+    return model
+
+
+def glimpses(model):
+    """Returns a function that tells where a model looks.
+
+    One function for every model: whatever takes glimpses (a retinal warp, a
+    spatial transformer) is found in the model itself, also after loading; see
+    `shown`, which gives the same as tensors.
+
+    Args:
+        model: A `keras.Model` made by `create`, or loaded again.
+
+    Returns:
+        Callable from images, `(batch, height, width, channels)`, to a dict of
+        NumPy arrays: "gazes", `(batch, n, 2)`, (row, column) in pixels from
+        the image centre; "boxes", `(batch, n, 4)`, top, left, bottom, right
+        in [0, 1], what an affine view covers or where a retina magnifies;
+        "views", `(batch, n, rows, columns, channels)`; "maps", `(batch, n,
+        rows, columns)`. A key is absent if the model has no such thing; the
+        dict is empty for a plain ResNet.
+    """
+    reader = shown(model)
+    if not set(reader.output) - {"logits"}:
+        return lambda images: {}
+
+    def read(images):
+        images = ops.convert_to_tensor(images, "float32")
+        found = {
+            name: ops.convert_to_numpy(ops.stop_gradient(value))
+            for name, value in reader(images, training=False).items()
+            if name not in ("logits", "step_logits")
+        }
+        if "boxes" in found:
+            found["boxes"] = np.clip(found["boxes"], 0.0, 1.0)
+        return found
+
+    return read
+
+
+def shown(model):
+    """Returns a model that gives its logits and what it looks at, as tensors.
+
+    A layer that has something to show has a method `shown(inputs, outputs)`
+    that returns a dict of tensors: "gazes" `(batch, n, 2)`, "boxes"
+    `(batch, n, 4)`, "views" `(batch, n, rows, columns, channels)`, "maps"
+    `(batch, n, rows, columns)`, non-negative with sum 1, or "step_logits"
+    `(batch, steps, classes)`. Where two layers show the same, the first counts.
+
+    Args:
+        model: A functional `keras.Model` made by `create`, or loaded again.
+
+    Returns:
+        A `keras.Model` with the same weights, from images to a dict with
+        "logits" and whatever is shown.
+    """
+    outputs = {}
+    for layer in model.layers:
+        if hasattr(layer, "shown"):
+            found = layer.shown(layer.input, layer.output)
+            outputs = {**found, **outputs}
+    return keras.Model(model.input, {**outputs, "logits": model.output})
+
+
+def generators(model):
+    """Returns the seed generators of a model's layers, in a fixed order."""
+    return [
+        layer.seed_generator
+        for layer in model._flatten_layers()
+        if isinstance(
+            getattr(layer, "seed_generator", None), keras.random.SeedGenerator
+        )
+    ]
+
+
+def is_stochastic(model):
+    """Tells whether two calls in inference mode can differ.
+
+    Args:
+        model: A `keras.Model`. A layer that draws in inference mode says so
+            with an attribute `stochastic`.
+    """
+    return any(
+        getattr(layer, "stochastic", False) for layer in model._flatten_layers()
+    )
+
+
+def key_generators(found, seed, step, replica=0):
+    """Makes a model's noise a function of (seed, step, replica).
+
+    Args:
+        found: What `generators` returned.
+        seed: Integer, the run's seed.
+        step: Integer or scalar tensor.
+        replica: Integer or scalar tensor.
+    """
+    for number, generator in enumerate(found):
+        # A layer draws fewer than 1024 times a step.
+        state = [
+            ops.cast((seed + 977 * number) % 2**31, "uint32")
+            + ops.cast(replica, "uint32") * 65521,
+            ops.cast(step, "uint32") * 1024,
+        ]
+        dtype = generator.state.dtype
+        generator.state.assign(ops.cast(ops.stack(state), dtype))
