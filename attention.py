@@ -1,7 +1,9 @@
-"""Where to look: the soft attention (localization) net.
+"""Where to look: the localization net, and sequential soft attention.
 
-Features of the whole image, from any backbone, become the parameters of a few
-views: 6 for an affine transform, 4 without rotation and shear, 2 for a gaze.
+The localization net turns features of the whole image, from any backbone, into
+the parameters of a few views: 6 for an affine transform, 4 without rotation
+and shear, 2 for a gaze. Sequential attention (S3TA) instead asks a map of
+features, step after step, with queries that come from its own state.
 """
 
 import keras
@@ -142,3 +144,248 @@ def soft_attention(features, outputs, coordinates, **head):
         features.output
     )
     return keras.Model(features.input, theta, name="soft_attention")
+
+
+# --- Sequential, spatial, soft, top-down attention (S3TA) --------------------
+
+
+def spatial_basis(height, width, frequencies=4):
+    """Fixed channels that tell where in a map a feature was.
+
+    Sines and cosines of each dimension, and of the two dimensions all the
+    products, so that the attention can ask for a place, and the sum over
+    places still says where its answer is from.
+
+    Args:
+        height: Rows of the map.
+        width: Columns of the map.
+        frequencies: Frequencies k = 1 ... of each dimension; channel k is the
+            sine or cosine of pi * k * x, x in (0, 1) at the cells' centres.
+
+    Returns:
+        Array of shape `(height, width, (2 * frequencies)**2)` in [-1, 1].
+
+    References:
+        - [Zoran et al., 2020](https://arxiv.org/abs/1912.02184), supplement
+          1.2.5, which gives the number of channels; the form is that of
+          [Mott et al., 2019](https://arxiv.org/abs/1906.02500), Section 2
+    """
+
+    def waves(count):
+        places = (np.arange(count) + 0.5) / count
+        phases = np.pi * places[:, None] * np.arange(1, frequencies + 1)
+        return np.concatenate([np.sin(phases), np.cos(phases)], axis=1)
+
+    rows, columns = waves(height), waves(width)
+    basis = rows[:, None, :, None] * columns[None, :, None, :]
+    return basis.reshape(height, width, -1).astype("float32")
+
+
+@keras.saving.register_keras_serializable("saccade")
+class SequentialAttention(layers.Layer):
+    """The recurrent core of S3TA: asks a map of features, step after step.
+
+    At each step the state and the logits of the step before become one query
+    a head; its inner products with the keys, over a softmax of all positions,
+    are the attention map; the sum of the values under it is the answer. The
+    answers and the queries are what the LSTM takes in, and its state is read
+    out as logits. The first step's "logits before" are zero.
+
+    Args:
+        num_classes: Number of logits.
+        num_steps: Steps of the unroll.
+        read_out: Step whose logits count, from 1; None for the last. May be
+            changed between compiled calls: no weight belongs to a step.
+        key_channels: Channels of the map that are keys; the rest are values.
+        num_heads: Queries a step.
+        frequencies: Of the spatial basis; see `spatial_basis`.
+        units: Units of the LSTM.
+        hidden_units: Units of the hidden layers of the query net and of the
+            output net.
+        remat: Whether a step's activations are computed again in the backward
+            pass instead of being kept: less memory, more time.
+
+    Call arguments:
+        features: Map of the vision net, `(batch, rows, columns, channels)`.
+
+    Returns:
+        Tuple of the logits, `(batch, num_classes)`, the logits of every step,
+        `(batch, read_out, num_classes)`, and the attention maps, `(batch,
+        read_out * num_heads, rows, columns)`, of which each is non-negative
+        with sum 1; all float32.
+
+    Raises:
+        ValueError: If a number is out of range, or the map has no channel
+            left for the values.
+
+    References:
+        - [Zoran et al., 2020](https://arxiv.org/abs/1912.02184), Section 3 and
+          supplement 1
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        num_steps=16,
+        read_out=None,
+        key_channels=32,
+        num_heads=4,
+        frequencies=4,
+        units=1024,
+        hidden_units=1024,
+        remat=False,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._settings = {
+            "num_classes": num_classes,
+            "num_steps": num_steps,
+            "key_channels": key_channels,
+            "num_heads": num_heads,
+            "frequencies": frequencies,
+            "units": units,
+            "hidden_units": hidden_units,
+        }
+        for name, value in self._settings.items():
+            if value < 1:
+                raise ValueError(
+                    f"Expected {name} >= 1. Received: {name}={value}."
+                )
+            setattr(self, name, value)
+        self.read_out = num_steps if read_out is None else read_out
+        self.remat = remat
+        if not 1 <= self.read_out <= num_steps:
+            raise ValueError(
+                "Expected a read-out step of the unroll, 1 to "
+                f"{num_steps}. Received: read_out={read_out}."
+            )
+        policy = self.dtype_policy
+        self.cell = layers.LSTMCell(units, dtype=policy, name="lstm")
+        places = (2 * frequencies) ** 2
+        self.query_net = _two_layers(
+            hidden_units, num_heads * (key_channels + places), policy, "query"
+        )
+        self.output_net = _two_layers(
+            hidden_units, num_classes, policy, "output"
+        )
+
+    def build(self, features_shape):
+        *_, channels = features_shape
+        if self.key_channels >= channels:
+            raise ValueError(
+                f"Expected key_channels below the {channels} channels of the "
+                "vision net's map, so that some are left for the values. "
+                f"Received: key_channels={self.key_channels}."
+            )
+        places = (2 * self.frequencies) ** 2
+        values = channels - self.key_channels
+        self.initial_state = self.add_weight(
+            shape=(2, self.units),
+            initializer=keras.initializers.RandomNormal(stddev=0.1),
+            name="initial_state",
+        )
+        hidden, output = self.query_net
+        hidden.build((None, self.units + self.num_classes))
+        output.build((None, self.hidden_units))
+        self.cell.build(
+            (
+                None,
+                self.num_heads * (values + places + self.key_channels + places),
+            )
+        )
+        hidden, output = self.output_net
+        hidden.build((None, self.units))
+        output.build((None, self.hidden_units))
+
+    def call(self, features):
+        batch = ops.shape(features)[0]
+        rows, columns, channels = features.shape[1:]
+        basis = spatial_basis(rows, columns, self.frequencies)
+        basis = ops.convert_to_tensor(basis.reshape(1, rows * columns, -1))
+        basis = ops.cast(basis, features.dtype)
+        basis = ops.repeat(basis, batch, axis=0)
+        features = ops.reshape(features, (-1, rows * columns, channels))
+        split = self.key_channels
+        keys = ops.concatenate([features[..., :split], basis], axis=-1)
+        values = ops.concatenate([features[..., split:], basis], axis=-1)
+        hidden, carry = (
+            ops.repeat(ops.cast(row, features.dtype)[None], batch, axis=0)
+            for row in (self.initial_state[0], self.initial_state[1])
+        )
+        logits = ops.zeros((batch, self.num_classes), "float32")
+        step = keras.remat(self._step) if self.remat else self._step
+        all_logits, all_maps = [], []
+        for _ in range(self.read_out):
+            hidden, carry, logits, maps = step(
+                keys, values, hidden, carry, logits
+            )
+            all_logits.append(logits)
+            all_maps.append(maps)
+        maps = ops.concatenate(all_maps, axis=1)
+        maps = ops.reshape(maps, (batch, -1, rows, columns))
+        return logits, ops.stack(all_logits, axis=1), maps
+
+    def _step(self, keys, values, hidden, carry, logits):
+        """One step: maps are `(batch, heads, positions)`, float32."""
+        before = ops.cast(logits, hidden.dtype)
+        queries = _through(
+            self.query_net, ops.concatenate([hidden, before], axis=-1)
+        )
+        queries = ops.reshape(
+            ops.cast(queries, keys.dtype), (-1, self.num_heads, keys.shape[-1])
+        )
+        products = ops.matmul(queries, ops.swapaxes(keys, 1, 2))
+        maps = ops.softmax(ops.cast(products, "float32"), axis=-1)
+        answers = ops.matmul(ops.cast(maps, values.dtype), values)
+        taken_in = ops.concatenate([answers, queries], axis=-1)
+        taken_in = ops.reshape(
+            taken_in, (-1, self.num_heads * taken_in.shape[-1])
+        )
+        _, (hidden, carry) = self.cell(taken_in, [hidden, carry])
+        logits = ops.cast(_through(self.output_net, hidden), "float32")
+        return hidden, carry, logits, maps
+
+    def shown(self, inputs, outputs):
+        """What it shows; see `model_registry.shown`."""
+        del inputs
+        _, step_logits, maps = outputs
+        return {"step_logits": step_logits, "maps": maps}
+
+    def compute_output_shape(self, features_shape):
+        batch, rows, columns, _ = features_shape
+        # The number of steps that are read can change.
+        return (
+            (batch, self.num_classes),
+            (batch, None, self.num_classes),
+            (batch, None, rows, columns),
+        )
+
+    def compute_output_spec(self, features):
+        return tuple(
+            keras.KerasTensor(shape, "float32")
+            for shape in self.compute_output_shape(features.shape)
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            **self._settings,
+            "read_out": self.read_out,
+            "remat": self.remat,
+        }
+
+
+def _two_layers(hidden, outputs, policy, name):
+    """An MLP with one hidden layer; queries and logits stay float32."""
+    return [
+        layers.Dense(
+            hidden, activation="relu", dtype=policy, name=f"{name}_hidden"
+        ),
+        layers.Dense(outputs, dtype="float32", name=f"{name}_output"),
+    ]
+
+
+def _through(net, x):
+    for layer in net:
+        x = layer(x)
+    return x

@@ -15,6 +15,7 @@ import glimpse
 import model_parts
 import model_registry
 import resnet_backbone
+import s3ta_models  # noqa: F401  It registers its models.
 import transformer
 from model_registry import (
     create,

@@ -128,7 +128,9 @@ def backbone(kind, input_shape, width, name, **options):
             f"unknown backbone {kind!r}.{command_line.near(kind, BACKBONES)} "
             f"Expected one of {', '.join(BACKBONES)}."
         )
-    if kind == "resnet18":
+    build = resnet_backbone.BACKBONES[kind]
+    taken = inspect.signature(build).parameters
+    if "stem_stride" in taken:
         # The stem for ImageNet would leave a map of 2x2 pixels.
         stride = 1 if min(input_shape[:2]) <= 64 else 2
         for key in _STRIDES:
@@ -138,8 +140,6 @@ def backbone(kind, input_shape, width, name, **options):
     elif width:
         options["width"] = width
     # What another backbone would have taken does not concern this one.
-    build = resnet_backbone.BACKBONES[kind]
-    taken = inspect.signature(build).parameters
     options = {key: value for key, value in options.items() if key in taken}
     return build(input_shape, name=name, **options)
 

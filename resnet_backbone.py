@@ -5,11 +5,22 @@ the stem, which stages halve the resolution) is an argument. Every stage is a
 named layer ("stage1", ...), so `model.get_layer("stage2").output` is its map.
 """
 
-import keras
-from keras import layers, regularizers
+import functools
 
-# Blocks in each stage of a ResNet V1 with basic blocks.
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+import keras
+from keras import layers, ops, regularizers
+
+# Blocks in each stage of a ResNet for ImageNet (He et al., 2016, Table 1).
+DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+# From here on blocks are bottlenecks: 1x1, 3x3, 1x1 to four times the filters.
+_BOTTLENECK = 50
+DENOISING = ("none", "stages", "blocks")
 DOWNSAMPLINGS = ("all", "not_last", "none")
 # Short runs see few batches; Keras's 0.99 would still remember the start.
 _MOMENTUM = 0.9
@@ -18,6 +29,19 @@ _MOMENTUM = 0.9
 def _norm(name):
     return layers.BatchNormalization(
         momentum=_MOMENTUM, epsilon=1e-5, name=name
+    )
+
+
+def _conv(filters, kernel, **kwargs):
+    return layers.Conv2D(
+        filters,
+        kernel,
+        **{
+            "padding": "same",
+            "kernel_initializer": "he_normal",
+            "use_bias": False,
+            **kwargs,
+        },
     )
 
 
@@ -91,20 +115,12 @@ def resnet18(
     References:
         - [He et al., 2016](https://arxiv.org/abs/1512.03385), Table 1.
     """
-    if depth not in DEPTHS:
+    basic = [d for d in DEPTHS if d < _BOTTLENECK]
+    if depth not in basic:
         raise ValueError(
-            f"Expected a depth of {sorted(DEPTHS)}. Received: depth={depth}"
+            f"Expected a depth of {basic}. Received: depth={depth}"
         )
-
-    def conv(filters, kernel, **kwargs):
-        return layers.Conv2D(
-            filters,
-            kernel,
-            padding="same",
-            kernel_initializer="he_normal",
-            **kwargs,
-        )
-
+    conv = functools.partial(_conv, use_bias=True)
     inputs = keras.Input(input_shape)
     x = conv(width, 7, strides=stem_stride, name="stem_conv")(inputs)
     x = layers.ReLU(name="stem_relu")(_norm("stem_norm")(x))
@@ -155,11 +171,10 @@ def resnet20(
     halving = {"all": (2, 3), "not_last": (2,), "none": ()}[downsampling]
 
     def conv(filters, kernel, **kwargs):
-        return layers.Conv2D(
+        return _conv(
             filters,
             kernel,
-            padding="same",
-            kernel_initializer="he_normal",
+            use_bias=True,
             kernel_regularizer=regularizers.L2(weight_decay),
             **kwargs,
         )
@@ -169,6 +184,356 @@ def resnet20(
     x = layers.ReLU(name="stem_relu")(_norm("stem_norm")(x))
     x = _stages(x, width, (blocks,) * 3, halving, conv)
     return _pooled(inputs, x, grid, dropout, name)
+
+
+# --- Version 2: normalization and activation before each convolution ---------
+
+
+def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
+    """A residual block of version 2 (He et al., 2016b, Fig. 1b)."""
+    outputs = 4 * filters if bottleneck else filters
+    shortcut = x
+    x = layers.ReLU(name=f"{name}_relu1")(_norm(f"{name}_norm1")(x))
+    if stride != 1 or shortcut.shape[-1] != outputs:
+        # Of what is activated: the first block changes the shape of both.
+        shortcut = _conv(outputs, 1, strides=stride, name=f"{name}_project")(x)
+    kernels = (
+        ((1, 1), (3, stride), (1, 1))
+        if bottleneck
+        else (
+            (3, stride),
+            (3, 1),
+        )
+    )
+    for index, (kernel, stride) in enumerate(kernels, start=1):
+        if index > 1:
+            x = _norm(f"{name}_norm{index}")(x)
+            x = layers.ReLU(name=f"{name}_relu{index}")(x)
+        count = outputs if index == len(kernels) else filters
+        x = _conv(count, kernel, strides=stride, name=f"{name}_conv{index}")(x)
+    if squeeze_excite:
+        x = _squeeze_excite(x, squeeze_excite, name)
+    return layers.Add(name=f"{name}_add")([x, shortcut])
+
+
+def _squeeze_excite(x, ratio, name):
+    """Scales channels by what all positions say (Hu et al., 2018, Eq. 2-4)."""
+    channels = x.shape[-1]
+    gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_squeeze")(
+        x
+    )
+    gate = layers.Dense(
+        max(1, channels // ratio), activation="relu", name=f"{name}_excite1"
+    )(gate)
+    gate = layers.Dense(channels, activation="sigmoid", name=f"{name}_excite2")(
+        gate
+    )
+    return layers.Multiply(name=f"{name}_scale")([x, gate])
+
+
+@keras.saving.register_keras_serializable("saccade")
+class NonLocalMean(layers.Layer):
+    """Weighted mean over all positions (Wang et al., 2018).
+
+    Args:
+        softmax: Whether the weights of the positions are a softmax of the
+            inner products, scaled by the root of their length (the embedded
+            Gaussian form), or the inner products over the number of
+            positions (the dot-product form).
+
+    Call arguments:
+        theta: Embedding of where the mean is taken, `(batch, height, width,
+            embedding)`.
+        phi: Embedding of what it is taken over, of the same shape.
+        x: What it is taken of, `(batch, height, width, channels)`.
+
+    Returns:
+        Tensor of the shape of `x`.
+    """
+
+    def __init__(self, softmax=True, **kwargs):
+        super().__init__(**kwargs)
+        self.softmax = softmax
+
+    def call(self, theta, phi, x):
+        height, width, channels = x.shape[1:]
+        length = theta.shape[-1]
+        theta = ops.reshape(theta, (-1, height * width, length))
+        phi = ops.reshape(phi, (-1, height * width, length))
+        rows = ops.reshape(x, (-1, height * width, channels))
+        if self.softmax:
+            # In half precision the weights of many positions would vanish.
+            logits = ops.cast(
+                ops.matmul(theta, ops.swapaxes(phi, 1, 2)), "float32"
+            )
+            weights = ops.softmax(logits / length**0.5, axis=-1)
+            mean = ops.matmul(ops.cast(weights, rows.dtype), rows)
+        elif length > height * width:
+            weights = ops.matmul(theta, ops.swapaxes(phi, 1, 2))
+            mean = ops.matmul(weights, rows) / (height * width)
+        else:  # The same product, the cheaper way round.
+            inner = ops.matmul(ops.swapaxes(phi, 1, 2), rows)
+            mean = ops.matmul(theta, inner) / (height * width)
+        return ops.reshape(mean, (-1, height, width, channels))
+
+    def compute_output_shape(self, theta_shape, phi_shape, x_shape):
+        return x_shape
+
+    def get_config(self):
+        return {**super().get_config(), "softmax": self.softmax}
+
+
+def denoise(x, name, form="embedded_softmax"):
+    """A denoising block: `x + BN(conv1x1(nonlocal(x)))`, gamma from zero.
+
+    So it starts as the identity. No activation follows.
+
+    Args:
+        x: Map, `(batch, height, width, channels)`.
+        name: Prefix of its layers; the sum is the layer `name`.
+        form: `"embedded_softmax"` (two embeddings of half the channels) or
+            `"dot_product"` (none).
+
+    Returns:
+        Tensor of the shape of `x`.
+
+    Raises:
+        ValueError: If the form is unknown.
+
+    References:
+        - [Xie et al., 2019](https://arxiv.org/abs/1812.03411), Section 4
+    """
+    if form not in ("embedded_softmax", "dot_product"):
+        raise ValueError(
+            "Expected form to be one of embedded_softmax, dot_product. "
+            f"Received: form={form!r}."
+        )
+    channels = x.shape[-1]
+    theta = phi = x
+    embedded = form == "embedded_softmax"
+    if embedded:
+        half = max(1, channels // 2)
+        small = keras.initializers.RandomNormal(stddev=0.01)
+        theta, phi = (
+            _conv(half, 1, kernel_initializer=small, name=f"{name}_{which}")(x)
+            for which in ("theta", "phi")
+        )
+    mean = NonLocalMean(embedded, name=f"{name}_mean")(theta, phi, x)
+    mean = _conv(channels, 1, name=f"{name}_conv")(mean)
+    mean = layers.BatchNormalization(
+        momentum=_MOMENTUM,
+        epsilon=1e-5,
+        gamma_initializer="zeros",
+        name=f"{name}_norm",
+    )(mean)
+    return layers.Add(name=name)([x, mean])
+
+
+def _preactivated_stages(
+    x, filters, depths, strides, bottleneck, squeeze_excite=0, denoising="none"
+):
+    """Stages of version 2 and the last activation, the layer "map".
+
+    The output of stage i, not activated, is the layer "stage<i>".
+    """
+    if len(strides) != len(depths):
+        raise ValueError(
+            f"Expected {len(depths)} strides, one a stage. Received: "
+            f"strides={tuple(strides)}."
+        )
+    if denoising not in DENOISING:
+        raise ValueError(
+            f"Expected denoising to be one of {', '.join(DENOISING)}. "
+            f"Received: denoising={denoising!r}."
+        )
+    rows = enumerate(zip(filters, depths, strides, strict=True), start=1)
+    for stage, (count, blocks, first) in rows:
+        for block in range(1, blocks + 1):
+            prefix = f"stage{stage}_block{block}"
+            stride = first if block == 1 else 1
+            x = _preactivated(
+                x, count, stride, prefix, bottleneck, squeeze_excite
+            )
+            if denoising == "blocks":
+                x = denoise(x, f"{prefix}_denoise", "dot_product")
+        if denoising == "stages":
+            x = denoise(x, f"stage{stage}_denoise")
+        x = layers.Identity(name=f"stage{stage}")(x)
+    return layers.ReLU(name="map")(_norm("last_norm")(x))
+
+
+def resnet_v2(
+    input_shape,
+    *,
+    depth=50,
+    width=64,
+    strides=(1, 2, 2, 2),
+    stem_kernel=7,
+    stem_stride=2,
+    pool_stride=2,
+    squeeze_excite=0,
+    denoising="none",
+    grid=1,
+    dropout=0.0,
+    name="resnet_v2",
+):
+    """ResNet V2 for ImageNet: 18 and 34 with basic blocks, else bottlenecks.
+
+    `strides=(1, 2, 1, 1)` is the surgery of S3TA: 224x224 pixels give a map
+    of 28x28 (Zoran et al., 2020, Section 4.1).
+
+    Args:
+        input_shape: (height, width, channels).
+        depth: One of `DEPTHS`.
+        width: Filters of the first stage; they double at each of the next,
+            and bottlenecks put out four times as many.
+        strides: Of the first block of each of the four stages.
+        stem_kernel: Side of the first convolution's kernels.
+        stem_stride: Its stride.
+        pool_stride: Stride of the 3x3 maximum pool behind it; 0 for no pool.
+        squeeze_excite: Reduction ratio of squeeze-and-excitation in every
+            block (16 in the paper); 0 for none.
+        denoising: `"stages"`, a denoising block after each stage, as embedded
+            softmax (DENOISE); `"blocks"`, one after each residual block, as
+            dot product; or `"none"`.
+        grid: See `_pooled`; 1 is global average pooling.
+        dropout: Rate of dropout on the pooled features.
+        name: Name of the model.
+
+    Returns:
+        `keras.Model` from images, any scale, to features of shape `(batch,
+        channels * grid**2)`; the map before the pooling is the layer "map".
+
+    Raises:
+        ValueError: If an argument is not in its table.
+
+    References:
+        - [He et al., 2016b](https://arxiv.org/abs/1603.05027)
+        - [Hu et al., 2018](https://arxiv.org/abs/1709.01507)
+    """
+    if depth not in DEPTHS:
+        raise ValueError(
+            f"Expected a depth of {sorted(DEPTHS)}. Received: depth={depth}"
+        )
+    inputs = keras.Input(input_shape)
+    x = _conv(width, stem_kernel, strides=stem_stride, name="stem_conv")(inputs)
+    if pool_stride:
+        x = layers.MaxPooling2D(3, pool_stride, "same", name="stem_pool")(x)
+    x = _preactivated_stages(
+        x,
+        [width * 2**stage for stage in range(4)],
+        DEPTHS[depth],
+        strides,
+        depth >= _BOTTLENECK,
+        squeeze_excite,
+        denoising,
+    )
+    return _pooled(inputs, x, grid, dropout, name)
+
+
+def preact_resnet18(
+    input_shape,
+    *,
+    width=64,
+    strides=(1, 2, 2, 2),
+    grid=1,
+    dropout=0.0,
+    name="preact_resnet18",
+):
+    """PreActResNet-18 for CIFAR: `resnet_v2` behind a 3x3 stem without pool.
+
+    Args:
+        input_shape: (height, width, channels).
+        width: Filters of the first stage.
+        strides: Of the first block of each stage.
+        grid: See `_pooled`.
+        dropout: Rate of dropout on the pooled features.
+        name: Name of the model.
+
+    Returns:
+        See `resnet_v2`.
+
+    References:
+        - [Rice et al., 2020](https://arxiv.org/abs/2002.11569), Section 3
+    """
+    return resnet_v2(
+        input_shape,
+        depth=18,
+        width=width,
+        strides=strides,
+        stem_kernel=3,
+        stem_stride=1,
+        pool_stride=0,
+        grid=grid,
+        dropout=dropout,
+        name=name,
+    )
+
+
+def wide_resnet(
+    input_shape,
+    *,
+    depth=28,
+    widen=10,
+    width=16,
+    strides=(1, 2, 2),
+    grid=1,
+    dropout=0.0,
+    name="wide_resnet",
+):
+    """Wide ResNet of 6n + 4 layers, WRN-28-10 by default.
+
+    Args:
+        input_shape: (height, width, channels).
+        depth: Layers, 6n + 4.
+        widen: Factor of the filters of every stage.
+        width: Filters of the stem; stage i has `widen * width * 2**(i - 1)`.
+        strides: Of the first block of each of the three stages.
+        grid: See `_pooled`.
+        dropout: Rate of dropout on the pooled features.
+        name: Name of the model.
+
+    Returns:
+        `keras.Model` from images, any scale, to features of shape `(batch,
+        4 * widen * width * grid**2)`.
+
+    Raises:
+        ValueError: If there is no n for the depth.
+
+    References:
+        - [Zagoruyko and Komodakis, 2016](https://arxiv.org/abs/1605.07146)
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(
+            "Expected a depth of 6n + 4 (10, 16, 22, 28, 34, ...). Received: "
+            f"depth={depth}"
+        )
+    inputs = keras.Input(input_shape)
+    x = _conv(width, 3, name="stem_conv")(inputs)
+    x = _preactivated_stages(
+        x,
+        [widen * width * 2**stage for stage in range(3)],
+        ((depth - 4) // 6,) * 3,
+        strides,
+        False,
+    )
+    return _pooled(inputs, x, grid, dropout, name)
+
+
+def last_map(net):
+    """Cuts a feature extractor before its pooling.
+
+    Args:
+        net: A `keras.Model` of this module.
+
+    Returns:
+        `keras.Model` from images to their last map, `(batch, height, width,
+        channels)`.
+    """
+    for layer in reversed(net.layers):
+        if len(layer.output.shape) == 4 and layer.name != "cells":
+            return keras.Model(net.input, layer.output, name=net.name)
+    raise ValueError(f"Expected a convolutional net. Received: {net.name}.")
 
 
 def simple_cnn(
@@ -245,4 +610,10 @@ BACKBONES = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "simple_cnn": simple_cnn,
+    **{
+        f"resnet{depth}_v2": functools.partial(resnet_v2, depth=depth)
+        for depth in DEPTHS
+    },
+    "preact_resnet18": preact_resnet18,
+    "wide_resnet": wide_resnet,
 }

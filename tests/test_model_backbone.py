@@ -16,6 +16,13 @@ import robust_training
 
 SMALL = {"width": 4}
 BRANCHED = {"num_transformers": 3, "width": 4, "localization_width": 4}
+S3TA = {
+    "vision_width": 4,
+    "num_heads": 2,
+    "frequencies": 2,
+    "controller_units": 8,
+    "hidden_units": 8,
+}
 # One row for each value of each option that changes the architecture.
 CASES = {
     "resnet": ("resnet", SMALL, (24, 24, 3)),
@@ -90,6 +97,34 @@ CASES = {
         },
         (66, 66, 3),
     ),
+    "s3ta": ("s3ta", {**S3TA, "num_steps": 2}, (16, 16, 1)),
+    "s3ta-remat": (
+        "s3ta",
+        {**S3TA, "vision": "resnet_cifar", "num_steps": 2, "remat": True},
+        (16, 16, 3),
+    ),
+    "s3ta-v2": (
+        "s3ta",
+        {
+            **S3TA,
+            "num_steps": 1,
+            "vision": "resnet18_v2",
+            "vision_strides": (1, 2, 1, 2),
+            "key_channels": 5,
+            "num_heads": 1,
+        },
+        (32, 16, 3),
+    ),
+    "resnet50": ("resnet50", {**SMALL, "depth": 18}, (16, 16, 3)),
+    "resnet152": ("resnet152", {**SMALL, "depth": 34}, (16, 16, 3)),
+    "denoise": ("denoise", {**SMALL, "depth": 18}, (16, 16, 3)),
+    "resnet_se": ("resnet_se", {**SMALL, "depth": 50}, (16, 16, 3)),
+    "preact_resnet18": ("preact_resnet18", SMALL, (16, 16, 3)),
+    "wide_resnet": (
+        "wide_resnet",
+        {**SMALL, "depth": 10, "widen": 2, "dropout": 0.1},
+        (16, 16, 3),
+    ),
 }
 ALL_CASES = dict(CASES)
 if keras.config.backend() != "tensorflow":
@@ -101,6 +136,7 @@ if keras.config.backend() != "tensorflow":
         "attention_mnist-transformer",
         "parallel_transformers",
         "multi_gaze",
+        "s3ta",
     )
     CASES = {name: CASES[name] for name in LIGHT}
 
@@ -125,7 +161,7 @@ share = functools.cache(make)
 
 
 def test_every_registered_model_has_a_case():
-    assert {name for name, _, _ in CASES.values()} == set(
+    assert {name for name, _, _ in ALL_CASES.values()} == set(
         model_backbone.names()
     )
 
