@@ -118,7 +118,7 @@ CASES = {
     "resnet50": ("resnet50", {**SMALL, "depth": 18}, (16, 16, 3)),
     "resnet152": ("resnet152", {**SMALL, "depth": 34}, (16, 16, 3)),
     "denoise": ("denoise", {**SMALL, "depth": 18}, (16, 16, 3)),
-    "resnet_se": ("resnet_se", {**SMALL, "depth": 50}, (16, 16, 3)),
+    "resnet_se": ("resnet_se", {"width": 16, "depth": 50}, (16, 16, 3)),
     "preact_resnet18": ("preact_resnet18", SMALL, (16, 16, 3)),
     "wide_resnet": (
         "wide_resnet",
@@ -238,6 +238,12 @@ def test_what_it_shows_has_the_promised_shapes(case):
         assert shown == {}
         return
     assert set(shown) == set(model_backbone.entry(name).shows)
+    if "maps" in shown:
+        maps = shown["maps"]
+        count = options["num_steps"] * options["num_heads"]
+        assert maps.shape[:2] == (2, count) and maps.min() >= 0
+        np.testing.assert_allclose(maps.sum(axis=(2, 3)), 1.0, atol=1e-5)
+        return
     count = shown["gazes"].shape[1]
     assert shown["gazes"].shape == (2, count, 2)
     assert shown["boxes"].shape == (2, count, 4)

@@ -2,10 +2,16 @@
 
 import math
 
+import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import resnet_backbone
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
 
 
 def trainable(model):
@@ -52,6 +58,11 @@ def test_resnet20_has_the_parameters_of_its_layers():
         ("resnet20", {"downsampling": "none"}, 32, [32, 32, 32], 64),
         ("resnet20", {"downsampling": "not_last"}, 32, [32, 16, 16], 64),
         ("resnet20", {"grid": 4}, 32, [32, 16, 8], 64 * 16),
+        ("resnet50_v2", {}, 224, [56, 28, 14, 7], 2048),
+        ("resnet50_v2", {"strides": (1, 2, 1, 1)}, 224, [56, 28, 28, 28], 2048),
+        ("resnet18_v2", {"width": 8}, 96, [24, 12, 6, 3], 64),
+        ("preact_resnet18", {"width": 8}, 32, [32, 16, 8, 4], 64),
+        ("wide_resnet", {"depth": 10, "widen": 1}, 32, [32, 16, 8], 64),
         ("simple_cnn", {}, 40, [20, 10], 20),
         ("simple_cnn", {"pool": False, "units": 9}, 28, [14, 7], 9),
     ],
@@ -95,3 +106,106 @@ def test_l2_is_on_every_kernel_of_resnet20():
 def test_errors_say_what_came(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_version_2_has_the_convolutions_of_the_reference():
+    """Keras's own ResNet V2: the same kernels and normalizations."""
+    for depth in (50, 101, 152):
+        build = getattr(keras.applications, f"ResNet{depth}V2")
+        theirs = build(weights=None, include_top=False)
+        ours = resnet_backbone.BACKBONES[f"resnet{depth}_v2"]((224, 224, 3))
+
+        def shapes(model):
+            """Of all weights but the biases of convolutions; ours have none."""
+            return sorted(
+                tuple(v.shape) for v in model.variables if v.name != "bias"
+            )
+
+        assert shapes(ours) == shapes(theirs)
+
+
+def test_preact_resnet18_has_the_published_parameters():
+    """11,172,170 with ten classes: the model of Rice et al. (2020)."""
+    model = resnet_backbone.preact_resnet18((32, 32, 3))
+    assert trainable(model) + 512 * 10 + 10 == 11_172_170
+
+
+def test_wide_resnet_has_the_published_size():
+    """36.5 million with ten classes (Zagoruyko and Komodakis, Table 4)."""
+    model = resnet_backbone.wide_resnet((32, 32, 3))
+    assert round((trainable(model) + 6410) / 1e6, 1) == 36.5
+    shape = model.get_layer("map").output.shape
+    assert shape == (None, 8, 8, 640)
+
+
+def test_a_last_map_is_what_is_pooled():
+    images = np.random.default_rng(0).random((2, 16, 16, 3), "float32")
+    for name in ("resnet18_v2", "resnet20"):
+        net = resnet_backbone.BACKBONES[name]((16, 16, 3), width=4)
+        maps = numpy(resnet_backbone.last_map(net)(images))
+        np.testing.assert_allclose(
+            maps.mean((1, 2)), numpy(net(images)), atol=1e-5
+        )
+
+
+def test_a_denoising_block_starts_as_the_identity():
+    x = keras.Input((5, 4, 6))
+    model = keras.Model(x, resnet_backbone.denoise(x, "d"))
+    images = np.random.default_rng(0).normal(size=(2, 5, 4, 6))
+    images = images.astype("float32")
+    np.testing.assert_array_equal(numpy(model(images)), images)
+
+
+@pytest.mark.parametrize("form", ["embedded_softmax", "dot_product"])
+@pytest.mark.parametrize("channels", [6, 30])
+def test_a_denoising_block_is_the_papers(form, channels):
+    """Against NumPy: Xie et al. (2019), Equations 1 and 2."""
+    rng = np.random.default_rng(0)
+    x = keras.Input((5, 4, channels))
+    model = keras.Model(x, resnet_backbone.denoise(x, "d", form))
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    named = {v.path: numpy(v) for v in model.trainable_variables}
+    images = rng.normal(size=(2, 5, 4, channels)).astype("float32")
+    rows = images.reshape(2, 20, channels).astype("float64")
+    if form == "embedded_softmax":
+        theta = rows @ named["d_theta/kernel"][0, 0]
+        phi = rows @ named["d_phi/kernel"][0, 0]
+        products = theta @ phi.transpose(0, 2, 1) / math.sqrt(channels / 2)
+        weights = np.exp(products - products.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+    else:
+        weights = rows @ rows.transpose(0, 2, 1) / 20
+    mean = weights @ rows @ named["d_conv/kernel"][0, 0]
+    # Inference: the running mean is 0 and the running variance 1.
+    mean = mean / math.sqrt(1 + 1e-5) * named["d_norm/gamma"]
+    want = rows + mean + named["d_norm/beta"]
+    got = numpy(model(images)).reshape(2, 20, channels)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_squeeze_and_excitation_adds_the_papers_parameters():
+    """2 C^2 / 16 and the biases for each block (Hu et al., Equation 5)."""
+    plain = resnet_backbone.resnet_v2((32, 32, 3), depth=50)
+    gated = resnet_backbone.resnet_v2((32, 32, 3), depth=50, squeeze_excite=16)
+    blocks = ((256, 3), (512, 4), (1024, 6), (2048, 3))
+    want = sum(n * (2 * c * c // 16 + c + c // 16) for c, n in blocks)
+    assert trainable(gated) - trainable(plain) == want
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"depth": 20}, "Expected a depth of .18, 34, 50, 101, 152."),
+        ({"strides": (1, 2)}, "Expected 4 strides, one a stage"),
+        ({"denoising": "all"}, "Expected denoising to be one of none, stages"),
+    ],
+)
+def test_bad_settings_of_version_2_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        resnet_backbone.resnet_v2((32, 32, 3), **options)
+
+
+def test_wide_resnets_have_6n_4_layers():
+    with pytest.raises(ValueError, match="6n . 4"):
+        resnet_backbone.wide_resnet((32, 32, 3), depth=26)
