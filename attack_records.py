@@ -266,6 +266,32 @@ def _picture(path, model, record, arrays, class_names):
         f"{record['num_examples']} right",
         path=path,
     )
+    if "maps" in before:
+        maps = before["maps"], after["maps"]
+        _attention_picture(path, model, record, chosen, maps, class_names)
+
+
+def _attention_picture(path, model, record, chosen, maps, class_names):
+    """Draws attention maps, a clean image and below it the attacked one."""
+    count = _PICTURED // 2
+
+    def both(clean, attacked):
+        pairs = np.stack([clean[:count], attacked[:count]], axis=1)
+        return pairs.reshape(-1, *pairs.shape[2:])
+
+    labels = chosen["labels"]
+    visualize.attention_grid(
+        both(chosen["clean"], chosen["adversarial"]),
+        both(*maps),
+        model_backbone.num_steps(model),
+        both(labels, labels),
+        both(chosen["clean_predictions"], chosen["adversarial_predictions"]),
+        class_names,
+        row_names=["clean", "attacked"] * min(count, len(labels)),
+        title=f"Attention under {record['attack']} {record['norm']} "
+        f"{radius(record['epsilon'])}",
+        path=path.with_name("attention.png"),
+    )
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from model_registry import (
     is_stochastic,
     key_generators,
     names,
+    num_steps,
     shown,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "is_stochastic",
     "key_generators",
     "names",
+    "num_steps",
     "shown",
 ]
 

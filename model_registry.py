@@ -176,6 +176,21 @@ def shown(model):
     return keras.Model(model.input, {**outputs, "logits": model.output})
 
 
+def num_steps(model):
+    """Returns how many steps of a recurrent model are read; 1 for others.
+
+    Args:
+        model: A `keras.Model`. A layer that unrolls has an integer attribute
+            `read_out`: the step whose logits are the model's, from 1.
+    """
+    read = [
+        layer.read_out
+        for layer in model._flatten_layers()
+        if hasattr(layer, "read_out")
+    ]
+    return max(read, default=1)
+
+
 def generators(model):
     """Returns the seed generators of a model's layers, in a fixed order."""
     return [
@@ -185,6 +200,48 @@ def generators(model):
             getattr(layer, "seed_generator", None), keras.random.SeedGenerator
         )
     ]
+
+
+def read_out(model):
+    """Returns the step at which a recurrent model is read, None for others."""
+    return next((layer.read_out for layer in _recurrent(model)), None)
+
+
+def set_read_out(model, step):
+    """Sets the step at which a recurrent model is read, and so unrolled.
+
+    Weights stay as they are. What was compiled before goes on with the old
+    step.
+
+    Args:
+        model: A `keras.Model`. A layer that unrolls has the integer attributes
+            `read_out`, which it heeds when it is called, and `num_steps`.
+        step: Integer, from 1.
+
+    Raises:
+        ValueError: If the model has no such layer, or fewer steps.
+    """
+    found = list(_recurrent(model))
+    if not found:
+        raise ValueError(
+            "Expected a recurrent model, which is read out at a step. "
+            f"Received: read_out={step} for {model.name}. Leave --read_outs "
+            "out."
+        )
+    for layer in found:
+        if not 1 <= step <= layer.num_steps:
+            raise ValueError(
+                "Expected a read-out step within the unroll, 1 to "
+                f"{layer.num_steps}. Received: read_out={step}. Unroll "
+                "further with --num_steps."
+            )
+        layer.read_out = int(step)
+
+
+def _recurrent(model):
+    for layer in model._flatten_layers():
+        if isinstance(getattr(layer, "read_out", None), int):
+            yield layer
 
 
 def is_stochastic(model):

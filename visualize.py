@@ -243,6 +243,100 @@ def glimpse_grid(
     return _finish(figure, path)
 
 
+def attention_grid(
+    images,
+    maps,
+    num_steps,
+    labels,
+    predictions,
+    class_names,
+    *,
+    row_names=None,
+    per_head=False,
+    max_steps=8,
+    max_rows=8,
+    title=None,
+    path=None,
+):
+    """Shows where a recurrent model attends, step after step.
+
+    Args:
+        images: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
+        maps: Attention maps, non-negative, shape `(n, num_steps * heads, rows,
+            columns)`, all heads of a step after one another.
+        num_steps: Steps that are in the maps.
+        labels: True classes, `n` integers.
+        predictions: Predicted classes, `n` integers.
+        class_names: Names by class; a class beyond them shows its number.
+        row_names: None or `n` strings beside the rows ("clean", "attacked").
+        per_head: Whether each head has a row of its own; else a step shows
+            the mean of its heads.
+        max_steps: How many steps are shown, evenly spread, the last among them.
+        max_rows: How many images are shown, from the first.
+        title: A line above the figure.
+        path: Where the figure is saved as well.
+
+    Returns:
+        A `Figure`: a row an image (or head), the image first, then the image
+        under each map; bright is attended, each panel scaled to its maximum,
+        which stands above it as a multiple of a uniform map.
+
+    Raises:
+        ValueError: If there is no image or the shapes do not fit.
+    """
+    images = _images(images, "images")
+    maps = np.asarray(maps, np.float32)
+    if maps.ndim != 4 or len(maps) != len(images) or maps.shape[1] % num_steps:
+        raise ValueError(
+            "Expected maps of shape (n, num_steps * heads, rows, columns), n "
+            f"= {len(images)} and num_steps = {num_steps}, got {maps.shape}."
+        )
+    maps = maps.reshape(len(maps), num_steps, -1, *maps.shape[2:])
+    if not per_head:
+        maps = maps.mean(axis=2, keepdims=True)
+    heads = maps.shape[2]
+    count = min(num_steps, max_steps)
+    steps = np.unique(np.linspace(1, num_steps, count).round().astype(int))
+    # The last step is read out: it is there whatever is left out.
+    shown = min(len(images), max_rows)
+    with matplotlib.rc_context(_STYLE):
+        side = _side_width(class_names, labels[:shown])
+        figure, axes = _grid(
+            shown * heads, 1 + len(steps), images.shape[1:3], side, title
+        )
+        for line in range(shown * heads):
+            row, head = divmod(line, heads)
+            true = int(labels[row])
+            if head == 0:
+                _row_name(axes[line, 0], class_names, true)
+            _panel(axes[line, 0], images[row])
+            _verdict(axes[line, 0], class_names, predictions[row], true)
+            names = [row_names[row]] if row_names else []
+            names += [f"head {head + 1}"] if per_head else []
+            axes[line, 0].set_xlabel(", ".join(names), fontsize=8)
+            for axis, step in zip(axes[line, 1:], steps, strict=True):
+                _attended(axis, images[row], maps[row, step - 1, head])
+        _heads(axes[0], ["image", *(f"step {step}" for step in steps)])
+    return _finish(figure, path)
+
+
+def _attended(axis, image, attention):
+    """Draws an image, dark where little attention is."""
+    height, width = image.shape[:2]
+    grey = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
+    _panel(axis, 0.15 + 0.5 * grey)
+    axis.imshow(
+        attention,
+        cmap="magma",
+        alpha=0.65,
+        vmin=0.0,
+        vmax=max(float(attention.max()), 1e-12),
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation="bilinear",
+    )
+    axis.set_title(f"{attention.max() * attention.size:.1f}x", fontsize=8)
+
+
 def gaze_shift(
     clean_gazes, adversarial_gazes, image_shape, *, title=None, path=None
 ):

@@ -383,3 +383,44 @@ def test_figures_need_no_window_and_leave_nothing_open():
     thread.join()
     assert results and results[0] > 1000
     assert not matplotlib.pyplot.get_fignums()
+
+
+class TestAttentionGrid:
+    def maps(self, n=2, steps=3, heads=2):
+        maps = np.random.default_rng(0).random((n, steps * heads, 4, 5))
+        return maps / maps.sum(axis=(2, 3), keepdims=True)
+
+    def draw(self, **kwargs):
+        images = np.random.default_rng(1).random((2, 16, 20, 3))
+        return visualize.attention_grid(
+            images, self.maps(), 3, [0, 1], [0, 0], ["cat", "dog"], **kwargs
+        )
+
+    def test_a_step_is_a_column_and_shows_the_mean_of_its_heads(self):
+        axes = self.draw().axes
+        assert len(axes) == 2 * 4
+        _, overlay = axes[2].images  # The first image's second step.
+        want = self.maps()[0, 2:4].mean(axis=0)
+        np.testing.assert_allclose(overlay.get_array(), want, rtol=1e-5)
+        peak = f"{want.max() * want.size:.1f}x"
+        assert axes[2].get_title() == peak
+
+    def test_heads_can_have_rows_of_their_own(self):
+        axes = self.draw(per_head=True, row_names=["clean", "attacked"]).axes
+        assert len(axes) == 4 * 4
+        _, overlay = axes[4 + 3].images  # The second head at the last step.
+        np.testing.assert_allclose(
+            overlay.get_array(), self.maps()[0, 5], rtol=1e-5
+        )
+        assert axes[12].get_xlabel() == "attacked, head 2"
+
+    def test_the_last_step_is_shown_whatever_is_left_out(self):
+        axes = self.draw(max_steps=2, max_rows=1).axes
+        heads = [axis.texts[-1].get_text() for axis in axes]
+        assert heads == ["image", "step 1", "step 3"]
+
+    def test_maps_that_do_not_fit_are_refused(self):
+        with pytest.raises(ValueError, match="num_steps"):
+            visualize.attention_grid(
+                np.zeros((2, 8, 8, 1)), self.maps(), 4, [0, 1], [0, 1], []
+            )
