@@ -113,6 +113,38 @@ _ADVERSARIAL = {
 }
 # Options of the models; unset flags keep the model's own.
 _OPTIONS = {
+    "num_steps": flags.DEFINE_integer(
+        "num_steps", None, "Steps of S3TA's unroll.", lower_bound=1
+    ),
+    "vision": flags.DEFINE_string(
+        "vision", None, "S3TA's vision net: resnet152, resnet_cifar, ..."
+    ),
+    "vision_width": flags.DEFINE_integer(
+        "vision_width", None, "Filters of its first stage.", lower_bound=0
+    ),
+    "vision_strides": flags.DEFINE_list(
+        "vision_strides", None, "Of its stages: 1,2,1,1 in the paper."
+    ),
+    "key_channels": flags.DEFINE_integer(
+        "key_channels", None, "Channels of its map that are keys."
+    ),
+    "num_heads": flags.DEFINE_integer(
+        "num_heads", None, "Queries a step.", lower_bound=1
+    ),
+    "frequencies": flags.DEFINE_integer(
+        "frequencies", None, "Of the spatial basis.", lower_bound=1
+    ),
+    "controller_units": flags.DEFINE_integer(
+        "controller_units", None, "Units of S3TA's LSTM.", lower_bound=1
+    ),
+    "hidden_units": flags.DEFINE_integer(
+        "hidden_units", None, "Of its query and output nets.", lower_bound=1
+    ),
+    "remat": flags.DEFINE_boolean(
+        "remat", None, "Recompute its steps in the backward pass."
+    ),
+    "depth": flags.DEFINE_integer("depth", None, "Layers of a ResNet."),
+    "widen": flags.DEFINE_integer("widen", None, "Factor of a wide ResNet."),
     "num_transformers": flags.DEFINE_integer(
         "num_transformers", None, "Number of gazes or views.", lower_bound=1
     ),
