@@ -1,8 +1,9 @@
-"""Glimpses: the retinal warp, fixations, and random views for training.
+"""Glimpses: the retina, crops, cortical scales, fixations, and augmentation.
 
 A gaze is an offset (row, column) in pixels from the image centre. The retinal
 warp samples densely at the gaze and ever more sparsely away from it, as the
-ganglion cells of a primate retina do.
+ganglion cells of a primate retina do; a coarse fixation is a crop there, and
+the cortical scales are crops of several sizes, brought to one resolution.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 import scipy.optimize
 from keras import ops
 
+import command_line
 import numerics
 import transformer
 
@@ -249,6 +251,351 @@ class RetinalWarp(keras.layers.Layer):
         }
 
 
+# --- Crops and scales --------------------------------------------------------
+
+# Images up to this side take the figures for 32 pixels, larger ones those for
+# 320, in proportion.
+_SMALL = 64
+# Side of the crop of 320 and of 32 pixels, radius of the blur, enlargement.
+# (The small crop of the blurred variant is ours: 240 / 320 of 32.)
+_COARSE = {
+    "crop": ((224, 0, 1), (24, 0, 1)),
+    "upsample": ((160, 0, 2), (16, 0, 2)),
+    "blur": ((240, 6, 1), (24, 2, 1)),
+}
+COARSE_VARIANTS = tuple(_COARSE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coarse:
+    """A coarse fixation: a crop, and what is done to it.
+
+    Attributes:
+        side: Side of the crop in pixels.
+        reach: Largest offset of its gaze in pixels, up to which the crop
+            stays inside the image.
+        blur: Radius of the Gaussian blur in pixels; 0 for none.
+        enlarge: How often each pixel is repeated along both axes.
+    """
+
+    side: int
+    reach: int
+    blur: int = 0
+    enlarge: int = 1
+
+
+def coarse_fixation(image_size, variant="crop"):
+    """Returns the handover's coarse fixation of an image.
+
+    Args:
+        image_size: Shorter side of the image in pixels. At 320: crop 224 with
+            gazes up to 48; at 32: crop 24, gazes up to 4. Other sizes in
+            proportion.
+        variant: `"crop"`; `"upsample"`, half the side, enlarged twice (320:
+            crop 160, gazes up to 80); or `"blur"`, a larger crop, blurred
+            (320: crop 240, radius 6, gazes up to 40).
+
+    Returns:
+        A `Coarse`.
+
+    Raises:
+        ValueError: If the variant is unknown.
+    """
+    if variant not in _COARSE:
+        raise ValueError(
+            f"Expected coarse_variant to be one of {', '.join(_COARSE)}."
+            f"{command_line.near(variant, _COARSE)} Received: "
+            f"coarse_variant={variant!r}."
+        )
+    small = image_size <= _SMALL
+    scale = image_size / (32 if small else 320)
+    side, blur, enlarge = _COARSE[variant][small]
+    reach = round(((32 if small else 320) - side) / 2 * scale)
+    blur = max(1, round(blur * scale)) if blur else 0
+    return Coarse(image_size - 2 * reach, reach, blur, enlarge)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Crops around one gaze, each brought to the same number of pixels.
+
+    Attributes:
+        sides: Side of each crop in pixels, rising.
+        radii: Radius of the low-pass of each, in pixels.
+        reach: Largest offset of the gaze in pixels, up to which all the crops
+            that move stay inside the image.
+        centred: Indices of the crops that stay at the image's centre.
+    """
+
+    sides: tuple[int, ...]
+    radii: tuple[int, ...]
+    reach: int
+    centred: tuple[int, ...] = ()
+
+
+def cortical_scales(image_size, freeze=False):
+    """Returns the handover's cortical scales of an image.
+
+    Args:
+        image_size: Shorter side of the image in pixels. At 320: sides 40, 80,
+            160, 240, low-passed with radius 1, 2, 4, 6, and gazes up to 40;
+            at 32: sides 12 and 24, radii 1 and 2, gazes up to 4. Other sizes
+            in proportion.
+        freeze: Whether the fourth scale is the whole image (320: side 320,
+            radius 8) and stays where it is; gazes go up to 80 then.
+
+    Returns:
+        A `Scales`.
+
+    Raises:
+        ValueError: If there is no fourth scale to freeze.
+    """
+    if image_size <= _SMALL:
+        if freeze:
+            raise ValueError(
+                "Expected images of four cortical scales, over "
+                f"{_SMALL} pixels, to freeze the fourth. Received: "
+                f"scale4_freeze=True with {image_size} pixels."
+            )
+        radii, unit = (1, 2), image_size * 12 // 32
+    else:
+        radii, unit = (1, 2, 4, 8 if freeze else 6), image_size // 8
+    sides = tuple(radius * unit for radius in radii)
+    moving = sides[:3] if freeze else sides
+    return Scales(
+        sides, radii, (image_size - moving[-1]) // 2, (3,) if freeze else ()
+    )
+
+
+@functools.cache
+def _blur_matrix(side, radius, step=1):
+    """The blur along an axis of `side` pixels; every `step`-th row of it.
+
+    A matrix, for on every backend a product is faster than a depthwise
+    convolution, and of a low-pass only the rows that are kept are computed.
+    """
+    if radius < 1 or radius != int(radius):
+        raise ValueError(
+            "Expected the radius of a blur to be a whole number of pixels "
+            f"from 1. Received: radius={radius}."
+        )
+    sigma = radius / 2
+    places = np.arange(side)
+    offset = places[step // 2 :: step, None] - places
+    reach = np.arange(-2 * radius, 2 * radius + 1)  # 4 sigma.
+    total = np.exp(-0.5 * (reach / sigma) ** 2).sum()
+    kernel = np.exp(-0.5 * (offset / sigma) ** 2) / total
+    return np.where(abs(offset) <= 2 * radius, kernel, 0).astype("float32")
+
+
+def _along_both(images, radius, step):
+    rows, columns = (
+        ops.convert_to_tensor(_blur_matrix(side, radius, step))
+        for side in images.shape[-3:-1]
+    )
+    x = ops.moveaxis(ops.cast(images, "float32"), -1, -3)
+    x = ops.matmul(ops.matmul(rows, x), ops.transpose(columns))
+    x = ops.moveaxis(x, -3, -1)
+    return ops.cast(x, keras.backend.standardize_dtype(images.dtype))
+
+
+def gaussian_blur(images, radius):
+    """Blurs images: sigma is half the radius, cut at 4 sigma, black outside.
+
+    Args:
+        images: Tensor of shape `(..., height, width, channels)`.
+        radius: Whole number of pixels, from 1.
+
+    Returns:
+        Tensor like `images`.
+
+    Raises:
+        ValueError: If the radius is not a whole number of pixels from 1.
+    """
+    return _along_both(images, radius, 1)
+
+
+def low_pass(images, radius):
+    """Blurs images and keeps every `radius`-th pixel, from `radius // 2`.
+
+    Args:
+        images: See `gaussian_blur`, like `radius`.
+        radius: With 1 the image is blurred and keeps all its pixels.
+
+    Returns:
+        Tensor of shape `(..., height / radius, width / radius, channels)`,
+        for sides that the radius divides.
+    """
+    return _along_both(images, radius, radius)
+
+
+def crop(images, gazes, side):
+    """Cuts squares around gazes out of images, black outside the image.
+
+    Pixels are taken as they are: gazes are rounded to whole pixels (up from a
+    half), and pass no gradient. The crop at the centre of a side that cannot
+    be halved evenly lies half a pixel up and to the left.
+
+    Args:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        gazes: Tensor of shape `(batch, n, 2)`, offsets (row, column) in
+            pixels from the image centre.
+        side: Side of the squares in pixels.
+
+    Returns:
+        Tuple of the crops, `(batch, n, side, side, channels)`, and their
+        boxes, `(batch, n, 4)`: top, left, bottom, right as fractions of the
+        image; they may reach outside.
+    """
+    size = np.array(images.shape[1:3])
+    corner = ops.convert_to_tensor((size - side) // 2, "float32")
+    corner = corner + ops.floor(ops.cast(gazes, "float32") + 0.5)
+    offset = np.moveaxis(np.indices((side, side)), 0, -1)
+    points = corner[..., None, None, :] + ops.convert_to_tensor(
+        offset, "float32"
+    )
+    crops = transformer.sample_bilinear(
+        images, ops.stop_gradient(points), "zeros"
+    )
+    size = ops.convert_to_tensor(size, "float32")
+    box = ops.concatenate([corner / size, (corner + side) / size], axis=-1)
+    return crops, box
+
+
+@keras.saving.register_keras_serializable("saccade")
+class CoarseFixation(keras.layers.Layer):
+    """Crops images at gazes, and blurs or enlarges the crops.
+
+    Args:
+        side: Side of the crops in pixels.
+        blur: Radius of the Gaussian blur, see `gaussian_blur`; 0 for none.
+        enlarge: How often each pixel is repeated along both axes.
+
+    Call arguments:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        gazes: Tensor of shape `(batch, gazes, 2)`, pixels.
+
+    Returns:
+        Tuple of the views, `(batch, gazes, rows, columns, channels)`, and
+        their boxes, `(batch, gazes, 4)`, see `crop`.
+    """
+
+    def __init__(self, side, blur=0, enlarge=1, **kwargs):
+        # Coordinates in half precision are off by whole pixels.
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.side, self.blur, self.enlarge = side, blur, enlarge
+
+    def call(self, images, gazes):
+        views, boxes = crop(images, gazes, self.side)
+        if self.blur:
+            views = gaussian_blur(views, self.blur)
+        if self.enlarge > 1:
+            views = ops.repeat(views, self.enlarge, axis=-3)
+            views = ops.repeat(views, self.enlarge, axis=-2)
+        return views, boxes
+
+    def shown(self, inputs, outputs):
+        """What it shows; see `model_backbone.shown`."""
+        views, boxes = outputs
+        return transformer.as_views(views, boxes, inputs[1])
+
+    def compute_output_shape(self, images_shape, gazes_shape):
+        lead, side = tuple(gazes_shape[:-1]), self.side * self.enlarge
+        return (*lead, side, side, images_shape[-1]), (*lead, 4)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "side": self.side,
+            "blur": self.blur,
+            "enlarge": self.enlarge,
+        }
+
+
+@keras.saving.register_keras_serializable("saccade")
+class CorticalSampling(keras.layers.Layer):
+    """Crops of several sides around each gaze, at one resolution.
+
+    The primary visual cortex is taken to sample a small part of the visual
+    field finely and ever larger parts ever more coarsely.
+
+    Args:
+        sides: Side of each crop in pixels.
+        radii: Radius of the low-pass of each, see `low_pass`; the crops must
+            come out of it with the same number of pixels.
+        centred: Indices of the crops that stay at the centre of the image.
+
+    Call arguments:
+        images: Tensor of shape `(batch, height, width, channels)`.
+        gazes: Tensor of shape `(batch, gazes, 2)`, pixels.
+
+    Returns:
+        Tuple of the views, `(batch, gazes * scales, rows, columns, channels)`,
+        all scales of the first gaze first; their boxes, `(batch, gazes *
+        scales, 4)`, see `crop`; and their centres, `(batch, gazes * scales,
+        2)`, pixels.
+
+    Raises:
+        ValueError: If the crops come out at several sizes.
+
+    References:
+        - Poggio, Mutch and Isik, "Computational role of eccentricity
+          dependent cortical magnification" (2014)
+        - [Reddy et al., 2020](https://arxiv.org/abs/2006.16427)
+    """
+
+    def __init__(self, sides, radii, centred=(), **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.sides, self.radii = tuple(sides), tuple(radii)
+        self.centred = tuple(centred)
+        kept = {
+            len(range(radius // 2, side, radius))
+            for side, radius in zip(self.sides, self.radii, strict=True)
+        }
+        if len(kept) != 1:
+            raise ValueError(
+                "Expected crops that have equally many pixels after their "
+                f"low-pass. Received: sides={self.sides}, radii={self.radii}."
+            )
+        (self.view_side,) = kept
+
+    def call(self, images, gazes):
+        scales = []
+        pairs = zip(self.sides, self.radii, strict=True)
+        for index, (side, radius) in enumerate(pairs):
+            at = ops.zeros_like(gazes) if index in self.centred else gazes
+            views, boxes = crop(images, at, side)
+            scales.append((low_pass(views, radius), boxes, at))
+        return tuple(
+            ops.reshape(
+                ops.stack(parts, axis=2),
+                (ops.shape(images)[0], -1, *parts[0].shape[2:]),
+            )
+            for parts in zip(*scales, strict=True)
+        )
+
+    def shown(self, inputs, outputs):
+        """What it shows; see `model_backbone.shown`."""
+        del inputs
+        return transformer.as_views(*outputs)
+
+    def compute_output_shape(self, images_shape, gazes_shape):
+        batch, count = gazes_shape[:2]
+        lead = (batch, None if count is None else count * len(self.sides))
+        views = (*lead, self.view_side, self.view_side, images_shape[-1])
+        return views, (*lead, 4), (*lead, 2)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "sides": self.sides,
+            "radii": self.radii,
+            "centred": self.centred,
+        }
+
+
+# --- Fixations ---------------------------------------------------------------
+
 TEST_GAZES = ("five", "random")
 
 
@@ -268,6 +615,8 @@ class Fixations(keras.layers.Layer):
             and in evaluation alike.
         test_gazes: `"five"` or `"random"`: the gazes of an evaluation.
         seed: Integer or `keras.random.SeedGenerator`.
+        whole: Whether gazes are drawn in whole pixels, for crops. (`reach`
+            is rounded down to one.)
 
     Call arguments:
         images: Tensor of shape `(batch, height, width, channels)`; only the
@@ -278,15 +627,27 @@ class Fixations(keras.layers.Layer):
     """
 
     def __init__(
-        self, reach, given=None, test_gazes="five", seed=None, **kwargs
+        self,
+        reach,
+        given=None,
+        test_gazes="five",
+        seed=None,
+        whole=False,
+        **kwargs,
     ):
         if test_gazes not in TEST_GAZES:
             raise ValueError(
                 f"Expected test_gazes to be one of {', '.join(TEST_GAZES)}. "
                 f"Received: test_gazes={test_gazes!r}."
             )
+        if reach < 0:
+            raise ValueError(
+                "Expected gazes to reach a number of pixels >= 0 from the "
+                f"centre. Received: reach={reach:g}."
+            )
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.reach = float(reach)
+        self.reach = float(reach // 1 if whole else reach)
+        self.whole = whole
         self.given = given
         self.test_gazes = test_gazes
         self.seed = seed
@@ -300,12 +661,7 @@ class Fixations(keras.layers.Layer):
     def call(self, images, training=False):
         batch = ops.shape(images)[0]
         if self.stochastic or (training and self.given is None):
-            return keras.random.uniform(
-                (batch, 1, 2),
-                -self.reach,
-                self.reach,
-                seed=self.seed_generator,
-            )
+            return self._drawn((batch, 1, 2))
         if self.given is None:
             fixed = five_gazes(self.reach)
         else:
@@ -313,6 +669,16 @@ class Fixations(keras.layers.Layer):
         return ops.broadcast_to(
             ops.convert_to_tensor(fixed), (batch, len(fixed), 2)
         )
+
+    def _drawn(self, shape):
+        seed = self.seed_generator
+        if not self.whole:
+            return keras.random.uniform(
+                shape, -self.reach, self.reach, seed=seed
+            )
+        reach = int(self.reach)
+        drawn = keras.random.randint(shape, -reach, reach + 1, seed=seed)
+        return ops.cast(drawn, "float32")
 
     def compute_output_shape(self, images_shape):
         return (images_shape[0], None, 2)
@@ -324,7 +690,11 @@ class Fixations(keras.layers.Layer):
             "given": self.given,
             "test_gazes": self.test_gazes,
             "seed": self.seed,
+            "whole": self.whole,
         }
+
+
+# --- Augmentation ------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

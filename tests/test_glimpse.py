@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import scipy.ndimage
 from keras import ops
 
 import glimpse
@@ -142,7 +143,251 @@ class TestRetinalWarp:
         np.testing.assert_allclose(numpy(views)[:, 1], numpy(one), atol=1e-6)
 
 
+def scipy_blur(images, radius):
+    """The handover's blur by another program, along the two image axes."""
+    sigma = np.zeros(images.ndim)
+    sigma[-3:-1] = radius / 2
+    return scipy.ndimage.gaussian_filter(
+        images.astype("float64"), sigma, mode="constant", truncate=4
+    )
+
+
+def slices(images, gazes, side):
+    """Crops by slicing a wide black frame; `(batch, n, side, side, c)`."""
+    wide = 2 * max(images.shape)
+    framed = np.pad(images, [(0, 0), (wide, wide), (wide, wide), (0, 0)])
+    found = []
+    for image, looked in zip(framed, gazes, strict=True):
+        corners = wide + (np.array(images.shape[1:3]) - side) // 2 + looked
+        found.append(
+            [image[r : r + side, c : c + side] for r, c in corners.astype(int)]
+        )
+    return np.array(found)
+
+
+class TestBlur:
+    # Also where the kernel is wider than the image.
+    @pytest.mark.parametrize("radius", [1, 2, 4, 6, 8])
+    @pytest.mark.parametrize("shape", [(2, 24, 30, 3), (1, 2, 16, 16, 1)])
+    def test_is_scipys(self, radius, shape):
+        images = np.random.default_rng(0).random(shape).astype("f4")
+        want = scipy_blur(images, radius)
+        got = numpy(glimpse.gaussian_blur(images, radius))
+        np.testing.assert_allclose(got, want, atol=2e-6)
+        got = numpy(glimpse.low_pass(images, radius))
+        start = radius // 2
+        want = want[..., start::radius, start::radius, :]
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+    def test_gradient_is_the_transpose(self):
+        """The operator is symmetric: its gradient blurs the upstream one."""
+        rng = np.random.default_rng(0)
+        images, upstream = rng.normal(size=(2, 2, 12, 14, 3)).astype("f4")
+
+        def loss(x):
+            return ops.sum(glimpse.gaussian_blur(x, 4) * upstream, (1, 2, 3))
+
+        _, gradient = numerics.value_and_grad(loss, images)
+        np.testing.assert_allclose(
+            numpy(gradient), scipy_blur(upstream, 4), atol=2e-6
+        )
+
+    @pytest.mark.parametrize("radius", [0, -1, 1.5])
+    def test_the_radius_is_whole(self, radius):
+        with pytest.raises(ValueError, match=f"radius={radius}"):
+            glimpse.gaussian_blur(np.zeros((1, 4, 4, 1), "f4"), radius)
+
+
+class TestCrop:
+    @pytest.mark.parametrize("side", [1, 6, 7, 20])
+    @pytest.mark.parametrize("size", [(16, 16), (15, 18)])
+    def test_is_a_slice_bit_for_bit(self, side, size):
+        rng = np.random.default_rng(side)
+        images = rng.random((3, *size, 2)).astype("f4")
+        gazes = rng.integers(-9, 10, (3, 4, 2)).astype("f4")
+        crops, boxes = glimpse.crop(images, gazes, side)
+        np.testing.assert_array_equal(numpy(crops), slices(images, gazes, side))
+        height = (numpy(boxes)[..., 2] - numpy(boxes)[..., 0]) * size[0]
+        np.testing.assert_allclose(height, side, rtol=1e-5)
+
+    def test_box_is_where_the_pixels_are(self):
+        rows, columns = np.mgrid[0:16, 0:16].astype("f4")
+        image = np.stack([rows, columns], axis=-1)[None]
+        crops, boxes = glimpse.crop(image, np.array([[[2.0, -3.0]]]), 6)
+        first, last = numpy(crops)[0, 0, 0, 0], numpy(crops)[0, 0, -1, -1]
+        np.testing.assert_allclose(
+            numpy(boxes)[0, 0] * 16, [*first, *(last + 1)], atol=1e-5
+        )
+
+    def test_gazes_are_rounded_to_whole_pixels(self):
+        images = np.random.default_rng(0).random((1, 12, 12, 1)).astype("f4")
+        between = np.array([[[0.5, -0.5], [1.4, -1.6]]], "f4")
+        whole = np.array([[[1.0, 0.0], [1.0, -2.0]]], "f4")
+        np.testing.assert_array_equal(
+            numpy(glimpse.crop(images, between, 5)[0]),
+            slices(images, whole, 5),
+        )
+
+    def test_gradient_goes_back_where_it_came_from(self):
+        rng = np.random.default_rng(0)
+        images = rng.random((2, 10, 10, 3)).astype("f4")
+        gazes = np.array([[[4.0, -1.0], [1, 1]], [[-6, 2], [0, 0]]], "f4")
+        upstream = rng.normal(size=(2, 2, 6, 6, 3)).astype("f4")
+
+        def loss(x):
+            crops, _ = glimpse.crop(x, gazes, 6)
+            return ops.sum(crops * upstream, axis=(1, 2, 3, 4))
+
+        _, gradient = numerics.value_and_grad(loss, images)
+        want = np.zeros((2, 30, 30, 3))
+        for i in range(2):
+            for j in range(2):
+                row, column = (12 + gazes[i, j]).astype(int)
+                want[i, row : row + 6, column : column + 6] += upstream[i, j]
+        np.testing.assert_allclose(
+            numpy(gradient), want[:, 10:20, 10:20], atol=1e-5
+        )
+
+
+class TestCoarseFixation:
+    @pytest.mark.parametrize(
+        "size,variant,want",
+        [
+            (320, "crop", glimpse.Coarse(224, 48)),
+            (320, "upsample", glimpse.Coarse(160, 80, enlarge=2)),
+            (320, "blur", glimpse.Coarse(240, 40, blur=6)),
+            (32, "crop", glimpse.Coarse(24, 4)),
+            (32, "upsample", glimpse.Coarse(16, 8, enlarge=2)),
+            (32, "blur", glimpse.Coarse(24, 4, blur=2)),
+            (160, "crop", glimpse.Coarse(112, 24)),
+            (96, "blur", glimpse.Coarse(72, 12, blur=2)),
+            (64, "upsample", glimpse.Coarse(32, 16, enlarge=2)),
+        ],
+    )
+    def test_figures_of_the_handover_and_their_proportions(
+        self, size, variant, want
+    ):
+        assert glimpse.coarse_fixation(size, variant) == want
+
+    def test_at_its_reach_the_crop_touches_the_border(self):
+        for size in range(8, 400):
+            for variant in glimpse.COARSE_VARIANTS:
+                found = glimpse.coarse_fixation(size, variant)
+                assert found.reach > 0
+                assert found.side + 2 * found.reach == size
+
+    @pytest.mark.parametrize("variant", glimpse.COARSE_VARIANTS)
+    def test_views_are_blurred_and_enlarged_crops(self, variant):
+        rng = np.random.default_rng(0)
+        images = rng.random((2, 32, 32, 3)).astype("f4")
+        found = glimpse.coarse_fixation(32, variant)
+        gazes = rng.integers(-found.reach, found.reach + 1, (2, 3, 2))
+        layer = glimpse.CoarseFixation(found.side, found.blur, found.enlarge)
+        views, boxes = layer(images, gazes.astype("f4"))
+        want = slices(images, gazes, found.side)
+        if variant == "upsample":
+            want = np.kron(want, np.ones((2, 2, 1)))
+        if variant == "blur":
+            want = scipy_blur(want, 2)
+        np.testing.assert_allclose(numpy(views), want, atol=2e-6)
+        assert numpy(boxes).min() >= 0 and numpy(boxes).max() <= 1
+
+    def test_near_names(self):
+        with pytest.raises(ValueError, match="Did you mean upsample"):
+            glimpse.coarse_fixation(32, "upsampled")
+
+
+class TestCorticalSampling:
+    @pytest.mark.parametrize(
+        "size,freeze,want",
+        [
+            (
+                320,
+                False,
+                glimpse.Scales((40, 80, 160, 240), (1, 2, 4, 6), 40),
+            ),
+            (
+                320,
+                True,
+                glimpse.Scales((40, 80, 160, 320), (1, 2, 4, 8), 80, (3,)),
+            ),
+            (32, False, glimpse.Scales((12, 24), (1, 2), 4)),
+            (96, False, glimpse.Scales((12, 24, 48, 72), (1, 2, 4, 6), 12)),
+        ],
+    )
+    def test_figures_of_the_handover_and_their_proportions(
+        self, size, freeze, want
+    ):
+        assert glimpse.cortical_scales(size, freeze) == want
+
+    def test_any_size_has_scales_of_equally_many_pixels_inside_it(self):
+        for size in range(8, 400):
+            for freeze in (False, True)[: 1 + (size > 64)]:
+                found = glimpse.cortical_scales(size, freeze)
+                kept = {
+                    side / radius
+                    for side, radius in zip(
+                        found.sides, found.radii, strict=True
+                    )
+                }
+                assert len(kept) == 1 and found.sides[-1] <= size
+                moving = found.sides[-2 if freeze else -1]
+                assert 0 < 2 * found.reach <= size - moving
+
+    @pytest.mark.parametrize("centred", [(), (2,)])
+    def test_views_are_low_passed_crops(self, centred):
+        rng = np.random.default_rng(0)
+        images = rng.random((2, 40, 40, 3)).astype("f4")
+        gazes = rng.integers(-4, 5, (2, 5, 2)).astype("f4")
+        layer = glimpse.CorticalSampling((8, 16, 32), (1, 2, 4), centred)
+        views, boxes, places = layer(images, gazes)
+        assert views.shape == (2, 15, 8, 8, 3)
+        for scale, (side, radius) in enumerate([(8, 1), (16, 2), (32, 4)]):
+            at = gazes * (scale not in centred)
+            want = scipy_blur(slices(images, at, side), radius)
+            start = radius // 2
+            want = want[..., start::radius, start::radius, :]
+            np.testing.assert_allclose(
+                numpy(views)[:, scale::3], want, atol=2e-6
+            )
+            np.testing.assert_array_equal(numpy(places)[:, scale::3], at)
+            box = numpy(boxes)[:, scale::3]
+            np.testing.assert_allclose(
+                (box[..., :2] + box[..., 2:]) / 2 * 40 - 20, at, atol=1e-4
+            )
+            np.testing.assert_allclose(
+                box[..., 2:] - box[..., :2], side / 40, atol=1e-6
+            )
+
+    def test_what_does_not_fit_is_said(self):
+        with pytest.raises(ValueError, match=r"sides=\(8, 18\)"):
+            glimpse.CorticalSampling((8, 18), (1, 2))
+        with pytest.raises(ValueError, match="True with 32 pixels"):
+            glimpse.cortical_scales(32, freeze=True)
+
+
 class TestFixations:
+    def test_whole_pixels_are_drawn_uniformly(self):
+        layer = glimpse.Fixations(2.7, whole=True, seed=1)
+        images = np.zeros((2000, 8, 8, 1))
+        gazes = numpy(layer(images, training=True))
+        values, counts = np.unique(gazes, return_counts=True)
+        np.testing.assert_array_equal(values, [-2, -1, 0, 1, 2])
+        assert counts.min() > 700 and counts.max() < 900  # Of 800 each.
+        fixed = numpy(layer(images[:1], training=False))
+        want = [[[0, 0], [-2, 2], [2, -2], [-2, -2], [2, 2]]]
+        np.testing.assert_array_equal(fixed, want)
+
+    def test_a_random_gaze_in_evaluation_is_drawn_anew(self):
+        layer = glimpse.Fixations(4, whole=True, test_gazes="random", seed=1)
+        assert layer.stochastic
+        one, two = (numpy(layer(np.zeros((9, 8, 8, 1)))) for _ in range(2))
+        assert one.shape == (9, 1, 2) and np.any(one != two)
+
+    def test_it_reaches_forward(self):
+        with pytest.raises(ValueError, match="reach=-1"):
+            glimpse.Fixations(-1)
+
     def test_evaluation_looks_at_the_five_fixed_gazes(self):
         layer = glimpse.Fixations(8)
         gazes = numpy(layer(np.zeros((2, 32, 32, 1)), training=False))
@@ -241,8 +486,11 @@ class TestAugment:
     [
         glimpse.RetinalWarp((8, 8), 5.0),
         glimpse.Fixations(3, given=[[1, 2]], seed=4),
+        glimpse.Fixations(3, test_gazes="random", whole=True),
+        glimpse.CoarseFixation(8, blur=2, enlarge=3),
+        glimpse.CorticalSampling((8, 16), (1, 2), centred=(1,)),
     ],
-    ids=["retina", "fixations"],
+    ids=["retina", "fixations", "whole", "coarse", "cortical"],
 )
 def test_layers_survive_a_config_round_trip(layer):
     copy = keras.saving.deserialize_keras_object(
