@@ -46,7 +46,8 @@ def _vision(kind, image_shape, width, strides, **options):
         options["strides"] = strides or _STRIDES[:count]
     if kind == "simple_cnn":
         width = width or 32
-        options["filters"], width = (width, 2 * width), 0
+        options.update(model_parts.DIGITS, filters=(width, 2 * width))
+        width = 0
     net = model_parts.backbone(kind, image_shape, width, "vision", **options)
     return resnet_backbone.last_map(net)
 
