@@ -2,6 +2,7 @@
 
     python benchmark.py --what=sampler
     python benchmark.py --what=full_size
+    python benchmark.py --what=s3ta --image_size=224 --batch_size=1
 
 Ratios are against a named peer in the same run, on the same points.
 """
@@ -17,7 +18,7 @@ from absl import flags
 import command_line  # First: it quiets TensorFlow.
 import run_folder
 
-_WHAT = flags.DEFINE_string("what", "sampler", "sampler or full_size.")
+_WHAT = flags.DEFINE_string("what", "sampler", "sampler, full_size or s3ta.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images.", lower_bound=1)
 _SIZE = flags.DEFINE_integer("image_size", 320, "Their side.", lower_bound=8)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls.", lower_bound=3)
@@ -221,7 +222,7 @@ def _one_full_size(name, config):
     import model_backbone
     import numerics
     import objectives
-    import robust_training
+    import training_step
 
     size = config.image_size
     model = model_backbone.create(
@@ -233,7 +234,7 @@ def _one_full_size(name, config):
     indices = np.arange(config.batch_size, dtype="int32")
     optimizer = keras.optimizers.Adam(1e-3)
     optimizer.build(model.trainable_variables)
-    step = robust_training.make_step(model, optimizer, robust_training.STANDARD)
+    step = training_step.make_step(model, optimizer, training_step.STANDARD)
     times = []
     for number in range(2):
         started = time.perf_counter()
@@ -272,7 +273,96 @@ def _one_full_size(name, config):
     }
 
 
-BENCHMARKS = {"sampler": sampler, "full_size": full_size}
+def s3ta(config):
+    """The paper's S3TA-16 behind ResNet-152: what it costs.
+
+    One forward pass at `image_size`, counted in floating-point operations by
+    TensorFlow's profiler beside that of the plain ResNet-152; one adversarial
+    training step (S3TA's attack, but two steps of it), twice, as the first
+    compiles; one evaluation with PGD-10 to random targets.
+
+    Returns:
+        List of one dict: parameters, GFLOPs (a multiply-add is two), seconds,
+        and the peak memory of the process in GiB.
+    """
+    import keras
+
+    import attack_backbone
+    import datasets
+    import losses
+    import model_backbone
+    import robust_evaluation
+    import training_step
+
+    size, classes, batch = config.image_size, 1000, config.batch_size
+    shape = (size, size, 3)
+    plain = model_backbone.create(
+        "resnet152", num_classes=classes, image_shape=shape
+    )
+    row = {"resnet152_gflops": _gflops(plain, shape)}
+    del plain
+    model = model_backbone.create(
+        "s3ta", num_classes=classes, image_shape=shape
+    )
+    row["s3ta_gflops"] = _gflops(model, shape)
+    row["parameters"] = int(model.count_params())
+    images = np.random.default_rng(0).random((batch, *shape), "float32")
+    labels = np.arange(batch, dtype="int32")
+    objective = losses.AdversarialConfig(
+        epsilon=16 / 255,
+        steps=2,
+        step_size=1 / 255,
+        random_start=0.8,
+        target="random",
+    ).objective(classes)
+    optimizer = keras.optimizers.SGD(1e-3, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    step = training_step.make_step(
+        model,
+        optimizer,
+        training_step.Objective(objective.loss, objective.craft),
+    )
+    row["training_step_s"] = []
+    for number in range(2):
+        started = time.perf_counter()
+        loss = float(step(images, labels, np.arange(batch), number)[0])
+        row["training_step_s"].append(round(time.perf_counter() - started, 1))
+    row["loss"] = round(loss, 3)
+    pgd = attack_backbone.PGD(
+        epsilon=16 / 255, steps=10, step_size=1.6 / 255, random_start=1.0
+    )
+    started = time.perf_counter()
+    record, _ = robust_evaluation.evaluate(
+        model,
+        datasets.Split("test", labels, lambda indices: images[indices]),
+        robust_evaluation.EvaluationConfig(
+            pgd, target="random", batch_size=batch
+        ),
+    )
+    row["pgd10_s"] = round(time.perf_counter() - started, 1)
+    row["largest_perturbation"] = record["largest_norm"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [{**row, "peak_memory_gib": round(peak / 2**20, 2)}]
+
+
+def _gflops(model, image_shape):
+    """Counts the operations of one image's forward pass."""
+    import tensorflow as tf
+
+    # TensorFlow prints every operation otherwise.
+    options = tf.compat.v1.profiler.ProfileOptionBuilder(
+        tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+    )
+    forward = tf.function(lambda x: model(x, training=False))
+    signature = tf.TensorSpec((1, *image_shape), tf.float32)
+    found = tf.compat.v1.profiler.profile(
+        forward.get_concrete_function(signature).graph,
+        options=options.with_empty_output().build(),
+    )
+    return round(found.total_float_ops / 1e9, 2)
+
+
+BENCHMARKS = {"sampler": sampler, "full_size": full_size, "s3ta": s3ta}
 
 
 def run(config):

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 import model_backbone
+import model_registry
 import numerics
 import objectives
 
@@ -114,6 +115,8 @@ def compiled(model, key, make, reading=None):
     """
     reading = reading or Reading()
     functions = _COMPILED.setdefault(model, {})
+    # The read-out step is fixed when a function is traced.
+    key = (key, model_registry.read_out(model))
     if (key, reading) not in functions:
         if reading.shown or reading.read_outs == "all":
             read = model_backbone.shown(model)

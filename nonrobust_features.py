@@ -33,6 +33,7 @@ import metrics
 import model_backbone
 import numerics
 import objectives
+import recipes
 import robust_evaluation
 import robust_training
 import run_folder
@@ -459,6 +460,7 @@ def _found(described, loop, model, test, recipe):
         "recipe": {
             **dataclasses.asdict(recipe),
             "drops": [list(drop) for drop in recipe.drops],
+            "read_outs": [list(pair) for pair in recipe.read_outs],
         },
         "training_seconds": round(sum(row["seconds"] for row in history), 1),
         "backend": keras.config.backend(),
@@ -467,12 +469,11 @@ def _found(described, loop, model, test, recipe):
 
 def _recipe(described):
     """The recipe of a run's `config.json`."""
-    fields = {
-        field.name for field in dataclasses.fields(robust_training.Recipe)
-    }
+    fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
     settings = {k: v for k, v in described["recipe"].items() if k in fields}
-    settings["drops"] = tuple(map(tuple, settings.get("drops", ())))
-    return robust_training.Recipe(**settings)
+    for pairs in ("drops", "read_outs"):
+        settings[pairs] = tuple(map(tuple, settings.get(pairs, ())))
+    return recipes.Recipe(**settings)
 
 
 def _open(place, request, overwrite):
@@ -509,7 +510,9 @@ def _fresh(described, recipe, split, place, seed, **settings):
     steps = max(1, len(split) // recipe.batch_size)
     return robust_training.Loop(
         model=model,
-        optimizer=robust_training.make_optimizer(recipe, steps),
+        optimizer=recipes.make_optimizer(recipe, steps),
+        l2=recipe.l2,
+        read_outs=recipe.read_outs,
         split=split,
         folder=place,
         seed=seed,

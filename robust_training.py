@@ -1,13 +1,11 @@
-"""The one training loop: a compiled step for each backend, resumable exactly.
+"""The one training loop, resumable exactly.
 
-A step is a function of (state, batch, step number): the order of the examples
-comes from (seed, epoch), the noise of an example from (seed, step, its index),
-and the state of layers that draw (dropout, random gazes) from (seed, step,
-replica). So a run that was killed anywhere continues bit for bit from one
-atomic file. Adversarial images are crafted first, with the weights held
-constant, and only then is the loss differentiated.
+The order of the examples comes from (seed, epoch), and a step is a function of
+(state, batch, step number): see `training_step`. So a run that was killed
+anywhere continues bit for bit from one atomic file.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,6 +14,7 @@ import time
 import zipfile
 from typing import Callable
 
+import h5py
 import keras
 import numpy as np
 from keras import ops
@@ -23,10 +22,12 @@ from keras import ops
 import datasets
 import glimpse
 import model_backbone
-import numerics
+import model_registry
 import run_folder
+import training_step
 
 STATE = "state.npz"
+_READ_OUT = "read_out"  # Attribute of a weight file.
 _ROOM = 2**20  # Bytes beside the arrays in a file of ours.
 HISTORY = (
     "epoch",
@@ -36,449 +37,39 @@ HISTORY = (
     "accuracy",
     "validation_loss",
     "validation_accuracy",
+    "validation_robust_accuracy",
+    "read_out",
     "seconds",
 )
-
-
-# --- Recipes -----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained on a data set.
-
-    Attributes:
-        optimizer: `"adam"` or `"sgd"` (with Nesterov-free momentum).
-        learning_rate: The rate the schedule multiplies.
-        epochs: Passes over the training images.
-        batch_size: Images a step.
-        schedule: `"steps"` (see `drops`), `"cosine"` (to zero) or
-            `"constant"`.
-        drops: Pairs (epoch, factor): from that epoch on the rate is
-            `learning_rate * factor`. If the epochs are overridden, the drops
-            move in proportion.
-        warmup: Epochs in which the rate rises linearly from zero.
-        momentum: Of SGD.
-        weight_decay: Decoupled from the gradient, on kernels alone.
-        augmentation: A name of `glimpse.AUGMENTATIONS`.
-    """
-
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 128
-    schedule: str = "steps"
-    drops: tuple[tuple[float, float], ...] = ()
-    warmup: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    augmentation: str = "none"
-
-    def __post_init__(self):
-        for field, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("augmentation", tuple(glimpse.AUGMENTATIONS)),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(
-                    f"unknown {field} {getattr(self, field)!r}. Expected one "
-                    f"of {', '.join(known)}."
-                )
-        for field in ("learning_rate", "epochs", "batch_size"):
-            if not getattr(self, field) > 0:
-                raise ValueError(
-                    f"{field} must be above 0, got {getattr(self, field)}"
-                )
-
-    def override(self, **changes):
-        """Returns the recipe with other settings; None keeps one.
-
-        The drops move in proportion to the epochs.
-        """
-        changes = {k: v for k, v in changes.items() if v is not None}
-        if "epochs" in changes:
-            ratio = changes["epochs"] / self.epochs
-            drops = tuple((e * ratio, factor) for e, factor in self.drops)
-            changes = {
-                "drops": drops,
-                "warmup": self.warmup * ratio,
-                **changes,
-            }
-        return dataclasses.replace(self, **changes)
-
-
-OPTIMIZERS = ("adam", "sgd")
-SCHEDULES = ("steps", "cosine", "constant")
-
-_IMAGENET10 = Recipe(
-    epochs=400,
-    batch_size=32,
-    drops=((160, 0.1), (240, 0.01), (320, 0.001), (360, 0.0005)),
-    augmentation="photographs",
-)
-_IMAGENET100 = Recipe(
-    optimizer="sgd",
-    learning_rate=0.1,
-    epochs=130,
-    batch_size=256,
-    drops=((30, 0.1), (60, 0.01), (90, 0.001), (120, 0.0005)),
-    weight_decay=1e-4,
-    augmentation="photographs",
-)
-_CIFAR = Recipe(
-    epochs=200,
-    drops=((80, 0.1), (120, 0.01), (160, 0.001), (180, 0.0005)),
-    augmentation="small_photographs",
-)
-_CLUTTERED_MNIST = Recipe(
-    epochs=100,
-    drops=((40, 0.1), (60, 0.01), (80, 0.001), (90, 0.0005)),
-    augmentation="digits",
-)
-# The handover's, except for the sets it did not have: those train as their
-# nearest relative does, in as many epochs as their size asks for.
-RECIPES = {
-    "cluttered_digits": Recipe(
-        epochs=12,
-        batch_size=64,
-        learning_rate=2e-3,
-        schedule="cosine",
-        warmup=1.0,
-        augmentation="upright_digits",
-    ),
-    "mnist": dataclasses.replace(
-        _CLUTTERED_MNIST, augmentation="none"
-    ).override(epochs=20),
-    "usps": dataclasses.replace(_CLUTTERED_MNIST, augmentation="none").override(
-        epochs=60
-    ),
-    "cluttered_mnist": _CLUTTERED_MNIST,
-    "cifar10": _CIFAR,
-    "imagenette": _IMAGENET10,
-    "imagenet10": _IMAGENET10,
-    "imagenet100": _IMAGENET100,
-    "imagenet": dataclasses.replace(
-        _IMAGENET100, epochs=90, drops=((30, 0.1), (60, 0.01), (80, 0.001))
-    ),
-    "folder": _CIFAR,
-}
-# On adversarial images; what is not here trains as it does on clean ones.
-_ADVERSARIAL_CIFAR = Recipe(
-    optimizer="sgd",
-    learning_rate=0.1,
-    epochs=165,
-    batch_size=64,
-    drops=((85, 0.1), (125, 0.01)),
-    augmentation="small_photographs",
-)
-ADVERSARIAL_RECIPES = {
-    **RECIPES,
-    "cifar10": _ADVERSARIAL_CIFAR,
-    "folder": _ADVERSARIAL_CIFAR,
-}
-
-
-def make_optimizer(recipe, steps_per_epoch):
-    """Builds the optimizer of a recipe, its schedule a function of the step.
-
-    Args:
-        recipe: A `Recipe`.
-        steps_per_epoch: Steps in one epoch.
-
-    Returns:
-        A `keras.optimizers.Optimizer`.
-    """
-    total = max(1, math.ceil(recipe.epochs * steps_per_epoch))
-    rate = Schedule(
-        recipe.schedule,
-        recipe.learning_rate,
-        total,
-        tuple(
-            (epoch * steps_per_epoch, factor) for epoch, factor in recipe.drops
-        ),
-        recipe.warmup * steps_per_epoch,
-    )
-    decay = recipe.weight_decay or None
-    if recipe.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(
-            rate, momentum=recipe.momentum, weight_decay=decay
-        )
-    else:
-        optimizer = keras.optimizers.Adam(rate, weight_decay=decay)
-    if decay:
-        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
-
-
-@keras.saving.register_keras_serializable("saccade")
-class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then steps, a cosine or a constant.
-
-    Args:
-        kind: One of `SCHEDULES`.
-        rate: The rate that everything multiplies.
-        total: Steps of the whole run, where the cosine reaches zero.
-        drops: Pairs (step, factor of `rate` from there on).
-        warmup: Steps of the linear rise from zero.
-    """
-
-    def __init__(self, kind, rate, total, drops=(), warmup=0.0):
-        self.kind, self.rate, self.total = kind, rate, total
-        self.drops, self.warmup = tuple(map(tuple, drops)), warmup
-
-    def __call__(self, step):
-        step = ops.cast(step, "float32")
-        factor = ops.ones_like(step)
-        if self.kind == "cosine":
-            share = ops.clip(step / self.total, 0.0, 1.0)
-            factor = 0.5 * (1.0 + ops.cos(math.pi * share))
-        elif self.kind == "steps":
-            for start, value in self.drops:
-                factor = ops.where(step >= start, value, factor)
-        if self.warmup:
-            factor = factor * ops.minimum(1.0, (step + 1.0) / self.warmup)
-        return self.rate * factor
-
-    def get_config(self):
-        return {
-            "kind": self.kind,
-            "rate": self.rate,
-            "total": self.total,
-            "drops": self.drops,
-            "warmup": self.warmup,
-        }
-
-
-# --- The step ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a training step minimizes.
-
-    Attributes:
-        loss: Callable `(logits_fn, clean, crafted, labels)` to the losses,
-            shape `(batch,)`, and the logits the accuracy is counted on;
-            `logits_fn` runs the model in training mode.
-        craft: Callable `(logits_fn, images, labels, keys)` to the images the
-            loss will see, `logits_fn` in inference mode; None for the clean
-            images.
-    """
-
-    loss: Callable
-    craft: Callable | None = None
-
-
-def _cross_entropy(logits_fn, clean, crafted, labels):
-    logits = logits_fn(crafted)
-    losses = keras.losses.sparse_categorical_crossentropy(
-        labels, logits, from_logits=True
-    )
-    return losses, logits
-
-
-STANDARD = Objective(_cross_entropy)
-
-
-def make_step(model, optimizer, objective, *, seed=0, augmentation=None):
-    """Builds the compiled training step of the active backend.
-
-    Args:
-        model: A built `keras.Model` from images to logits. On TensorFlow the
-            step runs under the strategy in whose scope it is made.
-        optimizer: A `keras.optimizers.Optimizer`, built on the model.
-        objective: An `Objective`.
-        seed: Integer, the run's seed.
-        augmentation: A `glimpse.Augmentation`, or None.
-
-    Returns:
-        Callable `(images, labels, indices, step)` to the mean loss and the
-        number of right answers of the batch; `indices` are the examples'
-        places in the data set. It updates `model` and `optimizer`.
-
-    Raises:
-        NotImplementedError: If the active backend cannot train.
-    """
-    makers = {
-        "tensorflow": _tensorflow_step,
-        "jax": _jax_step,
-        "torch": _torch_step,
-    }
-    backend = keras.config.backend()
-    if backend not in makers:
-        raise NotImplementedError(
-            f"Training needs one of {tuple(makers)}. Received: {backend!r}"
-        )
-    run = _Step(model, objective, seed, augmentation or glimpse.Augmentation())
-    return makers[backend](run, model, optimizer)
-
-
-class _Step:
-    """What is the same on every backend: keys, views, attack, loss."""
-
-    def __init__(self, model, objective, seed, augmentation):
-        self.model, self.objective = model, objective
-        self.seed, self.augmentation = seed, augmentation
-        self.generators = model_backbone.generators(model)
-
-    def prepare(self, images, labels, indices, step, replica=0):
-        """Keys everything that draws; returns the clean and crafted images."""
-        model_backbone.key_generators(self.generators, self.seed, step, replica)
-        keys = numerics.example_keys(self.seed, indices, step)
-        clean = glimpse.augment(images, keys, self.augmentation)
-        if self.objective.craft is None:
-            return clean, clean
-        crafted = self.objective.craft(
-            lambda x: self.model(x, training=False),
-            clean,
-            labels,
-            numerics.fold_in(keys, 1),
-        )
-        return clean, ops.stop_gradient(crafted)
-
-    def loss(self, clean, crafted, labels, replicas=1):
-        """This replica's share of the loss; the shares add up to the mean.
-
-        Per-example losses are divided by the size of the global batch, for
-        functional losses, unlike Keras's `Loss` objects, know nothing of
-        replicas.
-        """
-        losses, logits = self.objective.loss(
-            lambda x: self.model(x, training=True), clean, crafted, labels
-        )
-        predicted = ops.argmax(logits, axis=-1)
-        right = ops.equal(predicted, ops.cast(labels, predicted.dtype))
-        share = ops.mean(losses) + sum(self.model.losses, ops.zeros(()))
-        return share / replicas, ops.sum(ops.cast(right, "float32"))
-
-
-def _tensorflow_step(run, model, optimizer):
-    import tensorflow as tf
-
-    strategy = tf.distribute.get_strategy()
-    replicas = strategy.num_replicas_in_sync
-    # XLA is for accelerators (on the CPU it runs convolutions three times
-    # slower), and cannot compile a step whose variables are mirrored.
-    accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
-
-    def replica_fn(images, labels, indices, step):
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        clean, crafted = run.prepare(images, labels, indices, step, replica)
-        with tf.GradientTape() as tape:
-            loss, right = run.loss(clean, crafted, labels, replicas)
-        variables = model.trainable_variables
-        # Keras's optimizer adds the replicas' gradients up.
-        optimizer.apply(tape.gradient(loss, variables), variables)
-        return loss, right
-
-    compiled = True if replicas == 1 and accelerated else None
-
-    @tf.function(autograph=False, jit_compile=compiled)
-    def step_fn(*batch):
-        results = strategy.run(replica_fn, args=batch)
-        return [strategy.reduce("SUM", r, axis=None) for r in results]
-
-    def split(values):
-        if replicas == 1:
-            return tf.convert_to_tensor(values)
-        parts = tf.split(values, replicas)  # Raises if it does not divide.
-        return strategy.experimental_distribute_values_from_function(
-            lambda context: parts[context.replica_id_in_sync_group]
-        )
-
-    return lambda images, labels, indices, step: step_fn(
-        split(images),
-        split(labels),
-        split(indices),
-        tf.constant(step, tf.int32),
-    )
-
-
-def _jax_step(run, model, optimizer):
-    import jax
-
-    weights = model.trainable_variables
-    frozen = model.non_trainable_variables
-    slots = optimizer.variables
-
-    def scope(weight_values, frozen_values):
-        pairs = [
-            *zip(weights, weight_values, strict=True),
-            *zip(frozen, frozen_values, strict=True),
-        ]
-        return keras.StatelessScope(state_mapping=pairs)
-
-    def loss_fn(weight_values, frozen_values, *batch):
-        with scope(weight_values, frozen_values) as state:
-            loss, right = run.loss(*batch)
-        frozen_values = [state.get_current_value(v) for v in frozen]
-        return loss, (right, frozen_values)
-
-    @jax.jit
-    def step_fn(groups, images, labels, indices, step):
-        weight_values, frozen_values, slot_values = groups
-        with scope(weight_values, frozen_values) as state:
-            clean, crafted = run.prepare(images, labels, indices, step)
-        frozen_values = [state.get_current_value(v) for v in frozen]
-        (loss, (right, frozen_values)), grads = jax.value_and_grad(
-            loss_fn, has_aux=True
-        )(weight_values, frozen_values, clean, crafted, labels)
-        weight_values, slot_values = optimizer.stateless_apply(
-            slot_values, grads, weight_values
-        )
-        return loss, right, (weight_values, frozen_values, slot_values)
-
-    def step(images, labels, indices, step):
-        groups = (weights, frozen, slots)
-        values = tuple([v.value for v in group] for group in groups)
-        step = np.int32(step)
-        loss, right, new = step_fn(values, images, labels, indices, step)
-        for group, values in zip(groups, new, strict=True):
-            for variable, value in zip(group, values, strict=True):
-                variable.assign(value)
-        return loss, right
-
-    return step
-
-
-def _torch_step(run, model, optimizer):
-    import torch
-
-    def step(images, labels, indices, step):
-        images, labels, indices = (
-            ops.convert_to_tensor(v) for v in (images, labels, indices)
-        )
-        with torch.no_grad():  # Attacks enable what they need themselves.
-            clean, crafted = run.prepare(images, labels, indices, step)
-        loss, right = run.loss(clean, crafted, labels)
-        variables = model.trainable_variables
-        grads = torch.autograd.grad(loss, [v.value for v in variables])
-        with torch.no_grad():
-            optimizer.apply(grads, variables)
-        return loss.detach(), right.detach()
-
-    return step
+ON_COLLAPSE = ("stop", "restore", "ignore")
+# An accuracy has collapsed when it is below half of its best so far, if that
+# best was at least twice chance: below that it is noise.
+COLLAPSED_BELOW = 0.5
+ABOVE_CHANCE = 2.0
 
 
 # --- State -------------------------------------------------------------------
 
 
-def save_state(path, model, optimizer, progress):
+def save_state(path, model, optimizer, progress, carried=None):
     """Writes everything a run needs to go on into one file, atomically.
 
     Args:
         path: The file, `.npz`.
         model: The model; all its variables are kept, batch statistics and
             seed states included.
-        optimizer: The optimizer, built; slots and iteration count are kept.
+        optimizer: The optimizer, built; slots, averaged weights and iteration
+            count are kept.
         progress: JSON-able dict of whatever else the loop needs.
+        carried: The perturbation of free training, or None.
 
     Raises:
         OSError: If it cannot be written; the old file is intact then.
     """
     variables = [*model.variables, *optimizer.variables]
     arrays = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+    if carried is not None:
+        arrays["carried"] = carried
     text = np.array(json.dumps(progress))
     run_folder.atomic_write(
         path,
@@ -491,7 +82,7 @@ def load_state(path, model, optimizer):
     """Reads what `save_state` wrote into a model and an optimizer.
 
     Returns:
-        The `progress` dict.
+        Tuple of the `progress` dict and `carried`.
 
     Raises:
         ValueError: If the file is corrupt or belongs to another model.
@@ -500,7 +91,9 @@ def load_state(path, model, optimizer):
     try:
         with np.load(path, allow_pickle=False) as file:
             progress = json.loads(str(file["progress"]))
-            values = [file[f"v{i}"] for i in range(len(file.files) - 1)]
+            count = len(set(file.files) - {"progress", "carried"})
+            values = [file[f"v{i}"] for i in range(count)]
+            carried = file["carried"] if "carried" in file.files else None
     except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable training state ({error}). Delete it "
@@ -515,31 +108,88 @@ def load_state(path, model, optimizer):
         )
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
-    return progress
+    return progress, carried
 
 
 def save_weights(path, model):
     """Writes the model's variables as `.weights.h5`, atomically.
 
-    An optimizer that callbacks want to see on the model stays out of it: its
-    slots would make the file three times as large.
+    The read-out step of a recurrent model goes with them. An optimizer that
+    callbacks want to see on the model stays out of it: its slots would make
+    the file three times as large.
     """
     optimizer = getattr(model, "optimizer", None)
+    step = model_registry.read_out(model)
+
+    def write(temporary):
+        model.save_weights(temporary)
+        if step is not None:
+            with h5py.File(temporary, "a") as file:
+                file.attrs[_READ_OUT] = step
+
     model.optimizer = None
     try:
         values = sum(math.prod(v.shape) for v in model.variables)
-        run_folder.atomic_write(
-            path, model.save_weights, size=_ROOM + 4 * values
-        )
+        run_folder.atomic_write(path, write, size=_ROOM + 4 * values)
     finally:
         model.optimizer = optimizer
+
+
+def load_weights(path, model, *, read_out=True):
+    """Reads what `save_weights` wrote into a model.
+
+    Args:
+        path: The file.
+        model: A model of the same architecture.
+        read_out: Whether the model is read out at the step it was trained
+            with when the file was written.
+
+    Raises:
+        OSError, KeyError, ValueError: If the file does not fit the model.
+    """
+    with h5py.File(path) as file:
+        step = file.attrs.get(_READ_OUT)
+    if step is not None and read_out:
+        model_registry.set_read_out(model, int(step))
+    model.load_weights(path)
+
+
+@contextlib.contextmanager
+def averaged(model, optimizer):
+    """Puts the averaged weights in the place of the raw ones, for a while.
+
+    Batch statistics are those of the raw ones, which are a running average
+    by themselves. Without an average (`optimizer.use_ema`) nothing changes.
+    """
+    if not optimizer.use_ema:
+        yield
+        return
+    variables = model.trainable_variables
+    raw = [np.array(ops.convert_to_numpy(v)) for v in variables]
+    optimizer.finalize_variable_values(variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, raw, strict=True):
+            variable.assign(value)
+
+
+def create(name, *, dtype=None, **options):
+    """Builds a registered model in a dtype policy; None is the global one."""
+    policy = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(dtype or policy)
+        return model_backbone.create(name, **options)
+    finally:
+        keras.config.set_dtype_policy(policy)
 
 
 def load_run(folder, weights="best", options=None, dtype=None):
     """Builds the model of a run again and loads its weights.
 
     The architecture is built by our own code from `config.json`; from the
-    files of the run only arrays are read.
+    files of the run only arrays are read, and the step at which a recurrent
+    model was read out when these weights were trained.
 
     Args:
         folder: The folder of the run.
@@ -568,19 +218,15 @@ def load_run(folder, weights="best", options=None, dtype=None):
             f"{path} does not exist: the run has no {weights} weights yet. "
             "Continue it with --resume."
         )
-    policy = keras.config.dtype_policy()
+    model = create(
+        config["model"],
+        dtype=dtype,
+        num_classes=config["num_classes"],
+        image_shape=config["image_shape"],
+        **{**config["model_options"], **(options or {})},
+    )
     try:
-        keras.config.set_dtype_policy(dtype or policy)
-        model = model_backbone.create(
-            config["model"],
-            num_classes=config["num_classes"],
-            image_shape=config["image_shape"],
-            **{**config["model_options"], **(options or {})},
-        )
-    finally:
-        keras.config.set_dtype_policy(policy)
-    try:
-        model.load_weights(path)
+        load_weights(path, model, read_out="read_out" not in (options or {}))
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -598,13 +244,26 @@ class Interrupted(Exception):
     """The run was asked to stop; its state is saved."""
 
 
+class Collapsed(Exception):
+    """The loss is not finite, or an accuracy fell; the message says which.
+
+    Attributes:
+        found: JSON-able dict: "epoch" (from 1), "step" and "reason".
+    """
+
+    def __init__(self, epoch, step, reason):
+        super().__init__(f"{reason} at step {step} (epoch {epoch})")
+        self.found = {"epoch": epoch, "step": step, "reason": reason}
+
+
 @dataclasses.dataclass
 class Loop:
     """Trains one model on one split; see `train`.
 
     Attributes:
         model: A built `keras.Model`.
-        optimizer: Its optimizer.
+        optimizer: Its optimizer. If it averages the weights (`use_ema`),
+            validation and the kept weights are those of the average.
         split: The training `datasets.Split`.
         folder: The folder of the run.
         seed: The run's seed.
@@ -613,8 +272,23 @@ class Loop:
         epochs: Epochs of the whole run.
         augmentation: A name of `glimpse.AUGMENTATIONS`.
         objective: What a step minimizes.
-        validate: Callable from the model to a dict with "accuracy" and
-            "loss", run after each epoch; None for no validation.
+        l2: Coefficient of `training_step.l2_loss`.
+        step_config: How a step goes about it. With `replays` an epoch takes
+            each batch that many times.
+        crafting_model: See `training_step.make_step`.
+        read_outs: Pairs (epoch, step): from that epoch on a recurrent model
+            is read out at that step. Weights and slots stay; the search for
+            the best epoch begins anew.
+        validate: Callable from the model to a dict with "accuracy", "loss"
+            and, if it attacks, "robust_accuracy", run after each epoch; None
+            for no validation. The best weights are those of the best robust
+            accuracy where there is one, else of the best accuracy.
+        on_collapse: What to do when the loss is not finite, or when an
+            accuracy of the validation collapses (`COLLAPSED_BELOW`,
+            `ABOVE_CHANCE`): `"stop"` raises; `"restore"` puts the weights of
+            the last good epoch back and ends the run there, as fast training
+            does that has begun to overfit its attack; `"ignore"` goes on (but
+            not from a loss that is not finite, which stops).
         callbacks: Keras callbacks (progress bar, TensorBoard).
         save_every: Seconds between saves of the state within an epoch.
         should_stop: Callable that says whether to save and stop now.
@@ -628,35 +302,55 @@ class Loop:
     batch_size: int
     epochs: int
     augmentation: str = "none"
-    objective: Objective = STANDARD
+    objective: training_step.Objective = training_step.STANDARD
+    l2: float = 0.0
+    step_config: training_step.StepConfig = training_step.StepConfig()
+    crafting_model: keras.Model | None = None
+    read_outs: tuple = ()
     validate: Callable | None = None
+    on_collapse: str = "stop"
     callbacks: tuple = ()
     save_every: float = 300.0
     should_stop: Callable = lambda: False
 
     def __post_init__(self):
-        self.steps_per_epoch = len(self.split) // self.batch_size
+        if self.on_collapse not in ON_COLLAPSE:
+            raise ValueError(
+                f"Expected on_collapse to be one of {', '.join(ON_COLLAPSE)}. "
+                f"Received: on_collapse={self.on_collapse!r}."
+            )
+        self.step_config.check(self.objective)
+        self.replays = max(1, self.step_config.replays)
+        self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:
             raise ValueError(
                 f"a batch of {self.batch_size} images does not fit into the "
                 f"{len(self.split)} training images; use a smaller "
                 "--batch_size"
             )
+        for _, read_out in self.read_outs[::-1]:  # Raises for what is beyond.
+            model_registry.set_read_out(self.model, read_out)
         self.optimizer.build(self.model.trainable_variables)
         self.model.optimizer = self.optimizer  # Callbacks look for it.
+        self.carried = None
+        if self.step_config.replays:
+            shape = (self.batch_size, *self.model.input_shape[1:])
+            self.carried = np.zeros(shape, "float32")
         self.progress = {
             "step": 0,
-            "best": -1.0,
             "best_epoch": None,
             "history": [],
             "sums": [0.0, 0.0, 0.0],
+            "ended": None,
         }
 
     def resume(self):
         """Reads the saved state, if there is one; returns the step."""
         path = self.folder / STATE
         if path.exists():
-            self.progress = load_state(path, self.model, self.optimizer)
+            self.progress, self.carried = load_state(
+                path, self.model, self.optimizer
+            )
         return self.progress["step"]
 
     def train(self):
@@ -664,14 +358,10 @@ class Loop:
 
         Raises:
             Interrupted: If `should_stop` said so; the state is saved.
+            Collapsed: If the loss is not finite or an accuracy collapsed, and
+                `on_collapse` does not say otherwise. The files of the run are
+                those of the last good epoch.
         """
-        step_fn = make_step(
-            self.model,
-            self.optimizer,
-            self.objective,
-            seed=self.seed,
-            augmentation=glimpse.AUGMENTATIONS[self.augmentation],
-        )
         callbacks = keras.callbacks.CallbackList(
             list(self.callbacks),
             model=self.model,
@@ -681,10 +371,24 @@ class Loop:
         )
         callbacks.on_train_begin()
         first = self.progress["step"] // self.steps_per_epoch
+        step_fn = None
         for epoch in range(first, self.epochs):
+            if self.progress["ended"]:
+                break
+            if self._moves_read_out(epoch) or step_fn is None:
+                step_fn = self._make_step()
             callbacks.on_epoch_begin(epoch)
-            self._epoch(epoch, step_fn, callbacks)
-            row = self._finish_epoch(epoch)
+            try:
+                self._epoch(epoch, step_fn, callbacks)
+                row = self._finish_epoch(epoch)
+            except Collapsed as collapse:
+                if (
+                    self.on_collapse != "restore"
+                    or not self.progress["history"]
+                ):
+                    raise
+                self._restore(collapse)
+                row = self.progress["history"][-1]
             callbacks.on_epoch_end(
                 epoch,
                 {
@@ -697,29 +401,45 @@ class Loop:
         self.model.optimizer = None
         return self.progress["history"]
 
+    def _make_step(self):
+        return training_step.make_step(
+            self.model,
+            self.optimizer,
+            self.objective,
+            seed=self.seed,
+            augmentation=glimpse.AUGMENTATIONS[self.augmentation],
+            l2=self.l2,
+            config=self.step_config,
+            crafting_model=self.crafting_model,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _moves_read_out(self, epoch):
+        """Sets the read-out step of an epoch; tells whether it is another."""
+        begun = [step for start, step in self.read_outs if start <= epoch]
+        if not begun:
+            return False
+        moves = model_registry.read_out(self.model) != begun[-1]
+        for model in filter(None, (self.model, self.crafting_model)):
+            model_registry.set_read_out(model, begun[-1])
+        return moves
+
     def _epoch(self, epoch, step_fn, callbacks):
         progress, total = self.progress, self.steps_per_epoch
-        order = datasets.epoch_order(len(self.split), self.seed, epoch)
-        done = progress["step"] - epoch * total
-        batches = datasets.batches(
-            self.split,
-            order[: total * self.batch_size],
-            self.batch_size,
-            first_batch=done,
-        )
         saved = time.monotonic()
         started = time.monotonic()
-        for number, (images, labels, indices) in enumerate(batches, done):
+        for number, (images, labels, indices) in self._batches(epoch):
             callbacks.on_train_batch_begin(number)
-            loss, right = step_fn(images, labels, indices, progress["step"])
-            loss = float(ops.convert_to_numpy(loss))
-            right = float(ops.convert_to_numpy(right))
+            batch = [images, labels, indices, progress["step"]]
+            if self.carried is not None:
+                batch.append(self.carried)
+            loss, right, *carried = map(ops.convert_to_numpy, step_fn(*batch))
+            loss, right = float(loss), float(right)
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {progress['step']} (epoch "
-                    f"{epoch + 1}). Lower --learning_rate; the weights of the "
-                    f"last epoch are in {self.folder}."
+                raise Collapsed(
+                    epoch + 1, progress["step"], f"the loss is {loss}"
                 )
+            self.carried = np.array(carried[0]) if carried else None
             progress["step"] += 1
             now = time.monotonic()
             sums = progress["sums"]
@@ -739,44 +459,117 @@ class Loop:
                 self.save()
                 saved = now
 
+    def _batches(self, epoch):
+        """Yields (number of the step in the epoch, batch) for what is left."""
+        total, replays = self.steps_per_epoch, self.replays
+        order = datasets.epoch_order(len(self.split), self.seed, epoch)
+        done = self.progress["step"] - epoch * total
+        batches = datasets.batches(
+            self.split,
+            order[: total // replays * self.batch_size],
+            self.batch_size,
+            first_batch=done // replays,
+        )
+        for place, batch in enumerate(batches, done // replays):
+            for number in range(place * replays, (place + 1) * replays):
+                if number >= done:
+                    yield number, batch
+
     def _finish_epoch(self, epoch):
         """Validates, keeps the best weights, writes the row and the state."""
-        progress = self.progress
-        loss, accuracy, seconds = progress["sums"]
-        found = self.validate(self.model) if self.validate else {}
-        row = dict.fromkeys(HISTORY)
-        row.update(
-            epoch=epoch + 1,
-            step=progress["step"],
-            learning_rate=float(
-                ops.convert_to_numpy(self.optimizer.learning_rate)
-            ),
-            loss=loss / self.steps_per_epoch,
-            accuracy=accuracy / self.steps_per_epoch,
-            validation_loss=found.get("loss"),
-            validation_accuracy=found.get("accuracy"),
-            seconds=round(seconds, 3),
-        )
-        progress["history"].append(row)
-        progress["sums"] = [0.0, 0.0, 0.0]
-        # Without validation the last weights are the best that is known.
-        score = found.get("accuracy", float(epoch))
-        if score > progress["best"]:
-            progress["best"] = score
-            progress["best_epoch"] = epoch + 1
-            save_weights(self.folder / "best.weights.h5", self.model)
-        save_weights(self.folder / "last.weights.h5", self.model)
+        with averaged(self.model, self.optimizer):
+            found = self.validate(self.model) if self.validate else {}
+            row = self._row(epoch, found)
+            self._check(row)
+            progress = self.progress
+            progress["history"].append(row)
+            progress["sums"] = [0.0, 0.0, 0.0]
+            progress["best_epoch"] = best_epoch(progress["history"])
+            if progress["best_epoch"] == epoch + 1:
+                save_weights(self.folder / "best.weights.h5", self.model)
+            save_weights(self.folder / "last.weights.h5", self.model)
         _write_history(self.folder / "history.csv", progress["history"])
         self.save()
         if self.should_stop() and epoch + 1 < self.epochs:
             raise Interrupted
         return row
 
+    def _row(self, epoch, found):
+        loss, accuracy, seconds = self.progress["sums"]
+        rate = ops.convert_to_numpy(self.optimizer.learning_rate)
+        return {
+            "epoch": epoch + 1,
+            "step": self.progress["step"],
+            "learning_rate": float(rate),
+            "loss": loss / self.steps_per_epoch,
+            "accuracy": accuracy / self.steps_per_epoch,
+            "validation_loss": found.get("loss"),
+            "validation_accuracy": found.get("accuracy"),
+            "validation_robust_accuracy": found.get("robust_accuracy"),
+            "read_out": model_registry.read_out(self.model),
+            "seconds": round(seconds, 3),
+        }
+
+    def _check(self, row):
+        """Raises if an accuracy collapsed since the read-out last moved."""
+        if self.on_collapse == "ignore":
+            return
+        chance = 1.0 / self.model.output_shape[-1]
+        earlier = _since_read_out([*self.progress["history"], row])[:-1]
+        for name in ("validation_accuracy", "validation_robust_accuracy"):
+            if row[name] is None:
+                continue
+            best = max((r[name] for r in earlier), default=0.0)
+            if best < ABOVE_CHANCE * chance:
+                continue
+            if row[name] < COLLAPSED_BELOW * best:
+                said = f"{name.replace('_', ' ')} fell"
+                raise Collapsed(
+                    row["epoch"],
+                    row["step"],
+                    f"{said} from {best:.1%} to {row[name]:.1%}",
+                )
+
+    def _restore(self, collapse):
+        """Puts the last good weights back and ends the run with them."""
+        load_weights(self.folder / "last.weights.h5", self.model)
+        self.progress.update(
+            step=self.progress["history"][-1]["step"],
+            sums=[0.0, 0.0, 0.0],
+            ended=collapse.found,
+        )
+        self.save()
+
     def save(self):
         """Writes the state; see `save_state`."""
         save_state(
-            self.folder / STATE, self.model, self.optimizer, self.progress
+            self.folder / STATE,
+            self.model,
+            self.optimizer,
+            self.progress,
+            self.carried,
         )
+
+
+def best_epoch(history):
+    """Returns the epoch of the best row, of those at the last read-out step.
+
+    By robust validation accuracy where there is one, else by the clean one;
+    the first of equals. Without validation the last is the best that is known.
+    """
+    rows = _since_read_out(history)
+    for name in ("validation_robust_accuracy", "validation_accuracy"):
+        if rows[-1][name] is not None:
+            return max(rows, key=lambda row: row[name])["epoch"]
+    return rows[-1]["epoch"]
+
+
+def _since_read_out(history):
+    """The rows at the end that share the last one's read-out step."""
+    first = len(history)
+    while first and history[first - 1]["read_out"] == history[-1]["read_out"]:
+        first -= 1
+    return history[first:]
 
 
 def _write_history(path, history):

@@ -65,7 +65,10 @@ _AUGMENT = flags.DEFINE_boolean(
     "augment", True, "Whether to augment the training images."
 )
 
-# Overrides of the data set's recipe; unset flags keep it.
+_RECIPE_NAME = flags.DEFINE_string(
+    "recipe", None, "Settings of a text, in place of the data set's."
+)
+# Overrides of the recipe; unset flags keep it.
 _RECIPE = {
     "epochs": flags.DEFINE_integer(
         "epochs", None, "Passes over the training images.", lower_bound=1
@@ -76,20 +79,65 @@ _RECIPE = {
     "optimizer": flags.DEFINE_string("optimizer", None, "adam or sgd."),
     "learning_rate": flags.DEFINE_float("learning_rate", None, "First rate."),
     "schedule": flags.DEFINE_string(
-        "schedule", None, "steps, cosine or constant."
+        "schedule", None, "steps, cosine, cyclic or constant."
     ),
     "warmup": flags.DEFINE_float("warmup", None, "Epochs of linear rise."),
     "momentum": flags.DEFINE_float("momentum", None, "Momentum of sgd."),
     "weight_decay": flags.DEFINE_float(
         "weight_decay", None, "Decoupled weight decay of kernels."
     ),
+    "l2": flags.DEFINE_float(
+        "l2", None, "L2 loss of the kernels of convolutions and dense layers."
+    ),
+    "ema": flags.DEFINE_float(
+        "ema", None, "Momentum of the averaged weights; 0 is none."
+    ),
+    "label_smoothing": flags.DEFINE_float(
+        "label_smoothing", None, "Part of a label that all classes share."
+    ),
     "augmentation": flags.DEFINE_string(
         "augmentation", None, "Which augmentation; see the README."
     ),
 }
+_READ_OUTS = flags.DEFINE_string(
+    "read_outs", None, "Read-out step by epoch: 0:4,35:8,70:16."
+)
+_ON_COLLAPSE = flags.DEFINE_string(
+    "on_collapse",
+    "stop",
+    "When the loss is not finite or an accuracy collapses: stop, restore "
+    "(the last good weights, and end there) or ignore.",
+)
+_ROBUST_VALIDATION = flags.DEFINE_integer(
+    "robust_validation",
+    None,
+    "Validation images attacked after each epoch; by default 500 in "
+    "adversarial training, otherwise none.",
+    lower_bound=0,
+)
+_ROBUST_STEPS = flags.DEFINE_integer(
+    "robust_validation_steps", 10, "Steps of that PGD.", lower_bound=1
+)
+# How the training step goes about an adversarial objective.
+_STEP = {
+    "epsilon_warmup": flags.DEFINE_float(
+        "adv_epsilon_warmup", None, "Epochs in which epsilon grows from 0."
+    ),
+    "craft_dtype": flags.DEFINE_string(
+        "adv_craft_dtype",
+        None,
+        "Of the model while crafting: float32, bfloat16.",
+    ),
+    "awp": flags.DEFINE_float(
+        "adv_awp", None, "Adversarial weight perturbation; 0 is none."
+    ),
+    "replays": flags.DEFINE_integer(
+        "adv_replays", None, "Free training: times each batch is taken."
+    ),
+}
 # Overrides of the data set's adversarial training; unset flags keep it.
 _ADV_TRAIN = flags.DEFINE_boolean(
-    "adv_train", False, "Train on adversarial images."
+    "adv_train", None, "Train on adversarial images."
 )
 _ADVERSARIAL = {
     "attack": flags.DEFINE_string("adv_attack", None, "pgd or fgsm."),
@@ -229,7 +277,12 @@ class RunConfig:
         model_options: Options of `model_backbone.create`.
         adversarial: A `losses.AdversarialConfig`; None for standard training.
         dataset: Name of the data set.
-        recipe: A `robust_training.Recipe`.
+        recipe: A `recipes.Recipe`.
+        recipe_name: Its name in `recipes.NAMED`; None for the data set's.
+        step: A `training_step.StepConfig`.
+        robust_validation: Validation images attacked after each epoch.
+        robust_validation_steps: Steps of that PGD.
+        on_collapse: See `robust_training.Loop`.
         data_dir, image_size, class_list, validation_fraction, skip_corrupt,
             download: Arguments of `datasets.load`.
         runs_dir, tag: Where the run lives.
@@ -243,6 +296,11 @@ class RunConfig:
     recipe: object
     model_options: dict = dataclasses.field(default_factory=dict)
     adversarial: object | None = None
+    recipe_name: str | None = None
+    step: object | None = None
+    robust_validation: int = 0
+    robust_validation_steps: int = 10
+    on_collapse: str = "stop"
     data_dir: str | None = None
     image_size: int | None = None
     class_list: str | None = None
@@ -270,22 +328,11 @@ def config_from_flags():
         ValueError: If a name or a value does not fit; names the near ones.
     """
     import model_backbone
-    import robust_training
+    import training_step
 
     row = model_backbone.entry(_MODEL.value)
     if _DATASET.value not in datasets.names():
         datasets.load(_DATASET.value)  # Raises, with the near names.
-    adversarial = _adversarial_from_flags()
-    recipes = (
-        robust_training.ADVERSARIAL_RECIPES
-        if adversarial
-        else robust_training.RECIPES
-    )
-    recipe = recipes[_DATASET.value].override(
-        **{name: flag.value for name, flag in _RECIPE.items()}
-    )
-    if not _AUGMENT.value:
-        recipe = recipe.override(augmentation="none")
     options = {
         name: flag.value
         for name, flag in _OPTIONS.items()
@@ -293,12 +340,23 @@ def config_from_flags():
         if flag.value is not None
         and (flag.value is not False or name in row.options)
     }
+    name = _recipe_name(options)
+    adversarial = _adversarial_from_flags(name)
+    step = training_step.StepConfig(**_given(_STEP))
+    attacked = _ROBUST_VALIDATION.value
+    if attacked is None:
+        attacked = 500 if adversarial else 0
     return RunConfig(
         model=_MODEL.value,
         dataset=_DATASET.value,
-        recipe=recipe,
+        recipe=_recipe_from_flags(name, adversarial, step.replays),
+        recipe_name=name,
         model_options=options,
         adversarial=adversarial,
+        step=step,
+        robust_validation=attacked,
+        robust_validation_steps=_ROBUST_STEPS.value,
+        on_collapse=_ON_COLLAPSE.value,
         data_dir=_DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
         class_list=_CLASS_LIST.value,
@@ -313,25 +371,66 @@ def config_from_flags():
     )
 
 
-def _adversarial_from_flags():
-    import losses
-
-    given = {
+def _given(flags_by_name):
+    """The values of the flags that are set, by name."""
+    return {
         name: flag.value
-        for name, flag in _ADVERSARIAL.items()
+        for name, flag in flags_by_name.items()
         if flag.value is not None
     }
-    if not _ADV_TRAIN.value:
-        if given:
-            name = next(iter(given))
+
+
+def _recipe_name(options):
+    """The recipe that is named, or that goes with model and data set."""
+    import recipes
+
+    name = _RECIPE_NAME.value
+    if name is None:
+        return recipes.by_model(_MODEL.value, _DATASET.value, options)
+    if name not in recipes.NAMED:
+        raise ValueError(
+            f"Unknown recipe {name!r}.{command_line.near(name, recipes.NAMED)} "
+            f"Known: {', '.join(recipes.NAMED)}."
+        )
+    return name
+
+
+def _recipe_from_flags(name, adversarial, replays):
+    import recipes
+
+    if name is not None:
+        recipe = recipes.NAMED[name]
+    elif adversarial:
+        recipe = recipes.ADVERSARIAL_RECIPES[_DATASET.value]
+    else:
+        recipe = recipes.RECIPES[_DATASET.value]
+    given = _given(_RECIPE)
+    if _READ_OUTS.value:
+        given["read_outs"] = recipes.parse_read_outs(_READ_OUTS.value)
+    if not _AUGMENT.value:
+        given["augmentation"] = "none"
+    recipe = recipe.override(**given)
+    if replays:  # Each of which is a pass over the images.
+        recipe = recipe.override(epochs=-(-recipe.epochs // replays))
+    return recipe
+
+
+def _adversarial_from_flags(recipe_name):
+    import losses
+    import recipes
+
+    given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
+    wanted = _ADV_TRAIN.value
+    if not (base if wanted is None else wanted):
+        for name, value in {**given, **_given(_STEP)}.items():
             raise ValueError(
-                f"--adv_{name}={given[name]} is a matter of adversarial "
+                f"--adv_{name}={value} is a matter of adversarial "
                 "training; add --adv_train=1."
             )
         return None
     for name in {"epsilon", "step_size"} & set(given):
         given[name] = command_line.parse_ratio(given[name])
-    return losses.CONFIGS[_DATASET.value].override(**given)
+    return (base or losses.CONFIGS[_DATASET.value]).override(**given)
 
 
 def load_data(config):
@@ -352,18 +451,66 @@ def build(config, data):
     """Makes model and optimizer, deterministically from the seed."""
     import keras
 
-    import model_backbone
-    import robust_training
+    import recipes
 
     keras.utils.set_random_seed(config.seed)
-    model = model_backbone.create(
+    model = _model(config, data)
+    steps = max(1, len(data.train) // config.recipe.batch_size)
+    steps *= max(1, config.step.replays)
+    return model, recipes.make_optimizer(config.recipe, steps)
+
+
+def _model(config, data, dtype=None):
+    import robust_training
+
+    return robust_training.create(
         config.model,
+        dtype=dtype,
         num_classes=len(data.class_names),
         image_shape=data.image_shape,
         **config.model_options,
     )
-    steps = max(1, len(data.train) // config.recipe.batch_size)
-    return model, robust_training.make_optimizer(config.recipe, steps)
+
+
+def _objective(config, data):
+    """What the run minimizes, an object of `losses`."""
+    import losses
+
+    smoothing = config.recipe.label_smoothing
+    if not config.adversarial:
+        return losses.Standard(label_smoothing=smoothing)
+    return config.adversarial.build(len(data.class_names), smoothing)
+
+
+def _loop(config, data, folder, callbacks):
+    """Makes the training loop of a run."""
+    import robust_training
+
+    model, optimizer = build(config, data)
+    recipe = config.recipe
+    crafting_model = None
+    if config.step.craft_dtype == "bfloat16":
+        crafting_model = _model(config, data, "mixed_bfloat16")
+    return robust_training.Loop(
+        model=model,
+        optimizer=optimizer,
+        split=data.train,
+        folder=folder,
+        seed=config.seed,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        augmentation=recipe.augmentation,
+        objective=_objective(config, data),
+        l2=recipe.l2,
+        step_config=config.step,
+        crafting_model=crafting_model,
+        read_outs=recipe.read_outs,
+        validate=_validation(config, data),
+        on_collapse=config.on_collapse,
+        callbacks=(*_callbacks(folder), *callbacks),
+        save_every=config.save_every,
+        should_stop=_asked_to_stop(),
+    )
 
 
 def describe(config, data, model):
@@ -449,29 +596,12 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
 
     with command_line.guard():
         data = load_data(config) if data is None else data
-        model, optimizer = build(config, data)
-        described = describe(config, data, model)
+        _check_validation(config, data)
+        # Everything that can be wrong is, before the folder is made.
+        loop = _loop(config, data, config.folder, callbacks)
+        described = describe(config, data, loop.model)
         folder = open_folder(
             config, described, overwrite=overwrite, resume=resume
-        )
-        objective = robust_training.STANDARD
-        if config.adversarial:
-            found = config.adversarial.objective(len(data.class_names))
-            objective = robust_training.Objective(found.loss, found.craft)
-        loop = robust_training.Loop(
-            model=model,
-            optimizer=optimizer,
-            split=data.train,
-            folder=folder,
-            seed=config.seed,
-            batch_size=config.recipe.batch_size,
-            epochs=config.recipe.epochs,
-            augmentation=config.recipe.augmentation,
-            objective=objective,
-            validate=_validation(config, data),
-            callbacks=(*_callbacks(folder), *callbacks),
-            save_every=config.save_every,
-            should_stop=_asked_to_stop(),
         )
         if resume:
             loop.resume()
@@ -484,9 +614,13 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
                 f"stopped at step {loop.progress['step']}, saved in {folder}. "
                 "Continue with the same command and --resume."
             )
-        except FloatingPointError as error:
-            command_line.fail(error)
-        record = _evaluate(config, data, model, loop, folder)
+        except robust_training.Collapsed as collapse:
+            command_line.fail(
+                f"{collapse}. What is in {folder} is of the last good epoch "
+                f"({len(loop.progress['history'])}). Lower --learning_rate, or "
+                "end a run there by --on_collapse=restore."
+            )
+        record = _evaluate(config, data, loop)
         record["seconds"] = round(time.monotonic() - started, 1)
         record["training_seconds"] = round(
             sum(row["seconds"] for row in history), 1
@@ -496,67 +630,102 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
     return record
 
 
+def _check_validation(config, data):
+    """Raises a ValueError if what needs validation images has none."""
+    if data.validation is not None:
+        return
+    fraction = config.validation_fraction
+    if config.adversarial:
+        what = "adversarial training, which keeps the most robust weights"
+    elif config.robust_validation:
+        what = f"--robust_validation={config.robust_validation}"
+    elif fraction:
+        what = "validation, or 0 to go without"
+    else:
+        return
+    raise ValueError(
+        f"Expected a --validation_fraction that leaves images for {what}. "
+        f"Received: validation_fraction={fraction:g} of {len(data.train)} "
+        "training images."
+    )
+
+
 def _validation(config, data):
     """Returns what validates after each epoch; None without such images.
 
-    An adversarially trained model is validated under the attack it is trained
-    on: of its epochs the best on clean images can be among the least robust.
+    Beside the clean accuracy that under PGD on a fixed subset: of the epochs
+    of adversarial training the best on clean images can be among the least
+    robust. A run without a radius of its own (standard training, noise) is
+    attacked at that of the data set's adversarial training.
     """
+    import attack_backbone
+    import losses
     import model_backbone
     import robust_evaluation
 
     if data.validation is None:
         return None
+    threat = config.adversarial
+    if threat is None or threat.epsilon is None:
+        threat = losses.CONFIGS[config.dataset]
+    attacked = min(config.robust_validation, len(data.validation))
 
-    def clean(model):
-        return robust_evaluation.accuracy(
+    def validate(model):
+        found = robust_evaluation.accuracy(
             model, data.validation, config.eval_batch_size
         )
-
-    def attacked(model):
-        record, _ = robust_evaluation.evaluate(
-            model,
-            data.validation,
-            robust_evaluation.EvaluationConfig(
-                attack=objective.attack,
-                target=objective.target,
-                batch_size=config.eval_batch_size,
-                seed=config.seed,
-                eot=1 if model_backbone.is_stochastic(model) else None,
+        if not attacked:
+            return found
+        evaluation = robust_evaluation.EvaluationConfig(
+            attack=attack_backbone.PGD(
+                norm=threat.norm,
+                epsilon=threat.epsilon,
+                steps=config.robust_validation_steps,
+                keep="first",
             ),
-            keep_images=0,
+            target=threat.target or "none",
+            num_examples=attacked,
+            batch_size=config.eval_batch_size,
+            seed=config.seed,
+            eot=1 if model_backbone.is_stochastic(model) else None,
         )
-        return {"accuracy": record["robust_accuracy"], "loss": record["loss"]}
+        record, _ = robust_evaluation.evaluate(
+            model, data.validation, evaluation, keep_images=0
+        )
+        return {**found, "robust_accuracy": record["robust_accuracy"]}
 
-    if not config.adversarial:
-        return clean
-    objective = config.adversarial.objective(len(data.class_names))
-    return attacked
+    return validate
 
 
-def _evaluate(config, data, model, loop, folder):
+def _evaluate(config, data, loop):
     """Counts every test image with the last and with the best weights."""
     import robust_evaluation
+    import robust_training
 
-    weights = (folder / "last.weights.h5").stat().st_size
-    run_folder.atomic_write(
-        folder / "model.keras", model.save, size=2 * weights
-    )
+    folder, model, progress = loop.folder, loop.model, loop.progress
+    best = progress["history"][progress["best_epoch"] - 1]
     record = {
         "dataset": config.dataset,
         "split": "test",
         "model": config.model,
         "seed": config.seed,
-        "best_epoch": loop.progress["best_epoch"],
-        "best_validation_accuracy": loop.progress["history"][
-            loop.progress["best_epoch"] - 1
-        ]["validation_accuracy"],
+        "best_epoch": progress["best_epoch"],
+        "best_validation_accuracy": best["validation_accuracy"],
+        "best_validation_robust_accuracy": best["validation_robust_accuracy"],
+        "ended": progress["ended"],
     }
     for weights in ("last", "best"):
-        model.load_weights(folder / f"{weights}.weights.h5")
+        path = folder / f"{weights}.weights.h5"
+        robust_training.load_weights(path, model)
         record[weights] = robust_evaluation.accuracy(
             model, data.test, config.eval_batch_size
         )
+        if weights == "last":
+            run_folder.atomic_write(
+                folder / "model.keras",
+                model.save,
+                size=2 * path.stat().st_size,
+            )
     return record
 
 
@@ -618,6 +787,9 @@ def _callbacks(folder):
             checked = ""
             if "validation_accuracy" in logs:
                 checked = f"  validation {logs['validation_accuracy']:.1%}"
+            if "validation_robust_accuracy" in logs:
+                robust = logs["validation_robust_accuracy"]
+                checked += f", attacked {robust:.1%}"
             print(
                 f"epoch {epoch + 1}/{total}  loss {logs['loss']:.4f}  "
                 f"accuracy {logs['accuracy']:.1%}{checked}  "
@@ -663,6 +835,12 @@ def main():
         print(
             f"{weights} weights{epoch}: {found['accuracy']:.2%} of "
             f"{found['num_examples']} test images"
+        )
+    if record["ended"]:
+        ended = record["ended"]
+        print(
+            f"ended early: {ended['reason']} at step {ended['step']} (epoch "
+            f"{ended['epoch']}); these are the weights before"
         )
     print(f"run: {config.folder}{os.sep}")
 

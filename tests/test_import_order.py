@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"tensorflow", "tensorflow_datasets", "jax", "jaxlib", "torch"}
 # parity's peers are Torch programs.
-MAY_NAME_A_BACKEND = {"numerics", "datasets", "robust_training", "parity"}
+MAY_NAME_A_BACKEND = {"numerics", "datasets", "training_step", "parity"}
 PROGRAMS = {"trainer", "adversary"}
 LONGEST_FUNCTION = 60
 

@@ -14,7 +14,7 @@ import datasets
 import losses
 import numerics
 import objectives
-import robust_training
+import training_step
 from attack_backbone import FGSM, PGD, PGDAdam
 from losses import AdversarialConfig, Madry
 
@@ -238,7 +238,7 @@ class TestMadry:
             model = keras.Model(inputs, x)
             optimizer = keras.optimizers.SGD(2.0)
             optimizer.build(model.trainable_variables)
-            step_fn = robust_training.make_step(model, optimizer, objective)
+            step_fn = training_step.make_step(model, optimizer, objective)
             indices = np.arange(512, dtype="int32")
             for step in range(60):
                 step_fn(images, labels, indices, step)
@@ -248,9 +248,9 @@ class TestMadry:
                 for x in (images, crafted)
             ]
 
-        standard = accuracies(robust_training.STANDARD)
+        standard = accuracies(training_step.STANDARD)
         madry = Madry(attack)
-        robust = accuracies(robust_training.Objective(madry.loss, madry.craft))
+        robust = accuracies(training_step.Objective(madry.loss, madry.craft))
         assert standard[0] > 0.95 and standard[1] < 0.1
         assert min(robust) == pytest.approx(0.8, abs=0.06)
 
@@ -260,8 +260,9 @@ class TestMadry:
             ({"attack": PGD(epsilon=0.0)}, "Expected epsilon > 0"),
             ({"clean_weight": 1.0}, "Received: clean_weight=1"),
             ({"clean_weight": -0.1}, "Received: clean_weight=-0.1"),
-            ({"target": "next"}, "none, random. Received: target='next'"),
-            ({"target": "random"}, "Expected num_classes"),
+            ({"target": "nxt"}, "next, least_likely. Received: target='nxt'"),
+            ({"target": "random"}, "Expected num_classes with random"),
+            ({"target": "next"}, "Expected num_classes with next"),
         ],
     )
     def test_bad_settings_are_one_line(self, fields, match):
@@ -275,7 +276,7 @@ class TestConfig:
         assert set(losses.CONFIGS) == set(datasets.names())
 
     def test_is_the_attack_it_names(self):
-        cifar = losses.CONFIGS["cifar10"].objective(10)
+        cifar = losses.CONFIGS["cifar10"].build(10)
         size = cifar.attack.step_length
         assert size == pytest.approx(8 / 255 / 3)
         assert cifar.attack == PGD(
@@ -284,14 +285,14 @@ class TestConfig:
         mnist = losses.CONFIGS["mnist"].override(
             target="random", clean_weight=0.5, random_start=0.8
         )
-        assert mnist.objective(10) == Madry(
+        assert mnist.build(10) == Madry(
             PGD(epsilon=0.3, steps=7, keep="last", random_start=0.8),
             clean_weight=0.5,
             target="random",
             num_classes=10,
         )
         fgsm = AdversarialConfig().override(attack="fgsm", epsilon=0.1)
-        assert fgsm.objective(10) == Madry(FGSM(epsilon=0.1), num_classes=10)
+        assert fgsm.build(10) == Madry(FGSM(epsilon=0.1), num_classes=10)
 
     def test_the_step_moves_with_epsilon(self):
         cifar = losses.CONFIGS["cifar10"]
@@ -305,7 +306,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "changes,match",
         [
-            ({"attack": "pdg"}, "pgd, fgsm. Received: attack='pdg'"),
+            ({"attack": "pdg"}, "mim, pgd_adam. Received: attack='pdg'"),
             ({"norm": "l2"}, "Expected an epsilon with the norm l2"),
             ({"norm": "l3", "epsilon": 1.0}, "l3"),
             ({"epsilon": 0.0}, "Expected epsilon > 0"),
@@ -313,7 +314,7 @@ class TestConfig:
             ({"attack": "fgsm", "steps": 3}, "Received: steps=3"),
             ({"attack": "fgsm", "random_start": 1.0}, "random_start=1.0"),
             ({"random_start": 2.0}, "random_start=2"),
-            ({"target": "next"}, "target='next'"),
+            ({"target": "nxt"}, "target='nxt'"),
         ],
     )
     def test_bad_settings_are_one_line(self, changes, match):

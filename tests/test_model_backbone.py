@@ -12,7 +12,7 @@ import glimpse
 import model_backbone
 import model_parts
 import model_registry
-import robust_training
+import training_step
 
 SMALL = {"width": 4}
 BRANCHED = {"num_transformers": 3, "width": 4, "localization_width": 4}
@@ -190,7 +190,7 @@ def test_a_training_step_reaches_every_weight(case):
     before = [numpy(v).copy() for v in model.trainable_variables]
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    step = robust_training.make_step(model, optimizer, robust_training.STANDARD)
+    step = training_step.make_step(model, optimizer, training_step.STANDARD)
     labels = np.array([0, 3], "int32")
     for number in range(2):
         loss, _ = step(images, labels, np.array([0, 1], "int32"), number)

@@ -12,13 +12,14 @@ from sklearn import datasets as sklearn_datasets
 import datasets
 import model_backbone
 import nonrobust_features
+import recipes
 import robust_evaluation
 import robust_training
 import run_folder
 from nonrobust_features import CraftConfig, as_split, build
 
 SHAPE = (8, 8, 1)
-RECIPE = robust_training.Recipe(learning_rate=3e-3, epochs=6, batch_size=32)
+RECIPE = recipes.Recipe(learning_rate=3e-3, epochs=6, batch_size=32)
 CHEAP = {"epsilon": 1.0, "steps": 5, "step_size": 0.4, "num_examples": 90}
 
 
@@ -58,7 +59,7 @@ def trained(tmp_path_factory, data):
     model = create()
     loop = robust_training.Loop(
         model=model,
-        optimizer=robust_training.make_optimizer(RECIPE, 40),
+        optimizer=recipes.make_optimizer(RECIPE, 40),
         split=data.train,
         folder=folder,
         seed=0,

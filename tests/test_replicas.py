@@ -27,15 +27,15 @@ strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
 import attack_backbone
 import keras
 import model_backbone
-import robust_training
 import test_robust_training as case
+import training_step
 
 def craft(logits_fn, images, labels, keys):
     attack = attack_backbone.PGD(epsilon=0.1, step_size=0.05, steps=2)
     result = attack(logits_fn, images, labels, keys)
     return result.images
 
-objective = robust_training.Objective(case.STANDARD.loss, craft)
+objective = training_step.Objective(case.STANDARD.loss, craft)
 with strategy.scope():
     keras.utils.set_random_seed(0)
     # No batch normalization: its statistics are those of a replica.
@@ -44,7 +44,7 @@ with strategy.scope():
         attention_kind="retina", regularization=0.01, dropout=0.0)
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     optimizer.build(model.trainable_variables)
-    step_fn = robust_training.make_step(
+    step_fn = training_step.make_step(
         model, optimizer, objective, augmentation=case.AUGMENTATION)
 rng = np.random.default_rng(0)
 losses = []

@@ -1,5 +1,6 @@
 """Flags become one config, one config becomes one run."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import attack_backbone
 import datasets
 import losses
 import model_backbone
+import recipes
 import robust_evaluation
 import robust_training
 import trainer
@@ -76,6 +78,12 @@ def adversarial(tmp_path, line=""):
     )
 
 
+def history(folder):
+    """The rows of a run's `history.csv`."""
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 class TestFlags:
     def test_without_flags_it_is_multi_gaze_on_the_embedded_digits(self):
         found = parse("")
@@ -83,13 +91,13 @@ class TestFlags:
             "multi_gaze",
             "cluttered_digits",
         )
-        assert found.recipe == robust_training.RECIPES["cluttered_digits"]
+        assert found.recipe == recipes.RECIPES["cluttered_digits"]
         assert found.model_options == {}
 
     @pytest.mark.parametrize("line", HANDOVER)
     def test_the_handovers_lines_are_taken_word_for_word(self, line):
         found = parse(line + " --data_dir=somewhere")
-        assert found.recipe == robust_training.RECIPES["imagenet10"]
+        assert found.recipe == recipes.RECIPES["imagenet10"]
         assert found.recipe.epochs == 400 and found.recipe.batch_size == 32
         assert found.recipe.augmentation == "photographs"
         options = found.model_options
@@ -154,11 +162,11 @@ class TestFlags:
         assert parse(line).adversarial is None
         found = parse(f"{line} --adv_train=1")
         assert found.adversarial == losses.CONFIGS[dataset]
-        assert found.recipe == robust_training.ADVERSARIAL_RECIPES[dataset]
+        assert found.recipe == recipes.ADVERSARIAL_RECIPES[dataset]
 
     def test_adversarial_training_on_cifar_is_the_handovers(self):
         found = parse("--dataset=cifar10 --adv_train=1")
-        assert found.recipe == robust_training.Recipe(
+        assert found.recipe == recipes.Recipe(
             optimizer="sgd",
             learning_rate=0.1,
             momentum=0.9,
@@ -167,7 +175,7 @@ class TestFlags:
             drops=((85, 0.1), (125, 0.01)),
             augmentation="small_photographs",
         )
-        attack = found.adversarial.objective(10).attack
+        attack = found.adversarial.build(10).attack
         assert attack.norm == "linf" and attack.random_start == 1
         assert (attack.epsilon, attack.steps) == (8 / 255, 5)
         assert attack.step_length == pytest.approx(8 / 255 / 3)
@@ -264,16 +272,8 @@ class TestRun:
         whole = adversarial(tmp_path, line + "whole")
         trainer.run(whole, tiny())
         written = json.loads((whole.folder / "config.json").read_text())
-        assert written["adversarial"] == {
-            "attack": "pgd",
-            "norm": "linf",
-            "epsilon": 0.1,
-            "steps": 2,
-            "step_size": None,
-            "random_start": 1.0,
-            "target": "random",
-            "clean_weight": 0.0,
-        }
+        given = {"epsilon": 0.1, "steps": 2, "target": "random"}
+        assert given.items() <= written["adversarial"].items()
         part = adversarial(tmp_path, line + "part")
         asked = iter([False, True])  # To stop, in the middle of an epoch.
         with monkeypatch.context() as patch:
@@ -299,23 +299,51 @@ class TestRun:
         for a, b in zip(*rows, strict=True):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
-    def test_adversarial_training_is_validated_under_its_attack(self, tmp_path):
-        chosen = adversarial(tmp_path, "--epochs=1")
+    def test_validation_is_clean_and_under_attack(self, tmp_path):
+        """Counted again with the kept weights, on the subset of the seed."""
+        line = "--epochs=1 --robust_validation=7 --robust_validation_steps=3"
+        chosen = adversarial(tmp_path, line)
         record = trainer.run(chosen, tiny())
         model, _ = robust_training.load_run(chosen.folder, "last")
-        found, _ = robust_evaluation.evaluate(
+        held = tiny().validation
+        clean = robust_evaluation.accuracy(model, held)
+        attacked, _ = robust_evaluation.evaluate(
             model,
-            tiny().validation,
+            held,
             robust_evaluation.EvaluationConfig(
-                attack_backbone.PGD(epsilon=0.1, steps=2, keep="last")
+                attack_backbone.PGD(epsilon=0.1, steps=3, keep="first"),
+                num_examples=7,
             ),
         )
-        accuracy = found["robust_accuracy"]
-        assert record["best_validation_accuracy"] == pytest.approx(accuracy)
-        lines = (chosen.folder / "history.csv").read_text().splitlines()
-        row = dict(zip(*(line.split(",") for line in lines), strict=True))
-        loss = float(row["validation_loss"])
-        assert loss == pytest.approx(found["loss"], rel=1e-4)
+        row = history(chosen.folder)[0]
+        wanted = attacked["robust_accuracy"]
+        assert float(row["validation_robust_accuracy"]) == wanted
+        assert float(row["validation_accuracy"]) == clean["accuracy"]
+        assert float(row["validation_loss"]) == pytest.approx(clean["loss"])
+        assert record["best_validation_robust_accuracy"] == wanted
+
+    @pytest.mark.parametrize(
+        "line,match",
+        [
+            ("--adv_train=1", "images for adversarial training"),
+            ("--robust_validation=5", "images for --robust_validation=5"),
+            (
+                "--validation_fraction=0.01",
+                "Received: validation_fraction=0.01",
+            ),
+        ],
+    )
+    def test_no_validation_images_is_one_line(
+        self, tmp_path, capsys, line, match
+    ):
+        data = dataclasses.replace(tiny(), validation=None)
+        chosen = config(tmp_path, "--validation_fraction=0 " + line)
+        with pytest.raises(SystemExit) as stopped:
+            trainer.run(chosen, data)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert match in error and error.count("\n") == 1
+        assert not chosen.folder.exists()
 
     def test_a_full_disk_is_one_line(self, tmp_path, capsys, monkeypatch):
         def full(*arguments):
