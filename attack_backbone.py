@@ -183,14 +183,20 @@ class Attack:
         state = ops.fori_loop(0, self.rounds, run_round, state)
         return AttackResult(state["best"], state["success"], state["loss"])
 
-    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+    def perturb(
+        self, logits_fn, images, labels, keys=None, targets=None, start=None
+    ):
         """Takes the steps of one round and judges nothing, for training.
 
         An image that is trained on needs no verdict, so this saves the calls
         of the model that only tell how an example stands.
 
         Args:
-            logits_fn: See `open`, like the other arguments.
+            logits_fn: See `open`, like the other arguments. It may name what
+                is ascended (`objectives.Outputs.ascended`).
+            images, labels, keys, targets: See `open`.
+            start: Optional perturbations, of the shape of `images`, to start
+                from (projected) in place of the attack's own start.
 
         Returns:
             Where the round ended: float32 of the shape of `images`, inside
@@ -230,6 +236,22 @@ class Attack:
         for name, value in numbers.items():
             object.__setattr__(bound, name, value)
         return bound
+
+    def scaled(self, factor):
+        """Returns this attack with its radius and its steps in proportion.
+
+        Args:
+            factor: At most 1: a float, a scalar tensor (while the radius grows
+                in training), or one an image, `(batch,)`.
+        """
+        numbers = self.numbers()
+        return self.bind(
+            {
+                name: numbers[name] * factor
+                for name in ("epsilon", "step_length")
+                if name in numbers
+            }
+        )
 
     def _rows(self, images, labels, keys, targets):
         images = ops.convert_to_tensor(images, dtype="float32")
@@ -277,7 +299,12 @@ def at(logits_fn, number, index):
 
 
 def mean_loss(name, outputs, labels, targets=None):
-    """The loss of `objectives.loss`, over all answers if there are several."""
+    """The loss of `objectives.loss`, over all answers if there are several.
+
+    If the outputs say themselves what is ascended, it is that.
+    """
+    if outputs.ascended is not None:
+        return outputs.ascended
     if outputs.answers is None:
         return objectives.loss(name, outputs.logits, labels, targets)
     count = outputs.answers.shape[1]
@@ -356,11 +383,12 @@ def move(delta, grad, images, attack, length):
         grad: Gradient of what is ascended, of that shape.
         images: Clean images, of that shape.
         attack: Anything with norm, epsilon and l1_fraction.
-        length: Length of the step in the norm.
+        length: Length of the step in the norm; a tensor may hold one an image.
 
     Returns:
         The new perturbations.
     """
+    length = _each(length, delta)
     room = None
     if attack.norm == "l1":
         here = perturbed(images, delta)
@@ -371,6 +399,13 @@ def move(delta, grad, images, attack, length):
     )
     delta = delta + length * direction
     return numerics.project(delta, attack.epsilon, attack.norm, images)
+
+
+def _each(length, like):
+    """Lets a length, or one an image, broadcast against images."""
+    if len(getattr(length, "shape", ())) == 0:
+        return length
+    return numerics.per_example(length, like)
 
 
 def random_start(images, attack, keys, number):
@@ -437,19 +472,27 @@ class FGSM(Attack):
             objective, images, has_aux=True
         )
         state = self._offer(state, images, value, logits)
-        changed = self._move(images, grad)
+        changed = self._move(images, ops.zeros_like(images), grad)
         return self._offer(state, changed, *objective(changed))
 
-    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+    def perturb(
+        self, logits_fn, images, labels, keys=None, targets=None, start=None
+    ):
         """See `Attack.perturb`."""
         state = self._rows(images, labels, keys, targets)
+        images = state["images"]
+        delta = ops.zeros_like(images)
+        if start is not None:
+            delta = numerics.project(start, self.epsilon, self.norm, images)
         _, grad = numerics.value_and_grad(
-            self.objective(logits_fn, state), state["images"], has_aux=True
+            self.objective(logits_fn, state),
+            perturbed(images, delta),
+            has_aux=True,
         )
-        return self._move(state["images"], grad)
+        return self._move(images, delta, grad)
 
-    def _move(self, images, grad):
-        delta = move(ops.zeros_like(images), grad, images, self, self.epsilon)
+    def _move(self, images, delta, grad):
+        delta = move(delta, grad, images, self, self.epsilon)
         return perturbed(images, delta)
 
 
@@ -586,14 +629,21 @@ class _Iterative(Attack):
     def _walk(self, state, grad, index):
         raise NotImplementedError(type(self).__name__)
 
-    def perturb(self, logits_fn, images, labels, keys=None, targets=None):
+    def perturb(
+        self, logits_fn, images, labels, keys=None, targets=None, start=None
+    ):
         """See `Attack.perturb`: the last iterate of the first restart."""
         walk = self.bind({"keep": "last"})  # Whose steps judge nothing.
         state = walk._rows(images, labels, keys, targets)
         if walk.distraction:
             outputs = objectives.outputs_of(logits_fn(state["images"]))
             state = {**state, **_attended(outputs)}
-        state = walk.begin(logits_fn, state, 0)
+        if start is None:
+            state = walk.begin(logits_fn, state, 0)
+        else:
+            images = state["images"]
+            delta = numerics.project(start, walk.epsilon, walk.norm, images)
+            state = {**state, **walk._memory(images), "delta": delta}
         state = walk.advance(logits_fn, state, 0, 0, walk.steps)
         return perturbed(state["images"], state["delta"])
 
@@ -770,6 +820,11 @@ class PGDAdam(_Iterative):
                 f"Received: rates={self.rates}, boundaries={self.boundaries}."
             )
 
+    def scaled(self, factor):
+        """See `Attack.scaled`; here the rates are the lengths of the steps."""
+        rates = tuple(rate * factor for rate in self.rates)
+        return super().scaled(factor).bind({"rates": rates})
+
     def _memory(self, images):
         zero = ops.zeros_like(images)
         return {"mean": zero, "square": zero}
@@ -779,11 +834,12 @@ class PGDAdam(_Iterative):
         # Adam is blind to the scale of the gradient but for its epsilon.
         peak = ops.maximum(numerics.lp_norm(grad, "linf"), 1e-30)
         grad = grad / numerics.per_example(peak, grad)
-        rate = ops.full((), self.rates[0], dtype="float32")
+        rate = ops.cast(self.rates[0], "float32")
         for boundary, value in zip(
             self.boundaries, self.rates[1:], strict=True
         ):
             rate = ops.where(index >= boundary, value, rate)
+        rate = _each(rate, grad)
         count = ops.cast(index, "float32") + 1.0
         mean = 0.9 * state["mean"] + 0.1 * grad
         square = 0.999 * state["square"] + 0.001 * ops.square(grad)

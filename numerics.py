@@ -31,7 +31,7 @@ _WORD_SALT = 0x5851F42D
 # --- The seams -----------------------------------------------------------
 
 
-def value_and_grad(fn, x, has_aux=False):
+def value_and_grad(fn, x, has_aux=False, differentiable=False):
     """Evaluates a per-example loss and its gradient with respect to the input.
 
     The per-example losses are summed, not averaged, before differentiation, so
@@ -46,6 +46,10 @@ def value_and_grad(fn, x, has_aux=False):
             list of them (images and gazes, say); `fn` is called with `x`.
         has_aux: Whether `fn` returns a second value that is not differentiated
             (the logits, say).
+        differentiable: Whether the results are themselves to be differentiated
+            (second value included), with respect to whatever `fn` reads or to
+            `x`: for training losses with an input gradient inside. `fn` may
+            then assign variables, as a model in training mode does.
 
     Returns:
         Tuple of the losses, shape `(batch,)`, and the gradient, like `x`;
@@ -64,15 +68,9 @@ def value_and_grad(fn, x, has_aux=False):
     if backend == "tensorflow":
         losses, aux, grad = _value_and_grad_tensorflow(outputs, x)
     elif backend == "jax":
-        import jax
-
-        def total(x):
-            losses, aux = outputs(x)
-            return ops.sum(losses), (losses, aux)
-
-        (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(x)
+        losses, aux, grad = _value_and_grad_jax(outputs, x, differentiable)
     elif backend == "torch":
-        losses, aux, grad = _value_and_grad_torch(outputs, x)
+        losses, aux, grad = _value_and_grad_torch(outputs, x, differentiable)
     else:
         raise NotImplementedError(
             "Input gradients need the tensorflow, jax or torch backend. "
@@ -84,6 +82,7 @@ def value_and_grad(fn, x, has_aux=False):
 def _value_and_grad_tensorflow(outputs, x):
     import tensorflow as tf
 
+    # What is recorded here an outer tape records too: always differentiable.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
         losses, aux = outputs(x)
@@ -95,22 +94,51 @@ def _value_and_grad_tensorflow(outputs, x):
     return losses, aux, keras.tree.map_structure(tf.convert_to_tensor, grad)
 
 
-def _value_and_grad_torch(outputs, x):
+def _value_and_grad_jax(outputs, x, differentiable):
+    import jax
+
+    def total(x):
+        losses, aux = outputs(x)
+        return ops.sum(losses), (losses, aux)
+
+    if not differentiable:
+        (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(x)
+        return losses, aux, grad
+    # What is assigned under a transform (batch statistics) must not leave it,
+    # so those assignments are thrown away, and made by a second call outside.
+    with keras.StatelessScope() as scope:
+        if scope.original_scope is not None:
+            scope.state_mapping.update(scope.original_scope.state_mapping)
+        grad, _ = jax.grad(total, has_aux=True)(x)
+    losses, aux = outputs(x)
+    return losses, aux, grad
+
+
+def _value_and_grad_torch(outputs, x, differentiable):
     import torch
 
+    def leaf(value):
+        if differentiable and value.requires_grad:
+            return value.clone()
+        return value.detach().clone().requires_grad_(True)
+
     with torch.enable_grad():
-        leaves = keras.tree.map_structure(
-            lambda v: v.detach().clone().requires_grad_(True), x
-        )
+        leaves = keras.tree.map_structure(leaf, x)
         losses, aux = outputs(leaves)
         total = ops.sum(losses)
         flat = keras.tree.flatten(leaves)
         grads = [torch.zeros_like(leaf) for leaf in flat]
         if total.requires_grad:
             grads = torch.autograd.grad(
-                total, flat, allow_unused=True, materialize_grads=True
+                total,
+                flat,
+                create_graph=differentiable,
+                allow_unused=True,
+                materialize_grads=True,
             )
         grad = keras.tree.pack_sequence_as(x, list(grads))
+    if differentiable:
+        return losses, aux, grad
     aux = keras.tree.map_structure(lambda a: a.detach(), aux)
     return losses.detach(), aux, grad
 

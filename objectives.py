@@ -25,16 +25,25 @@ class Outputs(NamedTuple):
             loss is the mean of theirs. None means the logits alone.
         shown: Dict of tensors `(batch, ...)` that tell where the model looks
             ("gazes", "boxes", "maps"), for attacks on the attention.
+        ascended: Optional `(batch,)`: what an attack ascends in place of a
+            loss of the logits (a divergence from the clean answer, say).
     """
 
     logits: object
     answers: object = None
     shown: dict = {}  # noqa: RUF012 -- never written to.
+    ascended: object = None
 
 
 def outputs_of(value):
-    """Returns what a `logits_fn` returned as `Outputs`."""
-    return value if isinstance(value, Outputs) else Outputs(value)
+    """Returns what a `logits_fn` returned as `Outputs`.
+
+    The verdict on a model of several heads, whose bare logits are
+    `(batch, heads, classes)`, is read from their mean.
+    """
+    if isinstance(value, Outputs):
+        return value
+    return Outputs(ops.mean(value, axis=1) if len(value.shape) == 3 else value)
 
 
 # --- Losses ------------------------------------------------------------------
@@ -55,10 +64,41 @@ def cross_entropy(logits, classes):
     Returns:
         Tensor of shape `(batch,)`, in nats.
     """
+    return ops.softplus(-log_odds(logits, classes))
+
+
+def log_odds(logits, classes):
+    """Returns log(p / (1 - p)), p the probability of a class.
+
+    Softplus of it is -log(1 - p), of its negative -log p, its sigmoid p: each
+    to full relative precision, where 1 - p itself would round to zero.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`.
+        classes: Integers of shape `(batch,)`.
+
+    Returns:
+        Tensor of shape `(batch,)`.
+    """
     logits = ops.cast(logits, "float32")
     own = _own(logits, classes)
     rest = ops.logsumexp(_without(logits, own), axis=-1)
-    return ops.softplus(rest - _pick(logits, own))
+    return _pick(logits, own) - rest
+
+
+def divergence(reference, logits):
+    """The Kullback-Leibler divergence KL(p || q) between two answers.
+
+    Args:
+        reference: Logits of p, `(batch, classes)`.
+        logits: Logits of q, `(batch, classes)`.
+
+    Returns:
+        Tensor of shape `(batch,)`, in nats. Both sides pass gradients on.
+    """
+    wanted = ops.log_softmax(ops.cast(reference, "float32"), axis=-1)
+    found = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
+    return ops.sum(ops.exp(wanted) * (wanted - found), axis=-1)
 
 
 def margin(logits, classes):

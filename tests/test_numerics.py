@@ -460,6 +460,68 @@ def test_value_and_grad_through_a_gather_and_through_nothing():
     np.testing.assert_array_equal(array(grad), np.zeros((3, 2)))
 
 
+class TestDifferentiable:
+    """A loss with an input gradient inside, differentiated once more.
+
+    f(x) = sum sin(a x) has the gradient a cos(a x); the loss on top of it is
+    its square plus the losses plus three times the second value.
+    """
+
+    A = 1.7
+    X = np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)
+
+    @staticmethod
+    def penalty(a, x):
+        (values, aux), grad = numerics.value_and_grad(
+            lambda x: (ops.sum(ops.sin(a * x), axis=-1), a * a),
+            x,
+            has_aux=True,
+            differentiable=True,
+        )
+        return ops.sum(ops.square(grad), axis=-1) + values + 3.0 * aux
+
+    def test_with_respect_to_what_the_function_reads(self):
+        total, grad = numerics.value_and_grad(
+            lambda a: self.penalty(a, ops.convert_to_tensor(self.X)),
+            np.float32(self.A),
+        )
+        a, x = self.A, self.X.astype("float64")
+        slope = a * np.cos(a * x)
+        want = (slope**2 + np.sin(a * x)).sum(1) + 3 * a * a
+        np.testing.assert_allclose(array(total), want, rtol=1e-5)
+        inner = np.cos(a * x) - a * x * np.sin(a * x)
+        want = (2 * slope * inner + x * np.cos(a * x)).sum() + 2 * 3 * 2 * a
+        np.testing.assert_allclose(array(grad), want, rtol=1e-5)
+
+    def test_with_respect_to_the_point(self):
+        _, grad = numerics.value_and_grad(
+            lambda x: self.penalty(ops.convert_to_tensor(self.A), x), self.X
+        )
+        a, x = self.A, self.X.astype("float64")
+        want = -2 * a**3 * np.cos(a * x) * np.sin(a * x) + a * np.cos(a * x)
+        np.testing.assert_allclose(array(grad), want, rtol=1e-4, atol=1e-5)
+
+    def test_assigns_what_the_function_assigns_once(self):
+        """As a model in training mode does, in a compiled call."""
+        count = keras.Variable(np.zeros(3, "float32"))
+        seen = keras.Variable(np.float32(2.0))
+
+        def run(x):
+            def fn(x):
+                count.assign_add(ops.sum(x * seen, axis=0))
+                return ops.sum(x * x, axis=-1)
+
+            def outer(x):
+                _, grad = numerics.value_and_grad(fn, x, differentiable=True)
+                return ops.sum(grad, axis=-1)
+
+            return outer(x), count + 0.0
+
+        _, after = numerics.compile_call(run, [count, seen])(self.X)
+        np.testing.assert_allclose(array(after), 2 * self.X.sum(0), rtol=1e-6)
+        assert not np.any(array(count.value))
+
+
 def test_value_and_grad_inside_a_compiled_loop():
     """Gradient descent on a quadratic: x halves at every step."""
 

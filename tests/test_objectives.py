@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 from norms import array
+from scipy import special, stats
 from toys import keys_for
 
 import numerics
 import objectives
+from attack_backbone import FGSM, MIM, PGD, PGDAdam
 
 
 def tensor(x):
@@ -112,6 +114,61 @@ def test_an_infinite_logit_of_another_class_is_no_nan():
     logits = tensor(np.array([[1.0, -np.inf, 0.5]], "float32"))
     assert array(objectives.margin(logits, tensor([0])))[0] == -0.5
     assert np.isfinite(array(objectives.cross_entropy(logits, tensor([0]))))[0]
+
+
+def test_log_odds_and_what_is_made_of_them():
+    """To full relative precision where 1 - p rounds to zero, in float64."""
+    logits, labels, _ = draw()
+    logits[0] = np.eye(7)[labels[0]] * 40  # A confidence of 1 - 6 e**-40.
+    p = np.exp(-oracle("cross_entropy", logits, labels))
+    odds = objectives.log_odds(tensor(logits), tensor(labels))
+    want = np.log(p[1:] / (1 - p[1:]))
+    np.testing.assert_allclose(array(odds)[1:], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(array(odds)[0], 40 - np.log(6), rtol=1e-6)
+    rest = array(ops.exp(-ops.softplus(odds)))
+    np.testing.assert_allclose(rest[1:], 1 - p[1:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(rest[0], 6 * np.exp(-40.0), rtol=1e-5)
+
+
+def test_divergence_is_scipys():
+    p, q = draw(seed=0)[0], draw(seed=1)[0]
+    want = stats.entropy(
+        special.softmax(p.astype("float64"), 1),
+        special.softmax(q.astype("float64"), 1),
+        axis=1,
+    )
+    got = array(objectives.divergence(tensor(p), tensor(q)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    same = array(objectives.divergence(tensor(p), tensor(p)))
+    np.testing.assert_allclose(same, 0, atol=1e-6)
+
+
+def test_the_verdict_on_several_heads_is_that_of_their_mean():
+    heads = np.random.default_rng(0).normal(size=(5, 3, 4)).astype("float32")
+    outputs = objectives.outputs_of(tensor(heads))
+    np.testing.assert_allclose(array(outputs.logits), heads.mean(1), rtol=1e-5)
+    assert outputs.answers is None
+    assert objectives.outputs_of(outputs) is outputs
+    one = tensor(heads[:, 0])
+    assert objectives.outputs_of(one).logits is one
+
+
+@pytest.mark.parametrize("attack", [FGSM, PGD, MIM, PGDAdam])
+def test_an_attack_ascends_what_the_outputs_name(attack):
+    """Away from a grey image the first pixel's mean rises, whatever a label."""
+    images = np.full((4, 2, 2, 1), 0.5, "float32")
+
+    def logits_fn(images):
+        pixels = ops.reshape(images, (-1, 4))
+        return objectives.Outputs(pixels, ascended=2 * pixels[:, 0])
+
+    out = attack(epsilon=0.1).perturb(
+        logits_fn, images, np.arange(4), keys_for(4)
+    )
+    np.testing.assert_allclose(array(out)[:, 0, 0, 0], 0.6, atol=1e-5)
+    if attack in (FGSM, MIM):  # The others start at random elsewhere.
+        rest = array(out).reshape(4, 4)[:, 1:]
+        np.testing.assert_allclose(rest, 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -1,0 +1,603 @@
+"""What robust training minimizes, against NumPy in float64.
+
+The model is linear where an oracle writes out gradients, so that every
+perturbation, loss and weight gradient has a formula.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from norms import array, norm_of
+from scipy import special, stats
+
+import losses
+import numerics
+import objectives
+import training_step
+from attack_backbone import ATTACKS, FGSM, MIM, PGD, PGDAdam
+
+SHAPE = (4, 3, 2)
+SIZE = 24
+CLASSES = 4
+COUNT = 8
+EPSILON = 0.1
+LABELS = (np.arange(COUNT) % CLASSES).astype("int32")
+WALK = PGD(epsilon=EPSILON, steps=3, keep="last")
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def images_for(seed=0):
+    images = np.clip(0.5 + 0.3 * draw(seed, COUNT, *SHAPE), 0, 1)
+    return images.astype("float32")
+
+
+def keys_for(count=COUNT, seed=0):
+    return numerics.example_keys(seed, np.arange(count, dtype="int32"))
+
+
+CLEAN = images_for()
+CRAFTED = np.clip(CLEAN + 0.05 * draw(1, COUNT, *SHAPE), 0, 1).astype("float32")
+WEIGHTS = (0.5 * draw(2, SIZE, CLASSES)).astype("float32")
+TWO_HEADS = (0.5 * draw(3, SIZE, 2 * CLASSES)).astype("float32")
+
+
+def linear(weights):
+    """The `logits_fn` of a linear model; twice the columns are two heads."""
+    weights = ops.convert_to_tensor(weights)
+    heads = weights.shape[1] // CLASSES
+
+    def logits_fn(images):
+        logits = ops.matmul(ops.reshape(images, (-1, SIZE)), weights)
+        if heads == 1:
+            return logits
+        return ops.reshape(logits, (-1, heads, CLASSES))
+
+    return logits_fn
+
+
+# --- The oracle --------------------------------------------------------------
+
+
+def logits_of(weights, images):
+    return np.asarray(images, "float64").reshape(-1, SIZE) @ weights
+
+
+def log_p(weights, images):
+    return special.log_softmax(logits_of(weights, images), axis=1)
+
+
+def hard(weights, images):
+    return -log_p(weights, images)[np.arange(len(images)), LABELS]
+
+
+def smooth(weights, images, amount):
+    q = np.eye(CLASSES)[LABELS] * (1 - amount) + amount / CLASSES
+    return -np.sum(q * log_p(weights, images), axis=1)
+
+
+def slope_of(weights, images, amount=0.0):
+    """The gradient of the cross-entropy to the images."""
+    q = np.eye(CLASSES)[LABELS] * (1 - amount) + amount / CLASSES
+    gap = np.exp(log_p(weights, images)) - q
+    return (gap @ np.asarray(weights, "float64").T).reshape(images.shape)
+
+
+def kl(weights, p_images, q_images):
+    p = np.exp(log_p(weights, p_images))
+    return stats.entropy(p, np.exp(log_p(weights, q_images)), axis=1)
+
+
+def trades(weights, amount):
+    raised = kl(weights, CLEAN, CRAFTED)
+    return smooth(weights, CLEAN, amount) + 6 * raised
+
+
+def mart(weights, amount):
+    p = np.exp(log_p(weights, CRAFTED))
+    wrong = np.where(np.eye(CLASSES)[LABELS] > 0, 0, p).max(1)
+    doubt = 1 - np.exp(-hard(weights, CLEAN))
+    boosted = smooth(weights, CRAFTED, amount) - np.log(1 - wrong)
+    return boosted + 5 * kl(weights, CLEAN, CRAFTED) * doubt
+
+
+def pairing(weights, amount):
+    gap = logits_of(weights, CLEAN) - logits_of(weights, CRAFTED)
+    both = [smooth(weights, x, amount) for x in (CLEAN, CRAFTED)]
+    return sum(both) / 2 + 0.5 * np.mean(gap**2, axis=1)
+
+
+def local_linearity(weights, amount):
+    delta = np.asarray(CRAFTED, "float64") - CLEAN
+    slope = np.sum(delta * slope_of(weights, CLEAN, amount), axis=(1, 2, 3))
+    clean = smooth(weights, CLEAN, amount)
+    gap = smooth(weights, CRAFTED, amount) - clean - slope
+    return clean + 4 * np.abs(gap) + 3 * np.abs(slope)
+
+
+def mixture(weights, amount):
+    return 0.7 * smooth(weights, CRAFTED, amount) + 0.3 * smooth(
+        weights, CLEAN, amount
+    )
+
+
+OBJECTIVES = {
+    "standard": (losses.Standard, lambda w, a: smooth(w, CRAFTED, a)),
+    "noise": (losses.GaussianNoise, lambda w, a: smooth(w, CRAFTED, a)),
+    "madry": (losses.Madry, lambda w, a: smooth(w, CRAFTED, a)),
+    "mixture": (losses.Madry, mixture),
+    "trades": (losses.TRADES, trades),
+    "mart": (losses.MART, mart),
+    "alp": (losses.LogitPairing, pairing),
+    "llr": (losses.LocalLinearity, local_linearity),
+}
+
+
+def make(name, smoothing=0.0):
+    kind = OBJECTIVES[name][0]
+    fields = {"label_smoothing": smoothing}
+    if issubclass(kind, losses.Adversarial):
+        fields["attack"] = WALK
+    if name == "mixture":
+        fields["clean_weight"] = 0.3
+    return kind(**fields)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+class TestLosses:
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_are_the_formula_of_the_text(self, name, smoothing):
+        found, logits = make(name, smoothing).loss(
+            linear(WEIGHTS), CLEAN, CRAFTED, LABELS
+        )
+        want = OBJECTIVES[name][1](WEIGHTS, smoothing)
+        np.testing.assert_allclose(array(found), want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            array(logits), logits_of(WEIGHTS, CRAFTED), rtol=1e-4, atol=1e-5
+        )
+
+    def test_have_the_gradient_of_the_formula(self, name):
+        """Central differences along random directions of the weights.
+
+        For local linearity it is a second derivative.
+        """
+        objective = make(name, 0.1)
+
+        def of_weights(weights):
+            return objective.loss(linear(weights), CLEAN, CRAFTED, LABELS)[0]
+
+        _, grad = numerics.value_and_grad(of_weights, WEIGHTS)
+        for seed in range(3):
+            step = 1e-5 * draw(10 + seed, SIZE, CLASSES)
+            up, down = (
+                OBJECTIVES[name][1](WEIGHTS.astype("float64") + s, 0.1).sum()
+                for s in (step, -step)
+            )
+            found = np.sum(array(grad) * step / 1e-5)
+            assert found == pytest.approx((up - down) / 2e-5, rel=2e-3)
+
+    def test_of_several_heads_are_their_mean(self, name):
+        objective = make(name, 0.1)
+        parts = [TWO_HEADS[:, :CLASSES], TWO_HEADS[:, CLASSES:]]
+        found, logits = objective.loss(
+            linear(TWO_HEADS), CLEAN, CRAFTED, LABELS
+        )
+        alone = [
+            array(objective.loss(linear(w), CLEAN, CRAFTED, LABELS)[0])
+            for w in parts
+        ]
+        if name == "llr":  # The mean loss is what is to be linear.
+            clean, moved = (
+                np.mean([smooth(w, x, 0.1) for w in parts], 0)
+                for x in (CLEAN, CRAFTED)
+            )
+            delta = CRAFTED.astype("float64") - CLEAN
+            grad = np.mean([slope_of(w, CLEAN, 0.1) for w in parts], 0)
+            slope = np.sum(delta * grad, axis=(1, 2, 3))
+            gap = np.abs(moved - clean - slope)
+            alone = [clean + 4 * gap + 3 * np.abs(slope)]
+        np.testing.assert_allclose(
+            array(found), np.mean(alone, 0), rtol=1e-4, atol=1e-5
+        )
+        mean = np.mean([logits_of(w, CRAFTED) for w in parts], 0)
+        np.testing.assert_allclose(array(logits), mean, rtol=1e-4, atol=1e-5)
+
+    def test_take_one_call_of_the_model(self, name):
+        """Clean and crafted images share their batch statistics.
+
+        JAX calls once more, for the gradient inside of local linearity.
+        """
+        calls = []
+
+        def counting(images):
+            calls.append(images.shape[0])
+            return linear(WEIGHTS)(images)
+
+        make(name).loss(counting, CLEAN, CRAFTED, LABELS)
+        alone = name in ("standard", "noise", "madry")
+        again = name == "llr" and keras.config.backend() == "jax"
+        assert calls == [COUNT if alone else 2 * COUNT] * (1 + again)
+
+    def test_stay_finite_where_the_model_is_sure(self, name):
+        found, _ = make(name, 0.1).loss(
+            linear(200 * WEIGHTS), CLEAN, CRAFTED, LABELS
+        )
+        assert np.all(np.isfinite(array(found)))
+
+
+def test_outputs_with_answers_are_several_heads():
+    objective = make("trades")
+    heads = linear(TWO_HEADS)
+
+    def logits_fn(images):
+        answers = heads(images)
+        return objectives.Outputs(answers[:, 1], answers)
+
+    found, logits = objective.loss(logits_fn, CLEAN, CRAFTED, LABELS)
+    want, _ = objective.loss(heads, CLEAN, CRAFTED, LABELS)
+    np.testing.assert_allclose(array(found), array(want), rtol=1e-5)
+    want = logits_of(TWO_HEADS[:, CLASSES:], CRAFTED)
+    np.testing.assert_allclose(array(logits), want, rtol=1e-4, atol=1e-5)
+
+
+# --- Crafting ----------------------------------------------------------------
+
+
+def ascend(gradient, start, steps, length):
+    """Signed gradient ascent in the ball and the box, float64."""
+    clean = CLEAN.astype("float64")
+    x = np.clip(clean + np.clip(start, -EPSILON, EPSILON), 0, 1)
+    for _ in range(steps):
+        x = x + length * np.sign(gradient(x))
+        x = np.clip(np.clip(x, clean - EPSILON, clean + EPSILON), 0, 1)
+    return x
+
+
+class TestCrafting:
+    def test_of_trades_ascends_the_divergence(self):
+        """From 0.001 N(0, I), which the test takes from the keys itself."""
+        attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
+        objective = losses.TRADES(attack)
+        out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
+        keys = numerics.fold_in(keys_for(), losses._START_STREAM)
+        start = 1e-3 * array(numerics.normal(keys, SHAPE)).astype("float64")
+        assert 0.8e-3 < start.std() < 1.2e-3
+        p = np.exp(log_p(WEIGHTS, CLEAN))
+
+        def gradient(x):
+            return ((np.exp(log_p(WEIGHTS, x)) - p) @ WEIGHTS.T).reshape(
+                x.shape
+            )
+
+        want = ascend(gradient, start, 4, 0.04)
+        # A sign near zero may fall to either side in float32.
+        assert np.mean(np.abs(out - want) < 1e-5) > 0.99
+        assert np.all(kl(WEIGHTS, CLEAN, out) > 0.9 * kl(WEIGHTS, CLEAN, want))
+
+    def test_of_local_linearity_ascends_the_gap(self):
+        attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
+        objective = losses.LocalLinearity(attack)
+        out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
+        keys = numerics.fold_in(keys_for(), losses._START_STREAM)
+        start = numerics.random_in_ball(keys, SHAPE, EPSILON, "linf")
+        here, grad = hard(WEIGHTS, CLEAN), slope_of(WEIGHTS, CLEAN)
+
+        def gap(x):
+            linear_part = np.sum((x - CLEAN) * grad, axis=(1, 2, 3))
+            return hard(WEIGHTS, x) - here - linear_part
+
+        def gradient(x):
+            sign = np.sign(gap(x)).reshape(-1, 1, 1, 1)
+            return sign * (slope_of(WEIGHTS, x) - grad)
+
+        want = ascend(gradient, array(start).astype("float64"), 4, 0.04)
+        assert np.mean(np.abs(out - want) < 1e-5) > 0.99
+        found, best = np.abs(gap(out)), np.abs(gap(want))
+        np.testing.assert_allclose(found, best, rtol=0.1, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", [losses.TRADES, losses.LocalLinearity])
+    def test_of_their_own_takes_fgsm_too(self, kind):
+        """At the image itself it would have no gradient to step along."""
+        objective = kind(FGSM(epsilon=EPSILON))
+        out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
+        inside = (CLEAN > EPSILON) & (CLEAN < 1 - EPSILON)
+        moved = np.abs(out - CLEAN)[inside]
+        assert np.mean(moved > 0.9 * EPSILON) > 0.4
+        assert moved.max() <= EPSILON + 1e-6
+
+    def test_of_noise_adds_it(self):
+        """Kolmogorov-Smirnov on grey images, which are hardly clipped."""
+        images = np.full((500, *SHAPE), 0.5, "float32")
+        objective = losses.GaussianNoise(0.1)
+        out = array(objective.craft(None, images, None, keys_for(500)))
+        noise = (out - 0.5).ravel() / 0.1
+        assert stats.kstest(noise, "norm").pvalue > 1e-3
+        edge = array(objective.craft(None, 0 * images, None, keys_for(500)))
+        assert edge.min() == 0 and 0.45 < np.mean(edge > 0) < 0.55
+
+    @pytest.mark.parametrize("target", ["next", "least_likely"])
+    def test_towards_the_class_it_names(self, target):
+        objective = losses.Madry(
+            PGD(epsilon=EPSILON, steps=3, random_start=0),
+            target=target,
+            num_classes=CLASSES,
+        )
+        out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
+        scores = logits_of(WEIGHTS, CLEAN)
+        scores[np.arange(COUNT), LABELS] = np.inf
+        aimed = {
+            "next": (LABELS + 1) % CLASSES,
+            "least_likely": scores.argmin(1),
+        }[target]
+        rows = np.arange(COUNT), aimed
+        assert np.all(log_p(WEIGHTS, out)[rows] > log_p(WEIGHTS, CLEAN)[rows])
+        want = objective.attack.perturb(
+            linear(WEIGHTS), CLEAN, LABELS, None, aimed
+        )
+        np.testing.assert_allclose(out, array(want), atol=1e-6)
+
+    @pytest.mark.parametrize("name", [n for n in losses.ATTACKS])
+    @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+    def test_each_image_has_its_radius(self, name, norm):
+        radius = {"linf": EPSILON, "l2": 0.3, "l1": 1.0}[norm]
+        attack = losses.AdversarialConfig(
+            attack=name, norm=norm, epsilon=radius, epsilon_per_image=True
+        ).build(CLASSES)
+        keys = keys_for()
+        own = radius * (
+            1 - array(numerics.uniform(
+                numerics.fold_in(keys, losses._RADIUS_STREAM), ()
+            ))
+        )  # fmt: skip
+        out = array(attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys))
+        far = norm_of(out - CLEAN, norm)
+        assert np.all(far <= own * (1 + 1e-4) + 1e-6)
+        assert np.all(far > 0.2 * own)
+        half = array(
+            attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys, scale=0.5)
+        )
+        assert np.all(norm_of(half - CLEAN, norm) <= 0.5 * own * 1.0001 + 1e-6)
+
+    def test_radii_are_uniform(self):
+        """One FGSM step on grey images goes exactly the radius."""
+        count = 600
+        images = np.full((count, *SHAPE), 0.5, "float32")
+        labels = np.zeros(count, "int32")
+        objective = losses.Madry(FGSM(epsilon=0.2), epsilon_per_image=True)
+        out = array(
+            objective.craft(linear(WEIGHTS), images, labels, keys_for(count))
+        )
+        radii = norm_of(out - images, "linf")
+        assert stats.kstest(radii / 0.2, "uniform").pvalue > 1e-3
+
+    @pytest.mark.parametrize(
+        "attack",
+        [PGD(epsilon=0.2, steps=3), PGDAdam(epsilon=0.2, steps=3), MIM()],
+    )
+    def test_a_scaled_attack_is_that_of_the_smaller_ball(self, attack):
+        numbers = {"epsilon": 0.5 * attack.epsilon}
+        if hasattr(attack, "rates"):
+            numbers["rates"] = tuple(0.5 * rate for rate in attack.rates)
+        small = type(attack)(**{
+            **{f: getattr(attack, f) for f in ("steps", "norm")}, **numbers
+        })  # fmt: skip
+        batch = linear(WEIGHTS), CLEAN, LABELS, keys_for()
+        for factor in (0.5, np.full(COUNT, 0.5, "float32")):
+            factor = ops.convert_to_tensor(factor, dtype="float32")
+            out = attack.scaled(factor).perturb(*batch)
+            np.testing.assert_allclose(
+                array(out), array(small.perturb(*batch)), atol=1e-6
+            )
+
+
+# --- In a training step ------------------------------------------------------
+
+
+def small_model():
+    inputs = keras.Input(SHAPE)
+    x = layers.BatchNormalization(momentum=0.9)(inputs)
+    x = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+    x = layers.BatchNormalization()(x)
+    x = layers.MaxPooling2D(2, padding="same")(x)
+    x = layers.Dropout(0.1)(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Dense(CLASSES)(x))
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_trains_and_moves_the_batch_statistics_once(name):
+    """One step on every backend; the statistics are those of both images."""
+    keras.utils.set_random_seed(0)
+    model = small_model()
+    optimizer = keras.optimizers.SGD(0.05)
+    optimizer.build(model.trainable_variables)
+    changes = {"steps": 2} if name not in ("fast", "noise") else {}
+    objective = losses.AdversarialConfig(name, **changes).build(CLASSES, 0.1)
+    seen = []
+
+    def craft(*batch):
+        made = objective.craft(*batch)
+        seen.append(made)
+        # What was made is taken in and has no say, so that it is known.
+        return ops.minimum(ops.maximum(made, CRAFTED), CRAFTED)
+
+    step_fn = training_step.make_step(
+        model, optimizer, training_step.Objective(objective.loss, craft)
+    )
+    before = [array(v) for v in model.trainable_variables]
+    indices = np.arange(COUNT, dtype="int32")
+    loss, _ = step_fn(CLEAN, LABELS, indices, 0)
+    assert np.isfinite(float(array(loss))) and seen
+    after = [array(v) for v in model.trainable_variables]
+    assert all(np.all(np.isfinite(v)) for v in after)
+    assert any(
+        np.abs(a - b).max() > 0 for a, b in zip(after, before, strict=True)
+    )
+    alone = name in ("madry", "fast", "noise")
+    batch = CRAFTED if alone else np.concatenate([CRAFTED, CLEAN])
+    np.testing.assert_allclose(
+        array(model.layers[1].moving_mean),
+        0.1 * batch.mean((0, 1, 2)),
+        rtol=1e-4,
+    )
+
+
+# --- Settings ----------------------------------------------------------------
+
+
+class TestConfig:
+    def test_the_texts_defaults(self):
+        cifar = losses.CONFIGS["cifar10"]
+        found = {
+            name: cifar.override(objective=name).build(10)
+            for name in losses.OBJECTIVES
+        }
+        attack = {"norm": "linf", "epsilon": 8 / 255, "keep": "last"}
+        assert found["trades"] == losses.TRADES(
+            PGD(**attack, steps=10, step_size=found["trades"].attack.step_size),
+            num_classes=10,
+            weight=6.0,
+        )
+        assert found["trades"].attack.step_size == pytest.approx(0.007)
+        assert found["mart"] == losses.MART(
+            PGD(**attack, steps=10, step_size=2 / 255),
+            num_classes=10,
+            weight=5.0,
+        )
+        assert found["alp"] == losses.LogitPairing(
+            cifar.build(10).attack,
+            num_classes=10,
+            clean_weight=0.5,
+            weight=0.5,
+        )
+        assert found["llr"] == losses.LocalLinearity(
+            PGD(**attack, steps=10),
+            num_classes=10,
+            weight=4.0,
+            slope_weight=3.0,
+        )
+        fast = found["fast"].attack
+        assert (fast.steps, fast.random_start) == (1, 1.0)
+        assert fast.step_length == pytest.approx(1.25 * 8 / 255)
+        assert found["noise"] == losses.GaussianNoise(8 / 255)
+
+    def test_steps_move_with_epsilon(self):
+        for name, length in (("trades", 0.0035), ("fast", 5 / 255)):
+            config = losses.AdversarialConfig(name)
+            moved = config.override(epsilon=4 / 255)
+            assert moved.step_size == pytest.approx(length)
+            fresh = losses.AdversarialConfig(name, epsilon=4 / 255)
+            assert fresh.step_size == pytest.approx(length)
+
+    def test_the_recipe_of_s3ta(self):
+        config = losses.AdversarialConfig(
+            epsilon=16 / 255,
+            steps=30,
+            step_size=1 / 255,
+            random_start=0.8,
+            target="random",
+        )
+        found = config.build(1000, 0.1)
+        assert found == losses.Madry(
+            PGD(
+                epsilon=16 / 255,
+                steps=30,
+                step_size=1 / 255,
+                random_start=0.8,
+                keep="last",
+            ),
+            target="random",
+            num_classes=1000,
+            label_smoothing=0.1,
+        )
+        paired = config.override(objective="alp")
+        assert paired.build(1000).attack == found.attack
+        assert paired.target == "random" and paired.weight == 0.5
+
+    @pytest.mark.parametrize("attack", losses.ATTACKS)
+    def test_takes_any_attack(self, attack):
+        config = losses.CONFIGS["cifar10"].override(attack=attack)
+        found = config.build(10).attack
+        assert type(found) is ATTACKS[attack]
+        assert found.epsilon == 8 / 255
+        if attack != "fgsm":
+            assert found.steps == 5 and found.keep == "last"
+        lengths = {
+            "pgd": 8 / 255 / 3, "bim": 8 / 255 / 3, "mim": 8 / 255 / 5
+        }  # fmt: skip
+        if attack in lengths:
+            assert found.step_length == pytest.approx(lengths[attack])
+        if attack == "mim":
+            assert found.momentum == 1 and found.random_start == 0
+        if attack == "pgd_adam":
+            assert found.rates == (pytest.approx(4 / 255),)
+            assert found.boundaries == ()
+
+    def test_details_of_the_attack_reach_it(self):
+        found = losses.AdversarialConfig(
+            steps=8,
+            step_rule="decayed",
+            momentum=0.5,
+            l1_fraction=0.1,
+            loss="margin",
+            norm="l1",
+            epsilon=4.0,
+            train_mode=True,
+        ).build(10)
+        assert found.train_mode and not found.epsilon_per_image
+        assert found.attack == PGD(
+            "l1",
+            4.0,
+            steps=8,
+            step_rule="decayed",
+            momentum=0.5,
+            l1_fraction=0.1,
+            loss="margin",
+            keep="last",
+        )
+
+    def test_another_attack_drops_what_it_lacks(self):
+        config = losses.AdversarialConfig(momentum=0.5, step_size=0.01)
+        assert config.override(attack="fgsm").steps is None
+        mim = config.override(attack="mim")
+        assert (mim.steps, mim.momentum, mim.step_size) == (7, 1.0, None)
+        back = config.override(objective="noise").override(objective="madry")
+        assert back == losses.AdversarialConfig()
+
+    @pytest.mark.parametrize(
+        "changes,match",
+        [
+            ({"objective": "trads"}, "mart, alp, llr, noise. Received"),
+            ({"sigma": 0.1}, "of madry with pgd: norm.*sigma=0.1"),
+            ({"objective": "trades", "target": "random"}, "target=random"),
+            ({"objective": "trades", "random_start": 0.5}, "random_start=0.5"),
+            ({"objective": "llr", "clean_weight": 0.5}, "clean_weight=0.5"),
+            ({"objective": "llr", "slope_weight": -1.0}, "slope_weight=-1"),
+            ({"objective": "mart", "weight": -1.0}, "weight >= 0.*weight=-1"),
+            ({"objective": "alp", "slope_weight": 1.0}, "slope_weight=1.0"),
+            ({"objective": "fast", "steps": 3}, "of fast: norm.*steps=3"),
+            ({"objective": "fast", "attack": "bim"}, "attack=bim"),
+            ({"objective": "noise", "epsilon": 0.1}, "of noise: sigma. Rec"),
+            ({"objective": "noise", "sigma": 0.0}, "Expected a finite sigma"),
+            ({"objective": "trades", "epsilon": 0.0}, "Expected epsilon > 0"),
+            ({"attack": "spsa"}, "pgd_adam. Received: attack='spsa'"),
+            ({"attack": "pgd_adam", "momentum": 0.5}, "momentum=0.5"),
+            ({"loss": "dlrr"}, "cross_entropy, margin, dlr"),
+        ],
+    )
+    def test_bad_settings_are_one_line(self, changes, match):
+        with pytest.raises(ValueError, match=match) as caught:
+            losses.CONFIGS["cifar10"].override(**changes)
+        assert "\n" not in str(caught.value)
+
+    def test_objectives_of_their_own_have_no_target(self):
+        for kind in (losses.TRADES, losses.LocalLinearity):
+            with pytest.raises(ValueError, match="without a target"):
+                kind(WALK, target="least_likely")
+
+    @pytest.mark.parametrize("amount", [-0.1, 1.0])
+    def test_smoothing_is_a_part(self, amount):
+        with pytest.raises(ValueError, match="label_smoothing in"):
+            losses.Standard(label_smoothing=amount)
