@@ -361,10 +361,10 @@ def _tensorflow_step(run, model, optimizer):
     def moved_weights(batch):
         """The perturbed tensors; the same on every replica."""
         with tf.GradientTape() as tape, keras.StatelessScope():
-            mean, _ = run.mean_loss(*batch)
+            share = run.mean_loss(*batch)[0] / replicas
         slopes = tape.gradient(
-            mean / replicas,
-            run.movable,
+            share,
+            [v.value for v in run.movable],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         context = tf.distribute.get_replica_context()
