@@ -140,23 +140,59 @@ _ADV_TRAIN = flags.DEFINE_boolean(
     "adv_train", None, "Train on adversarial images."
 )
 _ADVERSARIAL = {
-    "attack": flags.DEFINE_string("adv_attack", None, "pgd or fgsm."),
+    "objective": flags.DEFINE_string(
+        "adv_objective",
+        None,
+        "madry, fast, trades, mart, alp, llr or noise; implies adv_train.",
+    ),
+    "attack": flags.DEFINE_string(
+        "adv_attack", None, "pgd, fgsm, bim, mim or pgd_adam."
+    ),
     "norm": flags.DEFINE_string("adv_norm", None, "linf, l2 or l1."),
     "epsilon": flags.DEFINE_string(
         "adv_epsilon", None, "Radius in units of the pixel range: 8/255, say."
     ),
+    "epsilon_per_image": flags.DEFINE_boolean(
+        "adv_epsilon_per_image", None, "Each image draws a radius up to it."
+    ),
     "steps": flags.DEFINE_integer(
-        "adv_steps", None, "Gradient steps of pgd.", lower_bound=1
+        "adv_steps", None, "Gradient steps of the attack.", lower_bound=1
     ),
     "step_size": flags.DEFINE_string(
         "adv_step_size", None, "Length of one step, in the units of epsilon."
     ),
+    "step_rule": flags.DEFINE_string(
+        "adv_step_rule", None, "fixed, at_least or decayed."
+    ),
+    "momentum": flags.DEFINE_float(
+        "adv_momentum", None, "Of the attack's gradients."
+    ),
+    "l1_fraction": flags.DEFINE_float(
+        "adv_l1_fraction", None, "Part of the coordinates of an L1 step."
+    ),
     "random_start": flags.DEFINE_float(
         "adv_random_start", None, "Chance of a random start in the ball."
     ),
-    "target": flags.DEFINE_string("adv_target", None, "none or random."),
+    "target": flags.DEFINE_string(
+        "adv_target", None, "none, random, next or least_likely."
+    ),
+    "loss": flags.DEFINE_string(
+        "adv_loss", None, "What it ascends: cross_entropy, margin or dlr."
+    ),
+    "train_mode": flags.DEFINE_boolean(
+        "adv_train_mode", None, "Attack the model in training mode."
+    ),
     "clean_weight": flags.DEFINE_float(
         "adv_clean_weight", None, "Weight of the clean images, below 1."
+    ),
+    "weight": flags.DEFINE_float(
+        "adv_weight", None, "Of the second term of trades, mart, alp, llr."
+    ),
+    "slope_weight": flags.DEFINE_float(
+        "adv_slope_weight", None, "Weight of the slope in llr."
+    ),
+    "sigma": flags.DEFINE_string(
+        "adv_sigma", None, "Standard deviation of noise: 8/255, say."
     ),
 }
 # Options of the models; unset flags keep the model's own.
@@ -421,14 +457,17 @@ def _adversarial_from_flags(recipe_name):
 
     given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
     wanted = _ADV_TRAIN.value
-    if not (base if wanted is None else wanted):
+    if wanted is None:
+        wanted = base or "objective" in given
+    if not wanted:
         for name, value in {**given, **_given(_STEP)}.items():
+            shown = int(value) if isinstance(value, bool) else value
             raise ValueError(
-                f"--adv_{name}={value} is a matter of adversarial "
+                f"--adv_{name}={shown} is a matter of adversarial "
                 "training; add --adv_train=1."
             )
         return None
-    for name in {"epsilon", "step_size"} & set(given):
+    for name in {"epsilon", "step_size", "sigma"} & set(given):
         given[name] = command_line.parse_ratio(given[name])
     return (base or losses.CONFIGS[_DATASET.value]).override(**given)
 

@@ -146,7 +146,10 @@ class TestFlags:
             ("--dataset=imagnet10", "imagenet10"),
             ("--optimizer=adm", "unknown optimizer 'adm'"),
             ("--learning_rate=-1", "learning_rate must be above 0"),
-            ("--adv_train=1 --adv_attack=pdg", "pgd, fgsm"),
+            ("--adv_train=1 --adv_attack=pdg", "fgsm, pgd, bim, mim, pgd_adam"),
+            ("--adv_objective=trads", "madry, fast, trades, mart, alp, llr"),
+            ("--adv_objective=noise --adv_epsilon=0.1", "of noise: sigma"),
+            ("--adv_objective=trades --adv_epsilon=0", "Expected epsilon > 0"),
             ("--adv_train=1 --adv_norm=l2", "an epsilon with the norm l2"),
             ("--adv_train=1 --adv_epsilon=eps", "a ratio like 8/255"),
             ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
@@ -184,13 +187,63 @@ class TestFlags:
         fields = dataclasses.fields(losses.AdversarialConfig)
         assert set(trainer._ADVERSARIAL) == {field.name for field in fields}
         found = parse(
-            "--adv_train=1 --adv_attack=pgd --adv_norm=l2 --adv_epsilon=1/2 "
-            "--adv_steps=3 --adv_step_size=1/8 --adv_random_start=0.8 "
-            "--adv_target=random --adv_clean_weight=0.5"
+            "--adv_objective=alp --adv_attack=pgd --adv_norm=l2 "
+            "--adv_epsilon=1/2 --adv_epsilon_per_image=1 --adv_steps=3 "
+            "--adv_step_size=1/8 --adv_step_rule=decayed --adv_momentum=0.5 "
+            "--adv_l1_fraction=0.1 --adv_random_start=0.8 "
+            "--adv_target=random --adv_loss=margin --adv_train_mode=1 "
+            "--adv_clean_weight=0.4 --adv_weight=0.3"
         )
         assert found.adversarial == losses.AdversarialConfig(
-            "pgd", "l2", 0.5, 3, 0.125, 0.8, "random", 0.5
+            objective="alp",
+            attack="pgd",
+            norm="l2",
+            epsilon=0.5,
+            epsilon_per_image=True,
+            steps=3,
+            step_size=0.125,
+            step_rule="decayed",
+            momentum=0.5,
+            l1_fraction=0.1,
+            random_start=0.8,
+            target="random",
+            loss="margin",
+            train_mode=True,
+            clean_weight=0.4,
+            weight=0.3,
         )
+
+    def test_slope_weight_and_sigma_belong_to_one_objective_each(self):
+        with flagsaver.flagsaver():
+            found = parse("--adv_objective=llr --adv_slope_weight=2")
+        found = found.adversarial
+        assert (found.weight, found.slope_weight) == (4.0, 2.0)
+        found = parse("--adv_objective=noise --adv_sigma=16/255").adversarial
+        assert found.sigma == 16 / 255 and found.epsilon is None
+
+    @pytest.mark.parametrize("name", losses.OBJECTIVES)
+    def test_an_objective_implies_adversarial_training(self, name):
+        """And keeps the radius of the data set; noise makes it its sigma."""
+        found = parse(f"--dataset=mnist --data_dir=x --adv_objective={name}")
+        assert found.adversarial.objective == name
+        radius = found.adversarial.epsilon or found.adversarial.sigma
+        assert radius == losses.CONFIGS["mnist"].epsilon
+        assert found.recipe == recipes.ADVERSARIAL_RECIPES["mnist"]
+
+    @pytest.mark.parametrize("name", ["trades", "llr", "noise"])
+    def test_an_objective_trains(self, name, tmp_path):
+        """With smoothed labels, which its losses are given."""
+        size = "" if name == "noise" else "--adv_steps=1"
+        chosen = parse(
+            f"--runs_dir={tmp_path} --model=madry_cnn --width=2 --epochs=1 "
+            f"--batch_size=8 --adv_objective={name} {size} "
+            "--label_smoothing=0.1 --robust_validation=4"
+        )
+        objective = trainer._objective(chosen, tiny())
+        assert type(objective) is losses.OBJECTIVES[name]
+        assert objective.label_smoothing == 0.1
+        record = trainer.run(chosen, tiny())
+        assert record["best_validation_robust_accuracy"] is not None
 
     @pytest.mark.parametrize("name", sorted(trainer._ADVERSARIAL))
     def test_its_flags_ask_for_it(self, name):
@@ -379,7 +432,7 @@ def call(*arguments, **environment):
         (["--epochs=many"], "--epochs=many"),
         (["--epoch=3"], "epochs"),
         (["--auxiliary=1"], "no option 'auxiliary'"),
-        (["--adv_train=1", "--adv_epsilon=0"], "Expected epsilon > 0"),
+        (["--adv_objective=mart", "--adv_epsilon=0"], "Expected epsilon > 0"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
