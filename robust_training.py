@@ -118,7 +118,6 @@ def save_weights(path, model):
     callbacks want to see on the model stays out of it: its slots would make
     the file three times as large.
     """
-    optimizer = getattr(model, "optimizer", None)
     step = model_registry.read_out(model)
 
     def write(temporary):
@@ -127,10 +126,17 @@ def save_weights(path, model):
             with h5py.File(temporary, "a") as file:
                 file.attrs[_READ_OUT] = step
 
+    values = sum(math.prod(v.shape) for v in model.variables)
+    with _without_optimizer(model):
+        run_folder.atomic_write(path, write, size=_ROOM + 4 * values)
+
+
+@contextlib.contextmanager
+def _without_optimizer(model):
+    optimizer = getattr(model, "optimizer", None)
     model.optimizer = None
     try:
-        values = sum(math.prod(v.shape) for v in model.variables)
-        run_folder.atomic_write(path, write, size=_ROOM + 4 * values)
+        yield
     finally:
         model.optimizer = optimizer
 
@@ -151,7 +157,8 @@ def load_weights(path, model, *, read_out=True):
         step = file.attrs.get(_READ_OUT)
     if step is not None and read_out:
         model_registry.set_read_out(model, int(step))
-    model.load_weights(path)
+    with _without_optimizer(model):
+        model.load_weights(path)
 
 
 @contextlib.contextmanager

@@ -26,36 +26,69 @@ strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
 
 import attack_backbone
 import keras
+import losses
 import model_backbone
+import robust_training
 import test_robust_training as case
 import training_step
 
-def craft(logits_fn, images, labels, keys):
-    attack = attack_backbone.PGD(epsilon=0.1, step_size=0.05, steps=2)
-    result = attack(logits_fn, images, labels, keys)
-    return result.images
+SHAPE = (12, 12, 1)
 
-objective = training_step.Objective(case.STANDARD.loss, craft)
-with strategy.scope():
-    keras.utils.set_random_seed(0)
+def retinal():
     # No batch normalization: its statistics are those of a replica.
-    model = model_backbone.create(
-        "attention_mnist", num_classes=3, image_shape=(12, 12, 1),
+    return model_backbone.create(
+        "attention_mnist", num_classes=3, image_shape=SHAPE,
         attention_kind="retina", regularization=0.01, dropout=0.0)
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
-    optimizer.build(model.trainable_variables)
-    step_fn = training_step.make_step(
-        model, optimizer, objective, augmentation=case.AUGMENTATION)
-rng = np.random.default_rng(0)
-losses = []
-for step in range(4):
-    labels = rng.integers(0, 3, 8).astype("int32")
-    images = rng.random((8, 12, 12, 1)).astype("float32")
-    indices = rng.permutation(100)[:8].astype("int32")
-    loss, right = step_fn(images, labels, indices, step)
-    losses.append([float(loss), float(right)])
-weights = np.concatenate([w.ravel() for w in model.get_weights()])
-np.savez(path, weights=weights, losses=losses)
+
+def plain():
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input(SHAPE), layers.Conv2D(4, 3, activation="tanh"),
+        layers.Flatten(), layers.Dense(3)])
+
+def train(build, attack, **settings):
+    objective = losses.Madry(attack)
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = build()
+        optimizer = keras.optimizers.SGD(
+            0.05, momentum=0.9, use_ema=True, ema_momentum=0.5)
+        optimizer.build(model.trainable_variables)
+        step_fn = training_step.make_step(
+            model, optimizer, objective, augmentation=case.AUGMENTATION,
+            **settings)
+    rng = np.random.default_rng(0)
+    history, carried = [], []
+    if "config" in settings and settings["config"].replays:
+        carried = [np.zeros((8, *SHAPE), "float32")]
+    for step in range(4):
+        labels = rng.integers(0, 3, 8).astype("int32")
+        images = rng.random((8, *SHAPE)).astype("float32")
+        indices = rng.permutation(100)[:8].astype("int32")
+        loss, right, *carried = step_fn(
+            images, labels, indices, step, *carried)
+        history.append([float(loss), float(right)])
+    with robust_training.averaged(model, optimizer):
+        average = [w.ravel() for w in model.get_weights()]
+    weights = [w.ravel() for w in model.get_weights()]
+    assert not np.array_equal(average[0], weights[0])
+    carried = [np.ravel(c) for c in carried]
+    return np.concatenate([*weights, *average, *carried]), history
+
+pgd = attack_backbone.PGD(epsilon=0.1, step_size=0.05, steps=2)
+fgsm = attack_backbone.FGSM(epsilon=0.1)
+# Signs of gradients near zero could differ by rounding.
+fgm = attack_backbone.FGSM("l2", 0.5)
+found = {}
+for name, build, attack, settings in (
+    ("pgd", retinal, pgd, {}),
+    ("awp", plain, fgsm,
+     {"l2": 0.1, "config": training_step.StepConfig(awp=0.1)}),
+    ("free", plain, fgm, {"config": training_step.StepConfig(replays=2)}),
+):
+    weights, history = train(build, attack, **settings)
+    found[f"{name}_weights"], found[f"{name}_losses"] = weights, history
+np.savez(path, **found)
 """
 
 
@@ -75,6 +108,8 @@ def train(count, path):
     reason="tf.distribute is TensorFlow's",
 )
 def test_replicas_equal_one_device(tmp_path):
+    """Weights, averaged weights, and what free training carries on."""
     alone, together = (train(n, tmp_path / f"{n}.npz") for n in (1, 2))
-    for name in ("losses", "weights"):
+    assert len(alone.files) == 6
+    for name in alone.files:
         np.testing.assert_allclose(together[name], alone[name], atol=1e-5)

@@ -1,6 +1,5 @@
 """A step is exact: same weights on every backend, and after a restart."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,13 +9,17 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from toys import Unrolled
 
 import attack_backbone
 import datasets
 import glimpse
+import losses
 import model_backbone
+import model_registry
 import numerics
 import recipes
+import robust_evaluation
 import robust_training
 import run_folder
 import training_step
@@ -34,6 +37,12 @@ def fgsm(logits_fn, images, labels, keys):
 
 
 STANDARD = training_step.STANDARD
+FREE = {
+    "objective": losses.Madry(attack_backbone.FGSM(epsilon=0.1)),
+    "step_config": training_step.StepConfig(replays=2),
+}
+THRICE = training_step.StepConfig(replays=3)
+READ_OUTS = ((0, 1), (1, 3))
 ADVERSARIAL = training_step.Objective(
     loss=training_step.STANDARD.loss, craft=fgsm
 )
@@ -49,7 +58,7 @@ def split(count=40, seed=0):
     return datasets.Split("train", labels, lambda indices: images[indices])
 
 
-def build(dropout=0.3):
+def build(dropout=0.3, core=(), **settings):
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -59,6 +68,7 @@ def build(dropout=0.3):
             layers.ReLU(),
             layers.Dropout(dropout, seed=0),
             layers.GlobalAveragePooling2D(),
+            *core,
             layers.Dense(3),
         ]
     )
@@ -72,13 +82,14 @@ def build(dropout=0.3):
         ]
     )
     optimizer = keras.optimizers.SGD(
-        recipes.Schedule("cosine", 0.1, 40, warmup=3), momentum=0.9
+        recipes.Schedule("cosine", 0.1, 40, warmup=3), momentum=0.9, **settings
     )
     return model, optimizer
 
 
-def loop(folder, *, epochs=3, dropout=0.3, **settings):
-    model, optimizer = build(dropout)
+def loop(folder, *, epochs=3, dropout=0.3, ema=False, core=(), **settings):
+    model, optimizer = build(dropout, core, use_ema=ema, ema_momentum=0.9)
+    folder.mkdir(exist_ok=True)
     return robust_training.Loop(
         model=model,
         optimizer=optimizer,
@@ -186,24 +197,53 @@ class TestStep:
 
 
 class TestLoop:
-    def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(self, tmp_path):
-        whole = loop(tmp_path / "whole")
-        whole.folder.mkdir()
+    @pytest.mark.parametrize(
+        "stops,settings",
+        [
+            # Within, at the end of an epoch, within.
+            ((3, 5, 12), lambda: {}),
+            # Within the replays of a batch, before the averages are kept.
+            ((13, 10), lambda: {**FREE, "ema": True, "epochs": 2, "l2": 0.01}),
+            # Before and after the read-out moves.
+            ((5, 8), lambda: {"core": [Unrolled()], "read_outs": READ_OUTS}),
+        ],
+        ids=["plain", "free", "read_outs"],
+    )
+    def test_resumes_bit_for_bit(self, tmp_path, stops, settings):
+        whole = loop(tmp_path / "whole", **settings())
         history = whole.train()
-        for stop in (3, 5, 12):  # Within, at the end of an epoch, within.
+        for stop in stops:
             folder = tmp_path / str(stop)
-            folder.mkdir()
-            part = loop(folder)
+            part = loop(folder, **settings())
             part.should_stop = lambda p=part, s=stop: p.progress["step"] == s
             with pytest.raises(robust_training.Interrupted):
                 part.train()
-            rest = loop(folder)
+            rest = loop(folder, **settings())
             assert rest.resume() == stop
             resumed = rest.train()
             for a, b in zip(state(whole), state(rest), strict=True):
                 np.testing.assert_array_equal(a, b)
             for a, b in zip(history, resumed, strict=True):
                 assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+    def test_replays_take_each_batch_again(self, tmp_path):
+        """20 images in batches of 8, three times each: six steps an epoch."""
+        trained = loop(tmp_path, epochs=1, **{**FREE, "step_config": THRICE})
+        trained.split = split(20)
+        trained.__post_init__()
+        seen = []
+        trained._make_step = lambda: (
+            lambda images, labels, indices, step, carried: (
+                seen.append((indices.tolist(), step, carried[0, 0, 0, 0]))
+                or (0.0, 0.0, carried + 1)
+            )
+        )
+        trained.train()
+        order = datasets.epoch_order(20, 3, 0).tolist()
+        want = [order[:8]] * 3 + [order[8:16]] * 3
+        assert [indices for indices, _, _ in seen] == want
+        assert [step for _, step, _ in seen] == list(range(6))
+        assert [carried for _, _, carried in seen] == list(range(6))
 
     def test_writes_what_a_run_consists_of(self, tmp_path):
         scores = iter([0.5, 0.9, 0.7])
@@ -307,12 +347,201 @@ class TestLoop:
         step = rest.resume()
         assert step >= 10
         whole = loop(tmp_path / "whole", epochs=1000)
-        whole.folder.mkdir()
         whole.should_stop = lambda: whole.progress["step"] == step
         with pytest.raises(robust_training.Interrupted):
             whole.train()
         for a, b in zip(state(whole), state(rest), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+class TestBest:
+    """Which weights are kept, and when a run ends."""
+
+    def validated(self, folder, scores, **settings):
+        """A loop whose validation finds (clean, robust) `scores`."""
+        scores, seen = iter(scores), []
+
+        def validate(model):
+            seen.append(model.get_weights())
+            clean, robust = next(scores)
+            return {"accuracy": clean, "loss": 1.0, "robust_accuracy": robust}
+
+        trained = loop(folder, validate=validate, **settings)
+        trained.seen = seen
+        return trained
+
+    def kept(self, folder, name, core=()):
+        model, _ = build(core=core)
+        robust_training.load_weights(folder / f"{name}.weights.h5", model)
+        return model.get_weights()
+
+    def equal(self, first, second):
+        pairs = zip(first, second, strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    def test_is_by_robust_accuracy(self, tmp_path):
+        scores = [(0.9, 0.3), (0.7, 0.5), (0.8, 0.5)]
+        trained = self.validated(tmp_path, scores)
+        rows = trained.train()
+        assert trained.progress["best_epoch"] == 2  # The first of equals.
+        assert self.equal(self.kept(tmp_path, "best"), trained.seen[1])
+        assert self.equal(self.kept(tmp_path, "last"), trained.seen[2])
+        assert [row["validation_robust_accuracy"] for row in rows] == [
+            robust for _, robust in scores
+        ]
+
+    def test_averaged_weights_are_validated_and_kept(self, tmp_path):
+        trained = self.validated(tmp_path, [(0.5, 0.5)] * 3, ema=True)
+        trained.train()
+        raw = trained.model.get_weights()
+        assert not self.equal(raw, trained.seen[-1])
+        with robust_training.averaged(trained.model, trained.optimizer):
+            assert self.equal(trained.model.get_weights(), trained.seen[-1])
+        assert self.equal(self.kept(tmp_path, "best"), trained.seen[0])
+        assert self.equal(self.kept(tmp_path, "last"), trained.seen[-1])
+        plain = loop(tmp_path / "plain")
+        plain.train()
+        assert self.equal(plain.model.get_weights(), raw)
+
+    # Chance is 1/3: below a best of 2/3 nothing collapses.
+    @pytest.mark.parametrize(
+        "scores,epoch",
+        [
+            ([(0.9, 0.9), (0.9, 0.44)], 2),
+            ([(0.7, 0.1), (0.34, 0.1)], 2),
+            ([(0.9, 0.9), (0.9, 0.46), (0.5, 0.5)], None),
+            ([(0.66, 0.66), (0.1, 0.0), (0.0, 0.1)], None),
+        ],
+        ids=["robust", "clean", "half", "chance"],
+    )
+    def test_a_collapse_stops_with_the_last_good_weights(
+        self, tmp_path, scores, epoch
+    ):
+        trained = self.validated(tmp_path, scores)
+        if epoch is None:
+            assert len(trained.train()) == 3
+            return
+        reason = f"accuracy fell from .* at step 10 .epoch {epoch}"
+        with pytest.raises(robust_training.Collapsed, match=reason):
+            trained.train()
+        assert self.equal(self.kept(tmp_path, "last"), trained.seen[0])
+        rest = loop(tmp_path)
+        assert rest.resume() == 5 and len(rest.progress["history"]) == 1
+
+    def test_a_collapse_can_be_ignored(self, tmp_path):
+        scores = [(0.9, 0.9), (0.9, 0.1), (0.9, 0.1)]
+        trained = self.validated(tmp_path, scores, on_collapse="ignore")
+        assert len(trained.train()) == 3
+
+    def test_a_collapse_can_end_the_run_with_the_weights_before(self, tmp_path):
+        scores = [(0.9, 0.8), (0.9, 0.7), (0.9, 0.1)]
+        trained = self.validated(tmp_path, scores, on_collapse="restore")
+        rows = trained.train()
+        assert len(rows) == 2
+        assert trained.progress["ended"] == {
+            "epoch": 3,
+            "step": 15,
+            "reason": "validation robust accuracy fell from 80.0% to 10.0%",
+        }
+        assert self.equal(trained.model.get_weights(), trained.seen[1])
+        assert self.equal(self.kept(tmp_path, "last"), trained.seen[1])
+        again = loop(tmp_path, on_collapse="restore")
+        assert again.resume() == 10
+        assert again.train() == rows
+        assert self.equal(again.model.get_weights(), trained.seen[1])
+
+    @pytest.mark.parametrize("choice", ["stop", "restore", "ignore"])
+    def test_a_loss_that_is_not_finite_ends_it(self, tmp_path, choice):
+        broken = []
+
+        def read(indices):
+            return images(indices) * (np.nan if broken else 1)
+
+        trained = loop(tmp_path, on_collapse=choice)
+        images = trained.split.reader
+        trained.split = datasets.Split("train", trained.split.labels, read)
+        trained.validate = lambda model: broken.append(1) or {}
+        if choice == "restore":
+            assert len(trained.train()) == 1
+            assert trained.progress["ended"]["reason"] == "the loss is nan"
+        else:
+            with pytest.raises(robust_training.Collapsed, match="at step 5"):
+                trained.train()
+        weights = self.kept(tmp_path, "last")
+        assert all(np.isfinite(value).all() for value in weights)
+
+    def test_an_unknown_choice_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="Received: on_collapse='wait'"):
+            loop(tmp_path, on_collapse="wait")
+
+
+class TestReadOuts:
+    """A curriculum of read-out steps."""
+
+    def test_moves_at_its_epochs_and_keeps_all_else(self, tmp_path):
+        core = Unrolled(num_steps=4)
+        settings = {"core": [core], "read_outs": READ_OUTS}
+        # The fall at the move is not held against it, nor the score before.
+        scores = [(0.9, 0.9), (0.4, 0.4), (0.5, 0.5)]
+        trained = TestBest().validated(tmp_path / "a", scores, **settings)
+        rows = trained.train()
+        assert [row["read_out"] for row in rows] == [1, 3, 3]
+        assert trained.progress["best_epoch"] == 3
+        lines = (tmp_path / "a" / "history.csv").read_text().splitlines()
+        column = lines[0].split(",").index("read_out")
+        assert [line.split(",")[column] for line in lines[1:]] == list("133")
+        # The first epoch is that of a model that only ever had one step, the
+        # others go on from its state with three.
+        other = Unrolled(num_steps=4)
+        plain = loop(tmp_path / "b", core=[other], epochs=3)
+        other.read_out = 1
+        plain.should_stop = lambda: plain.progress["step"] == 5
+        with pytest.raises(robust_training.Interrupted):
+            plain.train()
+        assert TestBest().equal(plain.model.get_weights(), trained.seen[0])
+        other.read_out = 3
+        plain.should_stop = lambda: False
+        plain.train()
+        for a, b in zip(state(trained), state(plain), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_weights_know_their_step(self, tmp_path):
+        core = Unrolled(num_steps=4)
+        model, _ = build(core=[core])
+        for step in (2, 3):
+            core.read_out = step
+            path = tmp_path / f"{step}.weights.h5"
+            robust_training.save_weights(path, model)
+        for step in (2, 3):
+            path = tmp_path / f"{step}.weights.h5"
+            robust_training.load_weights(path, model)
+            assert core.read_out == step
+        robust_training.load_weights(
+            tmp_path / "2.weights.h5", model, read_out=False
+        )
+        assert core.read_out == 3
+
+    def test_evaluation_heeds_the_move(self, tmp_path):
+        core = Unrolled(num_steps=4)
+        model, _ = build(core=[core])
+        data = split()
+        found = []
+        for step in (1, 4, 1):
+            model_registry.set_read_out(model, step)
+            found.append(robust_evaluation.accuracy(model, data)["loss"])
+        assert found[0] == found[2] != found[1]
+
+    @pytest.mark.parametrize(
+        "core,pairs,match",
+        [
+            ([], ((0, 1),), "Expected a recurrent model"),
+            ([4], ((0, 1), (1, 5)), "1 to 4. Received: read_out=5"),
+        ],
+    )
+    def test_what_cannot_be_read_is_refused(self, tmp_path, core, pairs, match):
+        core = [Unrolled(steps) for steps in core]
+        with pytest.raises(ValueError, match=match):
+            loop(tmp_path, core=core, read_outs=pairs)
 
 
 class TestState:
@@ -384,87 +613,26 @@ class TestLoadRun:
         with pytest.raises(ValueError, match="best.weights.h5 does not fit"):
             robust_training.load_run(tmp_path)
 
+    def test_a_recurrent_model_is_read_out_as_it_was_trained(self, tmp_path):
+        options = {"num_steps": 3, "vision": "simple_cnn", "hidden_units": 4}
+        options |= {"controller_units": 4, "key_channels": 8}
+        made = {"num_classes": 3, "image_shape": (16, 16, 1)}
+        model = model_backbone.create("s3ta", **made, **options)
+        model_registry.set_read_out(model, 2)
+        robust_training.save_weights(tmp_path / "best.weights.h5", model)
+        config = {"model": "s3ta", "dataset": "folder", **made}
+        run_folder.write_json(
+            tmp_path / "config.json", {**config, "model_options": options}
+        )
+        loaded, _ = robust_training.load_run(tmp_path)
+        assert model_registry.read_out(loaded) == 2
+
     def test_what_is_missing_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="not the folder of a run"):
             robust_training.load_run(tmp_path)
         self.write(tmp_path)
         with pytest.raises(FileNotFoundError, match="no last weights yet"):
             robust_training.load_run(tmp_path, "last")
-
-
-class TestRecipes:
-    def test_every_data_set_has_one(self):
-        assert set(recipes.RECIPES) == set(datasets.names())
-
-    @pytest.mark.parametrize(
-        "name,epoch,want",
-        [
-            ("imagenet10", 0, 1e-3),
-            ("imagenet10", 160, 1e-4),
-            ("imagenet10", 320, 1e-6),
-            ("imagenet10", 399, 5e-7),
-            ("imagenet100", 95, 1e-4),
-            ("imagenet100", 125, 5e-5),
-            ("imagenet", 85, 1e-4),
-            ("cifar10", 130, 1e-5),
-            ("cluttered_mnist", 95, 5e-7),
-        ],
-    )
-    def test_rates_are_the_handovers(self, name, epoch, want):
-        recipe = recipes.RECIPES[name]
-        optimizer = recipes.make_optimizer(recipe, 10)
-        optimizer.iterations.assign(epoch * 10)
-        rate = float(numpy(optimizer.learning_rate))
-        assert rate == pytest.approx(want, rel=1e-5)
-
-    def test_drops_move_with_the_epochs(self):
-        recipe = recipes.RECIPES["cifar10"].override(epochs=20)
-        assert [epoch for epoch, _ in recipe.drops] == [8, 12, 16, 18]
-
-    def test_weight_decay_spares_biases_and_norms(self):
-        recipe = recipes.Recipe(
-            optimizer="sgd", learning_rate=1.0, weight_decay=0.1
-        )
-        optimizer = recipes.make_optimizer(recipe, 1)
-        model, _ = build()
-        optimizer.build(model.trainable_variables)
-        before = [numpy(v).copy() for v in model.trainable_variables]
-        still = [np.zeros_like(b) for b in before]
-        optimizer.apply(
-            [ops.convert_to_tensor(g) for g in still],
-            model.trainable_variables,
-        )
-        for v, old in zip(model.trainable_variables, before, strict=True):
-            factor = 0.9 if v.name == "kernel" else 1.0
-            np.testing.assert_allclose(numpy(v), factor * old, rtol=1e-5)
-
-    @pytest.mark.parametrize(
-        "changes,match",
-        [
-            ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
-            ({"schedule": "steep"}, "unknown schedule 'steep'"),
-            ({"augmentation": "much"}, "unknown augmentation 'much'"),
-            ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ],
-    )
-    def test_bad_settings_are_named(self, changes, match):
-        with pytest.raises(ValueError, match=match):
-            recipes.Recipe().override(**changes)
-
-    def test_recipes_are_json(self):
-        import dataclasses
-
-        for recipe in recipes.RECIPES.values():
-            json.dumps(dataclasses.asdict(recipe))
-
-
-def test_warmup_and_cosine_by_formula():
-    schedule = recipes.Schedule("cosine", 2.0, 100, warmup=10)
-    for step in (0, 4, 50, 99, 150):
-        want = 1 + np.cos(np.pi * min(step / 100, 1))
-        want *= min(1, (step + 1) / 10)
-        got = float(numpy(schedule(step)))
-        assert got == pytest.approx(want, abs=1e-6)
 
 
 def test_keys_of_the_augmentation_do_not_depend_on_the_batch():

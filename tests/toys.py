@@ -1,7 +1,8 @@
 """What the tests of attacks share: data, models whose worst case is known."""
 
+import keras
 import numpy as np
-from keras import ops
+from keras import layers, ops
 from norms import array
 
 import numerics
@@ -128,3 +129,25 @@ class TwoClasses:
                 move = np.minimum(low * size, room)
             best.append(move @ size)
         return np.array(best)
+
+
+@keras.saving.register_keras_serializable("saccade_tests")
+class Unrolled(layers.Layer):
+    """Applies one dense layer again and again, `read_out` times.
+
+    Args:
+        num_steps: Most steps.
+    """
+
+    def __init__(self, num_steps=4, **kwargs):
+        super().__init__(**kwargs)
+        self.num_steps = self.read_out = num_steps
+
+    def build(self, shape):
+        self.dense = layers.Dense(shape[-1], activation="tanh", name="again")
+        self.dense.build(shape)
+
+    def call(self, x):
+        for _ in range(self.read_out):
+            x = self.dense(x)
+        return x
