@@ -314,7 +314,7 @@ def s3ta(config):
         step_size=1 / 255,
         random_start=0.8,
         target="random",
-    ).objective(classes)
+    ).build(classes)
     optimizer = keras.optimizers.SGD(1e-3, momentum=0.9)
     optimizer.build(model.trainable_variables)
     step = training_step.make_step(
