@@ -11,9 +11,11 @@ from keras import layers, ops
 
 import attention
 import command_line
+import cortical_models
 import glimpse
 import model_parts
 import model_registry
+import objectives
 import resnet_backbone
 import s3ta_models  # noqa: F401  It registers its models.
 import transformer
@@ -34,12 +36,37 @@ __all__ = [
     "entry",
     "generators",
     "glimpses",
+    "in_training",
     "is_stochastic",
     "key_generators",
     "names",
     "num_steps",
     "shown",
 ]
+
+
+def in_training(model):
+    """Returns a model in training mode, as an objective calls it.
+
+    Args:
+        model: A functional `keras.Model` from images to logits.
+
+    Returns:
+        Callable from images to logits, `(batch, classes)`; for a model with
+        auxiliary heads to `objectives.Outputs`, whose `answers`, `(batch,
+        heads, classes)`, are those of all the heads, the verdict's first. An
+        objective trains each of them with the label of the image.
+    """
+    found = [x for x in model.layers if isinstance(x, model_parts.MainHead)]
+    if not found:
+        return lambda images: model(images, training=True)
+    reader = keras.Model(model.input, [model.output, *found[0].input])
+
+    def answer(images):
+        logits, *heads = reader(images, training=True)
+        return objectives.Outputs(logits, ops.stack(heads, axis=1))
+
+    return answer
 
 
 def _localize(images, outputs, coordinates, kind, width, grid, **head):
@@ -61,42 +88,85 @@ def _check_count(num_transformers):
         )
 
 
-def _classifier(
-    num_classes,
-    image_shape,
-    kind,
-    width,
-    sampling,
-    test_gazes,
-    gaze_range,
-    **options,
-):
-    """A plain backbone, or one that sees through the retina."""
+def _classifier(num_classes, image_shape, build, **looking):
+    """A plain backbone, or one that looks through fixations.
+
+    Args:
+        num_classes: Number of logits.
+        image_shape: (height, width, channels).
+        build: Callable from the shape of what is seen to a backbone.
+        **looking: See `_views`.
+    """
     images = keras.Input(image_shape, name="images")
-    if not sampling:
-        if test_gazes != "five":
-            raise ValueError(
-                f"test_gazes={test_gazes!r} is a matter of models that sample; "
-                "add sampling."
-            )
-        net = model_parts.backbone(
-            kind, image_shape, width, "backbone", **options
-        )
+    views = _views(images, **looking)
+    if views is None:
+        net = build(image_shape)
         logits = model_parts.logits(
             net(model_parts.normalize(images)), num_classes
         )
         return keras.Model(images, logits)
-    # +-80 of 320 and +-8 of 32 in the handover.
-    reach = gaze_range or min(image_shape[:2]) / 4
-    gazes = glimpse.Fixations(reach, test_gazes=test_gazes, name="fixations")(
-        images
-    )
-    views, _ = glimpse.RetinalWarp(name="retina")(images, gazes)
     folded = model_parts.FoldViews(name="fold")(model_parts.normalize(views))
-    net = model_parts.backbone(kind, image_shape, width, "backbone", **options)
+    net = build(tuple(folded.shape[1:]))
     logits = model_parts.logits(net(folded), num_classes)
     logits = model_parts.AverageViews(name="average")(logits, images)
     return keras.Model(images, logits)
+
+
+def _views(
+    images, sampling, coarse_fixations, coarse_variant, test_gazes, gaze_range
+):
+    """What fixations see, `(batch, n, ...)`; None for a model without them."""
+    if sampling and coarse_fixations:
+        raise ValueError(
+            "Expected sampling or coarse_fixations: an image is warped by a "
+            "retina or cropped. Received: sampling=True, "
+            "coarse_fixations=True."
+        )
+    size = min(images.shape[1:3])
+    # Said of a wrong name also where it has no effect.
+    coarse = glimpse.coarse_fixation(size, coarse_variant)
+    if not coarse_fixations and coarse_variant != "crop":
+        raise ValueError(
+            f"Expected coarse_fixations with coarse_variant={coarse_variant}. "
+            "Received: coarse_fixations=False."
+        )
+    if not (sampling or coarse_fixations):
+        for name, given, usual in (
+            ("test_gazes", test_gazes, "five"),
+            ("gaze_range", gaze_range, 0.0),
+        ):
+            if given != usual:
+                raise ValueError(
+                    f"{name}={given!r} is a matter of models that look "
+                    "through fixations; add sampling or coarse_fixations."
+                )
+        return None
+    # +-80 of 320 and +-8 of 32 in the handover; crops stay inside the image.
+    reach = coarse.reach if coarse_fixations else size / 4
+    gazes = glimpse.Fixations(
+        gaze_range or reach,
+        test_gazes=test_gazes,
+        whole=bool(coarse_fixations),
+        name="fixations",
+    )(images)
+    if sampling:
+        return glimpse.RetinalWarp(name="retina")(images, gazes)[0]
+    return glimpse.CoarseFixation(
+        coarse.side, coarse.blur, coarse.enlarge, name="crop"
+    )(images, gazes)[0]
+
+
+_BRANCHES = 4
+
+
+def _side_by_side(shape, build):
+    """Several backbones on one image; their features concatenated."""
+    inputs = keras.Input(shape)
+    features = [
+        build(shape, f"branch{index + 1}")(inputs) for index in range(_BRANCHES)
+    ]
+    features = layers.Concatenate(name="join")(features)
+    return keras.Model(inputs, features, name="backbone")
 
 
 @model_registry.register(
@@ -110,43 +180,66 @@ def resnet(
     num_classes,
     image_shape,
     sampling=False,
+    coarse_fixations=False,
+    coarse_variant="crop",
     test_gazes="five",
     gaze_range=0.0,
     backbone="resnet18",
+    branched_network=False,
     width=0,
     stem_stride=0,
     pool_stride=0,
     dropout=0.0,
 ):
-    """ResNet-18; with `sampling` it sees through a retina.
+    """ResNet-18; it may see through a retina, or crops of the image.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
         sampling: Whether to warp the image at a random gaze in training, and
             to average the logits over five fixed gazes in evaluation.
+        coarse_fixations: Whether to crop the image there instead.
+        coarse_variant: `"crop"`; `"upsample"`, a smaller crop enlarged twice;
+            or `"blur"`, a larger one that is blurred. See
+            `glimpse.coarse_fixation`.
         test_gazes: `"five"`, or `"random"` for a random gaze in evaluation
             also: a stochastic model, to be attacked in expectation.
         gaze_range: Largest offset of a gaze in pixels; 0 is a quarter of the
-            image.
+            image for `sampling`, and as far as the crop stays inside it.
         backbone: One of `BACKBONES`.
-        width: Filters of the first stage; 0 is the backbone's own.
+        branched_network: Whether four backbones stand side by side on the
+            same image, their features concatenated: the control for models
+            of several branches.
+        width: Filters of the first stage; 0 is the backbone's own, or 27 of
+            each of the four.
         stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
         pool_stride: Of the pool behind it, likewise.
         dropout: Rate of dropout on the features.
     """
+
+    def build(shape, name="backbone"):
+        return model_parts.backbone(
+            backbone,
+            shape,
+            width or (27 if branched_network else 0),
+            name,
+            dropout=dropout,
+            stem_stride=stem_stride,
+            pool_stride=pool_stride,
+            **model_parts.DIGITS,
+        )
+
     return _classifier(
         num_classes,
         image_shape,
-        backbone,
-        width,
-        sampling,
-        test_gazes,
-        gaze_range,
-        dropout=dropout,
-        stem_stride=stem_stride,
-        pool_stride=pool_stride,
-        **model_parts.DIGITS,
+        (lambda shape: _side_by_side(shape, build))
+        if branched_network
+        else build,
+        sampling=sampling,
+        coarse_fixations=coarse_fixations,
+        coarse_variant=coarse_variant,
+        test_gazes=test_gazes,
+        gaze_range=gaze_range,
     )
 
 
@@ -161,34 +254,51 @@ def resnet_cifar(
     num_classes,
     image_shape,
     sampling=False,
+    coarse_fixations=False,
+    coarse_variant="crop",
     test_gazes="five",
     gaze_range=0.0,
+    feedback=False,
     width=0,
     downsampling="all",
     dropout=0.0,
 ):
-    """ResNet-20; with `sampling` it sees through a retina.
+    """ResNet-20; it may see through a retina, or crops of the image.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
         sampling: See `resnet`.
+        coarse_fixations: See `resnet`.
+        coarse_variant: See `resnet`.
         test_gazes: See `resnet`.
         gaze_range: See `resnet`.
+        feedback: Whether a feedback connection stands for the second block of
+            each stage; see `cortical_models.feedback_resnet20`.
         width: Filters of the first stage, 16 by default ("wider": 32).
         downsampling: `"all"`, `"not_last"` or `"none"`.
         dropout: Rate of dropout on the features.
     """
+
+    def build(shape):
+        options = {"downsampling": downsampling, "dropout": dropout}
+        if feedback:
+            return cortical_models.feedback_resnet20(
+                shape, width=width or 16, name="backbone", **options
+            )
+        return model_parts.backbone(
+            "resnet20", shape, width, "backbone", **options
+        )
+
     return _classifier(
         num_classes,
         image_shape,
-        "resnet20",
-        width,
-        sampling,
-        test_gazes,
-        gaze_range,
-        downsampling=downsampling,
-        dropout=dropout,
+        build,
+        sampling=sampling,
+        coarse_fixations=coarse_fixations,
+        coarse_variant=coarse_variant,
+        test_gazes=test_gazes,
+        gaze_range=gaze_range,
     )
 
 

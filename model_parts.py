@@ -75,6 +75,10 @@ class AverageViews(layers.Layer):
         Tensor of shape `(batch, classes)`.
     """
 
+    def __init__(self, **kwargs):
+        # Half precision would blur the verdict.
+        super().__init__(**{"dtype": "float32", **kwargs})
+
     def call(self, logits, images):
         batch = ops.shape(images)[0]
         logits = ops.reshape(logits, (batch, -1, logits.shape[-1]))
@@ -155,14 +159,37 @@ DIGITS = {
 }
 
 
-def logits(features, num_classes):
+def logits(features, num_classes, name="logits"):
     """The last dense layer: `(batch, units)` to `(batch, num_classes)`."""
     return layers.Dense(
         num_classes,
         kernel_initializer="he_normal",
         dtype="float32",  # Half precision would blur the verdict.
-        name="logits",
+        name=name,
     )(features)
+
+
+@keras.saving.register_keras_serializable("saccade")
+class MainHead(layers.Layer):
+    """Passes on the first of several heads, which is the model's verdict.
+
+    The others learn beside it; see `model_backbone.in_training`.
+
+    Call arguments:
+        logits: List of tensors of shape `(batch, classes)`.
+
+    Returns:
+        The first of them.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"dtype": "float32", **kwargs})
+
+    def call(self, logits):
+        return logits[0]
+
+    def compute_output_shape(self, shapes):
+        return shapes[0]
 
 
 def branches(views, count, shared, kind, width, **options):

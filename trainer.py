@@ -250,6 +250,24 @@ _OPTIONS = {
     "coarse_fixations": flags.DEFINE_boolean(
         "coarse_fixations", None, "Random crops as fixations."
     ),
+    "coarse_variant": flags.DEFINE_string(
+        "coarse_variant", None, "Of those crops: crop, upsample or blur."
+    ),
+    "branched_network": flags.DEFINE_boolean(
+        "branched_network", None, "Four narrow ResNets side by side."
+    ),
+    "feedback": flags.DEFINE_boolean(
+        "feedback", None, "A feedback connection in each stage of ResNet-20."
+    ),
+    "pooling": flags.DEFINE_string(
+        "pooling", None, "Of the scales of ecnn: concat, mean or max."
+    ),
+    "single_scale": flags.DEFINE_boolean(
+        "single_scale", None, "Only the largest scale of ecnn."
+    ),
+    "scale4_freeze": flags.DEFINE_boolean(
+        "scale4_freeze", None, "The fourth scale is the whole image."
+    ),
     "auxiliary": flags.DEFINE_boolean(
         "auxiliary", None, "A class head on each scale."
     ),

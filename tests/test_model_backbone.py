@@ -27,12 +27,49 @@ S3TA = {
 CASES = {
     "resnet": ("resnet", SMALL, (24, 24, 3)),
     "resnet-sampling": ("resnet", {**SMALL, "sampling": True}, (24, 24, 3)),
+    "resnet-upsample": (
+        "resnet",
+        {**SMALL, "coarse_fixations": True, "coarse_variant": "upsample"},
+        (24, 24, 3),
+    ),
+    "resnet-branched": (
+        "resnet",
+        {"width": 2, "branched_network": True, "backbone": "auto"},
+        (16, 16, 3),
+    ),
     "resnet-auto": ("resnet", {"backbone": "auto", **SMALL}, (32, 32, 1)),
     "resnet_cifar": ("resnet_cifar", SMALL, (16, 16, 3)),
     "resnet_cifar-sampling": (
         "resnet_cifar",
         {**SMALL, "sampling": True, "downsampling": "none"},
         (16, 16, 3),
+    ),
+    "resnet_cifar-coarse": (
+        "resnet_cifar",
+        {**SMALL, "coarse_fixations": True},
+        (16, 16, 3),
+    ),
+    "resnet_cifar-blur": (
+        "resnet_cifar",
+        {
+            **SMALL,
+            "coarse_fixations": True,
+            "coarse_variant": "blur",
+            "feedback": True,
+        },
+        (16, 16, 3),
+    ),
+    "ecnn": ("ecnn", {"width": 2}, (16, 16, 3)),
+    "ecnn-auxiliary": (
+        "ecnn",
+        {"width": 2, "auxiliary": True, "pooling": "max", "dropout": 0.1},
+        (16, 16, 1),
+    ),
+    "ecnn-single": ("ecnn", {"width": 2, "single_scale": True}, (20, 16, 3)),
+    "ecnn-photographs": (
+        "ecnn",
+        {"width": 2, "scale4_freeze": True, "pooling": "mean"},
+        (66, 66, 3),
     ),
     "madry_cnn": ("madry_cnn", SMALL, (12, 12, 1)),
     **{
@@ -137,6 +174,7 @@ if keras.config.backend() != "tensorflow":
         "parallel_transformers",
         "multi_gaze",
         "s3ta",
+        "ecnn-auxiliary",
     )
     CASES = {name: CASES[name] for name in LIGHT}
 
@@ -190,7 +228,11 @@ def test_a_training_step_reaches_every_weight(case):
     before = [numpy(v).copy() for v in model.trainable_variables]
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    step = training_step.make_step(model, optimizer, training_step.STANDARD)
+    answer, standard = model_backbone.in_training(model), training_step.STANDARD
+    objective = training_step.Objective(
+        lambda _, *batch: standard.loss(answer, *batch)
+    )
+    step = training_step.make_step(model, optimizer, objective)
     labels = np.array([0, 3], "int32")
     for number in range(2):
         loss, _ = step(images, labels, np.array([0, 1], "int32"), number)
@@ -233,7 +275,9 @@ def test_what_it_shows_has_the_promised_shapes(case):
     model, images = share(case)
     name, options, shape = CASES[case]
     shown = model_backbone.glimpses(model)(images)
-    plain = name.startswith("resnet") and not options.get("sampling")
+    plain = name.startswith("resnet") and not (
+        options.get("sampling") or options.get("coarse_fixations")
+    )
     if plain or not model_backbone.entry(name).shows:
         assert shown == {}
         return
@@ -250,6 +294,8 @@ def test_what_it_shows_has_the_promised_shapes(case):
     assert shown["boxes"].min() >= 0 and shown["boxes"].max() <= 1
     side = options.get("view_size")
     size = (side, side) if side else shape[:2]
+    if options.get("coarse_fixations") or name == "ecnn":
+        size = shown["views"].shape[2:4]  # tests/test_glimpse.py has them.
     assert shown["views"].shape == (2, count, *size, shape[-1])
 
 
