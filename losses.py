@@ -1,6 +1,6 @@
 """What robust training minimizes: the loss, and the images it is taken on.
 
-An objective has two parts that `robust_training.Objective` takes: `craft`,
+An objective has two parts that `training_step.Objective` takes: `craft`,
 which makes the images before the weights are differentiated (None for the
 clean ones), and `loss`, on those images. Neither knows of optimizers, loops or
 replicas. Where a loss compares an image with its adversarial version, both go
@@ -9,8 +9,9 @@ statistics, the difference is that of the images alone, and the moving averages
 that the evaluation uses are those of the mixture that was trained on.
 
 A model in training mode may answer with several heads, `(batch, heads,
-classes)`: each loss is then the mean of those of its heads, and the accuracy
-is that of their mean.
+classes)`, or with `objectives.Outputs` whose answers they are: each loss is
+then the mean of those of its heads, and the accuracy that of their mean, or of
+the logits that the outputs name.
 """
 
 import dataclasses

@@ -531,11 +531,21 @@ def _model(config, data, dtype=None):
 
 def _objective(config, data):
     """What the run minimizes, an object of `losses`."""
+    import keras
+
     import losses
 
     smoothing = config.recipe.label_smoothing
     if not config.adversarial:
         return losses.Standard(label_smoothing=smoothing)
+    backend = keras.config.backend()
+    twice = config.adversarial.objective == "llr"
+    if twice and config.model_options.get("remat") and backend == "tensorflow":
+        raise ValueError(
+            "Expected no --remat with --adv_objective=llr on TensorFlow, which "
+            "cannot differentiate twice what it computes again. Received: "
+            "remat=True. Leave it out, or use KERAS_BACKEND=jax or torch."
+        )
     return config.adversarial.build(len(data.class_names), smoothing)
 
 

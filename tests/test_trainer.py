@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from absl import flags
@@ -243,6 +244,16 @@ class TestFlags:
         assert objective.label_smoothing == 0.1
         record = trainer.run(chosen, tiny())
         assert record["best_validation_robust_accuracy"] is not None
+
+    def test_local_linearity_is_not_rematerialized_on_tensorflow(self):
+        """Which says so itself, late, in a paragraph about recompute_grad."""
+        line = "--model=s3ta --vision=simple_cnn --remat=1 --adv_objective=llr"
+        chosen = parse(line)
+        if keras.config.backend() == "tensorflow":
+            with pytest.raises(ValueError, match="remat=True.*jax or torch"):
+                trainer._objective(chosen, tiny())
+        else:
+            assert trainer._objective(chosen, tiny()).weight == 4.0
 
     @pytest.mark.parametrize("name", sorted(trainer._ADVERSARIAL))
     def test_its_flags_ask_for_it(self, name):
