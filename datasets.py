@@ -27,6 +27,7 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
+import bounding_boxes
 import cluttered_digits
 import image_files
 
@@ -271,6 +272,8 @@ class _Row:
         sizes: Sides of the images in pixels, the default first; none if any
             will do.
         tfds: None, or the name of the set in TFDS and of its test split.
+        also: None, or a callable from a `_Request` and the first path found
+            that raises if something else is not there.
     """
 
     load: Callable
@@ -280,6 +283,7 @@ class _Row:
     places: tuple = ()
     sizes: tuple = ()
     tfds: tuple | None = None
+    also: Callable | None = None
 
 
 def names():
@@ -443,6 +447,8 @@ def _find(request):
         for place in ("", *row.places):
             for folder in (request.data_dir, request.data_dir / request.name):
                 found += sorted((folder / place).glob(row.pattern))
+    if found and row.also:
+        row.also(request, found[0])
     if found or not row.pattern:
         return found
     if row.tfds and (request.download or _prepared(request)):
@@ -710,12 +716,14 @@ def _load_folder(request, found):
     return _encoded_dataset(request, classes, encoded, str(root), size, resize)
 
 
-_IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet")
+_BOXED = "bbox_imagenet10"
+_IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet", _BOXED)
 
 
 def _load_imagenet(request, found):
     wnids, class_names, record = image_files.class_list(
-        request.class_list or _LISTS / f"{request.name}.txt",
+        request.class_list
+        or _LISTS / f"{request.name.removeprefix('bbox_')}.txt",
         _LISTS / "imagenet.txt",
     )
     size = request.image_size or (160 if request.name == "imagenette" else 320)
@@ -741,7 +749,35 @@ def _imagenet_files(request, train, wnids):
     if not request.test_only:
         files["train"] = image_files.class_files(train, wnids)
     files["test"] = image_files.wnid_files(val, wnids, places)
+    if request.name == _BOXED:
+        boxes = _annotations(request, train)
+        return {
+            name: _boxed_files(request, *found, boxes)
+            for name, found in files.items()
+        }
     return {name: image_files.of_files(*found) for name, found in files.items()}
+
+
+def _boxed_files(request, paths, labels, boxes):
+    """The images that have a box, which they are cropped to."""
+    places = [boxes / "train", boxes / "val", boxes]
+    paths, labels, found = bounding_boxes.annotated(paths, labels, places)
+    if not paths:
+        raise _missing(request, f"XML file of any image in {boxes}")
+    return image_files.of_files(
+        paths, labels, lambda i: bounding_boxes.read_largest(found[i])
+    )
+
+
+def _annotations(request, train):
+    """The folder of the bounding boxes."""
+    root = train.parent
+    found = bounding_boxes.find_folder(
+        (root, *root.parents[:2], request.data_dir)
+    )
+    if found is None:
+        raise _missing(request, f"Annotations/ folder beside {train}")
+    return found
 
 
 # ---------------------------------------------------------------------------
@@ -897,7 +933,20 @@ _TABLE = {
         "which holds train/<wnid>/ and val/<wnid>/, and name that folder with "
         "--data_dir, or let TFDS get it with --download.",
     ),
-    **dict.fromkeys(_IMAGENETS[1:], _imagenet_row("imagenet2012")),
+    **dict.fromkeys(_IMAGENETS[1:-1], _imagenet_row("imagenet2012")),
+    _BOXED: dataclasses.replace(
+        _imagenet_row(
+            None,
+            "Get the images of ImageNet as for imagenet10: train/<wnid>/*.JPEG "
+            "and val/; and the bounding boxes from "
+            "https://image-net.org/download-images: unpack "
+            "ILSVRC2012_bbox_train_v2.tar.gz to Annotations/train/<wnid>/*.xml "
+            "and ILSVRC2012_bbox_val_v3.tgz to Annotations/val/*.xml beside "
+            "them; name the folder of all with --data_dir.",
+        ),
+        tfds=None,
+        also=_annotations,
+    ),
     "folder": _Row(
         _load_folder,
         "Name with --data_dir a folder that holds train/<class>/* and "

@@ -66,12 +66,15 @@ class Encoded:
         fetch: Callable from an index to the encoded bytes.
         check: Callable from an index; raises `CorruptImageError` if the head
             or the end of the image is not what it should be.
+        box: None, or a callable from an index to the box that the image is
+            cropped to, see `decode`; it raises `CorruptImageError`, too.
     """
 
     labels: np.ndarray
     describe: Callable
     fetch: Callable
     check: Callable
+    box: Callable | None = None
 
 
 def some(items):
@@ -84,7 +87,7 @@ def some(items):
 # One image
 
 
-def decode(encoded, described, size=None, resize=None, mode="RGB"):
+def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
     """Decodes an image of any mode, upright.
 
     Args:
@@ -95,6 +98,8 @@ def decode(encoded, described, size=None, resize=None, mode="RGB"):
             centre is cropped. Otherwise only an image with a shorter side is
             enlarged, and a larger one is cropped as it is.
         mode: Pillow's `"RGB"` or `"L"`.
+        box: None, or what is cropped out first: top, left, bottom, right as
+            fractions of the image as it is stored.
 
     Returns:
         uint8 array of shape `(height, width, channels)`.
@@ -105,12 +110,27 @@ def decode(encoded, described, size=None, resize=None, mode="RGB"):
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
+            image = _cut(image, box)
             image = _fit(_as_mode(_upright(image), mode), size, resize)
     except Image.UnidentifiedImageError:
         raise CorruptImageError(described, "not an image") from None
     except _BROKEN as error:
         raise CorruptImageError(described, error) from None
     return np.asarray(image).reshape(*image.size[::-1], -1)
+
+
+def _cut(image, box):
+    if box is None:
+        return image
+    # Boxes were drawn before browsers heeded EXIF: cut first, turn then.
+    width, height = image.size
+    top, left, bottom, right = box
+    # At least one pixel, inside the image.
+    left = min(round(left * width), width - 1)
+    top = min(round(top * height), height - 1)
+    right = max(round(right * width), left + 1)
+    bottom = max(round(bottom * height), top + 1)
+    return image.crop((left, top, right, bottom))
 
 
 def _upright(image):
@@ -164,13 +184,33 @@ def _check_file(path):
 # Many images
 
 
-def of_files(paths, labels):
-    """Returns the `Encoded` images of files, one label a path."""
+def of_files(paths, labels, read_box=None):
+    """Returns the `Encoded` images of files.
+
+    Args:
+        paths: Paths of the images.
+        labels: Class ids, one a path.
+        read_box: None, or a callable from an index to the box that the image
+            is cropped to, see `decode`; what it cannot read is a ValueError.
+    """
+
+    def box(i):
+        try:
+            return read_box(i)
+        except ValueError as error:
+            raise CorruptImageError(paths[i], error) from None
+
+    def check(i):
+        _check_file(paths[i])
+        if read_box is not None:
+            box(i)
+
     return Encoded(
         np.asarray(labels, np.int32),
         lambda i: paths[i],
         lambda i: pathlib.Path(paths[i]).read_bytes(),
-        lambda i: _check_file(paths[i]),
+        check,
+        None if read_box is None else box,
     )
 
 
@@ -196,7 +236,10 @@ def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
     count, shape = len(images.labels), (size, size, len(mode))
 
     def one(i):
-        return decode(images.fetch(i), images.describe(i), size, resize, mode)
+        box = None if images.box is None else images.box(i)
+        return decode(
+            images.fetch(i), images.describe(i), size, resize, mode, box
+        )
 
     if in_memory:
         kept = np.empty((count, *shape), np.uint8)

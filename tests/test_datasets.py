@@ -707,6 +707,151 @@ def test_flat_validation_without_or_with_another_list(tmp_path):
 
 
 # ---------------------------------------------------------------------------
+# ImageNet10 cropped to its bounding boxes
+
+
+TEN = ("n01644373", "n01665541", "n01742172", "n01855672", "n01981276")
+TEN += ("n02099712", "n02123045", "n02206856", "n02510455", "n01484850")
+TEN = tuple(sorted(TEN))
+
+
+def write_xml(path, boxes, sides=(20, 30)):
+    """An annotation as ImageNet has it: boxes of left, top, right, bottom."""
+    corner = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+    objects = "".join(
+        f"<object><name>x</name><bndbox>{corner.format(*box)}</bndbox></object>"
+        for box in boxes
+    )
+    size = "<size><width>{1}</width><height>{0}</height><depth>3</depth></size>"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<annotation>{size.format(*sides)}{objects}</annotation>")
+
+
+def write_boxed(root, boxes="Annotations", flat=False):
+    """Grey images with a brighter box each, and one without an annotation.
+
+    Returns the paths of the annotations, by split and wnid.
+    """
+    written = {}
+    for label, wnid in enumerate(TEN):
+        for split in ("train", "val"):
+            pixels = np.full((20, 30, 3), 20 * label, np.uint8)
+            pixels[4:16, 6:22] = 20 * label + 10
+            name = f"{wnid}_{split}"
+            save(root / split / wnid / f"{name}.JPEG", pixels, quality=100)
+            save(root / split / wnid / f"{wnid}_more.JPEG", solid(255))
+            place = root / boxes / split / ("" if flat else wnid)
+            written[split, wnid] = place / f"{name}.xml"
+            # The smaller one does not count, nor the part outside.
+            write_xml(written[split, wnid], [(0, 0, 5, 5), (6, 4, 22, 16)])
+    return written
+
+
+def load_boxed(root, **options):
+    options = {"image_size": 12, "validation_fraction": 0, **options}
+    return datasets.load("bbox_imagenet10", data_dir=root, **options)
+
+
+@lazily
+@pytest.mark.parametrize(
+    "place,boxes,flat",
+    [
+        ("", "Annotations", False),
+        ("imagenet", "Annotations", True),
+        ("ILSVRC/Data/CLS-LOC", "../../Annotations/CLS-LOC", False),
+    ],
+    ids=["beside", "flat", "kaggle"],
+)
+def test_boxed_images_are_cropped_to_their_box(
+    tmp_path, monkeypatch, lazy, place, boxes, flat
+):
+    if lazy:
+        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    write_boxed(tmp_path / place, boxes, flat)
+    datasets.require("bbox_imagenet10", data_dir=tmp_path)
+    dataset = load_boxed(tmp_path)
+    assert dataset.wnids == TEN and dataset.class_list["name"] == "imagenet10"
+    for split in (dataset.train, dataset.test):
+        # Those without an annotation are left out.
+        assert len(split) == 10
+        want = 20 * split.labels[:, None, None, None] + 10
+        # Nothing is left of the frame.
+        np.testing.assert_allclose(
+            everything(split) * 255, np.broadcast_to(want, (10, 12, 12, 3)),
+            atol=3,
+        )  # fmt: skip
+
+
+def test_boxed_images_keep_what_the_box_holds_and_are_prepared_then(tmp_path):
+    write_boxed(tmp_path)
+    path = tmp_path / "val" / TEN[0] / f"{TEN[0]}_val.png"
+    pixels = noise(3, (20, 30, 3))
+    (path.parent / f"{TEN[0]}_val.JPEG").unlink()
+    save(path, pixels)
+    dataset = load_boxed(tmp_path, resize="handover", test_only=True)
+    # The box is 12 high and 16 wide; of it the centre of 12.
+    got = np.rint(dataset.test.read([0])[0] * 255)
+    np.testing.assert_array_equal(got, pixels[4:16, 8:20])
+
+
+def test_annotations_may_be_of_another_scale_and_stick_out(tmp_path):
+    paths = write_boxed(tmp_path)
+    pixels = noise(4, (20, 30, 3))
+    for wnid in TEN[:2]:
+        path = tmp_path / "val" / wnid / f"{wnid}_val.JPEG"
+        path.unlink()
+        save(path.with_suffix(".png"), pixels)
+    # Twice the pixels of the image; then one that is half outside it.
+    write_xml(paths["val", TEN[0]], [(12, 8, 36, 32)], (40, 60))
+    write_xml(paths["val", TEN[1]], [(18, -9, 99, 12)])
+    got = np.rint(load_boxed(tmp_path, test_only=True).test.read([0, 1]) * 255)
+    np.testing.assert_array_equal(got[0], pixels[4:16, 6:18])
+    np.testing.assert_array_equal(got[1], pixels[:12, 18:30])
+
+
+@pytest.mark.parametrize(
+    "text,match",
+    [
+        ("not XML", "no annotation in"),
+        ("<annotation/>", "no annotation in"),
+        ("<a><size><width>0</width><height>9</height></size></a>", "size of 0"),
+        ("<a><size><width>9</width><height>9</height></size></a>", "no box"),
+    ],
+)
+@lazily
+def test_a_bad_annotation_is_named_or_skipped(
+    tmp_path, monkeypatch, lazy, text, match
+):
+    if lazy:
+        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    paths = write_boxed(tmp_path)
+    bad = paths["train", TEN[3]]
+    bad.write_text(text)
+    with pytest.raises(datasets.CorruptImageError, match=match) as error:
+        load_boxed(tmp_path)
+    line = one_line(error)
+    assert f"{TEN[3]}_train.JPEG" in line and str(bad) in line
+    # A second image, for a class has to keep one.
+    write_xml(bad.with_name(f"{TEN[3]}_more.xml"), [(1, 1, 7, 7)], (8, 8))
+    dataset = load_boxed(tmp_path, skip_corrupt=True)
+    assert dataset.skipped == {"train": 1, "test": 0}
+    assert len(dataset.train) == 10
+
+
+def test_missing_boxes_come_with_the_steps(tmp_path):
+    write_boxed(tmp_path, boxes="elsewhere")
+    for call in (datasets.require, datasets.load):
+        with pytest.raises(FileNotFoundError, match="no Annotations/") as error:
+            call("bbox_imagenet10", data_dir=tmp_path)
+        line = one_line(error)
+        assert "ILSVRC2012_bbox_train_v2.tar.gz" in line
+        assert "Annotations/val/*.xml" in line and str(tmp_path) in line
+    (tmp_path / "Annotations").mkdir()
+    with pytest.raises(FileNotFoundError, match="no XML file of any image"):
+        load_boxed(tmp_path)
+
+
+# ---------------------------------------------------------------------------
 # TFDS
 
 

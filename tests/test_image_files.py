@@ -99,6 +99,27 @@ def test_exif_turned(tmp_path, turn):
     np.testing.assert_array_equal(got, UPRIGHT[turn](stored))
 
 
+@pytest.mark.parametrize("turn", UPRIGHT)
+def test_a_box_is_of_the_image_as_it_is_stored(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    pixels = noise(9, (8, 16, 3))
+    path = save(tmp_path / "turned.png", pixels, exif=exif)
+    got = image_files.decode(path.read_bytes(), path, box=(0.25, 0.5, 1, 0.75))
+    np.testing.assert_array_equal(got, UPRIGHT[turn](pixels[2:8, 8:12]))
+
+
+def test_a_box_without_area_is_one_pixel(tmp_path):
+    pixels = noise(9)
+    path = save(tmp_path / "small.png", pixels)
+    for box, want in (
+        ((0.5, 0.5, 0.5, 0.5), pixels[4:5, 4:5]),
+        ((1.0, 0.0, 1.0, 1.0), pixels[7:8]),
+    ):
+        got = image_files.decode(path.read_bytes(), path, box=box)
+        np.testing.assert_array_equal(got, want)
+
+
 @lazily
 def test_bytes_after_the_end_are_harmless(tmp_path, lazy):
     path = save(tmp_path / "long.jpg", solid(200))
