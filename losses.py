@@ -807,6 +807,7 @@ CONFIGS = {
     "cifar10": _CIFAR,
     "imagenette": _PHOTOGRAPHS,
     "imagenet10": _PHOTOGRAPHS,
+    "bbox_imagenet10": _PHOTOGRAPHS,
     "imagenet100": _PHOTOGRAPHS,
     "imagenet": _PHOTOGRAPHS,
     "folder": _CIFAR,
