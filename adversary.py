@@ -33,6 +33,34 @@ _RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of the files; without it the run's own."
 )
+# The handover's program built its model from these; here they choose a run.
+_MADE_WITH = {
+    "num_transformers": flags.DEFINE_integer(
+        "num_transformers", None, "Attack a run with so many gazes or views."
+    ),
+    "coarse_variant": flags.DEFINE_string(
+        "coarse_variant", None, "Attack a run made with that variant."
+    ),
+    "pooling": flags.DEFINE_string(
+        "pooling", None, "Attack a run made with that pooling."
+    ),
+    **{
+        name: flags.DEFINE_boolean(
+            name, None, "Attack a run made with it, or without."
+        )
+        for name in (
+            "sampling",
+            "coarse_fixations",
+            "restricted_attention",
+            "shared",
+            "branched_network",
+            "feedback",
+            "single_scale",
+            "scale4_freeze",
+            "auxiliary",
+        )
+    },
+}
 _PROTOCOL = flags.DEFINE_string(
     "protocol", None, "Evaluations of a paper by name; see the README."
 )
@@ -269,9 +297,14 @@ def _find_run():
         import model_backbone
 
         model_backbone.entry(_MODEL.value)  # Raises, with the near names.
+    given = {k: f.value for k, f in _MADE_WITH.items() if f.value is not None}
     if _RUN.value is None:
         folder = run_folder.newest(
-            _RUNS_DIR.value, _MODEL.value, _DATASET.value
+            _RUNS_DIR.value,
+            _MODEL.value,
+            _DATASET.value,
+            lambda run: given == _made_with(run, given),
+            [f"--{name}={_text(value)}" for name, value in given.items()],
         )
     else:
         folder = _run_at(_RUN.value)
@@ -283,7 +316,33 @@ def _find_run():
                 f"not --{flag.name}={flag.value}: it is of another {flag.name}."
                 f" Leave --{flag.name} out, or choose another --run."
             )
+    for name, value in _made_with(run, given).items():
+        if value != given[name]:
+            raise ValueError(
+                f"The run in {folder} was made with {name}={_text(value)}, not "
+                f"--{name}={_text(given[name])}. Leave --{name} out, or choose "
+                "another --run."
+            )
     return folder, run
+
+
+def _made_with(run, names):
+    """The options of a run's model; False is one that it does not have."""
+    if not names:
+        return {}
+    import model_backbone
+
+    if run.get("model") not in model_backbone.names():
+        return {}  # Of another version, perhaps; not one that is meant.
+    options = {
+        **model_backbone.entry(run["model"]).defaults,
+        **run.get("model_options", {}),
+    }
+    return {name: options.get(name, False) for name in names}
+
+
+def _text(value):
+    return int(value) if isinstance(value, bool) else value
 
 
 def _run_at(text):

@@ -39,8 +39,13 @@ class Entry:
     @property
     def options(self):
         """Names of the options `create` takes for this model."""
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self):
+        """What these options are if they are left out, a dict."""
         parameters = inspect.signature(self.build).parameters
-        return tuple(p for p in parameters if p not in _GIVEN)
+        return {n: p.default for n, p in parameters.items() if n not in _GIVEN}
 
 
 _GIVEN = ("num_classes", "image_shape")

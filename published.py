@@ -195,8 +195,17 @@ def radius_text(radius):
 _SAME = (
     ("resnet_cifar", {"sampling": False}, "resnet_cifar"),
     ("resnet_cifar", {"sampling": True}, "retinal sampling"),
-    ("resnet", {"sampling": False}, "resnet"),
-    ("resnet", {"sampling": True}, "retinal sampling"),
+    ("resnet", {"sampling": False, "branched_network": False}, "resnet"),
+    (
+        "resnet",
+        {"sampling": True, "branched_network": False},
+        "retinal sampling",
+    ),
+    (
+        "resnet",
+        {"sampling": False, "branched_network": True},
+        "branched resnet",
+    ),
     ("ecnn", {"auxiliary": False}, "cortical (ECNN)"),
     ("ecnn", {"auxiliary": True}, "cortical, auxiliary"),
 )
@@ -205,7 +214,13 @@ _ALTERING = {
     "width": (0, None),
     "backbone": ("auto", "resnet18", None),
     "downsampling": ("all", None),
+    "feedback": (False, None),
+    "pooling": ("concat", None),
+    "single_scale": (False, None),
+    "scale4_freeze": (False, None),
+    "dropout": (0.0, None),
 }
+_COARSE = {"crop": "coarsefixations", "blur": "coarseblurred"}
 
 
 def published_name(layout, model, options=None):
@@ -224,14 +239,18 @@ def published_name(layout, model, options=None):
         return None
     names = {_plain(name): name for name, _ in layout.published}
     if options.get("coarse_fixations"):
-        blurred = "blur" in str(options["coarse_fixations"])
-        return names.get("coarseblurred" if blurred else "coarsefixations")
+        if options.get("branched_network"):
+            return None
+        variant = options.get("coarse_variant") or "crop"
+        return names.get(_COARSE.get(variant))
     for ours, wanted, theirs in _SAME:
         if ours == model and all(
             bool(options.get(key, False)) == value
             for key, value in wanted.items()
         ):
             return names.get(_plain(theirs))
+    if model in {ours for ours, _, _ in _SAME}:
+        return None
     return names.get(_plain(model))
 
 

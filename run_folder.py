@@ -111,13 +111,15 @@ def create(path, overwrite=False):
     return path
 
 
-def newest(root, model=None, dataset=None):
+def newest(root, model=None, dataset=None, where=None, wanted=()):
     """Finds the run that was trained last.
 
     Args:
         root: The folder that holds the runs.
         model: If given, only runs of that model count.
         dataset: If given, only runs on that data set count.
+        where: Callable from the config of a run to whether it counts.
+        wanted: What an error calls that, a sequence of flags.
 
     Returns:
         The folder of the run.
@@ -135,13 +137,13 @@ def newest(root, model=None, dataset=None):
         # Weights tell when a run last learned something; a run that has
         # none yet cannot be evaluated.
         weights = path.with_name("last.weights.h5")
+        matches = matches and (where is None or where(config))
         if matches and weights.exists():
             found.append((weights.stat().st_mtime, path.parent))
     if not found:
+        named = (("model", model), ("dataset", dataset))
         wanted = " ".join(
-            f"--{key}={value}"
-            for key, value in (("model", model), ("dataset", dataset))
-            if value
+            [f"--{key}={value}" for key, value in named if value] + [*wanted]
         )
         there = sorted(
             p.parent.name for p in pathlib.Path(root).glob(f"*/{CONFIG}")

@@ -118,6 +118,62 @@ def cli(root, data, monkeypatch, capsys):
 SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")
 
 
+class TestWhichRun:
+    """The flags of the handover's program choose among the runs."""
+
+    @pytest.fixture
+    def runs(self, tmp_path):
+        for age, (model, tag, options) in enumerate(
+            [
+                ("resnet", "plain", {}),
+                ("resnet", "coarse", {"coarse_fixations": True}),
+                ("multi_gaze", "two", {"num_transformers": 2}),
+                ("multi_gaze", "shared", {"shared": True}),
+            ]
+        ):
+            folder = tmp_path / f"digits-{model}-{tag}"
+            folder.mkdir()
+            config = {"model": model, "model_options": options}
+            run_folder.write_json(folder / run_folder.CONFIG, config)
+            (folder / "last.weights.h5").write_text("")
+            os.utime(folder / "last.weights.h5", (1e9 - age, 1e9 - age))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("line", "tag"),
+        [
+            ([], "plain"),
+            (["--coarse_fixations=1"], "coarse"),
+            (["--coarse_fixations=1", "--coarse_variant=crop"], "coarse"),
+            (["--sampling=0", "--coarse_fixations=0"], "plain"),
+            (["--num_transformers=2"], "two"),
+            # Five by default.
+            (["--num_transformers=5", "--auxiliary=0"], "shared"),
+            (["--model=multi_gaze", "--shared=0"], "two"),
+        ],
+    )
+    def test_the_newest_that_fits_is_found(self, runs, line, tag):
+        self.parse(runs, *line)
+        assert adversary._find_run()[0].name.endswith(tag)
+
+    def test_none_that_fits_is_said(self, runs):
+        self.parse(runs, "--sampling=1", "--model=resnet")
+        with pytest.raises(FileNotFoundError) as error:
+            adversary._find_run()
+        assert "of --model=resnet --sampling=1 under" in str(error.value)
+
+    def test_a_run_that_is_named_has_to_fit(self, runs):
+        self.parse(runs, "--run=digits-resnet-plain", "--coarse_fixations=1")
+        with pytest.raises(ValueError, match="coarse_fixations=0, not --coar"):
+            adversary._find_run()
+
+    @staticmethod
+    def parse(runs, *line):
+        for name in FLAGS:
+            FLAGS[name].unparse()
+        FLAGS(["adversary.py", f"--runs_dir={runs}", *line])
+
+
 class TestAScan:
     @pytest.fixture(autouse=True)
     def scanned(self, cli, root):

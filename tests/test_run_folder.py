@@ -96,6 +96,10 @@ def test_newest_is_the_run_trained_last(tmp_path):
     assert run_folder.newest(tmp_path, "a", "e").name == "e-a"
     with pytest.raises(FileNotFoundError, match="--model=c.*d-a, d-a-x, d-b"):
         run_folder.newest(tmp_path, "c")
+    on_e = {"where": lambda config: config.get("dataset") == "e"}
+    assert run_folder.newest(tmp_path, "a", **on_e).name == "e-a"
+    with pytest.raises(FileNotFoundError, match="of --model=b --on=e under"):
+        run_folder.newest(tmp_path, "b", wanted=["--on=e"], **on_e)
 
 
 def test_provenance_says_command_versions_and_commit():
