@@ -114,8 +114,9 @@ def ecnn(
         scale4_freeze: Whether the fourth scale is the whole image, and does
             not move with the gaze.
         auxiliary: Whether each scale has a head of its own, trained with the
-            same label (see `model_backbone.in_training`). The verdict is that
-            of the head on the joined features.
+            same label (see `model_backbone.in_training`; plain Keras `fit`
+            leaves them out). The verdict is that of the head on the joined
+            features.
         test_gazes: `"five"`, or `"random"` for a random gaze in evaluation
             also: a stochastic model, to be attacked in expectation.
         gaze_range: Largest offset of a gaze in whole pixels; 0 is as far as
