@@ -217,7 +217,7 @@ LINEAGE = Table(
         "resnet": ("--model=resnet_cifar",),
         "coarse": ("--model=resnet_cifar", "--coarse_fixations=1"),
         "retinal": ("--model=resnet_cifar", "--sampling=1"),
-        "cortical": ("--model=ecnn_cifar",),
+        "cortical": ("--model=ecnn",),
     },
     columns=_handover_columns(),
     published={
@@ -282,7 +282,7 @@ class Experiment:
     def attack(self, row, seed):
         """Attacks one model; what has its records is not attacked again."""
         stochastic = {"--sampling=1", "--coarse_fixations=1"}
-        stochastic |= {"--model=ecnn_cifar"}
+        stochastic |= {"--model=ecnn"}
         for chosen in dict.fromkeys(c.flags for c in self.table.columns):
             if "--test_gazes=random" in chosen:
                 if not stochastic & set(self.flags(row)):
