@@ -10,8 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 BACKENDS = {"tensorflow", "tensorflow_datasets", "jax", "jaxlib", "torch"}
-# parity's peers are Torch programs.
-MAY_NAME_A_BACKEND = {"numerics", "datasets", "training_step", "parity"}
+# parity's peers are Torch programs; benchmark asks TensorFlow's profiler.
+MAY_NAME_A_BACKEND = {
+    "benchmark",
+    "datasets",
+    "numerics",
+    "parity",
+    "training_step",
+}
 PROGRAMS = {"trainer", "adversary"}
 LONGEST_FUNCTION = 60
 
