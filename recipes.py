@@ -195,6 +195,7 @@ RECIPES = {
     "cifar10": _CIFAR,
     "imagenette": _IMAGENET10,
     "imagenet10": _IMAGENET10,
+    "bbox_imagenet10": _IMAGENET10,
     "imagenet100": _IMAGENET100,
     "imagenet": dataclasses.replace(
         _IMAGENET100, epochs=90, drops=((30, 0.1), (60, 0.01), (80, 0.001))

@@ -485,6 +485,13 @@ def _adversarial_from_flags(recipe_name):
                 "training; add --adv_train=1."
             )
         return None
+    walk = {"attack", "steps", "step_size", "step_rule", "random_start"}
+    if _STEP["replays"].value and walk & set(given):
+        name = min(walk & set(given))
+        raise ValueError(
+            "Expected no attack of its own with --adv_replays, which take one "
+            f"step of epsilon each. Received: --adv_{name}={given[name]}."
+        )
     for name in {"epsilon", "step_size", "sigma"} & set(given):
         given[name] = command_line.parse_ratio(given[name])
     return (base or losses.CONFIGS[_DATASET.value]).override(**given)

@@ -118,16 +118,17 @@ class StepConfig:
                 "Expected an objective that crafts images for epsilon_warmup. "
                 f"Received: epsilon_warmup={self.epsilon_warmup:g}."
             )
-        if self.replays and getattr(objective, "attack", None) is None:
+        if self.replays and not isinstance(objective, losses.Madry):
             raise ValueError(
-                "Expected an objective with an attack for replays. Received: "
-                f"replays={self.replays}."
+                "Expected the objective madry or alp with replays, which climb "
+                "the loss that is trained on. Received: "
+                f"replays={self.replays}, {type(objective).__name__}."
             )
         target = getattr(objective, "target", "none")
         if self.replays and target != "none":
             raise ValueError(
-                "Expected target=none with replays: free training climbs the "
-                f"loss it trains on. Received: target={target!r}."
+                "Expected target=none with replays, which climb the loss that "
+                f"is trained on. Received: target={target!r}."
             )
 
 

@@ -116,6 +116,11 @@ class TestFlags:
             ("--warmup=2", "warmup", 2.0),
             ("--momentum=0.5", "momentum", 0.5),
             ("--weight_decay=0.1", "weight_decay", 0.1),
+            ("--l2=0.1", "l2", 0.1),
+            ("--ema=0.9", "ema", 0.9),
+            ("--label_smoothing=0.2", "label_smoothing", 0.2),
+            ("--schedule=cyclic", "schedule", "cyclic"),
+            ("--read_outs=0:2,9:4", "read_outs", ((0, 2), (9, 4))),
             ("--augmentation=digits", "augmentation", "digits"),
             ("--augment=0", "augmentation", "none"),
         ],
@@ -153,6 +158,13 @@ class TestFlags:
             ("--adv_train=1 --adv_norm=l2", "an epsilon with the norm l2"),
             ("--adv_train=1 --adv_epsilon=eps", "a ratio like 8/255"),
             ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
+            ("--recipe=s3at", "Unknown recipe 's3at'. Did you mean s3ta"),
+            ("--read_outs=4", "pairs of an epoch and a step"),
+            ("--ema=1", "momentum of the averaged weights.*ema=1"),
+            (
+                "--adv_train=1 --adv_replays=4 --adv_steps=7",
+                "no attack of its own with --adv_replays.*--adv_steps=7",
+            ),
         ],
     )
     def test_bad_values_name_what_is_near(self, line, match):
@@ -259,6 +271,46 @@ class TestFlags:
     def test_its_flags_ask_for_it(self, name):
         with pytest.raises(ValueError, match=f"adv_{name}=1.*add --adv_train"):
             parse(f"--adv_train=0 --adv_{name}=1")
+
+    @pytest.mark.parametrize("name", sorted(trainer._STEP))
+    def test_flags_of_its_step_ask_for_it(self, name):
+        value = {"craft_dtype": "bfloat16"}.get(name, 1)
+        with pytest.raises(ValueError, match=f"adv_{name}=.*add --adv_train"):
+            parse(f"--adv_{name}={value}")
+        found = parse(f"--adv_train=1 --adv_{name}={value}").step
+        assert getattr(found, name) == value
+
+    @pytest.mark.parametrize("name", recipes.NAMED)
+    def test_a_named_recipe_comes_with_its_attack(self, name):
+        line = f"--recipe={name} --dataset=cifar10"
+        found = parse(line)
+        assert found.recipe == recipes.NAMED[name]
+        assert found.adversarial == recipes.ADVERSARIAL[name]
+        assert found.recipe_name == name and found.robust_validation == 500
+        clean = parse(f"{line} --adv_train=0")
+        assert clean.adversarial is None
+        assert clean.recipe == found.recipe and not clean.robust_validation
+
+    def test_a_named_recipe_can_be_overridden(self):
+        found = parse("--recipe=s3ta --batch_size=256 --adv_steps=30")
+        assert found.recipe.learning_rate == 0.05
+        assert found.adversarial.steps == 30
+        assert found.adversarial.step_size == 1 / 255
+        found = parse("--recipe=at_cifar10 --adv_epsilon=1/255")
+        assert found.adversarial.step_size == pytest.approx(2 / 255 / 8)
+
+    def test_s3ta_on_imagenet_is_the_papers_training(self):
+        line = "--model=s3ta --dataset=imagenet --data_dir=somewhere"
+        assert parse(line).recipe_name == "s3ta_16"
+        assert parse(f"{line} --num_steps=4").recipe_name == "s3ta"
+        assert parse(f"{line} --recipe=advex").recipe_name == "advex"
+
+    def test_replays_divide_the_epochs(self):
+        line = "--dataset=cifar10 --adv_train=1 --adv_replays=5"
+        found = parse(line).recipe
+        assert (found.epochs, found.drops[0]) == (33, (17, 0.1))
+        found = parse("--recipe=fast_cifar10 --adv_replays=4").recipe
+        assert found.epochs == 4  # 15 passes, rounded up.
 
 
 class TestRun:
@@ -408,6 +460,62 @@ class TestRun:
         assert match in error and error.count("\n") == 1
         assert not chosen.folder.exists()
 
+    def test_every_part_of_the_step_in_one_run(self, tmp_path):
+        chosen = adversarial(
+            tmp_path,
+            "--adv_craft_dtype=bfloat16 --adv_awp=0.01 --l2=1e-4 --ema=0.5 "
+            "--adv_epsilon_warmup=1 --label_smoothing=0.1 --epochs=1",
+        )
+        record = trainer.run(chosen, tiny())
+        written = json.loads((chosen.folder / "config.json").read_text())
+        assert written["step"] == {
+            "epsilon_warmup": 1.0,
+            "craft_dtype": "bfloat16",
+            "awp": 0.01,
+            "replays": 0,
+        }
+        assert record["ended"] is None
+        # What was validated and is kept are the averaged weights.
+        model, _ = robust_training.load_run(chosen.folder, "last")
+        held = robust_evaluation.accuracy(model, tiny().validation)
+        row = history(chosen.folder)[0]
+        assert float(row["validation_loss"]) == pytest.approx(held["loss"])
+
+    def test_free_training(self, tmp_path):
+        line = "--recipe=at_mnist --adv_replays=2 --learning_rate=1e-3"
+        chosen = parse(
+            f"--runs_dir={tmp_path} --model=madry_cnn --width=2 --epochs=3 "
+            f"--batch_size=8 {line}"
+        )
+        trainer.run(chosen, tiny())
+        rows = history(chosen.folder)
+        # Two epochs of 24 images in batches of 8, each batch twice.
+        assert [row["step"] for row in rows] == ["6", "12"]
+
+    @pytest.mark.parametrize("choice", ["stop", "restore"])
+    def test_a_collapse_is_told(self, tmp_path, capsys, monkeypatch, choice):
+        scores = iter([0.9, 0.2])
+
+        def validate(model):
+            return {"accuracy": next(scores), "loss": 1.0}
+
+        monkeypatch.setattr(trainer, "_validation", lambda *_: validate)
+        chosen = adversarial(tmp_path, f"--on_collapse={choice}")
+        reason = "validation accuracy fell from 90.0% to 20.0%"
+        if choice == "restore":
+            record = trainer.run(chosen, tiny())
+            assert record["ended"] == {"epoch": 2, "step": 6, "reason": reason}
+            assert record["best_epoch"] == 1
+            assert record["best"] == record["last"]
+            return
+        with pytest.raises(SystemExit) as stopped:
+            trainer.run(chosen, tiny())
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"{reason} at step 6" in error and error.count("\n") == 1
+        assert not (chosen.folder / "results.json").exists()
+        assert (chosen.folder / "last.weights.h5").exists()
+
     def test_a_full_disk_is_one_line(self, tmp_path, capsys, monkeypatch):
         def full(*arguments):
             raise OSError(28, "No space left on device", "state.npz")
@@ -443,6 +551,13 @@ def call(*arguments, **environment):
         (["--epoch=3"], "epochs"),
         (["--auxiliary=1"], "no option 'auxiliary'"),
         (["--adv_objective=mart", "--adv_epsilon=0"], "Expected epsilon > 0"),
+        (
+            ["--model=s3ta", "--vision=simple_cnn", "--num_steps=2"]
+            + ["--read_outs=0:1,1:9"],
+            "1 to 2. Received: read_out=9",
+        ),
+        (["--read_outs=0:1"], "Expected a recurrent model"),
+        (["--on_collapse=wait"], "Received: on_collapse='wait'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):

@@ -342,7 +342,7 @@ def test_bad_settings_are_named(settings, match):
 @pytest.mark.parametrize(
     "settings,objective,match",
     [
-        ({"replays": 2}, training_step.STANDARD, "an attack for replays"),
+        ({"replays": 2}, training_step.STANDARD, "madry or alp with replays"),
         ({"epsilon_warmup": 1}, training_step.STANDARD, "epsilon_warmup=1"),
         ({"craft_dtype": "bfloat16"}, training_step.STANDARD, "crafts images"),
         (
