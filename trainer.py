@@ -10,7 +10,6 @@ things, no formula and no layer.
 import dataclasses
 import os
 import signal
-import sys
 import time
 
 from absl import flags
@@ -104,9 +103,10 @@ _READ_OUTS = flags.DEFINE_string(
 )
 _ON_COLLAPSE = flags.DEFINE_string(
     "on_collapse",
-    "stop",
+    None,
     "When the loss is not finite or an accuracy collapses: stop, restore "
-    "(the last good weights, and end there) or ignore.",
+    "(the last good weights, and end there; the default of the objective "
+    "fast) or ignore.",
 )
 _ROBUST_VALIDATION = flags.DEFINE_integer(
     "robust_validation",
@@ -397,6 +397,7 @@ def config_from_flags():
     name = _recipe_name(options)
     adversarial = _adversarial_from_flags(name)
     step = training_step.StepConfig(**_given(_STEP))
+    fast = adversarial is not None and adversarial.objective == "fast"
     attacked = _ROBUST_VALIDATION.value
     if attacked is None:
         attacked = 500 if adversarial else 0
@@ -410,7 +411,7 @@ def config_from_flags():
         step=step,
         robust_validation=attacked,
         robust_validation_steps=_ROBUST_STEPS.value,
-        on_collapse=_ON_COLLAPSE.value,
+        on_collapse=_ON_COLLAPSE.value or ("restore" if fast else "stop"),
         data_dir=_DATA_DIR.value,
         image_size=_IMAGE_SIZE.value,
         class_list=_CLASS_LIST.value,
@@ -783,6 +784,10 @@ def _evaluate(config, data, loop):
         "split": "test",
         "model": config.model,
         "seed": config.seed,
+        "objective": dataclasses.asdict(config.adversarial)
+        if config.adversarial
+        else "standard",
+        "step": dataclasses.asdict(config.step),
         "best_epoch": progress["best_epoch"],
         "best_validation_accuracy": best["validation_accuracy"],
         "best_validation_robust_accuracy": best["validation_robust_accuracy"],
@@ -825,54 +830,9 @@ def _asked_to_stop():
 def _callbacks(folder):
     import keras
 
-    class Progress(keras.callbacks.Callback):
-        """A bar with the time left, and one line for each epoch."""
+    import training_progress
 
-        def on_train_begin(self, logs=None):
-            self.bar = None
-            self.started = time.monotonic()
-            self.first = None
-
-        def on_epoch_begin(self, epoch, logs=None):
-            import tqdm
-
-            self.first = epoch if self.first is None else self.first
-            self.epoch_started = time.monotonic()
-            self.bar = tqdm.tqdm(
-                total=self.params["steps"],
-                desc=f"epoch {epoch + 1}/{self.params['epochs']}",
-                leave=False,
-                disable=not sys.stderr.isatty(),
-            )
-
-        def on_train_batch_end(self, batch, logs=None):
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, {logs['accuracy']:.1%}",
-                refresh=False,
-            )
-            self.bar.update(batch + 1 - self.bar.n)
-
-        def on_epoch_end(self, epoch, logs=None):
-            self.bar.close()
-            now = time.monotonic()
-            total = self.params["epochs"]
-            done = epoch + 1 - self.first
-            left = (now - self.started) / done * (total - epoch - 1)
-            checked = ""
-            if "validation_accuracy" in logs:
-                checked = f"  validation {logs['validation_accuracy']:.1%}"
-            if "validation_robust_accuracy" in logs:
-                robust = logs["validation_robust_accuracy"]
-                checked += f", attacked {robust:.1%}"
-            print(
-                f"epoch {epoch + 1}/{total}  loss {logs['loss']:.4f}  "
-                f"accuracy {logs['accuracy']:.1%}{checked}  "
-                f"{now - self.epoch_started:.1f} s, "
-                f"{_clock(left)} left",
-                flush=True,
-            )
-
-    found = [Progress()]
+    found = [training_progress.Progress()]
     try:
         import tensorboard  # noqa: F401
 
@@ -882,16 +842,6 @@ def _callbacks(folder):
     except ImportError:  # Optional where TensorFlow is not installed.
         pass
     return found
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}:{minutes:02}:{seconds:02}"
-        if hours
-        else (f"{minutes}:{seconds:02}")
-    )
 
 
 def main():

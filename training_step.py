@@ -359,27 +359,13 @@ def _tensorflow_step(run, model, optimizer):
     # slower), and cannot compile a step whose variables are mirrored.
     accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
 
-    def moved_weights(batch):
-        """The perturbed tensors; the same on every replica."""
-        with tf.GradientTape() as tape, keras.StatelessScope():
-            share = run.mean_loss(*batch)[0] / replicas
-        slopes = tape.gradient(
-            share,
-            [v.value for v in run.movable],
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
-        context = tf.distribute.get_replica_context()
-        slopes = context.all_reduce(tf.distribute.ReduceOp.SUM, slopes)
-        weights = [tf.convert_to_tensor(v) for v in run.movable]
-        return perturbed(weights, slopes, run.config.awp)
-
     def replica_fn(images, labels, indices, step, *carried):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         clean, crafted = run.prepare(
             images, labels, indices, step, *carried, replica=replica
         )
         batch = clean, crafted, labels
-        moved = moved_weights(batch) if run.config.awp else []
+        moved = _moved_on_replica(run, batch, replicas)
         with tf.GradientTape() as tape:
             tape.watch([crafted, *moved])
             with _weights_at(run.movable, moved) as scope:
@@ -421,6 +407,25 @@ def _tensorflow_step(run, model, optimizer):
     )
 
 
+def _moved_on_replica(run, batch, replicas):
+    """The perturbed tensors, the same on every replica; none without."""
+    import tensorflow as tf
+
+    if not run.config.awp:
+        return []
+    with tf.GradientTape() as tape, keras.StatelessScope():
+        share = run.mean_loss(*batch)[0] / replicas
+    slopes = tape.gradient(
+        share,
+        [v.value for v in run.movable],
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    context = tf.distribute.get_replica_context()
+    slopes = context.all_reduce(tf.distribute.ReduceOp.SUM, slopes)
+    weights = [tf.convert_to_tensor(v) for v in run.movable]
+    return perturbed(weights, slopes, run.config.awp)
+
+
 @contextlib.contextmanager
 def _weights_at(variables, values):
     """Lets the model compute with other values, if there are any."""
@@ -448,13 +453,10 @@ def _jax_step(run, model, optimizer):
     weights = model.trainable_variables
     frozen = model.non_trainable_variables
     slots = optimizer.variables
-    movable = [len(v.shape) > 1 for v in weights]
 
     def scope(weight_values, frozen_values):
-        pairs = [
-            *zip(weights, weight_values, strict=True),
-            *zip(frozen, frozen_values, strict=True),
-        ]
+        values = [*weight_values, *frozen_values]
+        pairs = zip([*weights, *frozen], values, strict=True)
         # Without `collect_losses` the losses of activities would be lost.
         return keras.StatelessScope(state_mapping=pairs, collect_losses=True)
 
@@ -464,16 +466,6 @@ def _jax_step(run, model, optimizer):
         frozen_values = [state.get_current_value(v) for v in frozen]
         return loss, (right, frozen_values)
 
-    def moved_weights(weight_values, frozen_values, batch):
-        def mean_loss(weight_values):
-            with scope(weight_values, frozen_values):
-                return run.mean_loss(*batch)[0]
-
-        slopes = jax.grad(mean_loss)(weight_values)
-        moved = perturbed(weight_values, slopes, run.config.awp)
-        found = zip(movable, moved, weight_values, strict=True)
-        return [new if moves else old for moves, new, old in found]
-
     @jax.jit
     def step_fn(groups, images, labels, indices, step, *carried):
         weight_values, frozen_values, slot_values = groups
@@ -482,10 +474,14 @@ def _jax_step(run, model, optimizer):
                 images, labels, indices, step, *carried
             )
         frozen_values = [state.get_current_value(v) for v in frozen]
+
+        def mean_loss(weight_values):
+            with scope(weight_values, frozen_values):
+                return run.mean_loss(clean, crafted, labels)[0]
+
         points = weight_values
         if run.config.awp:
-            batch = clean, crafted, labels
-            points = moved_weights(weight_values, frozen_values, batch)
+            points = _moved(run, weights, points, jax.grad(mean_loss)(points))
         # The gradient of the images is computed only where it is used.
         places = (0, 1) if carried else (0,)
         (loss, (right, frozen_values)), (grads, *slopes) = jax.value_and_grad(
@@ -509,6 +505,14 @@ def _jax_step(run, model, optimizer):
         return results
 
     return step
+
+
+def _moved(run, weights, values, slopes):
+    """The values of all weights, perturbed where that is done."""
+    moved = perturbed(values, slopes, run.config.awp)
+    movable = {id(v) for v in run.movable}
+    found = zip(weights, moved, values, strict=True)
+    return [new if id(v) in movable else old for v, new, old in found]
 
 
 def _torch_step(run, model, optimizer):

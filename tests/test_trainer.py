@@ -305,6 +305,17 @@ class TestFlags:
         assert parse(f"{line} --num_steps=4").recipe_name == "s3ta"
         assert parse(f"{line} --recipe=advex").recipe_name == "advex"
 
+    @pytest.mark.parametrize(
+        "line,want",
+        [
+            ("--adv_train=1", "stop"),
+            ("--adv_objective=fast", "restore"),
+            ("--adv_objective=fast --on_collapse=stop", "stop"),
+        ],
+    )
+    def test_fast_training_ends_where_it_overfits(self, line, want):
+        assert parse(line).on_collapse == want
+
     def test_replays_divide_the_epochs(self):
         line = "--dataset=cifar10 --adv_train=1 --adv_replays=5"
         found = parse(line).recipe
@@ -474,7 +485,8 @@ class TestRun:
             "awp": 0.01,
             "replays": 0,
         }
-        assert record["ended"] is None
+        assert record["ended"] is None and record["step"] == written["step"]
+        assert record["objective"]["train_mode"] is False
         # What was validated and is kept are the averaged weights.
         model, _ = robust_training.load_run(chosen.folder, "last")
         held = robust_evaluation.accuracy(model, tiny().validation)

@@ -223,6 +223,25 @@ def test_free_training_carries_the_perturbation_on():
         case.check()
 
 
+def test_all_replays_see_one_view():
+    run = training_step._Step(
+        Linear().model,
+        FAST,
+        seed=0,
+        augmentation=training_step.glimpse.Augmentation(flip=True, crop=0.8),
+        config=StepConfig(replays=3),
+    )
+    images, labels, indices = map(ops.convert_to_tensor, batch())
+    nothing_yet = ops.zeros_like(images)
+    views = [
+        numpy(run.prepare(images, labels, indices, step, nothing_yet)[0])
+        for step in (3, 4, 5, 6)
+    ]
+    np.testing.assert_array_equal(views[0], views[1])
+    np.testing.assert_array_equal(views[0], views[2])
+    assert np.abs(views[0] - views[3]).max() > 0.01
+
+
 # --- How images are crafted --------------------------------------------------
 
 
