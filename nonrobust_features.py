@@ -29,6 +29,7 @@ from keras import ops
 import attack_backbone
 import crafting
 import datasets
+import losses
 import metrics
 import model_backbone
 import numerics
@@ -511,6 +512,7 @@ def _fresh(described, recipe, split, place, seed, **settings):
     return robust_training.Loop(
         model=model,
         optimizer=recipes.make_optimizer(recipe, steps),
+        objective=losses.Standard(label_smoothing=recipe.label_smoothing),
         l2=recipe.l2,
         read_outs=recipe.read_outs,
         split=split,
