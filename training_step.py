@@ -16,6 +16,7 @@ from keras import layers, ops
 
 import glimpse
 import losses
+import model_backbone
 import model_registry
 import numerics
 
@@ -253,6 +254,8 @@ class _Step:
         steps_per_epoch=1,
     ):
         self.model, self.objective = model, objective
+        # With auxiliary heads each of them learns the label.
+        self.answer = model_backbone.in_training(model)
         self.seed, self.augmentation = seed, augmentation
         self.config = config or StepConfig()
         self.l2, self.kernels = l2, kernels(model) if l2 else ()
@@ -316,7 +319,7 @@ class _Step:
     def mean_loss(self, clean, crafted, labels):
         """The mean of the objective's losses, and its logits."""
         values, logits = self.objective.loss(
-            lambda x: self.model(x, training=True), clean, crafted, labels
+            self.answer, clean, crafted, labels
         )
         return ops.mean(values), logits
 

@@ -256,12 +256,7 @@ class TestHeads:
         before = [numpy(kernel).copy() for kernel in kernels]
         optimizer = keras.optimizers.SGD(0.5)
         optimizer.build(model.trainable_variables)
-        answer, standard = model_backbone.in_training(model), losses.Standard()
-        step = training_step.make_step(
-            model,
-            optimizer,
-            training_step.Objective(lambda _, *b: standard.loss(answer, *b)),
-        )
+        step = training_step.make_step(model, optimizer, losses.Standard())
         logits = values(model, images, [layer.output for layer in dense])
         features = values(model, images, [layer.input for layer in dense])
         step(images, self.labels, np.arange(3, dtype="int32"), 0)

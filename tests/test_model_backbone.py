@@ -228,11 +228,7 @@ def test_a_training_step_reaches_every_weight(case):
     before = [numpy(v).copy() for v in model.trainable_variables]
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    answer, standard = model_backbone.in_training(model), training_step.STANDARD
-    objective = training_step.Objective(
-        lambda _, *batch: standard.loss(answer, *batch)
-    )
-    step = training_step.make_step(model, optimizer, objective)
+    step = training_step.make_step(model, optimizer, training_step.STANDARD)
     labels = np.array([0, 3], "int32")
     for number in range(2):
         loss, _ = step(images, labels, np.array([0, 1], "int32"), number)
