@@ -17,6 +17,7 @@ from absl import flags
 
 import command_line  # First: it quiets TensorFlow.
 import datasets
+import model_flags
 import run_folder
 
 # Keras and what needs it is imported when it is needed: a wrong name must be
@@ -34,33 +35,8 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of the files; without it the run's own."
 )
 # The handover's program built its model from these; here they choose a run.
-_MADE_WITH = {
-    "num_transformers": flags.DEFINE_integer(
-        "num_transformers", None, "Attack a run with so many gazes or views."
-    ),
-    "coarse_variant": flags.DEFINE_string(
-        "coarse_variant", None, "Attack a run made with that variant."
-    ),
-    "pooling": flags.DEFINE_string(
-        "pooling", None, "Attack a run made with that pooling."
-    ),
-    **{
-        name: flags.DEFINE_boolean(
-            name, None, "Attack a run made with it, or without."
-        )
-        for name in (
-            "sampling",
-            "coarse_fixations",
-            "restricted_attention",
-            "shared",
-            "branched_network",
-            "feedback",
-            "single_scale",
-            "scale4_freeze",
-            "auxiliary",
-        )
-    },
-}
+_MADE_WITH = model_flags.define(leave_out=("test_gazes",))
+flags.adopt_module_key_flags(model_flags)  # For --help.
 _PROTOCOL = flags.DEFINE_string(
     "protocol", None, "Evaluations of a paper by name; see the README."
 )

@@ -16,6 +16,7 @@ from absl import flags
 
 import command_line  # First: it quiets TensorFlow.
 import datasets
+import model_flags
 import run_folder
 
 # Keras and what needs it is imported when it is needed: a missing data set
@@ -196,130 +197,8 @@ _ADVERSARIAL = {
     ),
 }
 # Options of the models; unset flags keep the model's own.
-_OPTIONS = {
-    "num_steps": flags.DEFINE_integer(
-        "num_steps", None, "Steps of S3TA's unroll.", lower_bound=1
-    ),
-    "vision": flags.DEFINE_string(
-        "vision", None, "S3TA's vision net: resnet152, resnet_cifar, ..."
-    ),
-    "vision_width": flags.DEFINE_integer(
-        "vision_width", None, "Filters of its first stage.", lower_bound=0
-    ),
-    "vision_strides": flags.DEFINE_list(
-        "vision_strides", None, "Of its stages: 1,2,1,1 in the paper."
-    ),
-    "key_channels": flags.DEFINE_integer(
-        "key_channels", None, "Channels of its map that are keys."
-    ),
-    "num_heads": flags.DEFINE_integer(
-        "num_heads", None, "Queries a step.", lower_bound=1
-    ),
-    "frequencies": flags.DEFINE_integer(
-        "frequencies", None, "Of the spatial basis.", lower_bound=1
-    ),
-    "controller_units": flags.DEFINE_integer(
-        "controller_units", None, "Units of S3TA's LSTM.", lower_bound=1
-    ),
-    "hidden_units": flags.DEFINE_integer(
-        "hidden_units", None, "Of its query and output nets.", lower_bound=1
-    ),
-    "remat": flags.DEFINE_boolean(
-        "remat", None, "Recompute its steps in the backward pass."
-    ),
-    "depth": flags.DEFINE_integer("depth", None, "Layers of a ResNet."),
-    "widen": flags.DEFINE_integer("widen", None, "Factor of a wide ResNet."),
-    "num_transformers": flags.DEFINE_integer(
-        "num_transformers", None, "Number of gazes or views.", lower_bound=1
-    ),
-    "shared": flags.DEFINE_boolean(
-        "shared", None, "One backbone for all the views."
-    ),
-    "restricted_attention": flags.DEFINE_boolean(
-        "restricted_attention", None, "Views only scale and move."
-    ),
-    "sampling": flags.DEFINE_boolean(
-        "sampling", None, "Retinal sampling at random gazes."
-    ),
-    "test_gazes": flags.DEFINE_string(
-        "test_gazes", None, "Evaluate at five fixed gazes, or at a random one."
-    ),
-    "interpolation": flags.DEFINE_string(
-        "interpolation", None, "Views: bilinear, nearest or straight_through."
-    ),
-    "coarse_fixations": flags.DEFINE_boolean(
-        "coarse_fixations", None, "Random crops as fixations."
-    ),
-    "coarse_variant": flags.DEFINE_string(
-        "coarse_variant", None, "Of those crops: crop, upsample or blur."
-    ),
-    "branched_network": flags.DEFINE_boolean(
-        "branched_network", None, "Four narrow ResNets side by side."
-    ),
-    "feedback": flags.DEFINE_boolean(
-        "feedback", None, "A feedback connection in each stage of ResNet-20."
-    ),
-    "pooling": flags.DEFINE_string(
-        "pooling", None, "Of the scales of ecnn: concat, mean or max."
-    ),
-    "single_scale": flags.DEFINE_boolean(
-        "single_scale", None, "Only the largest scale of ecnn."
-    ),
-    "scale4_freeze": flags.DEFINE_boolean(
-        "scale4_freeze", None, "The fourth scale is the whole image."
-    ),
-    "auxiliary": flags.DEFINE_boolean(
-        "auxiliary", None, "A class head on each scale."
-    ),
-    "attention_kind": flags.DEFINE_string(
-        "attention", None, "transformer, retina, dummy or dummy_scaled."
-    ),
-    "backbone": flags.DEFINE_string(
-        "backbone", None, "auto, resnet18, resnet20 or simple_cnn."
-    ),
-    "width": flags.DEFINE_integer(
-        "width", None, "Filters of its first stage.", lower_bound=0
-    ),
-    "stem_stride": flags.DEFINE_integer(
-        "stem_stride", None, "Stride of ResNet-18's stem.", lower_bound=0
-    ),
-    "pool_stride": flags.DEFINE_integer(
-        "pool_stride", None, "Stride of the pool behind it.", lower_bound=0
-    ),
-    "downsampling": flags.DEFINE_string(
-        "downsampling", None, "all, not_last or none."
-    ),
-    "localization": flags.DEFINE_string(
-        "localization", None, "Backbone of the localization net."
-    ),
-    "localization_width": flags.DEFINE_integer(
-        "localization_width", None, "Filters of its first stage."
-    ),
-    "localization_grid": flags.DEFINE_integer(
-        "localization_grid",
-        None,
-        "Cells a side its features are pooled over.",
-        lower_bound=1,
-    ),
-    "gaze_range": flags.DEFINE_float(
-        "gaze_range", None, "Largest offset of a gaze in pixels."
-    ),
-    "initialize_fixations": flags.DEFINE_boolean(
-        "initialize_fixations", None, "Start the gazes spread out."
-    ),
-    "regularization": flags.DEFINE_float(
-        "regularization", None, "L2 on the parameters of the views."
-    ),
-    "view_size": flags.DEFINE_integer(
-        "view_size", None, "Side of a view in pixels.", lower_bound=0
-    ),
-    "max_ratio": flags.DEFINE_float(
-        "max_ratio", None, "Density of the retina, fovea over periphery."
-    ),
-    "dropout": flags.DEFINE_float(
-        "dropout", None, "Dropout on the features before the logits."
-    ),
-}
+_OPTIONS = model_flags.define()
+flags.adopt_module_key_flags(model_flags)  # For --help.
 
 
 @dataclasses.dataclass(frozen=True)

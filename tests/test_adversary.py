@@ -41,7 +41,7 @@ def load_with_own_flags():
     """
     own = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("string", "integer", "float", "boolean"):
+        for name in ("string", "integer", "float", "boolean", "list"):
             define = getattr(flags, f"DEFINE_{name}")
             patch.setattr(
                 flags,
