@@ -283,7 +283,7 @@ def _attention_picture(path, model, record, chosen, maps, class_names):
     visualize.attention_grid(
         both(chosen["clean"], chosen["adversarial"]),
         both(*maps),
-        model_backbone.num_steps(model),
+        model_backbone.read_out(model),
         both(labels, labels),
         both(chosen["clean_predictions"], chosen["adversarial_predictions"]),
         class_names,

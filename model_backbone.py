@@ -27,7 +27,7 @@ from model_registry import (
     is_stochastic,
     key_generators,
     names,
-    num_steps,
+    read_out,
     shown,
 )
 
@@ -40,7 +40,7 @@ __all__ = [
     "is_stochastic",
     "key_generators",
     "names",
-    "num_steps",
+    "read_out",
     "shown",
 ]
 

@@ -181,21 +181,6 @@ def shown(model):
     return keras.Model(model.input, {**outputs, "logits": model.output})
 
 
-def num_steps(model):
-    """Returns how many steps of a recurrent model are read; 1 for others.
-
-    Args:
-        model: A `keras.Model`. A layer that unrolls has an integer attribute
-            `read_out`: the step whose logits are the model's, from 1.
-    """
-    read = [
-        layer.read_out
-        for layer in model._flatten_layers()
-        if hasattr(layer, "read_out")
-    ]
-    return max(read, default=1)
-
-
 def generators(model):
     """Returns the seed generators of a model's layers, in a fixed order."""
     return [
