@@ -100,11 +100,9 @@ def _classifier(num_classes, image_shape, build, **looking):
     images = keras.Input(image_shape, name="images")
     views = _views(images, **looking)
     if views is None:
-        net = build(image_shape)
-        logits = model_parts.logits(
-            net(model_parts.normalize(images)), num_classes
+        return model_parts.classifier(
+            image_shape, build(image_shape), num_classes
         )
-        return keras.Model(images, logits)
     folded = model_parts.FoldViews(name="fold")(model_parts.normalize(views))
     net = build(tuple(folded.shape[1:]))
     logits = model_parts.logits(net(folded), num_classes)
@@ -318,7 +316,6 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
         dropout: Rate of dropout on the features; the published one has none.
     """
     width = width or 32
-    images = keras.Input(image_shape, name="images")
     net = resnet_backbone.simple_cnn(
         image_shape,
         filters=(width, 2 * width),
@@ -327,10 +324,7 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
         dropout=dropout,
         name="backbone",
     )
-    return keras.Model(
-        images,
-        model_parts.logits(net(model_parts.normalize(images)), num_classes),
-    )
+    return model_parts.classifier(image_shape, net, num_classes)
 
 
 ATTENTIONS = ("transformer", "retina", "dummy", "dummy_scaled")

@@ -169,6 +169,21 @@ def logits(features, num_classes, name="logits"):
     )(features)
 
 
+def classifier(image_shape, net, num_classes):
+    """A plain model: a feature extractor and a dense layer on its features.
+
+    Args:
+        image_shape: (height, width, channels).
+        net: `keras.Model` from standardized images to `(batch, units)`.
+        num_classes: Number of logits.
+
+    Returns:
+        `keras.Model` from images in [0, 1] to `(batch, num_classes)`.
+    """
+    images = keras.Input(image_shape, name="images")
+    return keras.Model(images, logits(net(normalize(images)), num_classes))
+
+
 @keras.saving.register_keras_serializable("saccade")
 class MainHead(layers.Layer):
     """Passes on the first of several heads, which is the model's verdict.

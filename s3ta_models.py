@@ -141,10 +141,8 @@ def s3ta(
 
 def _plain(kind, image_shape, num_classes, width, **options):
     """A backbone, pooled, with a dense layer."""
-    images = keras.Input(image_shape, name="images")
     net = model_parts.backbone(kind, image_shape, width, "backbone", **options)
-    features = net(model_parts.normalize(images))
-    return keras.Model(images, model_parts.logits(features, num_classes))
+    return model_parts.classifier(image_shape, net, num_classes)
 
 
 def _register_resnet(name, reference, image_size=224, depth=152, **own):
