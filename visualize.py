@@ -295,9 +295,10 @@ def attention_grid(
     if not per_head:
         maps = maps.mean(axis=2, keepdims=True)
     heads = maps.shape[2]
+    # The last step is read out: it is there whatever is left out, also if it
+    # is the only one.
     count = min(num_steps, max_steps)
-    steps = np.unique(np.linspace(1, num_steps, count).round().astype(int))
-    # The last step is read out: it is there whatever is left out.
+    steps = np.linspace(num_steps, 1, count).round().astype(int)[::-1]
     shown = min(len(images), max_rows)
     with matplotlib.rc_context(_STYLE):
         side = _side_width(class_names, labels[:shown])
