@@ -129,7 +129,7 @@ def compiled(model, key, make, reading=None):
 
         found = model_backbone.generators(model)
         functions[key, reading] = numerics.compile_call(
-            make(_LogitsFn(read, found, reading)), model.variables
+            make(_LogitsFn(read, found, reading)), model.variables, rows=True
         )
     return functions[key, reading]
 

@@ -143,7 +143,7 @@ def _value_and_grad_torch(outputs, x, differentiable):
     return losses.detach(), aux, grad
 
 
-def compile_call(fn, variables=()):
+def compile_call(fn, variables=(), rows=False):
     """Compiles an inference function; whatever it updates is thrown away.
 
     TensorFlow gets a graph (with XLA only where there is an accelerator: on the
@@ -158,11 +158,14 @@ def compile_call(fn, variables=()):
             evaluation leaves the model as it found it, bit for bit.
         variables: Every Keras variable that `fn` reads (`model.variables`).
             On JAX a variable that is left out is frozen at its present value.
+        rows: Whether every argument that has a dimension has one row an
+            example. TensorFlow without an accelerator then traces once for all
+            batch sizes, instead of once for the first and once for the rest.
 
     Returns:
         Callable with the arguments of `fn`, as NumPy arrays or tensors. It is
         traced once for each combination of shapes and dtypes (on TensorFlow
-        without an accelerator twice, whatever the batch sizes).
+        without an accelerator at most twice, whatever the batch sizes).
 
     Raises:
         NotImplementedError: If the active backend is none of the three.
@@ -178,13 +181,16 @@ def compile_call(fn, variables=()):
         import tensorflow as tf
 
         accelerated = _accelerated()
-        compiled = tf.function(
-            stateless,
-            autograph=False,
-            jit_compile=accelerated or None,
-            # The second batch size makes the graph one for all of them.
-            reduce_retracing=not accelerated,
-        )
+        if rows and not accelerated:
+            compiled = _for_any_size(stateless)
+        else:
+            compiled = tf.function(
+                stateless,
+                autograph=False,
+                jit_compile=accelerated or None,
+                # The second batch size makes the graph one for all of them.
+                reduce_retracing=not accelerated,
+            )
     elif backend == "jax":
         import jax
 
@@ -211,11 +217,35 @@ def compile_call(fn, variables=()):
     )
 
 
+def _for_any_size(fn):
+    """A TensorFlow function of nested rows with one graph for every size."""
+    import tensorflow as tf
+
+    made = {}
+
+    def spec(value):
+        if not value.shape.rank:
+            return tf.TensorSpec([], value.dtype)
+        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
+
+    def call(args):
+        specs = keras.tree.map_structure(spec, args)
+        key = repr(specs)
+        if key not in made:
+            made[key] = tf.function(
+                fn, autograph=False, input_signature=[specs]
+            )
+        return made[key](args)
+
+    return call
+
+
 def row_count(rows, limit):
     """The batch size for which `rows` rows are best padded.
 
     Padding wastes time and a new size costs a compilation: where every size is
-    compiled anew, only halves of `limit` are offered, otherwise its eighths.
+    compiled anew, only halves of `limit` are offered, otherwise its
+    thirty-seconds, as the kernels of a new size take a moment too.
 
     Args:
         rows: How many rows there are, from 1 to `limit`.
@@ -229,7 +259,7 @@ def row_count(rows, limit):
         while size % 2 == 0 and rows <= size // 2 and size > limit // 8:
             size //= 2
         return size
-    part = max(1, limit // 8)
+    part = max(1, limit // 32)
     return min(limit, -(-rows // part) * part)
 
 

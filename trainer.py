@@ -99,8 +99,8 @@ _RECIPE = {
         "augmentation", None, "Which augmentation; see the README."
     ),
 }
-_READ_OUTS = flags.DEFINE_string(
-    "read_outs", None, "Read-out step by epoch: 0:4,35:8,70:16."
+_CURRICULUM = flags.DEFINE_string(
+    "read_out_curriculum", None, "Read-out step by epoch: 0:4,35:8,70:16."
 )
 _ON_COLLAPSE = flags.DEFINE_string(
     "on_collapse",
@@ -339,8 +339,8 @@ def _recipe_from_flags(name, adversarial, replays):
     else:
         recipe = recipes.RECIPES[_DATASET.value]
     given = _given(_RECIPE)
-    if _READ_OUTS.value:
-        given["read_outs"] = recipes.parse_read_outs(_READ_OUTS.value)
+    if _CURRICULUM.value:
+        given["read_outs"] = recipes.parse_read_outs(_CURRICULUM.value)
     if not _AUGMENT.value:
         given["augmentation"] = "none"
     recipe = recipe.override(**given)

@@ -568,3 +568,24 @@ def test_compile_call_traces_once_a_shape():
         assert array(compiled(np.zeros(size, "float32"))).shape == (size,)
     # Torch runs the function itself at each call.
     assert len(traces) == (5 if keras.config.backend() == "torch" else 2)
+
+
+def test_rows_are_traced_once_for_all_sizes():
+    """But anew for another kind of row: other keys, dtypes or shapes."""
+    traces = []
+
+    def fn(rows, factor):
+        traces.append(rows)
+        return {key: factor * value for key, value in rows.items()}
+
+    compiled = numerics.compile_call(fn, rows=True)
+    x = np.arange(12, dtype="float32").reshape(4, 3)
+    sizes = (4, 2, 3, 1)
+    for size in sizes:
+        out = compiled({"x": x[:size]}, np.float32(size))
+        np.testing.assert_array_equal(array(out["x"]), size * x[:size])
+    backend = keras.config.backend()
+    assert len(traces) == (1 if backend == "tensorflow" else len(sizes))
+    out = compiled({"x": x[:, :2], "y": x[:, 0]}, np.float32(2))
+    np.testing.assert_array_equal(array(out["x"]), 2 * x[:, :2])
+    np.testing.assert_array_equal(array(out["y"]), 2 * x[:, 0])

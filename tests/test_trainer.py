@@ -120,7 +120,7 @@ class TestFlags:
             ("--ema=0.9", "ema", 0.9),
             ("--label_smoothing=0.2", "label_smoothing", 0.2),
             ("--schedule=cyclic", "schedule", "cyclic"),
-            ("--read_outs=0:2,9:4", "read_outs", ((0, 2), (9, 4))),
+            ("--read_out_curriculum=0:2,9:4", "read_outs", ((0, 2), (9, 4))),
             ("--augmentation=digits", "augmentation", "digits"),
             ("--augment=0", "augmentation", "none"),
         ],
@@ -159,7 +159,7 @@ class TestFlags:
             ("--adv_train=1 --adv_epsilon=eps", "a ratio like 8/255"),
             ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
             ("--recipe=s3at", "Unknown recipe 's3at'. Did you mean s3ta"),
-            ("--read_outs=4", "pairs of an epoch and a step"),
+            ("--read_out_curriculum=4", "pairs of an epoch and a step"),
             ("--ema=1", "momentum of the averaged weights.*ema=1"),
             (
                 "--adv_train=1 --adv_replays=4 --adv_steps=7",
@@ -565,10 +565,10 @@ def call(*arguments, **environment):
         (["--adv_objective=mart", "--adv_epsilon=0"], "Expected epsilon > 0"),
         (
             ["--model=s3ta", "--vision=simple_cnn", "--num_steps=2"]
-            + ["--read_outs=0:1,1:9"],
+            + ["--read_out_curriculum=0:1,1:9"],
             "1 to 2. Received: read_out=9",
         ),
-        (["--read_outs=0:1"], "Expected a recurrent model"),
+        (["--read_out_curriculum=0:1"], "Expected a recurrent model"),
         (["--on_collapse=wait"], "Received: on_collapse='wait'"),
     ],
 )
