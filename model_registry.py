@@ -215,8 +215,8 @@ def set_read_out(model, step):
     if not found:
         raise ValueError(
             "Expected a recurrent model, which is read out at a step. "
-            f"Received: read_out={step} for {model.name}. Leave --read_outs "
-            "out."
+            f"Received: read_out={step} for {model.name}. Leave "
+            "--read_out_curriculum out."
         )
     for layer in found:
         if not 1 <= step <= layer.num_steps:
