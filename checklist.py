@@ -32,6 +32,7 @@ import crafting
 import numerics
 import objectives
 import robust_evaluation
+import spsa
 import square
 
 _SUBSET = 0xC4EC  # Tells the choice of images from other uses of the seed.
@@ -555,10 +556,10 @@ def _black_box(subject):
     names = "Square"
     if left.any() and (whites & ~left).sum() <= subject.allowed:
         names = "Square or SPSA"
-        spsa = attack_backbone.SPSA(
+        climb = spsa.SPSA(
             norm=subject.norm, epsilon=subject.epsilon, keep="first", **_SPSA
         )
-        left = subject.beyond(spsa, left)
+        left = subject.beyond(climb, left)
     return _beats(subject, whites, left, f"without gradients ({names})")
 
 

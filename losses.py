@@ -552,9 +552,7 @@ OBJECTIVES = {
     "noise": GaussianNoise,
 }
 # One that estimates its gradient from thousands of calls does not train.
-ATTACKS = tuple(
-    name for name, attack in attack_backbone.ATTACKS.items() if attack.white_box
-)
+ATTACKS = tuple(attack_backbone.ATTACKS)
 
 _BALL = ("norm", "epsilon", "epsilon_per_image", "train_mode")
 _WALK = ("attack", "steps", "step_size", "step_rule", "momentum", "l1_fraction")

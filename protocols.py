@@ -14,6 +14,7 @@ import autoattack
 import metrics
 import published
 import robust_evaluation
+import spsa
 
 _S3TA_URL = "https://arxiv.org/abs/1912.02184"
 # The settings that make two evaluations the same one in a table; a record
@@ -432,7 +433,7 @@ def _s3ta_adam(norm, epsilon):
 
 
 def _s3ta_spsa(norm, epsilon):
-    return attack_backbone.SPSA(
+    return spsa.SPSA(
         norm=norm,
         epsilon=epsilon,
         steps=100,

@@ -27,10 +27,12 @@ import model_backbone
 import numerics
 import objectives
 import run_folder
+import spsa
 import square
 
 ATTACKS = {
     **attack_backbone.ATTACKS,
+    **spsa.ATTACKS,
     **square.ATTACKS,
     **fab.ATTACKS,
     **autoattack.ATTACKS,

@@ -21,9 +21,12 @@ from toys import (
 import attack_backbone
 import numerics
 import objectives
-from attack_backbone import ATTACKS, BIM, FGSM, MIM, PGD, SPSA, PGDAdam
+import spsa
+from attack_backbone import BIM, FGSM, MIM, PGD, PGDAdam
+from spsa import SPSA
 
 NORMS = numerics.NORMS
+ATTACKS = {**attack_backbone.ATTACKS, **spsa.ATTACKS}
 RADIUS = {"l1": 3.0, "l2": 0.7, "linf": 0.1}
 SHAPE = (4, 4, 3)
 CLASSES = 3
@@ -545,11 +548,11 @@ def test_adam_against_numpy():
 
 class TestSPSA:
     def estimate(self, **fields):
-        spsa = SPSA(**fields)
+        known = SPSA(**fields)
 
         def estimate(images, labels, keys):
             state = {"images": images, "labels": labels, "keys": keys}
-            return spsa.estimate(logits_fn(TWO.net), state, images, keys)
+            return known.estimate(logits_fn(TWO.net), state, images, keys)
 
         return array(
             numerics.compile_call(estimate)(

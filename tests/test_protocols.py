@@ -15,6 +15,7 @@ import datasets
 import metrics
 import published
 import robust_evaluation
+import spsa
 from protocols import PROTOCOLS
 
 PHOTOGRAPH, SMALL, DIGIT = (224, 224, 3), (32, 32, 3), (28, 28, 1)
@@ -219,7 +220,7 @@ class TestEvaluations:
 
     def test_spsa(self):
         (attack,) = self.attacks("s3ta_spsa")
-        assert isinstance(attack, attack_backbone.SPSA)
+        assert isinstance(attack, spsa.SPSA)
         assert (attack.samples, attack.steps) == (4096, 100)
         assert (attack.epsilon, attack.step_length) == (16 / 255, 1 / 255)
 
