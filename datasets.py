@@ -18,7 +18,6 @@ import concurrent.futures
 import dataclasses
 import difflib
 import hashlib
-import os
 import pathlib
 import zipfile
 import zlib
@@ -30,6 +29,7 @@ from PIL import Image
 import bounding_boxes
 import cluttered_digits
 import image_files
+import tfds_folders
 
 CorruptImageError = image_files.CorruptImageError
 
@@ -451,7 +451,9 @@ def _find(request):
         row.also(request, found[0])
     if found or not row.pattern:
         return found
-    if row.tfds and (request.download or _prepared(request)):
+    if row.tfds and (
+        request.download or tfds_folders.find(row.tfds[0], request.data_dir)
+    ):
         return []
     raise _missing(request, row.begins_with)
 
@@ -799,63 +801,20 @@ def _tfds_images(request, wnids):
         request: A `_Request`.
         wnids: None for all classes in their order, or those to pick.
     """
-    folder = _prepared(request) or _download(request)
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(folder)
-    named = list(builder.info.features["label"].names)
-    order = wnids or named
-    absent = sorted(set(order) - set(named))
-    if absent:
-        raise ValueError(f"{folder} has no class {image_files.some(absent)}.")
-    class_of = np.full(len(named), -1, np.int32)
-    class_of[[named.index(name) for name in order]] = np.arange(len(order))
-    if builder.info.file_format.value != "tfrecord":
-        raise ValueError(
-            f"{folder} holds {builder.info.file_format.value} files. Prepare "
-            "the set as TFRecord, which is what TFDS does by default."
-        )
-    encoded = {}
-    keys = {"train": "train", "test": _TABLE[request.name].tfds[1]}
+    name, test = _TABLE[request.name].tfds
+    folder = tfds_folders.find(name, request.data_dir)
+    if folder is None:
+        steps = _TABLE[request.name].steps
+        folder = tfds_folders.download(name, request.data_dir, steps)
+    keys = {"train": "train", "test": test}
     if request.test_only:
         del keys["train"]
-    for split, key in keys.items():
-        if key not in builder.info.splits:
-            raise ValueError(f"{folder} has no split {key!r}.")
-        shards = [str(path) for path in builder.info.splits[key].filepaths]
-        encoded[split] = image_files.of_shards(shards, class_of, split)
-    return encoded, f"tfds:{builder.info.full_name} ({folder})"
-
-
-def _prepared(request):
-    """The folder of a prepared set; found without importing TFDS."""
-    base = request.data_dir or pathlib.Path(
-        os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    )
-    base = base.expanduser() / _TABLE[request.name].tfds[0]
-    found = [
-        path.parent
-        for depth in ("*", "*/*")
-        for path in base.glob(f"{depth}/dataset_info.json")
-    ]
-    # Versions rise; of Imagenette's sizes, full-size sorts last.
-    return max(found, default=None)
-
-
-def _download(request):
-    import tensorflow_datasets as tfds
-
-    name = _TABLE[request.name].tfds[0]
-    try:
-        builder = tfds.builder(name, data_dir=request.data_dir)
-        builder.download_and_prepare()
-    except Exception as error:  # Network, disk, checksums, missing archives.
-        reason = " ".join(str(error).split())[:200]
-        steps = _TABLE[request.name].steps
-        raise OSError(
-            f"TFDS could not prepare {name} ({reason}). {steps}"
-        ) from None
-    return pathlib.Path(builder.data_dir)
+    shards, class_of, source = tfds_folders.read(folder, wnids, keys)
+    encoded = {
+        split: image_files.of_shards(paths, class_of, split)
+        for split, paths in shards.items()
+    }
+    return encoded, source
 
 
 # ---------------------------------------------------------------------------

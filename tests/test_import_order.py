@@ -13,9 +13,9 @@ BACKENDS = {"tensorflow", "tensorflow_datasets", "jax", "jaxlib", "torch"}
 # parity's peers are Torch programs; benchmark asks TensorFlow's profiler.
 MAY_NAME_A_BACKEND = {
     "benchmark",
-    "datasets",
     "numerics",
     "parity",
+    "tfds_folders",
     "training_step",
 }
 PROGRAMS = {"trainer", "adversary"}
