@@ -188,14 +188,33 @@ class AdversaryConfig:
     surrogate: str | None = None
     straight_through: bool = False
 
-    def request(self, evaluation, sha256):
+    def hashes(self):
+        """SHA-256 of the weights that are attacked, and attacked from.
+
+        Raises:
+            FileNotFoundError: If a run has no such weights yet.
+        """
+        found = {"weights_sha256": self.folder}
+        if self.surrogate:
+            found["surrogate_sha256"] = pathlib.Path(self.surrogate)
+        for key, folder in found.items():
+            path = folder / f"{self.weights}.weights.h5"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} does not exist: the run has no {self.weights} "
+                    "weights yet. Train it on with trainer.py --resume."
+                )
+            found[key] = run_folder.sha256(path)
+        return found
+
+    def request(self, evaluation, hashes):
         """What a record answers; an equal one is not made again."""
         return {
             **evaluation.describe(),
             "num_examples": evaluation.num_examples,
             "split": self.split,
             "weights": self.weights,
-            "weights_sha256": sha256,
+            **hashes,
             "options": self.options,
             "surrogate": self.surrogate,
             "straight_through": self.straight_through,
@@ -530,16 +549,10 @@ def run(config, data=None, progress=True):
     import attack_records
 
     with command_line.guard():
-        path = config.folder / f"{config.weights}.weights.h5"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist: the run has no {config.weights} "
-                "weights yet. Train it on with trainer.py --resume."
-            )
-        sha256 = run_folder.sha256(path)
+        hashes = config.hashes()
         found = [
             attack_records.earlier(
-                config.place(e), config.request(e, sha256), config.overwrite
+                config.place(e), config.request(e, hashes), config.overwrite
             )
             for e in config.evaluations
         ]
@@ -550,7 +563,7 @@ def run(config, data=None, progress=True):
         if not reused:
             if loaded is None:
                 with command_line.guard():
-                    loaded = _Loaded(config, data, sha256)
+                    loaded = _Loaded(config, data, hashes)
             with command_line.guard_disk():
                 record = loaded.attack(evaluation, progress)
         results.append((record, config.place(evaluation), reused))
@@ -563,11 +576,11 @@ def run(config, data=None, progress=True):
 class _Loaded:
     """A run's model and data, and the models its attacks are made on."""
 
-    def __init__(self, config, data, sha256):
+    def __init__(self, config, data, hashes):
         import model_backbone
 
-        self.config = config
-        self.model, self.context, self.split = _load(config, data, sha256)
+        self.config, self.hashes = config, hashes
+        self.model, self.context, self.split = _load(config, data, hashes)
         row = model_backbone.entry(self.context["model"])
         drawn = row.stochastic or model_backbone.is_stochastic(self.model)
         for evaluation in config.evaluations:
@@ -601,10 +614,9 @@ class _Loaded:
 
         config = self.config
         place = config.place(evaluation)
-        sha256 = self.context["weights_sha256"]
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
-        request = config.request(evaluation, sha256)
+        request = config.request(evaluation, self.hashes)
         with attack_records.bar(place.name, progress) as report:
             try:
                 return attack_records.attack(
@@ -654,7 +666,7 @@ def _write_curves(config, records):
     curves.accuracy_curves(records, folder / f"{name}.png")
 
 
-def _load(config, data, sha256):
+def _load(config, data, hashes):
     """Returns the model, what opens every record, and the split."""
     import robust_evaluation
     import robust_training
@@ -684,7 +696,7 @@ def _load(config, data, sha256):
         "skipped": data.skipped,
         "image_shape": list(data.image_shape),
         "weights": config.weights,
-        "weights_sha256": sha256,
+        **hashes,
         "options": config.options,
         "surrogate": config.surrogate,
         "straight_through": config.straight_through,
@@ -776,11 +788,12 @@ def _run_checklist(config, data=None):
 
     evaluation = config.evaluations[0]
     with command_line.guard():
-        path = config.folder / f"{config.weights}.weights.h5"
-        loaded = _load(config, data, run_folder.sha256(path))
+        loaded = _load(config, data, config.hashes())
         other = None
         if config.surrogate is not None:
-            other, _ = robust_training.load_run(config.surrogate)
+            other, _ = robust_training.load_run(
+                config.surrogate, config.weights
+            )
         model, context, split = loaded
         checks = checklist.run(
             model,

@@ -528,6 +528,31 @@ def test_names_tell_all_settings_apart():
     assert len(places) == len(evaluations) + 5
 
 
+def test_a_record_answers_for_the_weights_of_both_runs(tmp_path):
+    """A surrogate that was trained on since makes another record."""
+    import adversary
+    import attack_backbone
+    from robust_evaluation import EvaluationConfig
+
+    evaluation = EvaluationConfig(attack_backbone.FGSM(epsilon=0.1))
+    folders = [tmp_path / name for name in ("attacked", "surrogate")]
+    config = adversary.AdversaryConfig(
+        folders[0], (), surrogate=str(folders[1])
+    )
+    for folder in folders:
+        folder.mkdir()
+        with pytest.raises(FileNotFoundError, match=f"{folder.name}/best"):
+            config.hashes()
+        (folder / "best.weights.h5").write_bytes(b"first")
+    seen = [config.request(evaluation, config.hashes())]
+    for folder in folders:
+        (folder / "best.weights.h5").write_bytes(b"then")
+        seen.append(config.request(evaluation, config.hashes()))
+    assert seen[0] != seen[1] != seen[2] != seen[0]
+    alone = dataclasses.replace(config, surrogate=None)
+    assert list(alone.hashes()) == ["weights_sha256"]
+
+
 def test_the_program_itself_ends_with_status_2(root):
     """From the shell, an unknown flag too."""
     completed = subprocess.run(
