@@ -3,6 +3,7 @@
     python benchmark.py --what=sampler
     python benchmark.py --what=full_size
     python benchmark.py --what=s3ta --image_size=224 --batch_size=1
+    python benchmark.py --what=attack_steps --run=RUN --batch_size=200
 
 Ratios are against a named peer in the same run, on the same points.
 """
@@ -18,13 +19,16 @@ from absl import flags
 import command_line  # First: it quiets TensorFlow.
 import run_folder
 
-_WHAT = flags.DEFINE_string("what", "sampler", "sampler, full_size or s3ta.")
+_WHAT = flags.DEFINE_string(
+    "what", "sampler", "sampler, full_size, s3ta or attack_steps."
+)
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images.", lower_bound=1)
 _SIZE = flags.DEFINE_integer("image_size", 320, "Their side.", lower_bound=8)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls.", lower_bound=3)
 _MODELS = flags.DEFINE_list(
     "models", ["multi_gaze", "parallel_transformers"], "For full_size."
 )
+_RUN = flags.DEFINE_string("run", None, "Folder of a run, for attack_steps.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for the record.")
 
 
@@ -37,13 +41,14 @@ class BenchmarkConfig:
     image_size: int = 320
     rounds: int = 15
     models: tuple[str, ...] = ("multi_gaze", "parallel_transformers")
+    run: str | None = None
 
 
 def config_from_flags():
     """Makes the `BenchmarkConfig` of the parsed flags.
 
     Raises:
-        ValueError: If the benchmark is unknown.
+        ValueError: If the benchmark is unknown, or lacks its run.
     """
     if _WHAT.value not in BENCHMARKS:
         raise ValueError(
@@ -51,12 +56,15 @@ def config_from_flags():
             f"{command_line.near(_WHAT.value, BENCHMARKS)} Expected one of "
             f"{', '.join(BENCHMARKS)}"
         )
+    if _WHAT.value == "attack_steps" and _RUN.value is None:
+        raise ValueError("Expected --run=FOLDER with --what=attack_steps.")
     return BenchmarkConfig(
         what=_WHAT.value,
         batch_size=_BATCH.value,
         image_size=_SIZE.value,
         rounds=_ROUNDS.value,
         models=tuple(_MODELS.value),
+        run=_RUN.value,
     )
 
 
@@ -362,7 +370,115 @@ def _gflops(model, image_shape):
     return round(found.total_float_ops / 1e9, 2)
 
 
-BENCHMARKS = {"sampler": sampler, "full_size": full_size, "s3ta": s3ta}
+_STEPS = 25  # In one call, as in `crafting`.
+
+
+def attack_steps(config):
+    """What a step of an attack costs beside the model's own passes.
+
+    The named peers are the bare forward pass, and the pass with its gradient,
+    of the same model on the same images in the same run.
+
+    Returns:
+        List of dicts: what, and milliseconds a step.
+    """
+    import attack_backbone
+    import autoattack
+    import fab
+    import numerics
+    import robust_training
+    import square
+
+    model, run = robust_training.load_run(config.run)
+    classes, batch = run["num_classes"], config.batch_size
+    shape = (batch, *run["image_shape"])
+    rows = {
+        "images": np.random.default_rng(0).random(shape, "float32"),
+        "labels": (np.arange(batch) % classes).astype("int32"),
+        "keys": numerics.example_keys(0, np.arange(batch, dtype="int32")),
+    }
+    radius = {"epsilon": 8 / 255}
+    attacks = {
+        "PGD": attack_backbone.PGD(steps=100, **radius),
+        "APGD": autoattack.APGD(**radius),
+        "APGD-T": autoattack.APGDT(**radius),
+        "FAB-T": fab.FAB(**radius),
+        "Square": square.Square(**radius),
+    }
+    calls = _bare_passes(model, rows["images"])
+    for name, attack in attacks.items():
+        attack = attack.fit(classes) or attack
+        calls[name] = _steps_of(attack.fit(classes), model, rows)
+    found = interleaved(calls, config.rounds)
+    return [
+        {"what": name, "ms_a_step": round(time_ / _STEPS, 2)}
+        for name, time_ in found.items()
+    ]
+
+
+def _bare_passes(model, images):
+    """Calls of as many forward passes, and passes with their gradient."""
+    from keras import ops
+
+    import numerics
+
+    def forward(x):
+        def body(_, x):  # The next call waits for the one before.
+            return x + 0.0 * ops.sum(model(x, training=False))
+
+        return ops.sum(ops.fori_loop(0, _STEPS, body, x))
+
+    def backward(x):
+        def value(x):
+            return ops.logsumexp(model(x, training=False), axis=-1)
+
+        def body(_, x):
+            return x + 0.0 * numerics.value_and_grad(value, x)[1]
+
+        return ops.sum(ops.fori_loop(0, _STEPS, body, x))
+
+    found = {"forward": forward, "forward and backward": backward}
+    return {
+        name: _call(numerics.compile_call(fn, model.variables), images)
+        for name, fn in found.items()
+    }
+
+
+def _steps_of(attack, model, rows):
+    """A call of some steps of an attack that has begun."""
+    import numerics
+
+    def logits_fn(x):
+        return model(x, training=False)
+
+    def begin(rows):
+        state = attack.open(
+            logits_fn, rows["images"], rows["labels"], rows["keys"]
+        )
+        return attack.begin(logits_fn, state, 0)
+
+    def advance(state, first):
+        return attack.advance(logits_fn, state, 0, first, _STEPS)
+
+    state = numerics.compile_call(begin, model.variables)(rows)
+    step = numerics.compile_call(advance, model.variables)
+    return _call(step, state, np.int32(_STEPS))
+
+
+def _call(fn, *args):
+    """A call that waits for what it computes."""
+    import keras
+    from keras import ops
+
+    return lambda: keras.tree.map_structure(ops.convert_to_numpy, fn(*args))
+
+
+BENCHMARKS = {
+    "sampler": sampler,
+    "full_size": full_size,
+    "s3ta": s3ta,
+    "attack_steps": attack_steps,
+}
 
 
 def run(config):
