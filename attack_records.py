@@ -114,8 +114,7 @@ def earlier(place, request, overwrite=False):
     if overwrite or not path.exists():
         return None
     record = run_folder.read_json(path)
-    found = record.get("request", {})
-    changed = [key for key in request if found.get(key) != request[key]]
+    changed = run_folder.changed(record.get("request", {}), request)
     if changed:
         raise FileExistsError(
             f"{place} holds a record with another {', '.join(changed)}. "

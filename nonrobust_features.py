@@ -236,8 +236,7 @@ def _claim(path, described):
     path.mkdir(parents=True, exist_ok=True)
     if not (path / _SET).exists():
         run_folder.write_json(path / _SET, described)
-    earlier = run_folder.read_json(path / _SET)
-    changed = [key for key in described if earlier.get(key) != described[key]]
+    changed = run_folder.changed(run_folder.read_json(path / _SET), described)
     if changed:
         raise ValueError(
             f"{path} holds a crafted set with another {', '.join(changed)}. "
@@ -481,8 +480,7 @@ def _open(place, request, overwrite):
     """Makes the folder of a result; returns an earlier record or None."""
     path = place / "request.json"
     if path.exists():
-        earlier = run_folder.read_json(path)
-        changed = [key for key in request if earlier.get(key) != request[key]]
+        changed = run_folder.changed(run_folder.read_json(path), request)
         if not changed and not overwrite:
             found = place / "results.json"
             return run_folder.read_json(found) if found.exists() else None

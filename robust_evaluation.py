@@ -457,8 +457,7 @@ class _State:
         path = folder / "evaluation.json"
         if not path.exists():
             run_folder.write_json(path, identity)
-        earlier = run_folder.read_json(path)
-        changed = [k for k in identity if earlier.get(k) != identity[k]]
+        changed = run_folder.changed(run_folder.read_json(path), identity)
         if changed:
             raise StateError(
                 f"{folder} holds the state of an evaluation with another "

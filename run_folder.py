@@ -71,6 +71,26 @@ def read_json(path):
         ) from error
 
 
+def as_json(value):
+    """Returns a value as it is read back from a file: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def changed(found, wanted):
+    """Names what a JSON file holds otherwise than it should.
+
+    Args:
+        found: Dict that was read from a file.
+        wanted: Dict that could have been written; its tuples count as the
+            lists that JSON makes of them.
+
+    Returns:
+        List of the keys of `wanted` whose values differ.
+    """
+    wanted = as_json(wanted)
+    return [key for key in wanted if found.get(key) != wanted[key]]
+
+
 def sha256(path):
     """Returns the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as file:

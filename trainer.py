@@ -511,7 +511,7 @@ def open_folder(config, described, *, overwrite=False, resume=False):
             f"{folder} holds no run to resume; start it without --resume"
         )
     earlier = run_folder.read_json(path)
-    here = _as_json(described)
+    here = run_folder.as_json(described)
     changed = [
         f"{key} was {earlier.get(key)!r}, now {here[key]!r}"
         for key in here
@@ -523,14 +523,6 @@ def open_folder(config, described, *, overwrite=False, resume=False):
             "Resume with the same ones, or name the new run with --tag"
         )
     return folder
-
-
-def _as_json(value):
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
-    return value
 
 
 def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):

@@ -397,6 +397,14 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(
     assert not steps  # All groups are done.
 
 
+@pytest.mark.parametrize("name", robust_evaluation.ATTACKS)
+def test_every_attack_knows_its_own_state_again(name, tmp_path):
+    """Also those whose settings are tuples, which JSON makes lists of."""
+    config = EvaluationConfig(robust_evaluation.ATTACKS[name]())
+    for _ in range(2):
+        robust_evaluation._State(tmp_path / "state", config.describe())
+
+
 def test_a_state_of_another_evaluation_is_refused(model, tmp_path):
     split, _ = make_split()
     evaluate(model, split, EvaluationConfig(PGD), state_dir=tmp_path)

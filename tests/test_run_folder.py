@@ -102,6 +102,16 @@ def test_newest_is_the_run_trained_last(tmp_path):
         run_folder.newest(tmp_path, "b", wanted=["--on=e"], **on_e)
 
 
+def test_what_has_changed_is_named_and_tuples_are_no_change(tmp_path):
+    wanted = {"rates": (0.1, 0.01), "at": {"each": (1, (2, 3))}, "n": 1}
+    run_folder.write_json(tmp_path / "x.json", wanted)
+    found = run_folder.read_json(tmp_path / "x.json")
+    assert run_folder.changed(found, wanted) == []
+    assert run_folder.changed(found, {**wanted, "rates": (0.1,)}) == ["rates"]
+    assert run_folder.changed(found, {**wanted, "more": None, "n": 2}) == ["n"]
+    assert run_folder.changed(found, {**wanted, "more": 0}) == ["more"]
+
+
 def test_provenance_says_command_versions_and_commit():
     found = run_folder.provenance()
     assert found["versions"]["keras"].startswith("3.")
