@@ -791,7 +791,9 @@ class PGDAdam(Iterative):
     """Projected gradient descent that takes its steps with Adam.
 
     The default is the S3TA supplement's (section 3.2): 250 steps with rate
-    0.1, 0.01 from step 100 and 0.001 from step 200 on.
+    0.1, 0.01 from step 100 and 0.001 from step 200 on. They made it for L-inf:
+    Adam moves all coordinates alike, which in L2 and L1 is a poor direction,
+    and the rates are not scaled to another radius. There `PGD` is stronger.
 
     Attributes:
         rates: Learning rates, in units of the pixel range.
