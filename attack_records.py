@@ -335,7 +335,7 @@ def show(results, file=None):
 
     console = rich.console.Console(file=file, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 120  # A log has no width; do not fold the table.
+        console.width = 160  # A log has no width; do not cut the table off.
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     heads = "# attack norm eps steps restarts clean robust +- success worst"
     heads += " images s"
@@ -351,7 +351,7 @@ def show(results, file=None):
             record["attack"] + ("" if aim == "none" else f" to {aim}"),
             record["norm"],
             radius(record["epsilon"]),
-            str(record.get("steps", 1)),
+            _steps(record),
             str(record.get("restarts", 1)),
             f"{record['clean_accuracy']:.1%}",
             f"{record['robust_accuracy']:.1%}",
@@ -375,6 +375,13 @@ def show(results, file=None):
             highlight=False,
             markup=False,
         )
+
+
+def _steps(record):
+    """Steps of a restart, or queries; an ensemble has no one number of them."""
+    if record["attack"] == "autoattack":
+        return "-"
+    return str(record.get("steps", record.get("n_queries", 1)))
 
 
 def _half_width(record):
