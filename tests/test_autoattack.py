@@ -263,13 +263,21 @@ def steep_loss(images, labels):
     return -np.log((chance * own).sum(-1)), pull_back(chance - own)
 
 
-def projected(delta, epsilon, norm, images):
-    return array(
-        numerics.project(
-            ops.convert_to_tensor(delta.astype("float32")),
-            epsilon, norm, ops.convert_to_tensor(images),
+@functools.cache
+def projection(norm):
+    """Compiled once: JAX would compile the loops inside at each call."""
+    return numerics.compile_call(
+        lambda delta, epsilon, images: numerics.project(
+            delta, epsilon, norm, images
         )
-    ).astype("float64")  # fmt: skip
+    )
+
+
+def projected(delta, epsilon, norm, images):
+    found = projection(norm)(
+        delta.astype("float32"), np.float32(epsilon), images
+    )
+    return array(found).astype("float64")
 
 
 def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
