@@ -123,7 +123,7 @@ _SMALL = (
 )
 # S3TA's training (random targets, random start with probability 0.8) in small:
 # five steps of a quarter of the radius, where the paper has ten or thirty of a
-# sixteenth, so that all of it takes less than three hours of two cores.
+# sixteenth, so that all of it should take less than three hours of two cores.
 RACE = Table(
     dataset="cluttered_mnist",
     epochs=15,
