@@ -809,7 +809,13 @@ def _tfds_images(request, wnids):
     keys = {"train": "train", "test": test}
     if request.test_only:
         del keys["train"]
-    shards, class_of, source = tfds_folders.read(folder, wnids, keys)
+    named, shards, source = tfds_folders.read(folder, keys)
+    order = wnids or named
+    absent = sorted(set(order) - set(named))
+    if absent:
+        raise ValueError(f"{folder} has no class {image_files.some(absent)}.")
+    class_of = np.full(len(named), -1, np.int32)
+    class_of[[named.index(name) for name in order]] = np.arange(len(order))
     encoded = {
         split: image_files.of_shards(paths, class_of, split)
         for split, paths in shards.items()

@@ -7,8 +7,6 @@ it takes seconds and a set that is not there must be missed at once.
 import os
 import pathlib
 
-import numpy as np
-
 
 def find(name, data_dir=None):
     """Returns the folder of a prepared set; None if there is none.
@@ -54,36 +52,23 @@ def download(name, data_dir, steps):
     return pathlib.Path(builder.data_dir)
 
 
-def read(folder, classes, splits):
+def read(folder, splits):
     """Says what a prepared set holds.
 
     Args:
         folder: Its folder.
-        classes: None for all classes in their order, or the names to pick.
         splits: Dict from our names of the wanted splits to those of TFDS.
 
     Returns:
-        Tuple of a dict from the splits to the paths of their TFRecord files,
-        an int32 array from the set's labels to ours (-1 for a class that is
-        not picked), and a line that names the source.
+        Tuple of the names of the classes, a dict from the splits to the paths
+        of their TFRecord files, and a line that names the source.
 
     Raises:
-        ValueError: If a class or split is missing, or the files are no
-            TFRecord files.
+        ValueError: If a split is missing, or the files are no TFRecord files.
     """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
-    named = list(builder.info.features["label"].names)
-    order = classes or named
-    absent = sorted(set(order) - set(named))
-    if absent:
-        raise ValueError(
-            f"{folder} lacks {len(absent)} of the classes that were asked for: "
-            f"{', '.join(absent[:3])}."
-        )
-    class_of = np.full(len(named), -1, np.int32)
-    class_of[[named.index(name) for name in order]] = np.arange(len(order))
     if builder.info.file_format.value != "tfrecord":
         raise ValueError(
             f"{folder} holds {builder.info.file_format.value} files. Prepare "
@@ -95,4 +80,5 @@ def read(folder, classes, splits):
             raise ValueError(f"{folder} has no split {key!r}.")
         paths = builder.info.splits[key].filepaths
         shards[split] = [str(path) for path in paths]
-    return shards, class_of, f"tfds:{builder.info.full_name} ({folder})"
+    named = list(builder.info.features["label"].names)
+    return named, shards, f"tfds:{builder.info.full_name} ({folder})"

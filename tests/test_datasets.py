@@ -942,7 +942,7 @@ def test_tfds_imagenet_picks_its_classes(tmp_path, monkeypatch, lazy):
     )
     assert (len(dataset.train), len(dataset.test)) == (30, 25)
     assert_labels_match_pixels(dataset)
-    with pytest.raises(ValueError, match="lacks [0-9]+ of the classes"):
+    with pytest.raises(ValueError, match="has no class"):
         datasets.load("imagenet10", data_dir=tmp_path)
 
 
