@@ -544,6 +544,7 @@ def _identity(split, config, order, context):
         ).hexdigest(),
         "weights_sha256": context.get("weights_sha256"),
         "surrogate": context.get("surrogate"),
+        "surrogate_sha256": context.get("surrogate_sha256"),
         "backend": keras.config.backend(),
     }
 

@@ -405,6 +405,22 @@ def test_every_attack_knows_its_own_state_again(name, tmp_path):
         robust_evaluation._State(tmp_path / "state", config.describe())
 
 
+def test_a_state_belongs_to_the_weights_of_the_surrogate(model, tmp_path):
+    split, _ = make_split()
+    config = EvaluationConfig(PGD)
+    for digest in ("first", "first", "then"):
+        context = {"surrogate": "other", "surrogate_sha256": digest}
+        if digest == "then":
+            with pytest.raises(
+                robust_evaluation.StateError, match="surrogate_sha256"
+            ):
+                evaluate(
+                    model, split, config, context=context, state_dir=tmp_path
+                )
+        else:
+            evaluate(model, split, config, context=context, state_dir=tmp_path)
+
+
 def test_a_state_of_another_evaluation_is_refused(model, tmp_path):
     split, _ = make_split()
     evaluate(model, split, EvaluationConfig(PGD), state_dir=tmp_path)
