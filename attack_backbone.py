@@ -65,8 +65,7 @@ class Attack:
     # Numbers that a compiled attack takes as tensors, so that a scan over them
     # compiles once; see `bind`.
     LATE: ClassVar[tuple] = ("epsilon",)
-    # Whether it reads gradients, whether it draws noise, whether it can aim.
-    white_box: ClassVar[bool] = True
+    # Whether it draws noise, whether it can aim.
     random: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
 

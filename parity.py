@@ -282,21 +282,12 @@ def job(name):
             largest_norm=float(moved),
             verdicts=(right & clean).astype(int).tolist(),
             indices=[int(i) for i in order],
-            # What the seconds depend on, beside the machine.
-            batch_size=_BATCH_SIZE.value,
-            cores=_cores(),
+            batch_size=_BATCH_SIZE.value,  # The seconds depend on it.
             **context,
         )
     result["provenance"] = run_folder.provenance()
     _place(name).parent.mkdir(exist_ok=True)
     run_folder.write_json(_place(name), result)
-
-
-def _cores():
-    """How many cores this process may use; not every system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _place(name):

@@ -176,6 +176,13 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
     return max(found)[1]
 
 
+def _cores():
+    """How many cores this process may use; not every system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def provenance():
     """Says what produced a file: command, versions, git hash, machine, time."""
     versions = {"python": platform.python_version()}
@@ -193,7 +200,7 @@ def provenance():
         ),
         "git_hash": _git_hash(),
         "versions": versions,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": f"{platform.machine()}, {_cores()} CPU cores",
     }
 
 

@@ -45,7 +45,6 @@ class SPSA(attack_backbone.Iterative):
     l1_fraction: float = 0.01
 
     name: ClassVar[str] = "spsa"
-    white_box: ClassVar[bool] = False
     random: ClassVar[bool] = True
     LATE: ClassVar[tuple] = ("epsilon", "step_length", "steps", "restarts")
 

@@ -60,7 +60,6 @@ class Square(attack_backbone.Attack):
 
     name: ClassVar[str] = "square"
     LATE: ClassVar[tuple] = ("epsilon", "n_queries", "restarts")
-    white_box: ClassVar[bool] = False
     random: ClassVar[bool] = True
 
     def __post_init__(self):

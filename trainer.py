@@ -514,8 +514,8 @@ def open_folder(config, described, *, overwrite=False, resume=False):
     here = run_folder.as_json(described)
     changed = [
         f"{key} was {earlier.get(key)!r}, now {here[key]!r}"
-        for key in here
-        if key not in _FREE and earlier.get(key) != here[key]
+        for key in run_folder.changed(earlier, here)
+        if key not in _FREE
     ]
     if changed:
         raise ValueError(
