@@ -375,6 +375,7 @@ def _evaluation(attack, target, common):
 
 def _attacks(norm, radii):
     """Yields each attack at each radius, number of steps and restarts."""
+    import attack_backbone
     import robust_evaluation
 
     known = robust_evaluation.ATTACKS
@@ -400,7 +401,7 @@ def _attacks(norm, radii):
         own = {k: v for k, v in given.items() if k in fields[name]}
         # What has fallen need not be attacked on; but with draws, one iterate
         # may look fallen by chance, and the last is the one to judge.
-        if getattr(known[name], "keep", "") in ("best", "first"):
+        if issubclass(known[name], attack_backbone.Iterative):
             own.setdefault("keep", "first" if _EOT.value is None else "last")
         scans = {"epsilon": radii}
         scans.update({k: own.pop(k) for k in _SCANNED if k in own})

@@ -134,13 +134,13 @@ def weights_sha256(folder, weights):
     return run_folder.sha256(path)
 
 
-def load_data(run, data_dir=None, test_only=True):
+def load_data(run, data_dir=None, test_only=True, download=False):
     """Loads the data set of a run as the run had it.
 
     Args:
         run: The run's config, a dict.
         data_dir: Folder of the files; None for the run's own.
-        test_only: See `datasets.load`.
+        test_only, download: See `datasets.load`.
 
     Returns:
         A `datasets.Dataset`.
@@ -154,6 +154,7 @@ def load_data(run, data_dir=None, test_only=True):
         class_list=run.get("class_list_file"),
         validation_fraction=run.get("validation_fraction", 0.05),
         test_only=test_only,
+        download=download,
     )
 
 

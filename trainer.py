@@ -19,6 +19,7 @@ import datasets
 import handover_flags
 import model_flags
 import run_folder
+import trained_runs
 import training_flags
 
 # Keras and what needs it is imported when it is needed: a missing data set
@@ -309,8 +310,8 @@ def _adversarial_from_flags(recipe_name):
     return found
 
 
-def load_data(config, test_only=False):
-    """Loads the data set of a config; see `datasets.load`."""
+def load_data(config):
+    """Loads the data set of a config."""
     return datasets.load(
         config.dataset,
         data_dir=config.data_dir,
@@ -320,7 +321,6 @@ def load_data(config, test_only=False):
         download=config.download,
         class_list=config.class_list,
         validation_fraction=config.validation_fraction,
-        test_only=test_only,
     )
 
 
@@ -591,8 +591,6 @@ def _validation(config, data):
 
 def _evaluate(config, data, loop):
     """Counts every test image with the last and with the best weights."""
-    import robust_evaluation
-    import robust_training
 
     folder, model, progress = loop.folder, loop.model, loop.progress
     best = progress["history"][progress["best_epoch"] - 1]
@@ -611,18 +609,24 @@ def _evaluate(config, data, loop):
         "ended": progress["ended"],
     }
     for weights in ("last", "best"):
-        path = folder / f"{weights}.weights.h5"
-        robust_training.load_weights(path, model)
-        record[weights] = robust_evaluation.accuracy(
-            model, data.test, config.eval_batch_size
-        )
+        record[weights] = _test(config, data, model, weights)
         if weights == "last":
             run_folder.atomic_write(
                 folder / "model.keras",
                 model.save,
-                size=2 * path.stat().st_size,
+                size=2 * (folder / "last.weights.h5").stat().st_size,
             )
     return record
+
+
+def _test(config, data, model, weights):
+    """Counts the test images that a run's weights get right."""
+    import robust_evaluation
+    import robust_training
+
+    path = config.folder / f"{weights}.weights.h5"
+    robust_training.load_weights(path, model)
+    return robust_evaluation.accuracy(model, data.test, config.eval_batch_size)
 
 
 def evaluate(config, data=None):
@@ -635,23 +639,20 @@ def evaluate(config, data=None):
     Returns:
         The record of the run, with what its weights reach now.
     """
-    import robust_evaluation
     import robust_training
 
     folder = config.folder
     with command_line.guard():
         record, run = _finished(config)
         if data is None:
-            data = load_data(_as_trained(config, run), test_only=True)
+            data = trained_runs.load_data(
+                run, config.data_dir, download=config.download
+            )
         _check_tested(folder, run, data)
         model, _ = robust_training.load_run(folder, "last")
     with command_line.guard_disk():
         for weights in ("last", "best"):
-            path = folder / f"{weights}.weights.h5"
-            robust_training.load_weights(path, model)
-            record[weights] = robust_evaluation.accuracy(
-                model, data.test, config.eval_batch_size
-            )
+            record[weights] = _test(config, data, model, weights)
     return record
 
 
@@ -687,17 +688,6 @@ def _finished(config):
             f"{wanted[name]}. Leave that out, or name another run with --tag."
         )
     return run_folder.read_json(folder / "results.json"), run
-
-
-def _as_trained(config, run):
-    """A config with the data of a run; where its files lie may be said anew."""
-    kept = ("image_size", "skip_corrupt", "validation_fraction", "seed")
-    return dataclasses.replace(
-        config,
-        data_dir=config.data_dir or run["data_dir"],
-        class_list=run["class_list_file"],
-        **{name: run[name] for name in kept},
-    )
 
 
 def _check_tested(folder, run, data):

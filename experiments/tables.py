@@ -16,7 +16,6 @@ they are written from what is there and nothing is run.
 
 import csv
 import dataclasses
-import math
 import pathlib
 import shlex
 import statistics
@@ -28,6 +27,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import published  # noqa: E402
 import run_folder  # noqa: E402
 
@@ -106,7 +106,7 @@ class Column:
 
 def _same(found, wanted):
     if isinstance(wanted, float) and isinstance(found, (int, float)):
-        return math.isclose(found, wanted, rel_tol=1e-6)
+        return published.close(found, wanted)
     return found == wanted
 
 
@@ -192,16 +192,11 @@ def _autoattack(chosen):
         {
             "attack": "autoattack",
             "version": "standard",
-            "epsilon": _number(chosen.radius),
+            "epsilon": command_line.parse_ratio(chosen.radius),
         },
         # Those that stand take all of its 6900 steps.
         share=0.4,
     )
-
-
-def _number(text):
-    top, _, bottom = text.partition("/")
-    return float(top) / float(bottom or 1)
 
 
 def _pgd_columns(chosen):
@@ -217,7 +212,7 @@ def _pgd_columns(chosen):
             call,
             {
                 "attack": "pgd",
-                "epsilon": _number(chosen.radius),
+                "epsilon": command_line.parse_ratio(chosen.radius),
                 "steps": steps,
                 "target": "random",
             },
@@ -269,7 +264,7 @@ def objectives(chosen):
     call = ("--attack=pgd", "--steps=20", f"--epsilon={chosen.radius}")
     match = {
         "attack": "pgd",
-        "epsilon": _number(chosen.radius),
+        "epsilon": command_line.parse_ratio(chosen.radius),
         "steps": 20,
         "target": "none",
     }

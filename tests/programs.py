@@ -36,4 +36,16 @@ def parse(name, *arguments):
     _, own = load(name)
     for flag in own:
         own[flag].unparse()
-    own([f"{name}.py", *arguments])
+    assert own([f"{name}.py", *arguments]) == [f"{name}.py"]
+
+
+def outcome(main, capsys):
+    """Calls a program; returns its exit status, output and errors."""
+    capsys.readouterr()
+    status = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    said = capsys.readouterr()
+    return status, said.out, said.err

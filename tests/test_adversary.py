@@ -13,8 +13,10 @@ import numpy as np
 import programs
 import pytest
 
+import attack_backbone
 import datasets
 import model_backbone
+import robust_evaluation
 import robust_training
 import run_folder
 
@@ -87,16 +89,19 @@ def cli(root, data, monkeypatch, capsys):
 
     def call(*arguments, runs_dir=root):
         programs.parse("adversary", f"--runs_dir={runs_dir}", *arguments)
-        capsys.readouterr()
-        status = 0
-        try:
-            adversary.main()
-        except SystemExit as end:
-            status = end.code
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        return programs.outcome(adversary.main, capsys)
 
     return call
+
+
+@pytest.mark.parametrize("eot", [None, 4])
+@pytest.mark.parametrize("name", sorted(robust_evaluation.ATTACKS))
+def test_every_attack_can_be_made_with_draws_and_without(name, eot):
+    draws = [] if eot is None else [f"--eot={eot}"]
+    programs.parse("adversary", f"--attack={name}", *draws)
+    (attack,) = adversary._attacks("linf", (0.1,))
+    if isinstance(attack, attack_backbone.Iterative):
+        assert attack.keep == ("first" if eot is None else "last")
 
 
 SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")

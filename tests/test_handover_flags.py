@@ -111,7 +111,7 @@ def test_an_old_flag_is_one_of_ours(program, old, new):
     assert found == new.split()
     # Which the program has, and takes.
     if program == "adversary":
-        parse_adversary(*found)
+        programs.parse("adversary", *found)
     else:
         assert flags.FLAGS(["trainer.py", *found]) == ["trainer.py"]
 
@@ -285,19 +285,12 @@ def test_the_programs_end_with_one_line_and_status_2(
 # --- What the new flags do ---------------------------------------------------
 
 
-def parse_adversary(*arguments):
-    for name in FLAGS:
-        FLAGS[name].unparse()
-    left = FLAGS(["adversary.py", *arguments])
-    assert left == ["adversary.py"]
-
-
 class TestAttackStepSize:
     """The step at a radius of 0.3, and at others in proportion."""
 
     @staticmethod
     def attacks(line, radii=(0.03, 0.3, 8 / 255)):
-        parse_adversary(*translate("adversary", line))
+        programs.parse("adversary", *translate("adversary", line))
         return list(adversary._attacks("linf", radii))
 
     @pytest.mark.parametrize("algo", ["PGD", "PGD --steps=3,7"])
@@ -329,14 +322,14 @@ class TestAttackStepSize:
         "other", ["step_size=0.1", "protocol=s3ta", "nonrobust_features=1"]
     )
     def test_two_that_say_how_long_a_step_is_are_refused(self, other):
-        parse_adversary("--attack_step_size=0.1", f"--{other}")
+        programs.parse("adversary", "--attack_step_size=0.1", f"--{other}")
         name = other.partition("=")[0]
         with pytest.raises(ValueError, match=f"size with --{name}, .*size=0.1"):
             adversary._check_step_size()
 
     def test_one_alone_is_not(self):
         for line in ("--attack_step_size=0.1", "--step_size=0.1"):
-            parse_adversary(line)
+            programs.parse("adversary", line)
             adversary._check_step_size()
 
 
@@ -366,18 +359,19 @@ class TestTag:
     )
     def test_chooses_the_run(self, runs, line, want):
         found = translate("adversary", line)
-        parse_adversary(f"--runs_dir={runs}", *found)
+        programs.parse("adversary", f"--runs_dir={runs}", *found)
         assert adversary._find_run()[0].name == want
 
     def test_none_of_that_name_is_said(self, runs):
-        parse_adversary(f"--runs_dir={runs}", "--tag=x", "--num_steps=2")
+        programs.parse(
+            "adversary", f"--runs_dir={runs}", "--tag=x", "--num_steps=2"
+        )
         with pytest.raises(FileNotFoundError, match="of --tag=x --num_steps=2"):
             adversary._find_run()
 
     def test_a_run_that_is_named_has_to_have_it(self, runs):
-        parse_adversary(
-            f"--runs_dir={runs}", "--run=digits-resnet-old", "--tag=new"
-        )
+        old = "--run=digits-resnet-old"
+        programs.parse("adversary", f"--runs_dir={runs}", old, "--tag=new")
         with pytest.raises(ValueError, match="tag=old, not --tag=new"):
             adversary._find_run()
 
@@ -396,14 +390,7 @@ class TestOnlyEvaluate:
             for name in flags.FLAGS:
                 flags.FLAGS[name].unparse()
             flags.FLAGS(["trainer.py", f"--runs_dir={tmp_path}", *words])
-            capsys.readouterr()
-            status = 0
-            try:
-                trainer.main()
-            except SystemExit as end:
-                status = end.code
-            said = capsys.readouterr()
-            return status, said.out, said.err
+            return programs.outcome(trainer.main, capsys)
 
         return call
 

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from toys import Jitter
 
 import attack_backbone
 import attack_rounds
@@ -466,20 +467,6 @@ def test_probabilities_are_refused(model):
     softmax = keras.Sequential([model, layers.Softmax()])
     with pytest.raises(ValueError, match="look like probabilities"):
         evaluate(softmax, split, EvaluationConfig(PGD))
-
-
-class Jitter(layers.Layer):
-    """Noise in inference also: a randomized defence."""
-
-    stochastic = True
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.seed_generator = keras.random.SeedGenerator(1)
-
-    def call(self, x):
-        noise = keras.random.normal(ops.shape(x), seed=self.seed_generator)
-        return x + 0.05 * noise
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 
 import keras
 import numpy as np
+import programs
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -617,9 +618,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
 )
 def test_what_does_not_fit_is_one_line(line, message, tmp_path, capsys):
     flags.FLAGS(["trainer.py", *shlex.split(line), f"--runs_dir={tmp_path}"])
-    with pytest.raises(SystemExit) as end:
-        trainer.main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said
+    status, _, said = programs.outcome(trainer.main, capsys)
+    assert status == 2 and message in said
     assert said.count("\n") == 1 and "Traceback" not in said
     assert not list(tmp_path.iterdir())

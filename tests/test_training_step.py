@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from toys import Jitter
 
 import attack_backbone
 import losses
@@ -120,27 +121,12 @@ def test_l2_shrinks_kernels_of_convolutions_and_dense_layers_alone():
         )
 
 
-@keras.saving.register_keras_serializable("saccade_tests")
-class Drawing(layers.Layer):
-    """Adds noise, in evaluation also."""
-
-    stochastic = True
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.seed_generator = keras.random.SeedGenerator(0)
-
-    def call(self, x):
-        noise = keras.random.normal(ops.shape(x), seed=self.seed_generator)
-        return x + 0.1 * noise
-
-
 def test_images_are_crafted_on_a_model_that_draws():
     """What a layer draws inside an attack's loop must not leave it."""
     model = keras.Sequential(
         [
             keras.Input((6, 6, 1)),
-            Drawing(),
+            Jitter(),
             layers.Flatten(),
             layers.Dense(CLASSES),
         ]

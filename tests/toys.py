@@ -131,6 +131,20 @@ class TwoClasses:
         return np.array(best)
 
 
+class Jitter(layers.Layer):
+    """Noise in inference also: a randomized defence."""
+
+    stochastic = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed_generator = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        noise = keras.random.normal(ops.shape(x), seed=self.seed_generator)
+        return x + 0.05 * noise
+
+
 @keras.saving.register_keras_serializable("saccade_tests")
 class Unrolled(layers.Layer):
     """Applies one dense layer again and again, `read_out` times.
