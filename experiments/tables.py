@@ -276,10 +276,22 @@ def objectives(chosen):
             "Madry": adversarial,
             **{
                 name: (*adversarial, f"--adv_objective={name}")
-                for name in ("trades", "mart", "alp", "llr", "fast")
+                for name in ("trades", "alp", "llr", "fast")
             },
-            # Its sigma is the radius: it has no other.
+            # At the whole radius from its first step it stays at chance, the
+            # same distribution for every image (cluttered_mnist, seed 0).
+            "mart": (
+                *adversarial,
+                "--adv_objective=mart",
+                "--adv_epsilon_warmup=5",
+            ),
+            # No radius is its own. As a vector noise of sigma 0.1 is as long as
+            # an attack of 0.1, but points nowhere: so three times that, too.
             "noise": ("--adv_objective=noise", f"--adv_sigma={chosen.radius}"),
+            "noise-3x": (
+                "--adv_objective=noise",
+                f"--adv_sigma={3 * command_line.parse_ratio(chosen.radius):g}",
+            ),
             # Passes of one gradient each, where an epoch of Madry's takes
             # eight: as many epochs of four replays are half of its cost.
             "free": (*adversarial, "--adv_replays=4", "--epochs=80"),
