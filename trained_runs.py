@@ -194,7 +194,7 @@ def _check_data(folder, run, data):
                 f"The run in {folder} was trained on another data set: its "
                 f"{key} is {_brief(run[key])}, the files have {_brief(found)}."
                 " Point --data_dir at the files it was trained on, or choose "
-                "another --run."
+                "another run."
             )
     earlier = run.get("test_fingerprint")
     if earlier is None:

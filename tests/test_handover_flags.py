@@ -435,7 +435,7 @@ class TestOnlyEvaluate:
         run = run_folder.read_json(folder / run_folder.CONFIG)
         names = {**run, "class_names": ["a", "b", "d"]}
         run_folder.write_json(folder / run_folder.CONFIG, names)
-        refused("", "tested on other images: their class_names differs")
+        refused("", "trained on another data set: its class_names is")
         run_folder.write_json(folder / run_folder.CONFIG, run)
         (folder / "results.json").unlink()
         refused("", "has not come to its end; continue it with --resume")
