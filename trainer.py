@@ -192,8 +192,11 @@ def config_from_flags():
     adversarial = _adversarial_from_flags(name)
     step = training_step.StepConfig(**_given(_STEP))
     if step.replays:  # Each is a pass: what counts in epochs is as much less.
-        passes = step.epsilon_warmup / step.replays
-        step = dataclasses.replace(step, epsilon_warmup=passes)
+        step = dataclasses.replace(
+            step,
+            epsilon_warmup=step.epsilon_warmup / step.replays,
+            awp_warmup=step.awp_warmup / step.replays,
+        )
     fast = adversarial is not None and adversarial.objective == "fast"
     attacked = _ROBUST_VALIDATION.value
     if attacked is None:

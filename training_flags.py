@@ -42,6 +42,7 @@ STEP = (
         "Of the model while crafting: float32, bfloat16.",
     ),
     _adversarial("awp", "float", "Adversarial weight perturbation; 0 is none."),
+    _adversarial("awp_warmup", "float", "Epochs before it begins."),
     _adversarial(
         "replays", "integer", "Free training: times each batch is taken."
     ),

@@ -70,6 +70,8 @@ class StepConfig:
             awp * |w| along its own normalized gradient of the objective's
             mean; afterwards it moves back. The paper's are 0.01 with PGD
             adversarial training and 0.005 with TRADES; 0 is none.
+        awp_warmup: Epochs before the first move. The authors' program has 0,
+            and 10 with TRADES: moved at once, a net may stay at chance.
         replays: Free adversarial training (Shafahi et al.): each batch is
             taken that many times in a row. One backward pass gives the
             gradient of the weights, and that of the images, along which the
@@ -84,6 +86,7 @@ class StepConfig:
     epsilon_warmup: float = 0.0
     craft_dtype: str = "float32"
     awp: float = 0.0
+    awp_warmup: float = 0.0
     replays: int = 0
 
     def __post_init__(self):
@@ -93,13 +96,18 @@ class StepConfig:
                 f"{', '.join(CRAFT_DTYPES)}. Received: "
                 f"craft_dtype={self.craft_dtype!r}."
             )
-        for name in ("epsilon_warmup", "awp", "replays"):
+        for name in ("epsilon_warmup", "awp", "awp_warmup", "replays"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise ValueError(
                     f"Expected a finite {name} >= 0. Received: "
                     f"{name}={value:g}."
                 )
+        if self.awp_warmup and not self.awp:
+            raise ValueError(
+                "Expected awp > 0 with awp_warmup. Received: awp=0, "
+                f"awp_warmup={self.awp_warmup:g}."
+            )
         if self.replays and self.craft_dtype != "float32":
             raise ValueError(
                 "Expected no craft_dtype with replays: free training crafts "
@@ -309,6 +317,7 @@ class _Step:
             kernel.regularizer = None  # ResNet-20's own would come on top.
         self.crafting_model = crafting_model
         self.warmup_steps = self.config.epsilon_warmup * steps_per_epoch
+        self.awp_from = self.config.awp_warmup * steps_per_epoch
         self.generators = model_registry.generators(model)
         self.replays = self.config.replays
         # What adversarial weight perturbation moves.
@@ -344,6 +353,14 @@ class _Step:
             return 1.0
         done = ops.cast(step, "float32") + 1.0
         return ops.minimum(1.0, done / self.warmup_steps)
+
+    def moved(self, weights, slopes, step):
+        """The weights at which step `step` takes its gradient; see `awp`."""
+        share = self.config.awp
+        if self.awp_from:
+            begun = ops.cast(step, "float32") >= self.awp_from
+            share = share * ops.cast(begun, "float32")
+        return perturbed(weights, slopes, share)
 
     def _crafting_fn(self):
         training = getattr(self.objective, "train_mode", False)
@@ -419,7 +436,7 @@ def _tensorflow_step(run, model, optimizer):
             images, labels, indices, step, *carried, replica=replica
         )
         batch = clean, crafted, labels
-        moved = _moved_on_replica(run, batch, replicas)
+        moved = _moved_on_replica(run, batch, step, replicas)
         with tf.GradientTape() as tape:
             tape.watch([crafted, *moved])
             with _weights_at(run.movable, moved) as scope:
@@ -461,7 +478,7 @@ def _tensorflow_step(run, model, optimizer):
     )
 
 
-def _moved_on_replica(run, batch, replicas):
+def _moved_on_replica(run, batch, step, replicas):
     """The perturbed tensors, the same on every replica; none without."""
     import tensorflow as tf
 
@@ -477,7 +494,7 @@ def _moved_on_replica(run, batch, replicas):
     context = tf.distribute.get_replica_context()
     slopes = context.all_reduce(tf.distribute.ReduceOp.SUM, slopes)
     weights = [tf.convert_to_tensor(v) for v in run.movable]
-    return perturbed(weights, slopes, run.config.awp)
+    return run.moved(weights, slopes, step)
 
 
 @contextlib.contextmanager
@@ -535,7 +552,8 @@ def _jax_step(run, model, optimizer):
 
         points = weight_values
         if run.config.awp:
-            points = _moved(run, weights, points, jax.grad(mean_loss)(points))
+            slopes = jax.grad(mean_loss)(points)
+            points = _moved(run, weights, points, slopes, step)
         # The gradient of the images is computed only where it is used.
         places = (0, 1) if carried else (0,)
         (loss, (right, frozen_values)), (grads, *slopes) = jax.value_and_grad(
@@ -561,9 +579,9 @@ def _jax_step(run, model, optimizer):
     return step
 
 
-def _moved(run, weights, values, slopes):
+def _moved(run, weights, values, slopes, step):
     """The values of all weights, perturbed where that is done."""
-    moved = perturbed(values, slopes, run.config.awp)
+    moved = run.moved(values, slopes, step)
     movable = {id(v) for v in run.movable}
     found = zip(weights, moved, values, strict=True)
     return [new if id(v) in movable else old for v, new, old in found]
@@ -572,7 +590,7 @@ def _moved(run, weights, values, slopes):
 def _torch_step(run, model, optimizer):
     import torch
 
-    def moved_weights(batch):
+    def moved_weights(batch, step):
         with keras.StatelessScope():
             mean, _ = run.mean_loss(*batch)
         weights = [v.value for v in run.movable]
@@ -580,7 +598,7 @@ def _torch_step(run, model, optimizer):
             mean, weights, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            moved = perturbed(weights, slopes, run.config.awp)
+            moved = run.moved(weights, slopes, step)
         return [value.requires_grad_(True) for value in moved]
 
     def step(images, labels, indices, step, *carried):
@@ -595,7 +613,7 @@ def _torch_step(run, model, optimizer):
         if carried:
             crafted.requires_grad_(True)
         batch = clean, crafted, labels
-        moved = moved_weights(batch) if run.config.awp else []
+        moved = moved_weights(batch, step) if run.config.awp else []
         with _weights_at(run.movable, moved) as scope:
             loss, right = run.loss(*batch)
         variables = model.trainable_variables

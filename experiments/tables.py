@@ -297,7 +297,8 @@ def objectives(chosen):
                 "--adv_replays=4",
                 "--epochs=80",
             ),
-            "AWP": (*grown, "--adv_awp=0.01"),
+            # So that there is something to perturb.
+            "AWP": (*adversarial, "--adv_awp=0.01", "--adv_awp_warmup=5"),
         },
         columns=(
             Column("clean", call, match, "clean_accuracy"),

@@ -504,7 +504,8 @@ class TestRun:
         chosen = adversarial(
             tmp_path,
             "--adv_craft_dtype=bfloat16 --adv_awp=0.01 --l2=1e-4 --ema=0.5 "
-            "--adv_epsilon_warmup=1 --label_smoothing=0.1 --epochs=1",
+            "--adv_awp_warmup=0.5 --adv_epsilon_warmup=1 "
+            "--label_smoothing=0.1 --epochs=1",
         )
         record = trainer.run(chosen, tiny())
         written = json.loads((chosen.folder / "config.json").read_text())
@@ -512,6 +513,7 @@ class TestRun:
             "epsilon_warmup": 1.0,
             "craft_dtype": "bfloat16",
             "awp": 0.01,
+            "awp_warmup": 0.5,
             "replays": 0,
         }
         assert record["ended"] is None and record["step"] == written["step"]

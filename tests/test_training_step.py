@@ -254,6 +254,20 @@ def test_weights_move_along_their_gradient_for_the_gradient():
         case.check()
 
 
+def test_weights_move_from_the_epoch_that_is_said():
+    steps = 4
+    case, other = Linear(), Linear()
+    config = StepConfig(awp=0.2, awp_warmup=0.5)
+    late = case.make_step(config=config, steps_per_epoch=steps)
+    never = other.make_step(config=StepConfig())
+    for step in range(steps):
+        loss, plain = (f(*batch(step), step)[0] for f in (late, never))
+        if step < steps / 2:
+            assert float(numpy(loss)) == pytest.approx(float(numpy(plain)))
+        else:
+            assert float(numpy(loss)) > float(numpy(plain)) + 0.05
+
+
 def test_batch_statistics_take_one_step_with_perturbed_weights_too():
     norm = layers.BatchNormalization(momentum=0.9)
     drop = layers.Dropout(0.5, seed=0)
@@ -417,6 +431,7 @@ def test_crafting_in_training_mode_updates_nothing():
     [
         ({"craft_dtype": "half"}, "float32, bfloat16. Received: .*'half'"),
         ({"awp": -0.1}, "finite awp >= 0. Received: awp=-0.1"),
+        ({"awp_warmup": 2}, "awp > 0 with awp_warmup. Received: awp=0, .*=2"),
         ({"epsilon_warmup": float("nan")}, "finite epsilon_warmup >= 0"),
         ({"replays": -1}, "finite replays >= 0"),
         ({"replays": 2, "craft_dtype": "bfloat16"}, "no craft_dtype with"),
