@@ -291,7 +291,8 @@ class TestFlags:
         value = {"craft_dtype": "bfloat16"}.get(name, 1)
         with pytest.raises(ValueError, match=f"adv_{name}=.*add --adv_train"):
             parse(f"--adv_{name}={value}")
-        found = parse(f"--adv_train=1 --adv_{name}={value}").step
+        also = {"awp_warmup": "--adv_awp=1"}.get(name, "")
+        found = parse(f"--adv_train=1 --adv_{name}={value} {also}").step
         assert getattr(found, name) == value
 
     @pytest.mark.parametrize("name", recipes.NAMED)
