@@ -212,9 +212,8 @@ def test_forward_is_finite_deterministic_logits(case):
     assert np.all(np.isfinite(logits))
     np.testing.assert_array_equal(logits, numpy(model(images, training=False)))
     # Images are independent of their neighbours.
-    beside = numpy(model(np.stack([1 - images[0], images[1]])))
-    np.testing.assert_allclose(beside[1], logits[1], atol=1e-4)
-    assert np.any(beside[0] != logits[0])
+    alone = numpy(model(images[1:]))
+    np.testing.assert_allclose(alone[0], logits[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
