@@ -300,14 +300,14 @@ class SequentialAttention(layers.Layer):
     def call(self, features):
         batch = ops.shape(features)[0]
         rows, columns, channels = features.shape[1:]
+        places = rows * columns
         basis = spatial_basis(rows, columns, self.frequencies)
-        basis = ops.convert_to_tensor(basis.reshape(1, rows * columns, -1))
+        basis = ops.convert_to_tensor(basis.reshape(places, -1))
         basis = ops.cast(basis, features.dtype)
-        basis = ops.repeat(basis, batch, axis=0)
-        features = ops.reshape(features, (-1, rows * columns, channels))
-        split = self.key_channels
-        keys = ops.concatenate([features[..., :split], basis], axis=-1)
-        values = ops.concatenate([features[..., split:], basis], axis=-1)
+        features = ops.reshape(features, (-1, places, channels))
+        # Transposed once, not in every step.
+        keys = ops.swapaxes(features[..., : self.key_channels], 1, 2)
+        values = features[..., self.key_channels :]
         hidden, carry = (
             ops.repeat(ops.cast(row, features.dtype)[None], batch, axis=0)
             for row in (self.initial_state[0], self.initial_state[1])
@@ -317,7 +317,7 @@ class SequentialAttention(layers.Layer):
         all_logits, all_maps = [], []
         for _ in range(self.read_out):
             hidden, carry, logits, maps = step(
-                keys, values, hidden, carry, logits
+                keys, values, basis, hidden, carry, logits
             )
             all_logits.append(logits)
             all_maps.append(maps)
@@ -325,19 +325,30 @@ class SequentialAttention(layers.Layer):
         maps = ops.reshape(maps, (batch, -1, rows, columns))
         return logits, ops.stack(all_logits, axis=1), maps
 
-    def _step(self, keys, values, hidden, carry, logits):
-        """One step: maps are `(batch, heads, positions)`, float32."""
+    def _step(self, keys, values, basis, hidden, carry, logits):
+        """One step: maps are `(batch, heads, positions)`, float32.
+
+        The basis is the same for every image: its part of the inner products
+        and of the answers is one product of matrices for the whole batch, not
+        channels of every image's keys and values.
+        """
         before = ops.cast(logits, hidden.dtype)
         queries = _through(
             self.query_net, ops.concatenate([hidden, before], axis=-1)
         )
         queries = ops.reshape(
-            ops.cast(queries, keys.dtype), (-1, self.num_heads, keys.shape[-1])
+            ops.cast(queries, keys.dtype),
+            (-1, self.num_heads, self.key_channels + basis.shape[-1]),
         )
-        products = ops.matmul(queries, ops.swapaxes(keys, 1, 2))
+        products = ops.matmul(
+            queries[..., : self.key_channels], keys
+        ) + ops.matmul(queries[..., self.key_channels :], ops.transpose(basis))
         maps = ops.softmax(ops.cast(products, "float32"), axis=-1)
-        answers = ops.matmul(ops.cast(maps, values.dtype), values)
-        taken_in = ops.concatenate([answers, queries], axis=-1)
+        weights = ops.cast(maps, values.dtype)
+        taken_in = ops.concatenate(
+            [ops.matmul(weights, values), ops.matmul(weights, basis), queries],
+            axis=-1,
+        )
         taken_in = ops.reshape(
             taken_in, (-1, self.num_heads * taken_in.shape[-1])
         )

@@ -198,6 +198,7 @@ def resnet(
     interpolation="bilinear",
     backbone="resnet18",
     branched_network=False,
+    global_pooling=False,
     width=0,
     stem_stride=0,
     pool_stride=0,
@@ -224,6 +225,8 @@ def resnet(
         branched_network: Whether four backbones stand side by side on the
             same image, their features concatenated: the control for models
             of several branches.
+        global_pooling: Of the simple CNN: whether its dense layer sees the
+            mean of the map, as a ResNet's does, in place of all of it.
         width: Filters of the first stage; 0 is the backbone's own, or 27 of
             each of the four.
         stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
@@ -240,6 +243,7 @@ def resnet(
             dropout=dropout,
             stem_stride=stem_stride,
             pool_stride=pool_stride,
+            global_pooling=global_pooling,
             **model_parts.DIGITS,
         )
 

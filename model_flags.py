@@ -75,6 +75,7 @@ ROWS = (
         flag="attention",
     ),
     Row("backbone", "string", "auto, resnet18, resnet20 or simple_cnn."),
+    Row("global_pooling", "boolean", "Of simple_cnn: forget where."),
     Row("width", "integer", "Filters of its first stage.", 0),
     Row("stem_stride", "integer", "Stride of ResNet-18's stem.", 0),
     Row("pool_stride", "integer", "Stride of the pool behind it.", 0),

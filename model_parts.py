@@ -115,7 +115,8 @@ def backbone(kind, input_shape, width, name, **options):
     Args:
         kind: One of `BACKBONES`; `"auto"` is the one of `fitting`.
         input_shape: (height, width, channels).
-        width: Filters of its first stage; 0 is the backbone's own.
+        width: Filters of its first stage, the others in proportion; 0 is the
+            backbone's own.
         name: Name of the model.
         **options: Its other arguments; those of other backbones are left out,
             but strides that are given (not 0) must have a stem.
@@ -124,7 +125,8 @@ def backbone(kind, input_shape, width, name, **options):
         `keras.Model` from standardized images to `(batch, units)`.
 
     Raises:
-        ValueError: If the name is unknown, or it has no stem to stride.
+        ValueError: If the name is unknown, it has no stem to stride, or it
+            cannot choose how it pools.
     """
     if kind == "auto":
         kind = fitting(input_shape)
@@ -146,8 +148,14 @@ def backbone(kind, input_shape, width, name, **options):
                 f"Expected no {key} with the backbone {kind}, which has no "
                 f"such stem. Received: {key}={options[key]}."
             )
+    if options.get("global_pooling") and kind != "simple_cnn":
+        raise ValueError(
+            "Expected global_pooling with the backbone simple_cnn; the others "
+            f"pool by themselves. Received: backbone={kind}."
+        )
     if kind == "simple_cnn" and width:
-        options["filters"] = (width, width)
+        first, *rest = options.get("filters", taken["filters"].default)
+        options["filters"] = (width, *(width * c // first for c in rest))
     elif width:
         options["width"] = width
     # What another backbone would have taken does not concern this one.

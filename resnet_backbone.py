@@ -544,6 +544,7 @@ def simple_cnn(
     units=20,
     pool=True,
     normalize=False,
+    global_pooling=False,
     dropout=0.0,
     name="simple_cnn",
 ):
@@ -561,6 +562,8 @@ def simple_cnn(
             the convolution itself by its stride (three times faster).
         normalize: Whether each convolution is followed by batch
             normalization.
+        global_pooling: Whether the dense layer sees the mean of the last map
+            over all places, as in a ResNet, or every place of it.
         dropout: Rate of dropout on the features.
         name: Name of the model.
 
@@ -582,7 +585,10 @@ def simple_cnn(
         x = layers.ReLU(name=last)(x)
         if pool:
             x = layers.MaxPooling2D(2, padding="same", name=f"stage{stage}")(x)
-    x = layers.Flatten(name="flatten")(x)
+    if global_pooling:
+        x = layers.GlobalAveragePooling2D(name="pool")(x)
+    else:
+        x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(units, activation="relu", name="features")(x)
     if dropout:
         x = _dropout(dropout)(x)

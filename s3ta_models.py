@@ -51,9 +51,7 @@ def _vision(kind, image_shape, width, strides, **options):
             f"{options['downsampling']}, vision={kind}."
         )
     if kind == "simple_cnn":
-        width = width or 32
-        options.update(model_parts.DIGITS, filters=(width, 2 * width))
-        width = 0
+        options.update(model_parts.DIGITS)
     net = model_parts.backbone(kind, image_shape, width, "vision", **options)
     return resnet_backbone.last_map(net)
 

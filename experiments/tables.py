@@ -148,6 +148,7 @@ class Setting:
         plain: Flags of the plain net.
         vision: Name of the same net as S3TA's vision net.
         augmentation: Of the training images.
+        pools: Whether the plain net forgets where a feature was.
     """
 
     radius: str
@@ -155,15 +156,16 @@ class Setting:
     plain: tuple
     vision: str
     augmentation: str
+    pools: bool
 
 
 _DIGITS = Setting(
     "0.1", "0.025", ("--model=resnet", "--backbone=simple_cnn"), "simple_cnn",
-    "none",
+    "none", False,
 )  # fmt: skip
 _PHOTOGRAPHS = Setting(
     "8/255", "2/255", ("--model=resnet_cifar", "--downsampling=not_last"),
-    "resnet_cifar", "small_photographs",
+    "resnet_cifar", "small_photographs", True,
 )  # fmt: skip
 
 
@@ -227,8 +229,12 @@ def race(chosen):
 
     In small: five steps of a quarter of the radius, where the paper has ten or
     thirty of a sixteenth, so that all of it should take less than three hours
-    of two cores.
+    of two cores. A plain net that sees every place of the last map has a row
+    beside it that pools, as the paper's ResNet does.
     """
+    plain = {"plain": (*chosen.plain, "--width=16")}
+    if not chosen.pools:
+        plain["plain, pooled"] = (*plain["plain"], "--global_pooling=1")
     return Table(
         epochs=15,
         training=(
@@ -241,14 +247,15 @@ def race(chosen):
             "--adv_random_start=0.8",
         ),
         rows={
-            "plain": chosen.plain,
+            **plain,
             **{
                 f"S3TA-{steps}": (
                     "--model=s3ta",
                     f"--vision={chosen.vision}",
+                    "--vision_width=16",
                     f"--num_steps={steps}",
-                    "--controller_units=128",
-                    "--hidden_units=128",
+                    "--controller_units=64",
+                    "--hidden_units=64",
                 )
                 for steps in (2, 4, 8, 16)
             },
