@@ -1,6 +1,8 @@
 """The comparisons of the README, each by one command that can be stopped.
 
     python experiments/tables.py --table=race --data_dir=data
+    python experiments/tables.py --table=race --dataset=imagenette \
+      --data_dir=data --rows=plain,S3TA-4,S3TA-16
     python experiments/tables.py --table=objectives --data_dir=data
     python experiments/tables.py --table=lineage --data_dir=data/cifar10
 
@@ -149,6 +151,10 @@ class Setting:
         vision: Name of the same net as S3TA's vision net.
         augmentation: Of the training images.
         pools: Whether the plain net forgets where a feature was.
+        units: Of S3TA's LSTM, and of its other hidden layers.
+        epochs: Of the race.
+        more: Flags of all trainings.
+        race: Flags of the race's.
     """
 
     radius: str
@@ -157,6 +163,10 @@ class Setting:
     vision: str
     augmentation: str
     pools: bool
+    units: int = 64
+    epochs: int = 15
+    more: tuple = ()
+    race: tuple = ()
 
 
 _DIGITS = Setting(
@@ -167,12 +177,18 @@ _PHOTOGRAPHS = Setting(
     "8/255", "2/255", ("--model=resnet_cifar", "--downsampling=not_last"),
     "resnet_cifar", "small_photographs", True,
 )  # fmt: skip
+_IMAGENETTE = Setting(
+    "4/255", "1/255", ("--model=resnet", "--backbone=resnet18_v2"),
+    "resnet18_v2", "photographs", True, units=256, epochs=40,
+    more=("--image_size=128",), race=("--adv_epsilon_warmup=3",),
+)  # fmt: skip
 
 
 def setting(dataset):
     """Returns the `Setting` of a data set."""
-    digits = dataset in ("cluttered_digits", "cluttered_mnist", "mnist", "usps")
-    return _DIGITS if digits else _PHOTOGRAPHS
+    if dataset in ("cluttered_digits", "cluttered_mnist", "mnist", "usps"):
+        return _DIGITS
+    return _IMAGENETTE if dataset == "imagenette" else _PHOTOGRAPHS
 
 
 def _training(chosen):
@@ -184,6 +200,7 @@ def _training(chosen):
         "--batch_size=128",
         f"--augmentation={chosen.augmentation}",
         "--on_collapse=restore",
+        *chosen.more,
     )
 
 
@@ -236,9 +253,10 @@ def race(chosen):
     if not chosen.pools:
         plain["plain, pooled"] = (*plain["plain"], "--global_pooling=1")
     return Table(
-        epochs=15,
+        epochs=chosen.epochs,
         training=(
             *_training(chosen),
+            *chosen.race,
             "--adv_train=1",
             f"--adv_epsilon={chosen.radius}",
             "--adv_target=random",
@@ -254,8 +272,8 @@ def race(chosen):
                     f"--vision={chosen.vision}",
                     "--vision_width=16",
                     f"--num_steps={steps}",
-                    "--controller_units=64",
-                    "--hidden_units=64",
+                    f"--controller_units={chosen.units}",
+                    f"--hidden_units={chosen.units}",
                 )
                 for steps in (2, 4, 8, 16)
             },

@@ -34,8 +34,11 @@ def experiment(tmp_path):
 NAMES = ("race", "objectives", "lineage")
 
 
-@pytest.mark.parametrize("dataset", ["cluttered_mnist", "folder"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name,dataset",
+    [(name, data) for name in NAMES for data in ("cluttered_mnist", "folder")]
+    + [("race", "imagenette"), ("objectives", "imagenette")],
+)
 def test_every_row_is_a_command_line_of_the_trainer(experiment, name, dataset):
     made = experiment(name, f"--dataset={dataset}")
     for row in made.rows:
@@ -47,7 +50,11 @@ def test_every_row_is_a_command_line_of_the_trainer(experiment, name, dataset):
         assert config.recipe.epochs == made.epochs or config.step.replays
         assert config.folder == made.folder(row, 3)
         if name == "race":
-            want = {"cluttered_mnist": 0.1, "folder": 8 / 255}[dataset]
+            want = {
+                "cluttered_mnist": 0.1,
+                "folder": 8 / 255,
+                "imagenette": 4 / 255,
+            }[dataset]
             assert config.adversarial.epsilon == pytest.approx(want)
 
 
