@@ -38,6 +38,11 @@ CASES = {
         (16, 16, 3),
     ),
     "resnet-auto": ("resnet", {"backbone": "auto", **SMALL}, (32, 32, 1)),
+    "resnet-pooled": (
+        "resnet",
+        {**SMALL, "backbone": "simple_cnn", "global_pooling": True},
+        (16, 16, 1),
+    ),
     "resnet_cifar": ("resnet_cifar", SMALL, (16, 16, 3)),
     "resnet_cifar-sampling": (
         "resnet_cifar",
@@ -410,12 +415,49 @@ def test_small_images_get_a_backbone_that_fits(shape, want):
             "no gaze_range with attention=transformer",
         ),
         ("resnet", {"num_classes": 1}, "at least 2 classes, got 1"),
+        (
+            "resnet",
+            {"backbone": "resnet20", "global_pooling": True},
+            "global_pooling with the backbone simple_cnn.*backbone=resnet20",
+        ),
     ],
 )
 def test_bad_options_name_the_near_ones(name, options, match):
     options = {"num_classes": 3, "image_shape": (8, 8, 1), **options}
     with pytest.raises(ValueError, match=match):
         model_backbone.create(name, **options)
+
+
+def test_a_plain_net_and_s3ta_of_one_width_have_the_same_vision_net():
+    shape = {"num_classes": 3, "image_shape": (16, 16, 1)}
+    plain = model_backbone.create(
+        "resnet", **shape, backbone="simple_cnn", width=6
+    )
+    seeing = model_backbone.create(
+        "s3ta", **shape, **{**S3TA, "vision_width": 6}
+    )
+    stages = [
+        [v.shape for v in net.trainable_variables if "stage" in v.path]
+        for net in (plain, seeing)
+    ]
+    assert stages[0] == stages[1]
+    assert (3, 3, 1, 6) in stages[0] and (3, 3, 6, 12) in stages[0]
+
+
+def test_a_net_that_pools_forgets_where_a_feature_was():
+    """A spot far from all borders may move: of the mean nothing changes."""
+    images = np.zeros((2, 32, 32, 1), "float32")
+    images[0, 8:12, 8:12] = images[1, 16:20, 20:24] = 1.0
+    for pools in (True, False):
+        model = model_backbone.create(
+            "resnet",
+            num_classes=3,
+            image_shape=(32, 32, 1),
+            backbone="simple_cnn",
+            global_pooling=pools,
+        )
+        here, there = ops.convert_to_numpy(model(images))
+        assert np.allclose(here, there, atol=1e-5) == pools
 
 
 def test_a_name_is_registered_once():
