@@ -526,10 +526,13 @@ def _run(config, data, overwrite, resume, callbacks):
 
 
 def _check_validation(config, data):
-    """Raises a ValueError if what needs validation images has none."""
-    if data.validation is not None:
-        return
+    """Raises a ValueError if what needs validation images has none.
+
+    Nor is it to have any if the user says 0, though the set brings its own.
+    """
     fraction = config.validation_fraction
+    if data.validation is not None and fraction:
+        return
     if config.adversarial:
         what = "adversarial training, which keeps the most robust weights"
     elif config.robust_validation:

@@ -501,6 +501,15 @@ class TestRun:
         assert match in error and error.count("\n") == 1
         assert not chosen.folder.exists()
 
+    def test_none_are_wanted_though_the_set_brings_its_own(
+        self, tmp_path, capsys
+    ):
+        chosen = config(tmp_path, "--validation_fraction=0 --adv_train=1")
+        with pytest.raises(SystemExit) as stopped:
+            trainer.run(chosen, tiny())
+        assert stopped.value.code == 2
+        assert "validation_fraction=0 of" in capsys.readouterr().err
+
     def test_every_part_of_the_step_in_one_run(self, tmp_path):
         chosen = adversarial(
             tmp_path,
