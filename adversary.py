@@ -1,11 +1,14 @@
-"""Attacks a trained model and records how it stands.
+"""Attacks a trained model and records its accuracy under attack.
 
     python adversary.py --model=multi_gaze --epsilon=1/255,4/255 --steps=10,100
 
 Without flags it attacks the newest run. Every combination of radius, steps and
-restarts goes into a folder `<run>/attacks/<name>/`: the record, the images and
-a picture. This file owns flags and the order of things, and no formula.
+restarts is one evaluation, whose record, images and picture go to the folder
+<run>/attacks/<name>/. An evaluation that was stopped continues when the same
+command is given again.
 """
+
+# This file holds flags and the order of things, and no formula.
 
 import dataclasses
 import itertools
@@ -15,7 +18,8 @@ import time
 
 from absl import flags
 
-import command_line  # First: it quiets TensorFlow.
+import catalogue
+import command_line  # Before Keras: it quiets TensorFlow.
 import handover_flags
 import model_flags
 import run_folder
@@ -24,134 +28,266 @@ import trained_runs
 # Keras and what needs it is imported when it is needed: a wrong name must be
 # said before TensorFlow has taken its seconds to load.
 
-_MODEL = flags.DEFINE_string("model", None, "Attack the newest run of it.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Attack the newest run of this model. By default any model."
+)
 _DATASET = flags.DEFINE_string(
-    "dataset", None, "Attack the newest run on that data set."
+    "dataset",
+    None,
+    "Attack the newest run on this data set. By default any data set.",
 )
 _RUN = flags.DEFINE_string(
-    "run", None, "Folder of the run; without it the newest is taken."
+    "run",
+    None,
+    "Folder of the run that is attacked, or its name in --runs_dir. By default "
+    "the newest run.",
 )
-_TAG = flags.DEFINE_string("tag", None, "Attack the newest run with that tag.")
+_TAG = flags.DEFINE_string(
+    "tag", None, "Attack the newest run with this tag. By default any tag."
+)
 _RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of the files; without it the run's own."
+    "data_dir",
+    None,
+    "Folder of the data set's files. By default the one that the run was "
+    "trained with.",
 )
 # The handover's program built its model from these; here they choose a run.
 _MADE_WITH = model_flags.define(model_flags.ROWS, ("test_gazes",))
-flags.adopt_module_key_flags(model_flags)  # For --help.
+flags.adopt_module_key_flags(model_flags)  # For --helpfull.
 _PROTOCOL = flags.DEFINE_string(
-    "protocol", None, "Evaluations of a paper by name; see the README."
+    "protocol",
+    None,
+    "Evaluations of a paper, one of those listed below. By default none, and "
+    "s3ta for the model s3ta on imagenet if no attack is chosen.",
 )
 _CHECKLIST = flags.DEFINE_boolean(
-    "checklist", False, "Look for signs that attacks are only held up."
+    "checklist",
+    False,
+    "Whether to look for signs that the model only impedes attacks, in place "
+    "of an evaluation.",
 )
 _NONROBUST = flags.DEFINE_boolean(
     "nonrobust_features",
     False,
-    "Train a fresh model on adversarial images with the targets as labels.",
+    "Whether to train a fresh model on adversarial images with their target "
+    "classes as labels, in place of an evaluation.",
 )
 _EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "Of the fresh model of --nonrobust_features."
+    "epochs",
+    None,
+    "Epochs of the fresh model of --nonrobust_features. By default those of "
+    "the run's recipe.",
 )
 _ATTACK = flags.DEFINE_string(
-    "attack", None, "pgd (the default) and others, with commas; see the README."
+    "attack",
+    None,
+    "Attacks, one or several separated by commas, of those listed below. By "
+    "default pgd.",
 )
 _VERSION = flags.DEFINE_string(
-    "version", None, "Of autoattack: standard, plus or rand."
+    "version",
+    None,
+    "Version of autoattack: standard, plus or rand (for stochastic models). "
+    "By default standard.",
 )
-_NORM = flags.DEFINE_string("norm", None, "linf (the default), l2 or l1.")
+_NORM = flags.DEFINE_string(
+    "norm", None, "Norm of the ball: linf, l2 or l1. By default linf."
+)
 _EPSILON = flags.DEFINE_string(
     "epsilon",
     None,
-    "Radii in units of the pixel range [0, 1], 1/255,4/255 say; the default "
-    "depends on the images.",
+    "Radii of the ball separated by commas, in units of the pixel range [0, "
+    "1]: 1/255,4/255, for example. By default three that fit the images: "
+    "0.05,0.1,0.2 for grey and 1/255,2/255,4/255 for colour in L-inf.",
 )
-_STEPS = flags.DEFINE_string("steps", None, "Gradient steps: 10,100 say.")
+_STEPS = flags.DEFINE_string(
+    "steps",
+    None,
+    "Numbers of gradient steps separated by commas: 10,100, for example. By "
+    "default that of the attack.",
+)
 _STEP_SIZE = flags.DEFINE_string(
-    "step_size", None, "Length of a step; without it 2.5 * epsilon / steps."
+    "step_size",
+    None,
+    "Length of a step, in the units of --epsilon. By default that of the "
+    "attack, usually 2.5 * epsilon / steps.",
 )
 _ATTACK_STEP_SIZE = flags.DEFINE_float(
     "attack_step_size",
     None,
-    "In place of it: the length at a radius of 0.3, and at others in "
-    "proportion; 0.1 is what bim has.",
+    "Length of a step at a radius of 0.3, and at other radii in proportion; "
+    "in place of --step_size. By default none, and 0.1 for bim.",
 )
 _STEP_RULE = flags.DEFINE_string(
-    "step_rule", None, "fixed, at_least (epsilon / steps) or decayed."
+    "step_rule",
+    None,
+    "Rule of the step size: fixed, at_least (no shorter than epsilon / steps) "
+    "or decayed. By default fixed.",
 )
-_MOMENTUM = flags.DEFINE_float("momentum", None, "Momentum of PGD's gradients.")
+_MOMENTUM = flags.DEFINE_float(
+    "momentum",
+    None,
+    "Momentum of the gradients of PGD. By default 0, and 1 for mim.",
+)
 _RESTARTS = flags.DEFINE_string(
-    "restarts", None, "Random starts, the worst of which counts: 1,10 say."
+    "restarts",
+    None,
+    "Numbers of random starts separated by commas; the worst start counts. By "
+    "default 1.",
 )
 _RANDOM_START = flags.DEFINE_float(
-    "random_start", None, "Probability of a random start."
+    "random_start",
+    None,
+    "Probability that an image starts at a random point of the ball. By "
+    "default that of the attack, 1 for pgd.",
 )
 _KEEP = flags.DEFINE_string(
     "keep",
     None,
-    "Which iterates count: first (up to the first success, the default), best "
-    "(the one of highest loss) or last.",
+    "Iterates that count: first (all up to the first success), best (the one "
+    "of highest loss) or last. By default first, and last with --eot.",
 )
 _LOSS = flags.DEFINE_string(
-    "loss", None, "What is ascended: cross_entropy, margin or dlr."
+    "loss",
+    None,
+    "Loss that the attack ascends: cross_entropy, margin or dlr. By default "
+    "that of the attack, cross_entropy for pgd.",
 )
 _L1_FRACTION = flags.DEFINE_float(
-    "l1_fraction", None, "Part of the coordinates that share an L1 step."
+    "l1_fraction",
+    None,
+    "Part of the coordinates that share an L1 step, in (0, 1]. By default "
+    "0.01.",
 )
-_SAMPLES = flags.DEFINE_integer("samples", None, "Directions of SPSA.")
-_QUERIES = flags.DEFINE_integer("queries", None, "Queries of Square.")
+_SAMPLES = flags.DEFINE_integer(
+    "samples",
+    None,
+    "Directions in a gradient estimate of spsa. By default 4096.",
+)
+_QUERIES = flags.DEFINE_integer(
+    "queries", None, "Queries of square for each image. By default 5000."
+)
 _DISTRACTION = flags.DEFINE_float(
-    "distraction", None, "Weight of the distance by which attention moves."
+    "distraction",
+    None,
+    "Weight of the distance by which attention moves, added to the loss of "
+    "the attack. By default 0.",
 )
 _READ_OUTS = flags.DEFINE_string(
     "read_outs",
     "last",
-    "Attack the last read-out, or all of a recurrent model.",
+    "Read-out steps of a recurrent model that are attacked: last or all.",
 )
 _EOT = flags.DEFINE_integer(
-    "eot", None, "Draws of a stochastic model to average over."
+    "eot",
+    None,
+    "Draws of a stochastic model that are averaged; such a model is not "
+    "evaluated without it. By default none.",
 )
 _TEST_GAZES = flags.DEFINE_string(
-    "test_gazes", None, "five or random, in place of the run's own."
+    "test_gazes",
+    None,
+    "Gazes of models that draw their gazes: five (fixed gazes, averaged) or "
+    "random. By default those of the run.",
 )
 _CRAFT_DTYPE = flags.DEFINE_string(
-    "craft_dtype", "float32", "Make attacks in float32 or bfloat16."
+    "craft_dtype",
+    "float32",
+    "Number format of the model while attacks are made: float32 or bfloat16; "
+    "images are judged in float32.",
 )
 _STRAIGHT_THROUGH = flags.DEFINE_boolean(
     "straight_through",
     False,
-    "Make attacks through the gradient of bilinear sampling.",
+    "Whether attacks take the gradient of bilinear sampling where the model "
+    "samples the nearest pixel.",
 )
 _SURROGATE = flags.DEFINE_string(
-    "surrogate", None, "Folder of another run on which attacks are made."
+    "surrogate",
+    None,
+    "Folder of another run, on which attacks are made before the run is "
+    "judged on them. By default none.",
 )
 _TARGET = flags.DEFINE_string(
     "target",
     None,
-    "none (the default), random, next, least_likely, or the id or name of a "
-    "class.",
+    "Target class of the attack: none, random, next, least_likely, or the "
+    "number or name of a class. By default none.",
 )
 _EXAMPLES = flags.DEFINE_string(
     "examples",
     None,
-    "The images by their place in the split: 0,5,7 or a file, one a line.",
+    "Images by their places in the split: a list like 0,5,7 or a text file "
+    "with one place a line. By default those of --num_examples.",
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Images, drawn by the seed; without it all."
+    "num_examples",
+    None,
+    "Number of images, drawn by --seed. By default all of the split.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Images at a time; the default depends on their size."
+    "batch_size",
+    None,
+    "Images that are attacked at a time; it changes the speed and not the "
+    "result. By default 128 to 8, depending on the size of the images.",
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of everything.", lower_bound=0, upper_bound=2**31 - 1
+    "seed",
+    0,
+    "Seed from which all randomness comes.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
 )
-_SPLIT = flags.DEFINE_string("split", "test", "test, validation or train.")
-_WEIGHTS = flags.DEFINE_string("weights", "best", "best or last.")
+_SPLIT = flags.DEFINE_string(
+    "split",
+    "test",
+    "Images that are attacked: those of test, validation or train.",
+)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "best", "Weights of the run that are attacked: best or last."
+)
 _SAVE_IMAGES = flags.DEFINE_integer(
-    "save_images", 64, "Images kept with their record; -1 for all."
+    "save_images",
+    64,
+    "Number of images that are kept beside the record; -1 for all.",
 )
 _OVERWRITE = flags.DEFINE_boolean(
-    "overwrite", False, "Replace earlier records of the same name."
+    "overwrite",
+    False,
+    "Whether earlier records of the same name are replaced.",
+)
+# The themes of --help, which are those of the README; each flag is in one.
+THEMES = {
+    "which run": ("run", "model", "dataset", "tag", "runs_dir", "weights"),
+    "data": ("data_dir", "split", "num_examples", "examples"),
+    "whole programs": (
+        *("protocol", "checklist", "nonrobust_features", "epochs"),
+    ),
+    "attack": ("attack", "norm", "target", "loss"),
+    "scanned": ("epsilon", "steps", "restarts"),
+    "details": (
+        *("step_size", "attack_step_size", "step_rule", "momentum"),
+        *("random_start", "keep", "l1_fraction", "samples", "queries"),
+        "version",
+    ),
+    "attention": ("distraction", "read_outs", "straight_through"),
+    "stochastic models": ("eot", "test_gazes"),
+    "what is attacked": ("surrogate", "craft_dtype"),
+    "the rest": ("batch_size", "seed", "save_images", "overwrite"),
+    "model options that choose the run": model_flags.names(
+        row for row in model_flags.ROWS if row.option in _MADE_WITH
+    ),
+}
+HELP = command_line.Help(
+    __doc__,
+    THEMES,
+    {
+        "attacks (--attack)": catalogue.ATTACKS,
+        "protocols (--protocol)": catalogue.PROTOCOLS,
+        "models (--model)": catalogue.MODELS,
+        "data sets (--dataset)": catalogue.DATA_SETS,
+    },
 )
 
 NORMS = ("linf", "l2", "l1")
@@ -792,4 +928,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, handover_flags.of_adversary)
+    command_line.run(main, handover_flags.of_adversary, HELP)

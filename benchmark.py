@@ -1,11 +1,12 @@
-"""Speed and size, measured; nothing in the tests asserts them.
+"""Measures speed and memory.
 
     python benchmark.py --what=sampler
     python benchmark.py --what=full_size
     python benchmark.py --what=s3ta --image_size=224 --batch_size=1
     python benchmark.py --what=attack_steps --run=RUN --batch_size=200
 
-Ratios are against a named peer in the same run, on the same points.
+Ratios are against a named peer in the same run, on the same points. No test
+asserts a speed.
 """
 
 import dataclasses
@@ -20,16 +21,34 @@ import command_line  # First: it quiets TensorFlow.
 import run_folder
 
 _WHAT = flags.DEFINE_string(
-    "what", "sampler", "sampler, full_size, s3ta or attack_steps."
+    "what",
+    "sampler",
+    "What is measured: sampler, full_size, s3ta or attack_steps.",
 )
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Images.", lower_bound=1)
-_SIZE = flags.DEFINE_integer("image_size", 320, "Their side.", lower_bound=8)
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls.", lower_bound=3)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 8, "Images in a batch.", lower_bound=1
+)
+_SIZE = flags.DEFINE_integer(
+    "image_size", 320, "Side of the images in pixels.", lower_bound=8
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 15, "Timed calls, of which the median counts.", lower_bound=3
+)
 _MODELS = flags.DEFINE_list(
-    "models", ["multi_gaze", "parallel_transformers"], "For full_size."
+    "models",
+    ["multi_gaze", "parallel_transformers"],
+    "Models of --what=full_size, separated by commas.",
 )
-_RUN = flags.DEFINE_string("run", None, "Folder of a run, for attack_steps.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file for the record.")
+_RUN = flags.DEFINE_string(
+    "run",
+    None,
+    "Folder of the run that --what=attack_steps attacks. By default none.",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "JSON file to which the record is written. By default none.",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,15 @@ it an exception is a defect of ours and keeps its traceback.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import logging
 import math
 import os
+import shutil
 import sys
+import textwrap
 
 # Read by TensorFlow when it is first imported: its banner would bury the
 # progress bar and the one-line errors.
@@ -99,20 +102,114 @@ def load_keras():
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
-def run(main, translate=None):
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """What `--help` of a program prints.
+
+    Attributes:
+        text: What the program does, usually its docstring.
+        themes: Dict from the title of a theme to the names of its flags; None
+            for all flags of the program under one title.
+        lists: Dict from a title to a dict from names to what they mean: the
+            values of flags that choose by name.
+    """
+
+    text: str
+    themes: dict[str, tuple[str, ...]] | None = None
+    lists: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def render(self, known: flags.FlagValues, width: int = 80) -> str:
+        """Returns the help as text.
+
+        Args:
+            known: The flags of the program.
+            width: Most characters of a line.
+        """
+        themes = self.themes
+        if themes is None:
+            own = known.get_key_flags_for_module(sys.argv[0])
+            themes = {"flags": tuple(flag.name for flag in own)}
+        parts = [self.text.strip()]
+        for title, names in themes.items():
+            parts.append(f"{_capital(title)}:")
+            parts += [_flag_help(known[name], width) for name in names]
+        for title, lines in self.lists.items():
+            column = max(map(len, lines)) + 2
+            rows = (
+                textwrap.fill(
+                    line,
+                    width,
+                    initial_indent=f"  {name:{column}}",
+                    subsequent_indent=" " * (column + 2),
+                )
+                for name, line in lines.items()
+            )
+            parts.append("\n".join([f"{_capital(title)}:", *rows]))
+        parts.append("--helpfull also lists the flags of the libraries.")
+        return "\n\n".join(parts) + "\n"
+
+
+def _capital(text):
+    return text[:1].upper() + text[1:]
+
+
+def _flag_help(flag, width):
+    """The lines of one flag: its form, its text and its default."""
+    forms = {"bool": "0|1", "int": "N", "float": "X", "string": "TEXT"}
+    form = forms.get(flag.flag_type(), "A,B,...")
+    text = flag.help
+    if flag.default is not None and "By default" not in text:
+        value = flag.default
+        if isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        elif isinstance(value, list):
+            value = ",".join(value)
+        text += f" By default {value}."
+    lines = textwrap.wrap(text, width - 6)
+    indented = "\n".join(f"      {line}" for line in lines)
+    return f"  --{flag.name}={form}\n{indented}"
+
+
+_HELP = {"help", "?", "h"}
+# Others that absl has; it ends the program with status 1 after them.
+_ABSL_HELP = {"helpshort", "helpfull", "helpxml"}
+
+
+def asked_for_help(arguments, names=frozenset(_HELP)) -> bool:
+    """Tells whether one of the arguments, before any `--`, asks for help."""
+    for word in arguments:
+        if word == "--":
+            return False
+        if word.startswith("-") and word.lstrip("-") in names:
+            return True
+    return False
+
+
+def run(main, translate=None, help=None):
     """Parses the flags and calls `main()`; `__main__` of every program.
 
     A flag that is unknown or out of range is one line and exit status 2
-    (absl's own would be two lines and status 1).
+    (absl's own would be two lines and status 1). `--help` prints the help and
+    ends with status 0 before anything else is done.
 
     Args:
         main: Callable without arguments.
         translate: Callable from the arguments, a list without the program's
             name, to those that are parsed; its `ValueError` is the user's to
             mend. None parses them as they are.
+        help: A `Help`; None prints the program's docstring and its flags.
     """
 
     def parse(argv):
+        if asked_for_help(argv[1:]):
+            _print_help(help)
+        if asked_for_help(argv[1:], _ABSL_HELP):
+            try:
+                flags.FLAGS(argv)
+            except SystemExit:
+                sys.exit(0)
         if translate is not None:
             with guard():
                 argv = [argv[0], *translate(argv[1:])]
@@ -125,6 +222,18 @@ def run(main, translate=None):
         return left
 
     app.run(lambda argv: main(), flags_parser=parse)
+
+
+def _print_help(help):
+    """Prints the help and ends the program with status 0."""
+    if help is None:
+        help = Help(sys.modules["__main__"].__doc__ or "")
+    width = min(100, shutil.get_terminal_size().columns)
+    try:
+        print(help.render(flags.FLAGS, width), end="", flush=True)
+    except BrokenPipeError:  # The reader, `head` say, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
 
 
 def parse_ratio(text):

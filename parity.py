@@ -1,12 +1,12 @@
-"""Our attacks beside torchattacks, Foolbox and ART, on the same weights.
+"""Compares our attacks with torchattacks, Foolbox and ART on the same weights.
 
     python parity.py --run=runs/mnist-madry_cnn --epsilon=0.3
 
-Every job, one attack of one library, runs in a process of its own: ours on
-`--backend`, the others on Keras' Torch backend, which gives them the same
-function. PGD starts at the image, so that chance does not part the libraries.
-A job's result is a file in `<run>/parity/`; what is there is not run again, so
-that a table can be stopped and grown. Needs the `torch` and `peers` extras.
+Each job, one attack of one library, runs in a process of its own: ours on
+--backend, the others on Keras's Torch backend with the same function. PGD
+starts at the image, so that libraries do not differ by chance. The result of a
+job is a file in <run>/parity/; a job that has one is not run again. Needs the
+torch and peers extras.
 """
 
 import importlib.util
@@ -21,29 +21,60 @@ from absl import flags
 import command_line  # First: it quiets TensorFlow.
 import run_folder
 
-_RUN = flags.DEFINE_string("run", None, "Folder of the run that is attacked.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Its files' folder.")
-_EPSILON = flags.DEFINE_string("epsilon", None, "Radius, in L-inf.")
+_RUN = flags.DEFINE_string(
+    "run",
+    None,
+    "Folder of the run that is attacked. By default none: required.",
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of the data set's files. By default the one that the run was "
+    "trained with.",
+)
+_EPSILON = flags.DEFINE_string(
+    "epsilon",
+    None,
+    "Radius of the L-inf ball, in units of the pixel range: 0.3 or 8/255, for "
+    "example. By default none: required.",
+)
 _ATTACKS = flags.DEFINE_list(
     "attacks",
     ["fgsm", "pgd", "apgd", "fab", "square", "autoattack"],
-    "Which attacks.",
+    "Attacks, separated by commas.",
 )
 _LIBRARIES = flags.DEFINE_list(
     "libraries",
     ["saccade", "saccade_bfloat16", "torchattacks", "foolbox", "art"],
-    "Which libraries.",
+    "Libraries, separated by commas.",
 )
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 500, "Test images.")
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples", 500, "Number of test images, drawn by --seed."
+)
 _ONLY_RIGHT = flags.DEFINE_boolean(
-    "only_right", False, "Only images that are right while clean."
+    "only_right",
+    False,
+    "Whether only images are attacked that the model classifies correctly.",
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at a time.")
-_PGD_STEPS = flags.DEFINE_integer("pgd_steps", 50, "Steps of PGD.")
-_QUERIES = flags.DEFINE_integer("queries", 5000, "Queries of Square.")
-_BACKEND = flags.DEFINE_string("backend", "tensorflow", "Of our own jobs.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed.")
-_JOB = flags.DEFINE_string("job", None, "One job, library/attack; internal.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 100, "Images that are attacked at a time."
+)
+_PGD_STEPS = flags.DEFINE_integer("pgd_steps", 50, "Gradient steps of pgd.")
+_QUERIES = flags.DEFINE_integer(
+    "queries", 5000, "Queries of square for each image."
+)
+_BACKEND = flags.DEFINE_string(
+    "backend",
+    "tensorflow",
+    "Keras backend of Saccade's own jobs: tensorflow, jax or torch.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed from which all randomness comes.")
+_JOB = flags.DEFINE_string(
+    "job",
+    None,
+    "One job, library/attack, that the program runs in a process of its own. "
+    "By default none: all jobs.",
+)
 
 OURS = ("saccade", "saccade_bfloat16")
 

@@ -1,11 +1,14 @@
-"""Trains one named model on one named data set.
+"""Trains a model on a data set and tests it.
 
-    python trainer.py --model=multi_gaze --dataset=imagenet10 --data_dir=...
+    python trainer.py --model=multi_gaze --dataset=imagenet10 --data_dir=data
 
-Without flags it trains `multi_gaze` on the embedded digits. Everything goes
-into `runs/<dataset>-<model>[-<tag>]/`. This file owns flags and the order of
-things, no formula and no layer.
+Without flags it trains multi_gaze on digits that come with scikit-learn. The
+weights, the history and the test accuracy go to the folder
+runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
+--resume continues.
 """
+
+# This file holds flags and the order of things, no formula and no layer.
 
 import dataclasses
 import os
@@ -14,7 +17,8 @@ import time
 
 from absl import flags
 
-import command_line  # First: it quiets TensorFlow.
+import catalogue
+import command_line  # Before Keras: it quiets TensorFlow.
 import datasets
 import handover_flags
 import model_flags
@@ -25,80 +29,138 @@ import training_flags
 # Keras and what needs it is imported when it is needed: a missing data set
 # must be said before TensorFlow has taken its seconds to load.
 
-_MODEL = flags.DEFINE_string("model", "multi_gaze", "Model; see the README.")
-_DATASET = flags.DEFINE_string(
-    "dataset", "cluttered_digits", "Data set; see the README."
+_MODEL = flags.DEFINE_string(
+    "model", "multi_gaze", "Model that is trained, one of those listed below."
 )
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the files.")
+_DATASET = flags.DEFINE_string(
+    "dataset",
+    "cluttered_digits",
+    "Data set that it is trained on, one of those listed below.",
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of the data set's files, or the folder above it. By default none, "
+    "which is enough for cluttered_digits.",
+)
 _IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Side of the images in pixels.", lower_bound=8
+    "image_size",
+    None,
+    "Side of the images in pixels. By default that of the data set: 320 for "
+    "the ImageNet sets (224 with the recipe of a paper), 160 for imagenette.",
+    lower_bound=8,
 )
 _CLASS_LIST = flags.DEFINE_string(
-    "class_list", None, "File of wnids in place of the set's own list."
+    "class_list",
+    None,
+    "Text file of the classes of an ImageNet set, one WordNet id a line. By "
+    "default the data set's own list.",
 )
 _VALIDATION = flags.DEFINE_float(
     "validation_fraction",
     0.05,
-    "Part of the training images held out to choose the best weights.",
+    "Part of the training images held out to choose the best weights, in [0, "
+    "1); not used where the data set has validation images; 0 for none.",
 )
 _SKIP_CORRUPT = flags.DEFINE_boolean(
-    "skip_corrupt", False, "Leave unreadable images out and count them."
+    "skip_corrupt",
+    False,
+    "Whether unreadable images are left out and counted (1) or end the "
+    "program (0).",
 )
 _DOWNLOAD = flags.DEFINE_boolean(
-    "download", False, "Let TFDS download a data set that is not there."
+    "download",
+    False,
+    "Whether TensorFlow Datasets may download a data set that is missing.",
 )
-_RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
-_TAG = flags.DEFINE_string("tag", "", "Last part of the run's name.")
+_RUNS_DIR = flags.DEFINE_string(
+    "runs_dir",
+    "runs",
+    "Folder of all runs; this one goes to <dataset>-<model>[-<tag>] in it.",
+)
+_TAG = flags.DEFINE_string(
+    "tag", "", "Last part of the name of the run's folder. By default none."
+)
 _OVERWRITE = flags.DEFINE_boolean(
-    "overwrite", False, "Replace a run of the same name."
+    "overwrite", False, "Whether an earlier run of the same name is replaced."
 )
 _RESUME = flags.DEFINE_boolean(
-    "resume", False, "Continue the run of that name where it stopped."
+    "resume",
+    False,
+    "Whether the run of that name is continued where it stopped.",
 )
 _ONLY_EVALUATE = flags.DEFINE_boolean(
-    "only_evaluate", False, "Train nothing; test the run of that name again."
+    "only_evaluate",
+    False,
+    "Whether the finished run of that name is tested again, without training.",
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of everything.", lower_bound=0, upper_bound=2**31 - 1
+    "seed",
+    0,
+    "Seed from which all randomness comes.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 _DISTRIBUTE = flags.DEFINE_string(
-    "distribute", "none", "none, or mirrored: all GPUs of the machine."
+    "distribute",
+    "none",
+    "Devices: none (one device) or mirrored (all GPUs of the machine, each "
+    "with its part of a batch; TensorFlow only).",
 )
 _SAVE_EVERY = flags.DEFINE_float(
-    "save_every", 300.0, "Seconds between saves within an epoch."
+    "save_every",
+    300.0,
+    "Seconds between two saves of the state within an epoch.",
 )
 _EVAL_BATCH = flags.DEFINE_integer(
-    "eval_batch_size", 100, "Images a step in evaluation.", lower_bound=1
+    "eval_batch_size",
+    100,
+    "Images in a batch of validation and test.",
+    lower_bound=1,
 )
 _AUGMENT = flags.DEFINE_boolean(
-    "augment", True, "Whether to augment the training images."
+    "augment",
+    True,
+    "Whether the training images are augmented (1) or not (0).",
 )
 
 _RECIPE_NAME = flags.DEFINE_string(
-    "recipe", None, "Settings of a text, in place of the data set's."
+    "recipe",
+    None,
+    "Recipe of a paper, one of those listed below, which brings its own "
+    "adversarial training. By default that of the data set.",
 )
 _CURRICULUM = flags.DEFINE_string(
-    "read_out_curriculum", None, "Read-out step by epoch: 0:4,35:8,70:16."
+    "read_out_curriculum",
+    None,
+    "Read-out step of a recurrent model by epoch, pairs of epoch and step: "
+    "0:4,35:8,70:16. By default the recipe's, or always the last step.",
 )
 _ON_COLLAPSE = flags.DEFINE_string(
     "on_collapse",
     None,
-    "When the loss is not finite or an accuracy collapses: stop, restore "
-    "(the last good weights, and end there; the default of the objective "
-    "fast) or ignore.",
+    "What to do when the loss is not finite or a validation accuracy "
+    "collapses: stop (an error), restore (end with the last good weights) or "
+    "ignore. By default stop, and restore for the objective fast.",
 )
 _ROBUST_VALIDATION = flags.DEFINE_integer(
     "robust_validation",
     None,
-    "Validation images attacked after each epoch; by default 500 in "
-    "adversarial training, otherwise none.",
+    "Number of validation images attacked by PGD after each epoch. By default "
+    "500 in adversarial training and 0 otherwise.",
     lower_bound=0,
 )
 _ROBUST_STEPS = flags.DEFINE_integer(
-    "robust_validation_steps", 10, "Steps of that PGD.", lower_bound=1
+    "robust_validation_steps",
+    10,
+    "Gradient steps of that PGD.",
+    lower_bound=1,
 )
 _ADV_TRAIN = flags.DEFINE_boolean(
-    "adv_train", None, "Train on adversarial images."
+    "adv_train",
+    None,
+    "Whether to train on adversarial images. By default 0, and 1 with "
+    "--adv_objective or the recipe of a paper.",
 )
 # What free training, which has no loop of its own, would not look at.
 _NOT_FREE = {
@@ -106,11 +168,63 @@ _NOT_FREE = {
     *("momentum", "loss", "l1_fraction", "epsilon_per_image", "train_mode"),
 }
 # Overrides; unset flags keep what recipe, data set and model have.
-_RECIPE = model_flags.define(training_flags.RECIPE)
+_RECIPE = model_flags.define(
+    (*training_flags.RECIPE, *training_flags.AUGMENTATION)
+)
 _STEP = model_flags.define(training_flags.STEP)
 _ADVERSARIAL = model_flags.define(training_flags.ADVERSARIAL)
 _OPTIONS = model_flags.define(model_flags.ROWS)
-flags.adopt_module_key_flags(model_flags)  # For --help.
+flags.adopt_module_key_flags(model_flags)  # For --helpfull.
+# The themes of --help, which are those of the README; each flag is in one.
+THEMES = {
+    "what": ("model", "dataset", "seed"),
+    "devices": ("distribute",),
+    "the run": (
+        *("runs_dir", "tag", "overwrite", "resume", "only_evaluate"),
+        "save_every",
+    ),
+    "data": (
+        *("data_dir", "image_size", "class_list", "validation_fraction"),
+        *("skip_corrupt", "download"),
+    ),
+    "recipe": (
+        "recipe",
+        *model_flags.names(training_flags.RECIPE),
+        "read_out_curriculum",
+    ),
+    "augmentation": (
+        "augment",
+        *model_flags.names(training_flags.AUGMENTATION),
+    ),
+    "glimpses": model_flags.names(model_flags.GLIMPSES),
+    "sampler": model_flags.names(model_flags.SAMPLER),
+    "nets": model_flags.names(model_flags.NETS),
+    "cortical scales": model_flags.names(model_flags.CORTICAL),
+    "S3TA": model_flags.names(model_flags.S3TA),
+    "adversarial training": (
+        "adv_train",
+        *model_flags.names(training_flags.OBJECTIVE),
+    ),
+    "its attack": model_flags.names(training_flags.ATTACK),
+    "its step": model_flags.names(training_flags.STEP),
+    "validation": (
+        *("robust_validation", "robust_validation_steps", "on_collapse"),
+    ),
+    "evaluation": (
+        "eval_batch_size",
+        *model_flags.names(model_flags.EVALUATION),
+    ),
+}
+HELP = command_line.Help(
+    __doc__,
+    THEMES,
+    {
+        "models (--model)": catalogue.MODELS,
+        "data sets (--dataset)": catalogue.DATA_SETS,
+        "recipes (--recipe)": catalogue.RECIPES,
+        "objectives (--adv_objective)": catalogue.OBJECTIVES,
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -763,4 +877,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, handover_flags.of_trainer)
+    command_line.run(main, handover_flags.of_trainer, HELP)

@@ -8,22 +8,76 @@ given keeps what the recipe, or the data set's adversarial training, has.
 from model_flags import Row
 
 RECIPE = (
-    Row("epochs", "integer", "Passes over the training images.", 1),
-    Row("batch_size", "integer", "Images a training step.", 1),
-    Row("optimizer", "string", "adam or sgd."),
-    Row("learning_rate", "float", "First rate."),
-    Row("schedule", "string", "steps, cosine, cyclic or constant."),
-    Row("warmup", "float", "Epochs of linear rise."),
-    Row("momentum", "float", "Momentum of sgd."),
-    Row("weight_decay", "float", "Decoupled weight decay of kernels."),
+    Row(
+        "epochs",
+        "integer",
+        "Passes over the training images. By default the recipe's; drops of "
+        "the learning rate, warm-up and read-outs move in proportion.",
+        1,
+    ),
+    Row(
+        "batch_size",
+        "integer",
+        "Images in a training step. By default the recipe's.",
+        1,
+    ),
+    Row(
+        "optimizer",
+        "string",
+        "Optimizer: adam or sgd. By default the recipe's.",
+    ),
+    Row(
+        "learning_rate",
+        "float",
+        "Learning rate that the schedule multiplies. By default the recipe's.",
+    ),
+    Row(
+        "schedule",
+        "string",
+        "Schedule of the learning rate: steps, cosine, cyclic or constant. By "
+        "default the recipe's.",
+    ),
+    Row(
+        "warmup",
+        "float",
+        "Epochs in which the learning rate rises linearly at the start. By "
+        "default the recipe's.",
+    ),
+    Row("momentum", "float", "Momentum of sgd. By default the recipe's."),
+    Row(
+        "weight_decay",
+        "float",
+        "Decoupled weight decay of the kernels. By default the recipe's.",
+    ),
     Row(
         "l2",
         "float",
-        "L2 loss of the kernels of convolutions and dense layers.",
+        "Coefficient of the L2 loss on the kernels of convolutions and dense "
+        "layers. By default the recipe's.",
     ),
-    Row("ema", "float", "Momentum of the averaged weights; 0 is none."),
-    Row("label_smoothing", "float", "Part of a label that all classes share."),
-    Row("augmentation", "string", "Which augmentation; see the README."),
+    Row(
+        "ema",
+        "float",
+        "Momentum of a running average of the weights, which is then "
+        "validated and kept; 0 for no average. By default the recipe's.",
+    ),
+    Row(
+        "label_smoothing",
+        "float",
+        "Part of each label that is spread over all classes, in [0, 1). By "
+        "default the recipe's.",
+    ),
+)
+AUGMENTATION = (
+    Row(
+        "augmentation",
+        "string",
+        "Augmentation of the training images: none, photographs (flips and "
+        "crops of 300/320), small_photographs (30/32), strong_photographs "
+        "(0.6), resized_crops (8 to 100% of the area), digits (crops and "
+        "rotations up to 45 degrees) or upright_digits (up to 15). By default "
+        "the recipe's.",
+    ),
 )
 
 
@@ -34,56 +88,142 @@ def _adversarial(option, *row):
 
 STEP = (
     _adversarial(
-        "epsilon_warmup", "float", "Epochs in which epsilon grows from 0."
+        "epsilon_warmup",
+        "float",
+        "Epochs in which the radius grows linearly from 0 to --adv_epsilon. "
+        "By default 0.",
     ),
     _adversarial(
         "craft_dtype",
         "string",
-        "Of the model while crafting: float32, bfloat16.",
+        "Number format of the model while images are attacked: float32 or "
+        "bfloat16. By default float32.",
     ),
-    _adversarial("awp", "float", "Adversarial weight perturbation; 0 is none."),
-    _adversarial("awp_warmup", "float", "Epochs before it begins."),
     _adversarial(
-        "replays", "integer", "Free training: times each batch is taken."
+        "awp",
+        "float",
+        "Size of the adversarial weight perturbation relative to each weight "
+        "tensor (0.01 in the paper, 0.005 with trades). By default 0: none.",
+    ),
+    _adversarial(
+        "awp_warmup",
+        "float",
+        "Epochs before the weight perturbation begins. By default 0.",
+    ),
+    _adversarial(
+        "replays",
+        "integer",
+        "Free adversarial training: times that each batch is repeated; the "
+        "epochs are divided by it. By default 0: no free training.",
     ),
 )
-ADVERSARIAL = (
+OBJECTIVE = (
     _adversarial(
         "objective",
         "string",
-        "madry, fast, trades, mart, alp, llr or noise; implies adv_train.",
-    ),
-    _adversarial("attack", "string", "pgd, fgsm, bim, mim or pgd_adam."),
-    _adversarial("norm", "string", "linf, l2 or l1."),
-    _adversarial(
-        "epsilon", "string", "Radius in units of the pixel range: 8/255, say."
+        "Objective: madry, fast, trades, mart, alp, llr or noise; implies "
+        "--adv_train=1. By default madry.",
     ),
     _adversarial(
-        "epsilon_per_image", "boolean", "Each image draws a radius up to it."
-    ),
-    _adversarial("steps", "integer", "Gradient steps of the attack.", 1),
-    _adversarial(
-        "step_size", "string", "Length of one step, in the units of epsilon."
-    ),
-    _adversarial("step_rule", "string", "fixed, at_least or decayed."),
-    _adversarial("momentum", "float", "Of the attack's gradients."),
-    _adversarial(
-        "l1_fraction", "float", "Part of the coordinates of an L1 step."
+        "weight",
+        "float",
+        "Weight of the second term of trades, mart, alp or llr. By default "
+        "that of its paper: 6, 5, 0.5 and 4.",
     ),
     _adversarial(
-        "random_start", "float", "Chance of a random start in the ball."
-    ),
-    _adversarial("target", "string", "none, random, next or least_likely."),
-    _adversarial(
-        "loss", "string", "What it ascends: cross_entropy, margin or dlr."
-    ),
-    _adversarial("train_mode", "boolean", "Attack the model in training mode."),
-    _adversarial(
-        "clean_weight", "float", "Weight of the clean images, below 1."
+        "slope_weight",
+        "float",
+        "Weight of the slope in llr. By default 3, as in the paper.",
     ),
     _adversarial(
-        "weight", "float", "Of the second term of trades, mart, alp, llr."
+        "sigma",
+        "string",
+        "Standard deviation of the noise of the objective noise, in units of "
+        "the pixel range: 0.1 or 8/255, for example. By default the radius of "
+        "the data set.",
     ),
-    _adversarial("slope_weight", "float", "Weight of the slope in llr."),
-    _adversarial("sigma", "string", "Standard deviation of noise: 8/255, say."),
+    _adversarial(
+        "clean_weight",
+        "float",
+        "Weight of the clean images in the loss of madry, fast and alp, in [0, "
+        "1). By default 0, and 0.5 for alp.",
+    ),
 )
+ATTACK = (
+    _adversarial(
+        "attack",
+        "string",
+        "Attack: pgd, fgsm, bim, mim or pgd_adam. By default that of the "
+        "objective, usually pgd.",
+    ),
+    _adversarial(
+        "norm", "string", "Norm of the ball: linf, l2 or l1. By default linf."
+    ),
+    _adversarial(
+        "epsilon",
+        "string",
+        "Radius of the ball, in units of the pixel range: 0.1 or 8/255, for "
+        "example. By default that of the data set or the recipe.",
+    ),
+    _adversarial(
+        "epsilon_per_image",
+        "boolean",
+        "Whether each image draws its own radius, uniformly up to "
+        "--adv_epsilon. By default 0.",
+    ),
+    _adversarial(
+        "steps",
+        "integer",
+        "Gradient steps of the attack. By default that of the data set or the "
+        "objective (10 for trades, mart and llr).",
+        1,
+    ),
+    _adversarial(
+        "step_size",
+        "string",
+        "Length of one step, in the units of --adv_epsilon. By default that "
+        "of the objective, usually 2.5 * epsilon / steps.",
+    ),
+    _adversarial(
+        "step_rule",
+        "string",
+        "Rule of the step size: fixed, at_least (no shorter than epsilon / "
+        "steps) or decayed. By default fixed.",
+    ),
+    _adversarial(
+        "momentum",
+        "float",
+        "Momentum of the attack's gradients. By default 0, and 1 for mim.",
+    ),
+    _adversarial(
+        "l1_fraction",
+        "float",
+        "Part of the coordinates that share an L1 step, in (0, 1]. By default "
+        "0.01.",
+    ),
+    _adversarial(
+        "random_start",
+        "float",
+        "Probability that the attack starts at a random point of the ball. By "
+        "default that of the objective, usually 1.",
+    ),
+    _adversarial(
+        "target",
+        "string",
+        "Target class of the attack: none, random, next or least_likely. By "
+        "default none.",
+    ),
+    _adversarial(
+        "loss",
+        "string",
+        "Loss that the attack ascends: cross_entropy, margin or dlr. By "
+        "default cross_entropy.",
+    ),
+    _adversarial(
+        "train_mode",
+        "boolean",
+        "Whether the attack sees the model in training mode, with the batch "
+        "statistics. By default 0.",
+    ),
+)
+ADVERSARIAL = (*OBJECTIVE, *ATTACK)

@@ -6,6 +6,7 @@ Everything is made from files of the run and from pictures that come with
 scikit-learn, so the figures may be published.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -16,6 +17,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import command_line
 
+PARSER = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+PARSER.add_argument(
+    "runs",
+    nargs="*",
+    help="Folders of runs that were attacked, for the figures of a demo. By "
+    "default none: only the figure of the retina.",
+)
+if __name__ == "__main__":
+    ARGUMENTS = PARSER.parse_args()  # Before Keras: --help is quick.
 command_line.load_keras()
 
 from keras import ops  # noqa: E402
@@ -116,5 +128,5 @@ def demo(folder):
 if __name__ == "__main__":
     FIGURES.mkdir(exist_ok=True)
     retina()
-    for path in sys.argv[1:]:
+    for path in ARGUMENTS.runs:
         demo(path)
