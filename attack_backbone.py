@@ -149,13 +149,12 @@ class FGSM(attack_rounds.Attack):
         """See `Attack.step`."""
         del number, index
         images = state["images"]
-        objective = self.objective(logits_fn, state)
-        (value, logits), grad = numerics.value_and_grad(
-            objective, images, has_aux=True
-        )
+        state, value, logits, grad = self.gradient(logits_fn, state, images)
         state = self._offer(state, images, value, logits)
         changed = self._move(images, ops.zeros_like(images), grad)
-        return self._offer(state, changed, *objective(changed))
+        return self._offer(
+            state, changed, *self.objective(logits_fn, state)(changed)
+        )
 
     def perturb(
         self, logits_fn, images, labels, keys=None, targets=None, start=None
@@ -166,11 +165,8 @@ class FGSM(attack_rounds.Attack):
         delta = ops.zeros_like(images)
         if start is not None:
             delta = numerics.project(start, self.epsilon, self.norm, images)
-        _, grad = numerics.value_and_grad(
-            self.objective(logits_fn, state),
-            attack_rounds.perturbed(images, delta),
-            has_aux=True,
-        )
+        here = attack_rounds.perturbed(images, delta)
+        *_, grad = self.gradient(logits_fn, state, here)
         return self._move(images, delta, grad)
 
     def _move(self, images, delta, grad):
@@ -301,9 +297,7 @@ class Iterative(attack_rounds.Attack):
         """See `Attack.step`."""
         del number
         here = attack_rounds.perturbed(state["images"], state["delta"])
-        (value, logits), grad = numerics.value_and_grad(
-            self.objective(logits_fn, state), here, has_aux=True
-        )
+        state, value, logits, grad = self.gradient(logits_fn, state, here)
         if self.keep != "last":
             state = self._offer(state, here, value, logits)
         return self._walk(state, grad, index)
@@ -514,7 +508,6 @@ class PGDAdam(Iterative):
         return {"mean": zero, "square": zero}
 
     def _walk(self, state, grad, index):
-        grad = ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
         # Adam is blind to the scale of the gradient but for its epsilon.
         peak = ops.maximum(numerics.lp_norm(grad, "linf"), 1e-30)
         grad = grad / numerics.per_example(peak, grad)

@@ -368,6 +368,9 @@ def show(results, file=None):
         highlight=False,
     )
     console.print(table)
+    for number, (record, _, _) in enumerate(results, 1):
+        for warning in warnings(record):
+            console.print(f"{number}: {warning}", highlight=False)
     for number, (_, place, reused) in enumerate(results, 1):
         note = "  (there already; --overwrite runs it again)" if reused else ""
         console.print(
@@ -375,6 +378,29 @@ def show(results, file=None):
             highlight=False,
             markup=False,
         )
+
+
+def warnings(record: dict) -> list[str]:
+    """Returns what a reader of a record's accuracy has to know, a line each."""
+    count, found = record["num_examples"], []
+    for name, what in (
+        ("nonfinite_answers", "logits under attack are NaN or infinite"),
+        (
+            "nonfinite_crafting",
+            "logits or gradients were NaN or infinite during the attack",
+        ),
+    ):
+        if record.get(name):
+            found.append(f"{record[name]} of {count} images: {what}.")
+    if record.get("nonfinite_answers"):
+        found[0] += " They count as misclassified."
+    if record.get("very_sure"):
+        found.append(
+            f"{record['very_sure']} of {count} images: the logits are so large "
+            "that softmax gradients vanish in float32. The attacks here allow "
+            "for it, other programs may not; see the check logit_scale."
+        )
+    return found
 
 
 def _steps(record):

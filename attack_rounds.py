@@ -19,6 +19,8 @@ import dataclasses
 import math
 from typing import ClassVar, NamedTuple
 
+import keras
+import numpy as np
 from keras import ops
 
 import numerics
@@ -32,8 +34,10 @@ class AttackResult(NamedTuple):
         images: Perturbed images, float32 `(batch, height, width, channels)`,
             inside the ball and inside [0, 1].
         success: Booleans of shape `(batch,)`: classified as the target if there
-            is one, otherwise misclassified.
-        loss: What the attack maximized, at `images`, shape `(batch,)`.
+            is one, otherwise misclassified. Logits that are not finite are a
+            success.
+        loss: What the attack maximized, at `images`, shape `(batch,)`;
+            infinity where the logits are not finite.
     """
 
     images: object
@@ -47,8 +51,9 @@ class Attack:
 
     A subclass gives `step` at least. Its state is a dict of tensors whose
     first dimension is the batch; `open` makes "images", "labels", "keys",
-    "targets" (if there are any) and the best candidate so far: "best",
-    "success", "wrong", "loss".
+    "targets" (if there are any), the best candidate so far ("best",
+    "success", "wrong", "loss"), and "nonfinite": whether a logit, or an entry
+    of the gradient, was NaN or infinite at any image that was tried.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
@@ -164,7 +169,13 @@ class Attack:
             rounds, an example keeps one that reaches its goal; failing that,
             one that is misclassified; within these, the one of highest loss
             (or the first success, if `keep` says so).
+
+        Raises:
+            ValueError: If images are not floats in [0, 1], or if a label or a
+                target is no class of the model. Inside a compiled function
+                only the types are checked, since values are not known there.
         """
+        logits_fn = checked(logits_fn, images, labels, targets)
         state = self.open(logits_fn, images, labels, keys, targets)
 
         def run_round(number, state):
@@ -267,17 +278,54 @@ class Attack:
             "best": images,
             "success": nothing,
             "wrong": nothing,
+            "nonfinite": nothing,
             "loss": ops.full_like(images[:, 0, 0, 0], -math.inf),
         }
         if targets is not None:
             state["targets"] = ops.cast(targets, "int32")
         return state
 
-    def _offer(self, state, images, value, logits):
-        success, wrong = objectives.judge(
-            logits, value, state["labels"], state.get("targets")
+    def gradient(self, logits_fn, state, here):
+        """Evaluates what is ascended and its gradient at `here`.
+
+        Args:
+            logits_fn: See `open`.
+            state: The rows.
+            here: Images, of the shape of "images".
+
+        Returns:
+            Tuple of the state, in which examples whose gradient was not
+            finite are marked, what is ascended `(batch,)`, the logits, and
+            the gradient, finite and of the shape of the images.
+        """
+        (value, logits), grad, flags = numerics.value_and_grad(
+            self.objective(logits_fn, state),
+            here,
+            has_aux=True,
+            with_flags=True,
         )
-        return objectives.offer(state, images, value, success, wrong, self.keep)
+        return mark(state, flags), value, logits, grad
+
+    def _offer(self, state, images, value, logits, allowed=True):
+        """Puts forward candidates; those not `allowed` are never kept."""
+        success, wrong = objectives.judge(
+            logits, state["labels"], state.get("targets")
+        )
+        value = objectives.comparable(value, logits)
+        state = mark(state, objectives.nonfinite(logits))
+        return objectives.offer(
+            state,
+            images,
+            ops.where(allowed, value, -math.inf),
+            ops.logical_and(success, allowed),
+            ops.logical_and(wrong, allowed),
+            self.keep,
+        )
+
+
+def mark(state, flags):
+    """Marks examples for which something was not finite; returns the state."""
+    return {**state, "nonfinite": ops.logical_or(state["nonfinite"], flags)}
 
 
 def at(logits_fn, number, index):
@@ -310,6 +358,78 @@ def mean_loss(name, outputs, labels, targets=None):
         targets = ops.repeat(targets, count, axis=0)
     values = objectives.loss(name, flat, labels, targets)
     return ops.mean(ops.reshape(values, (-1, count)), axis=-1)
+
+
+def checked(logits_fn, images, labels, targets=None):
+    """Refuses inputs on which the result of an attack would mean nothing.
+
+    Args:
+        logits_fn: See `Attack.open`, like the other arguments.
+        images, labels, targets: See `Attack.open`.
+
+    Returns:
+        A `logits_fn` that refuses labels and targets outside its classes.
+
+    Raises:
+        ValueError: If images are not floats in [0, 1] or a class is negative.
+    """
+    _check_type("images", images, "float", "floats in [0, 1]")
+    values = numerics.concrete(images)
+    # A NaN fails every comparison.
+    if values is not None and values.size:
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                "Expected images in [0, 1]. Received: pixels from "
+                f"{low:g} to {high:g}. Divide 8-bit pixels by 255."
+            )
+    highest = -1
+    for name, classes in (("labels", labels), ("targets", targets)):
+        if classes is None:
+            continue
+        _check_type(name, classes, "int", "integer class ids")
+        values = numerics.concrete(classes)
+        if values is None or not values.size:
+            continue
+        if values.min() < 0:
+            raise ValueError(
+                f"Expected {name} >= 0. Received: {values.min()} in {name}."
+            )
+        highest = max(highest, int(values.max()))
+    return _InClasses(logits_fn, highest)
+
+
+def _check_type(name, values, wanted, described):
+    dtype = getattr(values, "dtype", None)
+    if dtype is None:
+        dtype = np.asarray(values).dtype
+    dtype = keras.backend.standardize_dtype(dtype)
+    if wanted not in dtype:
+        raise ValueError(
+            f"Expected {name} to be {described}. Received: {name} of dtype "
+            f"{dtype}."
+        )
+
+
+class _InClasses:
+    """A `logits_fn` that refuses class ids which its logits do not have."""
+
+    def __init__(self, logits_fn, highest):
+        self.logits_fn, self.highest = logits_fn, highest
+
+    def at(self, number, index):
+        """See `at`."""
+        return _InClasses(at(self.logits_fn, number, index), self.highest)
+
+    def __call__(self, images):
+        outputs = objectives.outputs_of(self.logits_fn(images))
+        classes = outputs.logits.shape[-1]
+        if self.highest >= classes:
+            raise ValueError(
+                f"Expected labels and targets from 0 to {classes - 1}, the "
+                f"classes of the model. Received: {self.highest}."
+            )
+        return outputs
 
 
 def check_ball(norm, epsilon):

@@ -208,28 +208,12 @@ class APGD(attack_rounds.Attack):
         row["radius"] = row["radius"] * ops.cast(self.epsilon, "float32")
         delta = self._moved(state, row)
         here = attack_rounds.perturbed(state["images"], delta)
-        (value, logits), grad = numerics.value_and_grad(
-            self.objective(logits_fn, state), here, has_aux=True
-        )
-        state = self._offer_if(allowed, state, here, value, logits)
-        value = ops.where(ops.isnan(value), -math.inf, value)
-        grad = ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
+        state, value, logits, grad = self.gradient(logits_fn, state, here)
+        worth = self._worth(value, logits, state)
+        state = self._offer(state, here, worth, logits, allowed)
+        value = objectives.comparable(value, logits)
         state = self._remember(state, row, delta, value, grad)
         return self._checkpoint(state, row)
-
-    def _offer_if(self, allowed, state, here, value, logits):
-        value = self._worth(value, logits, state)
-        success, wrong = objectives.judge(
-            logits, value, state["labels"], state.get("targets")
-        )
-        return objectives.offer(
-            state,
-            here,
-            ops.where(allowed, value, -math.inf),
-            ops.logical_and(success, allowed),
-            ops.logical_and(wrong, allowed),
-            self.keep,
-        )
 
     def _worth(self, value, logits, state):
         """The loss by which candidates of all rounds are compared."""

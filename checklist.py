@@ -30,6 +30,7 @@ from scipy import stats
 import attack_backbone
 import attack_rounds
 import crafting
+import metrics
 import numerics
 import objectives
 import robust_evaluation
@@ -37,11 +38,8 @@ import spsa
 import square
 
 _SUBSET = 0xC4EC  # Tells the choice of images from other uses of the seed.
-# Squares of smaller numbers are zero in float32: an L2 step has no direction.
-_VANISHED = 1e-19
-# The odds of exp(-87) are the smallest normal number of float32: the
-# probabilities of the other classes, which are the usual gradient, are zero.
-_UNDERFLOW = 87.0
+# Below this the attacks find no direction: see `numerics.ascent_direction`.
+_VANISHED = 1e-30
 _RATE = 0.02  # Of images that a sound model loses to one attack more.
 _CALLS = 3  # Of the model, on the same images.
 # Sums on an accelerator may come out in another order; AutoAttack's bound.
@@ -131,6 +129,7 @@ def run(
             f"steps={steps}."
         )
     robust_evaluation.check_fit(model, split)
+    robust_evaluation.check_weights(model)
     order = np.random.default_rng([seed, _SUBSET]).permutation(len(split))
     subject = _Subject(
         model=model,
@@ -202,7 +201,8 @@ class _Outcome:
 
     Attributes:
         standing: Booleans `(n,)`: still classified rightly.
-        gaps: float64 `(n,)`: see `_gaps`, on the attacked images.
+        gaps: float64 `(n,)`: `metrics.log_odds_against` the label, on the
+            attacked images.
     """
 
     standing: np.ndarray
@@ -232,9 +232,9 @@ class _Subject:
         self.logits = crafting.logits(
             self.model, self.images, self.batch_size, self.reading
         )
-        self.right = self.logits.argmax(-1) == self.labels
+        self.right = metrics.predictions(self.logits) == self.labels
         self.count = int(self.right.sum())
-        self.gaps = _gaps(self.logits, self.labels)
+        self.gaps = metrics.log_odds_against(self.logits, self.labels)
         self._done = {}
 
     @property
@@ -261,8 +261,13 @@ class _Subject:
 
     @property
     def moved(self):
-        """Largest distance between two calls, in lengths of the logits."""
-        calls = self.calls
+        """Largest distance between two calls, in lengths of the logits.
+
+        Of the images whose logits are finite in each call; 0 without any.
+        """
+        calls = self.calls[:, ~metrics.nonfinite(self.calls).any(0)]
+        if not calls.size:
+            return 0.0
         length = np.linalg.norm(calls[0], axis=-1) + 1e-10
         moved = np.linalg.norm(calls - calls[0], axis=-1).max(0) / length
         return float(moved.max())
@@ -270,7 +275,9 @@ class _Subject:
     @property
     def obstacle(self):
         """Why this model cannot be attacked as it is; empty if it can."""
-        if robust_evaluation.looks_like_probabilities(self.logits):
+        if metrics.nonfinite(self.logits).any():
+            return "attacks need finite logits (see finite)"
+        if robust_evaluation.probabilities(self.logits):
             return "attacks need logits (see logits)"
         if self.eot is None and self.moved > _ROUNDING:
             return "a stochastic model needs eot (see deterministic)"
@@ -337,7 +344,9 @@ class _Subject:
             place = np.searchsorted(self.indices, arrays["indices"])
             labels = arrays["labels"]
             standing[place] = arrays["adversarial_predictions"] == labels
-            gaps[place] = _gaps(arrays["adversarial_logits"], labels)
+            gaps[place] = metrics.log_odds_against(
+                arrays["adversarial_logits"], labels
+            )
         return _Outcome(standing, gaps)
 
     def pgd(self, steps, factor=1):
@@ -367,8 +376,8 @@ class _Subject:
         """Largest entry of each loss's input gradient on the right images.
 
         Returns:
-            Dict of arrays `(count,)`, by the name of the loss; NaN where the
-            gradient holds one.
+            Dict of arrays `(count,)`, by the name of the loss; NaN where an
+            entry of the gradient is NaN or infinite.
         """
         losses = {
             "cross_entropy": objectives.cross_entropy,
@@ -379,13 +388,15 @@ class _Subject:
 
         def make(logits_fn):
             def peak(loss, images, labels):
-                _, grad = numerics.value_and_grad(
+                _, grad, flags = numerics.value_and_grad(
                     lambda x: loss(
                         objectives.outputs_of(logits_fn(x)).logits, labels
                     ),
                     images,
+                    with_flags=True,
                 )
-                return numerics.lp_norm(grad, "linf")
+                size = numerics.lp_norm(grad, "linf")
+                return ops.where(flags, math.nan, size)
 
             return lambda images, labels: ops.stack(
                 [peak(loss, images, labels) for loss in losses.values()], -1
@@ -402,22 +413,6 @@ class _Subject:
         return dict(zip(losses, found.T, strict=True))
 
 
-def _gaps(logits, labels):
-    """Log-odds against the label, in nats; float64 `(n,)`.
-
-    Log-sum-exp of the other logits minus the own one. The cross-entropy is a
-    rising function of it that is flat, in floating point, where a model is
-    sure; this is not.
-    """
-    logits = logits.astype("float64")
-    rows = np.arange(len(labels))
-    own = logits[rows, labels]
-    others = logits.copy()
-    others[rows, labels] = -np.inf
-    top = others.max(-1)
-    return top + np.log(np.exp(others - top[:, None]).sum(-1)) - own
-
-
 # --- The checks --------------------------------------------------------------
 
 
@@ -430,17 +425,49 @@ def _check(name, subject):
     return Check(name, passed, found, remedy)
 
 
+def _finite(subject):
+    """Looks at clean images and at random points of the ball, in one pass."""
+    shape = subject.images.shape[1:]
+    keys = numerics.example_keys(subject.seed, subject.indices)
+    noise = numerics.random_in_ball(
+        keys, shape, min(subject.epsilon, subject.diameter), subject.norm
+    )
+    moved = attack_rounds.perturbed(subject.images, noise)
+    counts = [
+        int(metrics.nonfinite(logits).sum())
+        for logits in (
+            subject.logits,
+            crafting.logits(
+                subject.model,
+                ops.convert_to_numpy(moved),
+                subject.batch_size,
+                subject.reading,
+            ),
+        )
+    ]
+    found = (
+        f"{counts[0]} of {len(subject.labels)} clean images and {counts[1]} "
+        "random points of their balls have NaN or infinite logits"
+    )
+    return not any(counts), found
+
+
 def _logits(subject):
     logits = subject.logits
+    logits = logits[~metrics.nonfinite(logits)]
+    if not len(logits):
+        return None, "no image has finite outputs (see finite)"
     found = f"outputs lie between {logits.min():.3g} and {logits.max():.3g}"
-    if robust_evaluation.looks_like_probabilities(logits):
-        return False, f"{found} and each image's sum to 1: probabilities"
+    kind = robust_evaluation.probabilities(logits)
+    if kind:
+        return False, f"{found}: {kind}"
     return True, f"{found}: no probabilities"
 
 
 def _deterministic(subject):
     calls = subject.calls
-    turned = (calls.argmax(-1) != calls[0].argmax(-1)).any(0).sum()
+    predicted = metrics.predictions(calls)
+    turned = (predicted != predicted[0]).any(0).sum()
     found = (
         f"{_CALLS} calls on the same {calls.shape[1]} images: logits differ by "
         f"up to {subject.moved:.2g} of their length, {turned} predictions "
@@ -460,15 +487,16 @@ def _zero_gradients(subject):
     }
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = (
-        f"images of {subject.count} whose input gradient is zero or not a "
-        f"number: {listed}"
+        f"images of {subject.count} whose input gradient is zero or not "
+        f"finite: {listed}"
     )
     return max(counts.values()) <= subject.allowed, found
 
 
 def _logit_scale(subject):
     sure = -subject.gaps[subject.right]
-    lost = (sure > _UNDERFLOW) & (subject.peaks["margin"] > _VANISHED)
+    lost = sure > robust_evaluation.UNDERFLOW
+    lost &= subject.peaks["margin"] > _VANISHED
     count = int(np.sum(lost))
     found = (
         f"{count} of {subject.count} images are so sure (log-odds of "
@@ -623,6 +651,11 @@ _MASKED = (
 )
 # Name: the check, a callable from a `_Subject` to (passed, found); the remedy.
 _CHECKS = {
+    "finite": (
+        _finite,
+        "Find the operation that overflows or divides by zero. An answer "
+        "that is not finite counts as misclassified.",
+    ),
     "logits": (
         _logits,
         "Give the attacks logits: take the softmax off the model's last layer.",
@@ -641,8 +674,9 @@ _CHECKS = {
     ),
     "logit_scale": (
         _logit_scale,
-        "Use a loss that the scale of the logits does not touch, dlr or "
-        "margin (AutoAttack does), or divide the logits by their scale.",
+        "The attacks here follow the log-odds and see through the scale. For "
+        "other programs divide the logits by their scale, or use a loss that "
+        "it does not touch (dlr or margin).",
     ),
     "more_steps": (
         _more_steps,
@@ -672,4 +706,4 @@ _CHECKS = {
     ),
 }
 NAMES = tuple(_CHECKS)
-_PRELIMINARY = ("logits", "deterministic")
+_PRELIMINARY = ("finite", "logits", "deterministic")

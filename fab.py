@@ -199,7 +199,8 @@ class FAB(attack_rounds.Attack):
         """See `Attack.step`."""
         del number, index
         images, point = state["images"], state["point"]
-        gap, grad = self._linearize(logits_fn, state)
+        gap, grad, flags = self._linearize(logits_fn, state)
+        state = attack_rounds.mark(state, flags)
         # Both rows of a pair meet the same hyperplane: the iterate's distance
         # to it is known, the image's follows from the gradient.
         away = ops.sum(grad * (images - point), axis=(1, 2, 3))
@@ -218,7 +219,9 @@ class FAB(attack_rounds.Attack):
         )
         point = ops.clip(point, 0.0, 1.0)
         value, logits = self.objective(logits_fn, state)(point)
-        _, wrong = objectives.judge(logits, value, state["labels"])
+        _, wrong = objectives.judge(logits, state["labels"])
+        value = objectives.comparable(value, logits)
+        state = attack_rounds.mark(state, objectives.nonfinite(logits))
         state = self._take(state, point, value, wrong)
         back = images + self.beta * (point - images)
         wrong = numerics.per_example(wrong, point)
@@ -250,8 +253,9 @@ class FAB(attack_rounds.Attack):
         """The boundary that counts, to first order around the iterate.
 
         Returns:
-            Tuple of the other logit minus the own one, `(batch,)`, and its
-            gradient, of the shape of the images.
+            Tuple of the other logit minus the own one, `(batch,)`, its
+            gradient, of the shape of the images, and whether either was not
+            finite, `(batch,)`. Both are finite.
         """
         labels, point = state["labels"], state["point"]
 
@@ -264,14 +268,18 @@ class FAB(attack_rounds.Attack):
                 logits = ops.cast(logits, "float32")
                 return _pick(logits, classes) - _pick(logits, labels)
 
-            value, grad = numerics.value_and_grad(gap, point)
-            return value, ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
+            value, grad, flags = numerics.value_and_grad(
+                gap, point, with_flags=True
+            )
+            finite = ops.isfinite(value)
+            value = ops.where(finite, value, ops.zeros_like(value))
+            return value, grad, ops.logical_or(flags, ops.logical_not(finite))
 
         if self.targeted:
             return gap_to(state["aim"])
 
         def nearer(other, best):
-            value, grad = gap_to(ops.zeros_like(labels) + other)
+            value, grad, flags = gap_to(ops.zeros_like(labels) + other)
             slope = numerics.lp_norm(grad, _DUAL[self.norm])
             distance = ops.abs(value) / (slope + 1e-12)
             own = ops.equal(labels, other)
@@ -281,10 +289,12 @@ class FAB(attack_rounds.Attack):
                 ops.where(better, distance, best[0]),
                 ops.where(better, value, best[1]),
                 ops.where(numerics.per_example(better, grad), grad, best[2]),
+                ops.logical_or(flags, best[3]),
             )
 
         zero = ops.zeros_like(state["loss"])
-        none = (zero + math.inf, zero, ops.zeros_like(point))
+        clear = ops.zeros_like(state["nonfinite"])
+        none = (zero + math.inf, zero, ops.zeros_like(point), clear)
         classes = state["scores"].shape[-1]
         return ops.fori_loop(0, classes, nearer, none)[1:]
 

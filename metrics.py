@@ -1,11 +1,11 @@
 """Counts of right and wrong answers, and how sure one can be of them.
 
-Everything here is NumPy on predictions that somebody else made; no model is
-called, and nothing depends on how the examples were batched.
+Everything here is NumPy on logits and predictions that were made elsewhere. No
+model is called, and nothing depends on how the examples were batched.
 """
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 
 def proportion_interval(count, total, confidence=0.95):
@@ -27,6 +27,48 @@ def proportion_interval(count, total, confidence=0.95):
     return float(interval.low), float(interval.high)
 
 
+def predictions(logits: np.ndarray) -> np.ndarray:
+    """Returns the class of the largest logit.
+
+    Args:
+        logits: Array of shape `(n, classes)`.
+
+    Returns:
+        Int32 array of shape `(n,)`; -1 where a logit is NaN or infinite. -1 is
+        no class, so such an answer is never right.
+    """
+    found = logits.argmax(-1)
+    return np.where(nonfinite(logits), -1, found).astype("int32")
+
+
+def nonfinite(logits: np.ndarray) -> np.ndarray:
+    """Tells which rows of logits hold a NaN or an infinity, `(n,)`."""
+    return ~np.isfinite(logits.astype("float64")).all(-1)
+
+
+def log_odds_against(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Log-sum-exp of the other logits minus that of the class.
+
+    The cross-entropy is softplus of it. Where a model is sure, the
+    cross-entropy is flat in floating point and this is not.
+
+    Args:
+        logits: Array of shape `(n, classes)`.
+        classes: Integers of shape `(n,)`.
+
+    Returns:
+        Float64 array of shape `(n,)`, in nats; infinite where a logit is not
+        finite.
+    """
+    broken = nonfinite(logits)
+    others = np.where(broken[:, None], 0.0, logits.astype("float64"))
+    rows = np.arange(len(classes))
+    own = others[rows, classes]
+    others[rows, classes] = -np.inf
+    odds = special.logsumexp(others, axis=-1) - own
+    return np.where(broken, np.inf, odds)
+
+
 def robustness(labels, clean, adversarial, targets=None):
     """Accuracy and attack success from predictions.
 
@@ -35,8 +77,10 @@ def robustness(labels, clean, adversarial, targets=None):
 
     Args:
         labels: True labels, integers of shape `(n,)`, n at least 1.
-        clean: Predictions on the clean images, `(n,)`.
-        adversarial: Predictions under attack, `(n,)`.
+        clean: Predictions on the clean images, `(n,)`, as `predictions`
+            returns them: -1 is never right.
+        adversarial: Predictions under attack, `(n,)`; -1 is a success of the
+            attack.
         targets: Optional classes the attack aimed at, `(n,)`; without them
             any error is a success.
 
@@ -45,9 +89,10 @@ def robustness(labels, clean, adversarial, targets=None):
         "..._interval" [low, high], "attack_success", with its interval, and
         "attack_success_on_correct" (None if no clean image is right).
     """
+    adversarial = np.asarray(adversarial)
     right = np.asarray(clean) == labels
-    robust = np.asarray(adversarial) == labels
-    hit = ~robust if targets is None else np.asarray(adversarial) == targets
+    robust = adversarial == labels
+    hit = succeeded(labels, adversarial, targets)
     out = {}
     for name, values in (
         ("clean_accuracy", right),
@@ -62,6 +107,27 @@ def robustness(labels, clean, adversarial, targets=None):
         float(of_right.mean()) if right.any() else None
     )
     return out
+
+
+def succeeded(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    targets: np.ndarray | None = None,
+) -> np.ndarray:
+    """Tells on which images an attack reaches its goal.
+
+    Args:
+        labels: True labels, integers of shape `(n,)`.
+        predictions: Predictions under attack, `(n,)`; -1 (an answer that is
+            not finite) is a success.
+        targets: Optional classes the attack aimed at, `(n,)`.
+
+    Returns:
+        Booleans of shape `(n,)`.
+    """
+    if targets is None:
+        return predictions != labels
+    return (predictions == targets) | (predictions < 0)
 
 
 def worst_case(verdicts):

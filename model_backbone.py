@@ -20,6 +20,7 @@ import resnet_backbone
 import s3ta_models  # noqa: F401  It registers its models.
 import transformer
 from model_registry import (
+    check_weights,
     create,
     entry,
     generators,
@@ -32,6 +33,7 @@ from model_registry import (
 )
 
 __all__ = [
+    "check_weights",
     "create",
     "entry",
     "generators",

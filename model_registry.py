@@ -270,3 +270,20 @@ def key_generators(found, seed, step, replica=0):
         ]
         dtype = generator.state.dtype
         generator.state.assign(ops.cast(ops.stack(state), dtype))
+
+
+def check_weights(model: keras.Model) -> None:
+    """Raises a ValueError, one line, if a weight is NaN or infinite.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    for variable in model.variables:
+        values = ops.convert_to_numpy(variable)
+        broken = np.size(values) - int(np.isfinite(values).sum())
+        if broken:
+            raise ValueError(
+                f"Expected finite weights. Received: {broken} of "
+                f"{np.size(values)} values of {variable.path} are NaN or "
+                "infinite. Choose other weights, or train the model again."
+            )

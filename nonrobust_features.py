@@ -284,7 +284,7 @@ def _craft(model, split, config, indices):
         "indices": np.asarray(indices, "int64"),
         "labels": labels.astype("int32"),
         "targets": targets,
-        "success": logits.argmax(-1) == targets,
+        "success": metrics.predictions(logits) == targets,
         "seconds": np.array(time.perf_counter() - started),
     }
 

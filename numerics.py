@@ -18,6 +18,8 @@ from keras import ops
 
 NORMS = ("l1", "l2", "linf")
 _TINY = 1e-30  # Keeps 0/0 out of the direction of an all-zero tensor.
+# Largest entry of a clean gradient: 1e8 squares of such entries add up.
+_STEEPEST = 1e15
 _ROUNDS = 60  # More passes than either search below needs in float32.
 
 # Odd constants of the hash; written as the int32 with the same bits.
@@ -31,8 +33,14 @@ _WORD_SALT = 0x5851F42D
 # --- The seams -----------------------------------------------------------
 
 
-def value_and_grad(fn, x, has_aux=False, differentiable=False):
+def value_and_grad(
+    fn, x, has_aux=False, differentiable=False, with_flags=False
+):
     """Evaluates a per-example loss and its gradient with respect to the input.
+
+    This is the one place where input gradients are cleaned: see
+    `clean_gradient`. One bad entry would otherwise spoil the direction of a
+    whole image and make the model look robust.
 
     The per-example losses are summed, not averaged, before differentiation, so
     row `i` of the gradient depends on example `i` alone and does not change
@@ -49,12 +57,18 @@ def value_and_grad(fn, x, has_aux=False, differentiable=False):
         differentiable: Whether the results are themselves to be differentiated
             (second value included), with respect to whatever `fn` reads or to
             `x`: for training losses with an input gradient inside. `fn` may
-            then assign variables, as a model in training mode does.
+            then assign variables, as a model in training mode does. The
+            gradient is then returned as it is, since training has to see
+            values that are not finite.
+        with_flags: Whether to return, as a third result, booleans of shape
+            `(batch,)`: which examples had a gradient entry that was NaN or
+            infinite.
 
     Returns:
         Tuple of the losses, shape `(batch,)`, and the gradient, like `x`;
         with `has_aux` a tuple of (losses, second value) and the gradient. The
-        gradient is zero where `fn` does not depend on `x`.
+        gradient is zero where `fn` does not depend on `x`. With `with_flags`
+        the flags follow.
 
     Raises:
         NotImplementedError: If the active backend has no automatic gradient.
@@ -76,7 +90,44 @@ def value_and_grad(fn, x, has_aux=False, differentiable=False):
             "Input gradients need the tensorflow, jax or torch backend. "
             f"Received: keras.config.backend()={backend!r}"
         )
-    return ((losses, aux) if has_aux else losses), grad
+    value = (losses, aux) if has_aux else losses
+    if differentiable:
+        cleaned = grad
+    else:
+        cleaned = keras.tree.map_structure(clean_gradient, grad)
+    if not with_flags:
+        return value, cleaned
+    flags = [_any_nonfinite(part) for part in keras.tree.flatten(grad)]
+    return value, cleaned, ops.any(ops.stack(flags), axis=0)
+
+
+def clean_gradient(grad):
+    """Returns a gradient in which every entry is finite.
+
+    NaN becomes 0. An infinite entry becomes the largest finite magnitude of
+    its example (1 if there is none above 0) with its sign, so that it takes
+    part in the step without displacing all other entries. An example with a
+    magnitude above 1e15 is rescaled to it, so that squares stay in range.
+
+    Args:
+        grad: Float tensor of shape `(batch, ...)`.
+
+    Returns:
+        Tensor of the shape of `grad`; a finite gradient is unchanged.
+    """
+    zero = ops.zeros_like(grad)
+    finite = ops.isfinite(grad)
+    kept = ops.where(finite, grad, zero)
+    peak = ops.max(_flatten(ops.abs(kept)), axis=-1)
+    peak = ops.where(peak > 0, peak, ops.ones_like(peak))
+    signs = ops.where(ops.isnan(grad), zero, ops.sign(grad))
+    cleaned = ops.where(finite, kept, signs * per_example(peak, grad))
+    return cleaned * per_example(ops.minimum(1.0, _STEEPEST / peak), grad)
+
+
+def _any_nonfinite(x):
+    """Tells which examples hold a NaN or an infinity, `(batch,)`."""
+    return ops.any(_flatten(ops.logical_not(ops.isfinite(x))), axis=-1)
 
 
 def _value_and_grad_tensorflow(outputs, x):
@@ -141,6 +192,14 @@ def _value_and_grad_torch(outputs, x, differentiable):
         return losses, aux, grad
     aux = keras.tree.map_structure(lambda a: a.detach(), aux)
     return losses.detach(), aux, grad
+
+
+def concrete(values):
+    """Returns values as a NumPy array, or None inside a compiled function."""
+    try:
+        return ops.convert_to_numpy(values)
+    except (NotImplementedError, TypeError):  # TensorFlow's and JAX's way.
+        return None
 
 
 def compile_call(fn, variables=(), rows=False):
@@ -348,7 +407,8 @@ def ascent_direction(grad, norm, *, fraction=0.01, room=None):
     room. A fraction near 0 makes it the best one without the share.
 
     Args:
-        grad: Tensor of shape `(batch, ...)`. A NaN counts as zero.
+        grad: Finite tensor of shape `(batch, ...)`; `value_and_grad` returns
+            such.
         norm: One of `"l1"`, `"l2"`, `"linf"`.
         fraction: Float in (0, 1], L1 only: the part of the coordinates that
             share the step; at least one does.
@@ -362,7 +422,6 @@ def ascent_direction(grad, norm, *, fraction=0.01, room=None):
         - [Tramer and Boneh, 2019](https://arxiv.org/abs/1904.13000)
     """
     check_norm(norm)
-    grad = ops.where(ops.isnan(grad), ops.zeros_like(grad), grad)
     if norm == "linf":
         return ops.sign(grad)
     # Rescaled first: the square of a small gradient underflows.

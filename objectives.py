@@ -13,6 +13,8 @@ from keras import ops
 import numerics
 
 _TINY = 1e-12  # AutoAttack's guard of the DLR denominator.
+# Log-odds from which the cross-entropy goes on as a straight line.
+_SURE = 60.0
 
 
 class Outputs(NamedTuple):
@@ -52,10 +54,11 @@ def outputs_of(value):
 def cross_entropy(logits, classes):
     """Cross-entropy from logits whose gradient does not vanish too early.
 
-    It equals the usual one. Written as softplus of (log-sum-exp of the other
-    logits - own logit), its gradient stays in balance and in float32's range
-    for a confidence of 1 - 1e-30; the usual form rounds the probability to 1
-    at 1 - 1e-8, a masked gradient of our own making.
+    It equals the usual one up to 1e-26 times the log-odds. The usual form
+    rounds the probability to 1 at 1 - 1e-8 and then has no gradient. This one
+    is softplus(-z), with z the log-odds of the class, for z up to 60, and goes
+    on as its tangent beyond. It therefore stays monotone in z with a gradient
+    in the range of float32, and logits of any scale can be attacked.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
@@ -64,7 +67,11 @@ def cross_entropy(logits, classes):
     Returns:
         Tensor of shape `(batch,)`, in nats.
     """
-    return ops.softplus(-log_odds(logits, classes))
+    odds = log_odds(logits, classes)
+    # The clipped branch keeps the gradient of the other one finite.
+    near = ops.softplus(-ops.minimum(odds, _SURE))
+    tangent = math.exp(-_SURE) * (1.0 + _SURE - odds)
+    return ops.where(odds <= _SURE, near, tangent)
 
 
 def log_odds(logits, classes):
@@ -382,13 +389,35 @@ def attention_distance(shown, reference, image_shape):
 # --- Candidates --------------------------------------------------------------
 
 
-def judge(logits, values, labels, targets=None):
-    """Tells which examples an image turns.
+def nonfinite(logits):
+    """Tells which rows of logits hold a NaN or an infinity, `(batch,)`."""
+    finite = ops.isfinite(ops.cast(logits, "float32"))
+    return ops.any(ops.logical_not(finite), axis=-1)
+
+
+def predictions(logits):
+    """Returns the class of the largest logit.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
-        values: The loss of each example; a NaN is a defect to report, not an
-            adversarial example.
+
+    Returns:
+        Int32 tensor of shape `(batch,)`; -1, which is no class, where a logit
+        is not finite (`metrics.predictions` is the same in NumPy).
+    """
+    found = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    return ops.where(nonfinite(logits), -ops.ones_like(found), found)
+
+
+def judge(logits, labels, targets=None):
+    """Tells which images are adversarial.
+
+    Logits that are not finite count as misclassified, and as a success of the
+    attack, with targets too: a model is not robust to an image on which it
+    fails to answer.
+
+    Args:
+        logits: Tensor of shape `(batch, classes)`.
         labels: Integers of shape `(batch,)`, the true labels.
         targets: Optional integers of shape `(batch,)`.
 
@@ -396,15 +425,28 @@ def judge(logits, values, labels, targets=None):
         Booleans (success, wrong), each of shape `(batch,)`: whether the goal
         (the target, or any error) is reached, and whether there is an error.
     """
-    predicted = ops.cast(ops.argmax(logits, axis=-1), "int32")
-    broken = ops.any(ops.isnan(ops.cast(logits, "float32")), axis=-1)
-    valid = ops.logical_not(ops.logical_or(ops.isnan(values), broken))
-    labels = ops.cast(labels, "int32")
-    wrong = ops.logical_and(valid, ops.not_equal(predicted, labels))
+    predicted = predictions(logits)
+    wrong = ops.not_equal(predicted, ops.cast(labels, "int32"))
     if targets is None:
         return wrong, wrong
     hit = ops.equal(predicted, ops.cast(targets, "int32"))
-    return ops.logical_and(valid, hit), wrong
+    return ops.logical_or(hit, predicted < 0), wrong
+
+
+def comparable(values, logits):
+    """Returns losses by which candidates can be compared.
+
+    Args:
+        values: The loss of each example, `(batch,)`.
+        logits: Tensor of shape `(batch, classes)`.
+
+    Returns:
+        Tensor of shape `(batch,)` without NaN: infinity where the logits are
+        not finite, and minus infinity for a NaN with finite logits.
+    """
+    low, high = -math.inf, math.inf
+    values = ops.where(ops.isnan(values), low, values)
+    return ops.where(nonfinite(logits), high, values)
 
 
 def offer(state, images, values, success, wrong, keep="best"):

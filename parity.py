@@ -270,6 +270,7 @@ def job(name):
     import numpy as np
 
     import crafting
+    import metrics
     import robust_evaluation
     import robust_training
     import trained_runs
@@ -283,7 +284,7 @@ def job(name):
     if _ONLY_RIGHT.value:
         images = split.read(order)
         logits = crafting.logits(model, images, 250)
-        order = order[logits.argmax(-1) == split.labels[order]]
+        order = order[metrics.predictions(logits) == split.labels[order]]
     order = order[: _NUM_EXAMPLES.value]
     images, labels = split.read(order), split.labels[order]
     context = {
@@ -297,9 +298,11 @@ def job(name):
     result = {"library": library, "attack": attack, "available": bool(found)}
     if found:
         adversarial, times = found
-        clean = crafting.logits(model, images, 250).argmax(-1) == labels
+        clean = metrics.predictions(crafting.logits(model, images, 250))
+        clean = clean == labels
         # Foolbox and others may round out of the ball by an ulp.
-        right = crafting.logits(model, adversarial, 250).argmax(-1) == labels
+        right = metrics.predictions(crafting.logits(model, adversarial, 250))
+        right = right == labels
         moved = np.abs(adversarial.astype("float64") - images).max()
         result.update(
             clean_accuracy=float(clean.mean()),

@@ -43,6 +43,11 @@ READ_OUTS = ("last", "all")
 _SUBSET = 0x5ACC  # Tells the choice of images from other uses of the seed.
 _GROUP_BYTES = 2**30  # Memory for the states of the examples under attack.
 _ROW_IMAGES = 10  # Image-sized arrays in one example's state, about.
+_STATE = 2  # Format of what is kept of an evaluation under way.
+# The odds of exp(-87) are the smallest normal number of float32: the
+# probabilities of the other classes, which are the usual gradient, are zero.
+UNDERFLOW = 87.0
+_LOOKED_AT = 32  # Images on which the outputs are looked at beforehand.
 
 
 class EvaluationError(ValueError):
@@ -173,23 +178,28 @@ def accuracy(model, split, batch_size=256):
         batch_size: Images at a time.
 
     Returns:
-        Dict with "accuracy", "loss" (mean cross-entropy in nats) and
-        "num_examples".
+        Dict with "accuracy", "loss" (mean cross-entropy in nats, infinite if a
+        logit is not finite), "nonfinite_answers" (images with such logits,
+        which count as misclassified) and "num_examples".
 
     Raises:
-        ValueError: If the split is empty or does not fit the model.
+        ValueError: If the split is empty or does not fit the model, or if
+            pixels are outside [0, 1].
     """
     check_fit(model, split)
     batch_size = min(batch_size, len(split))
-    right, losses = 0, []
+    right, broken, losses = 0, 0, []
     order = np.arange(len(split))
     for images, labels, _ in image_splits.batches(split, order, batch_size):
+        images = _checked(images, split.name)
         logits = crafting.logits(model, images, batch_size)
-        right += int(np.sum(logits.argmax(-1) == labels))
+        right += int(np.sum(metrics.predictions(logits) == labels))
+        broken += int(metrics.nonfinite(logits).sum())
         losses.append(_cross_entropy(logits, labels))
     return {
         "accuracy": right / len(split),
         "loss": float(np.mean(np.concatenate(losses))),
+        "nonfinite_answers": broken,
         "num_examples": len(split),
     }
 
@@ -239,11 +249,13 @@ def evaluate(
 
     Raises:
         EvaluationError: If the split is empty or does not fit the model, if
-            pixels are outside [0, 1], outputs are no logits, the model is
-            stochastic and `config.eot` is None, or the state is another
-            evaluation's or damaged. It is a ValueError.
+            pixels are outside [0, 1], outputs are no logits, weights or the
+            logits of a clean image are not finite, the model is stochastic
+            and `config.eot` is None, or the state is another evaluation's or
+            damaged. It is a ValueError.
     """
     check_fit(model, split)
+    check_weights(model)
     if surrogate is not None:
         check_fit(surrogate, split)
     _check_outputs(model, split, config)
@@ -304,11 +316,13 @@ class _Evaluation:
         started = time.perf_counter()
         labels = np.asarray(labels, "int32")
         clean_logits = self._logits(images)
+        _check_finite(clean_logits, indices)
         keys = _array(numerics.example_keys(self.config.seed, indices))
         targets = self._targets(keys, labels, clean_logits)
         best, earlier = images.copy(), 0.0
         logits = clean_logits.copy()
-        member, saved, seconds = state.underway(number, best, logits)
+        met = np.zeros(len(labels), bool)
+        member, saved, seconds = state.underway(number, best, logits, met)
         earlier += seconds
         for rank, attack in enumerate(self.members):
             if rank < member:
@@ -323,7 +337,7 @@ class _Evaluation:
                 done = len(labels) - int(np.sum(~rows["success"]))
                 report(done)
                 passed = earlier + time.perf_counter() - started
-                state.save(number, rank, rows, best, logits, passed)
+                state.save(number, rank, rows, best, logits, met, passed)
 
             rows = {
                 "images": images[left],
@@ -332,9 +346,10 @@ class _Evaluation:
             }
             if targets is not None:
                 rows["targets"] = targets[left]
-            found = self._crafter(attack).run(rows, saved, save)["best"]
+            found = self._crafter(attack).run(rows, saved, save)
             saved = None
-            self._take(best, logits, left, found, labels, targets)
+            met[left] |= found["nonfinite"]
+            self._take(best, logits, left, found["best"], labels, targets)
         seconds = earlier + time.perf_counter() - started
         return self._results(
             images,
@@ -344,6 +359,7 @@ class _Evaluation:
             indices,
             clean_logits,
             logits,
+            met,
             seconds,
         )
 
@@ -363,14 +379,8 @@ class _Evaluation:
         return crafting.logits(self.model, images, self.size, self.verdicts)
 
     def _hit(self, logits, labels, targets):
-        predictions = logits.argmax(-1)
-        broken = np.isnan(logits).any(-1)
-        hit = (
-            predictions != labels
-            if targets is None
-            else (predictions == targets)
-        )
-        return hit & ~broken
+        predicted = metrics.predictions(logits)
+        return metrics.succeeded(labels, predicted, targets)
 
     def _take(self, best, logits, left, found, labels, targets):
         """Keeps the worse of what an example has and what was found."""
@@ -383,7 +393,7 @@ class _Evaluation:
         goal = None if targets is None else targets[left]
         rank = [
             2 * self._hit(values, labels[left], goal)
-            + (values.argmax(-1) != labels[left])
+            + (metrics.predictions(values) != labels[left])
             for values in (logits[left], new)
         ]
         goals = labels if targets is None else targets
@@ -417,11 +427,19 @@ class _Evaluation:
         return _array(found)
 
     def _results(
-        self, images, best, labels, targets, indices, clean, logits, seconds
+        self,
+        images,
+        best,
+        labels,
+        targets,
+        indices,
+        clean,
+        logits,
+        met,
+        seconds,
     ):
         none = np.full(len(labels), -1, "int32")
-        # A NaN is counted by itself; it must not hide the norms of the rest.
-        moved = np.nan_to_num(best.astype("float64") - images)
+        moved = best.astype("float64") - images
         return {
             "indices": np.asarray(indices, "int64"),
             "labels": labels,
@@ -430,8 +448,10 @@ class _Evaluation:
             "adversarial": best,
             "clean_logits": clean,
             "adversarial_logits": logits,
-            "clean_predictions": clean.argmax(-1).astype("int32"),
-            "adversarial_predictions": logits.argmax(-1).astype("int32"),
+            "clean_predictions": metrics.predictions(clean),
+            "adversarial_predictions": metrics.predictions(logits),
+            "nonfinite_crafting": met,
+            "clean_gaps": metrics.log_odds_against(clean, labels),
             "clean_loss": _cross_entropy(clean, labels),
             "loss": _cross_entropy(logits, labels),
             "norms": _norm(moved, self.config.attack.norm),
@@ -480,16 +500,17 @@ class _State:
         self._write(f"group-{number:05d}.npz", results)
         (self.folder / "underway.npz").unlink(missing_ok=True)
 
-    def underway(self, number, best, logits):
-        """Returns (member, its state, seconds) and fills `best`, `logits`."""
+    def underway(self, number, best, logits, met):
+        """Returns (member, its state, seconds) and fills the arrays."""
         found = self._read("underway.npz")
         if found is None or int(found["group"]) != number:
             return 0, None, 0.0
         best[:], logits[:] = found["best"], found["logits"]
+        met[:] = found["met"]
         rows = {k[4:]: v for k, v in found.items() if k.startswith("row_")}
         return int(found["member"]), rows, float(found["seconds"])
 
-    def save(self, number, member, rows, best, logits, seconds):
+    def save(self, number, member, rows, best, logits, met, seconds):
         """Writes the group under way, if it is time."""
         since = time.perf_counter() - self.saved_at
         if self.folder is None or since < max(
@@ -505,6 +526,7 @@ class _State:
                 "seconds": seconds,
                 "best": best,
                 "logits": logits,
+                "met": met,
                 **{f"row_{k}": v for k, v in rows.items()},
             },
         )
@@ -551,6 +573,7 @@ def _identity(split, config, order, context):
         "surrogate": context.get("surrogate"),
         "surrogate_sha256": context.get("surrogate_sha256"),
         "backend": keras.config.backend(),
+        "state_format": _STATE,
     }
 
 
@@ -568,7 +591,7 @@ class _Tally:
 
     def __init__(self, config, keep, context):
         self.config, self.keep, self.context = config, keep, context
-        self.count, self.nans, self.seconds = 0, 0, 0.0
+        self.count, self.seconds = 0, 0.0
         self.low, self.high = math.inf, -math.inf
         self.kept = {name: [] for name in self.IMAGES}
         self.all = {}
@@ -579,10 +602,8 @@ class _Tally:
             self.kept[name].append(results[name][: max(self.keep, 0)])
         self.keep -= len(self.kept["clean"][-1])
         adversarial = results["adversarial"]
-        self.nans += int(np.isnan(adversarial).sum())
-        self.nans += int(np.isnan(results["adversarial_logits"]).sum())
-        self.low = min(self.low, float(np.nanmin(adversarial)))
-        self.high = max(self.high, float(np.nanmax(adversarial)))
+        self.low = min(self.low, float(adversarial.min()))
+        self.high = max(self.high, float(adversarial.max()))
         self.count += len(results["labels"])
         self.seconds += float(results["seconds"][0])
         for name, values in results.items():
@@ -605,14 +626,24 @@ class _Tally:
             "num_examples": self.count,
             **counted,
             "clean_loss": float(rows["clean_loss"].mean()),
-            "loss": float(rows["loss"].mean()),
+            "loss": _finite_mean(rows["loss"]),
             "largest_norm": float(rows["norms"].max()),
             "pixel_range": [self.low, self.high],
-            "nan_count": self.nans,
+            "nonfinite_answers": int(
+                np.sum(rows["adversarial_predictions"] < 0)
+            ),
+            "nonfinite_crafting": int(np.sum(rows["nonfinite_crafting"])),
+            "very_sure": self._very_sure(rows),
             "seconds": round(self.seconds, 3),
             "device": _device(),
             "backend": keras.config.backend(),
         }
+
+    @staticmethod
+    def _very_sure(rows):
+        """How many clean images are right with odds beyond float32."""
+        right = rows["clean_predictions"] == rows["labels"]
+        return int(np.sum(right & (rows["clean_gaps"] < -UNDERFLOW)))
 
     def arrays(self):
         """Returns the arrays of `evaluate`."""
@@ -652,8 +683,8 @@ def check_fit(model, split):
         split: An `image_splits.Split`.
 
     Raises:
-        ValueError: If the split is empty, has more classes than the model, or
-            images of another shape.
+        ValueError: If the split is empty, has labels that are no classes of
+            the model, or images of another shape.
     """
     if len(split) == 0:
         raise EvaluationError(
@@ -661,7 +692,12 @@ def check_fit(model, split):
             "evaluate. Check --data_dir and --split."
         )
     classes = model.output_shape[-1]
-    largest = int(np.max(split.labels))
+    smallest, largest = int(np.min(split.labels)), int(np.max(split.labels))
+    if smallest < 0:
+        raise EvaluationError(
+            f"Expected labels from 0 to {classes - 1}. Received: the "
+            f"{split.name} split has the label {smallest}."
+        )
     if largest >= classes:
         raise EvaluationError(
             f"The model tells {classes} classes apart, the {split.name} split "
@@ -674,6 +710,29 @@ def check_fit(model, split):
             f"The model takes images of shape {wanted}, the {split.name} split "
             f"holds {found}: the model is of another data set, or of another "
             "--image_size."
+        )
+
+
+def check_weights(model):
+    """Raises an `EvaluationError` if a weight of a model is not finite.
+
+    Logits alone do not tell: a ReLU may turn NaN into 0.
+    """
+    try:
+        model_backbone.check_weights(model)
+    except ValueError as error:
+        raise EvaluationError(error) from error
+
+
+def _check_finite(logits, indices):
+    """Refuses clean images on which the model gives no finite answer."""
+    broken = metrics.nonfinite(logits)
+    if broken.any():
+        raise EvaluationError(
+            "Expected finite logits on clean images. Received: NaN or "
+            f"infinite logits for {broken.sum()} of {len(broken)} images, "
+            f"first image {indices[broken.argmax()]} of the split. Look for a "
+            "division by zero, a logarithm or an overflow in the model."
         )
 
 
@@ -694,15 +753,16 @@ def _checked(images, name):
 def _check_outputs(model, split, config):
     """Refuses a model whose logits cannot be what an attack needs.
 
-    Two looks at the first images, as cheap as they are: are the outputs
-    probabilities, and are they the same twice?
+    Two calls on the first images tell whether the outputs are probabilities
+    and whether they are the same twice.
     """
-    images = split.read(np.arange(min(8, len(split))))
+    images = split.read(np.arange(min(_LOOKED_AT, len(split))))
     first, second = _two_calls(model, images)
-    if looks_like_probabilities(first):
+    kind = probabilities(first)
+    if kind:
         raise EvaluationError(
-            "The model's outputs look like probabilities (they lie in [0, 1] "
-            "and sum to 1); attacks need logits. Remove the softmax."
+            f"Expected logits. Received: outputs that look like {kind}. "
+            "Remove the last activation of the model."
         )
     if config.eot is None and _differ(first, second):
         raise EvaluationError(
@@ -712,10 +772,27 @@ def _check_outputs(model, split, config):
         )
 
 
-def looks_like_probabilities(outputs):
-    """Tells whether rows lie in [0, 1] and sum to 1; `(batch, classes)`."""
-    sums = np.abs(outputs.sum(-1) - 1)
-    return bool(outputs.min() >= 0 and outputs.max() <= 1 and sums.max() < 1e-3)
+def probabilities(outputs: np.ndarray) -> str:
+    """Tells whether outputs look like probabilities.
+
+    Args:
+        outputs: Array of shape `(n, classes)`.
+
+    Returns:
+        What they look like, `"softmax probabilities (...)"` or `"sigmoid
+        probabilities (...)"`; an empty string for logits. Outputs that are
+        all the same (of a head that starts at zero) count as logits.
+    """
+    inside = bool(outputs.min() >= 0 and outputs.max() <= 1)
+    if not inside:  # Also if one is NaN.
+        return ""
+    if np.abs(outputs.sum(-1) - 1).max() < 1e-3:
+        return "softmax probabilities (they lie in [0, 1] and sum to 1)"
+    # Small rectified logits are inside as well, but with exact zeros.
+    sigmoid = outputs.min() > 0 or outputs.max() > 0.9
+    if sigmoid and np.ptp(outputs) > 0:
+        return "sigmoid probabilities (they all lie between 0 and 1)"
+    return ""
 
 
 def varies(model, images):
@@ -749,11 +826,14 @@ def _array(values):
 
 
 def _cross_entropy(logits, labels):
-    """Cross-entropy in float64, shape `(batch,)`."""
-    logits = logits.astype("float64")
-    logits = logits - logits.max(-1, keepdims=True)
-    picked = logits[np.arange(len(labels)), labels]
-    return np.log(np.exp(logits).sum(-1)) - picked
+    """Cross-entropy in float64, `(batch,)`; infinite without finite logits."""
+    return np.logaddexp(0.0, metrics.log_odds_against(logits, labels))
+
+
+def _finite_mean(values):
+    """Mean of the finite values; None if there is none."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
 
 
 def _norm(delta, norm):

@@ -162,6 +162,7 @@ def load_weights(path, model, *, read_out=True):
         model_registry.set_read_out(model, int(step))
     with _without_optimizer(model):
         model.load_weights(path)
+    model_backbone.check_weights(model)
 
 
 @contextlib.contextmanager
@@ -489,9 +490,9 @@ class Loop:
     def _finish_epoch(self, epoch):
         """Validates, keeps the best weights, writes the row and the state."""
         with averaged(self.model, self.optimizer):
+            self._check_finite(epoch)
             found = self.validate(self.model) if self.validate else {}
             row = self._row(epoch, found)
-            self._check_finite(row)
             self._check(row)
             progress = self.progress
             progress["history"].append(row)
@@ -522,21 +523,29 @@ class Loop:
             "seconds": round(seconds, 3),
         }
 
-    def _check_finite(self, row):
+    def _check_finite(self, epoch):
         """Raises before weights that are not finite replace good ones.
 
         The loss of a step is taken before its update; that of an epoch's last
         step shows in the weights alone.
         """
-        found = row["validation_loss"]
-        broken = found is not None and not math.isfinite(found)
-        for variable in self.model.variables:
-            broken |= not np.isfinite(ops.convert_to_numpy(variable)).all()
-        if broken:
-            raise Collapsed(row["epoch"], row["step"], "weights are not finite")
+        try:
+            model_backbone.check_weights(self.model)
+        except ValueError as error:
+            raise Collapsed(
+                epoch + 1, self.progress["step"], "weights are not finite"
+            ) from error
 
     def _check(self, row):
-        """Raises if an accuracy collapsed since the read-out last moved."""
+        """Raises if validation is not finite or an accuracy collapsed.
+
+        An accuracy is compared with those since the read-out last moved.
+        """
+        loss = row["validation_loss"]
+        if loss is not None and not math.isfinite(loss):
+            raise Collapsed(
+                row["epoch"], row["step"], "the validation loss is not finite"
+            )
         if self.on_collapse == "ignore":
             return
         chance = 1.0 / self.model.output_shape[-1]

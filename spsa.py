@@ -75,7 +75,8 @@ class SPSA(attack_backbone.Iterative):
             state = self._offer(state, here, *objective(here))
         keys = numerics.fold_in(state["keys"], 2)
         keys = numerics.fold_in(numerics.fold_in(keys, number), index)
-        grad = self.estimate(logits_fn, state, here, keys)
+        grad, flags = self.estimate(logits_fn, state, here, keys)
+        state = attack_rounds.mark(state, flags)
         delta = attack_backbone.move(
             state["delta"], grad, state["images"], self, self.step_length
         )
@@ -91,7 +92,9 @@ class SPSA(attack_backbone.Iterative):
             keys: Int32 tensor of shape `(batch, 2)`.
 
         Returns:
-            Tensor of the shape of `images`.
+            Tuple of the estimate, of the shape of `images`, and booleans
+            `(batch,)`: where the loss of a probe was not finite. Such probes
+            are left out.
         """
         chunk = min(self.chunk, self.samples)
         shape = tuple(images.shape[1:])
@@ -104,7 +107,8 @@ class SPSA(attack_backbone.Iterative):
         }
         objective = self.objective(logits_fn, rows)
 
-        def add(part, total):
+        def add(part, sums):
+            total, flags = sums
             # Each direction has a key, so that it is the same in any chunk.
             wanted = part * chunk + ops.arange(chunk, dtype="int32")
             drawn = numerics.fold_in(ops.expand_dims(keys, 1), wanted)
@@ -117,12 +121,21 @@ class SPSA(attack_backbone.Iterative):
             values, _ = objective(ops.reshape(probes, (-1, *shape)))
             values = ops.reshape(values, (-1, chunk, 2))
             slopes = (values[..., 0] - values[..., 1]) * used
-            return total + ops.einsum("bk,bkhwc->bhwc", slopes, v)
+            finite = ops.isfinite(slopes)
+            slopes = ops.where(finite, slopes, ops.zeros_like(slopes))
+            total = total + ops.einsum("bk,bkhwc->bhwc", slopes, v)
+            return total, ops.logical_or(
+                flags, ops.any(ops.logical_not(finite), 1)
+            )
 
-        total = ops.fori_loop(
-            0, -(-self.samples // chunk), add, ops.zeros_like(images)
+        none = ops.cast(ops.zeros_like(images[:, 0, 0, 0]), "bool")
+        total, flags = ops.fori_loop(
+            0,
+            -(-self.samples // chunk),
+            add,
+            (ops.zeros_like(images), none),
         )
-        return total / (2.0 * self.radius * self.samples)
+        return total / (2.0 * self.radius * self.samples), flags
 
     def _walk(self, state, grad, index):
         raise AssertionError("SPSA has no gradient to walk along.")

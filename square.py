@@ -119,8 +119,9 @@ class Square(attack_rounds.Attack):
         proposed = ops.where(ops.equal(index, 0), state["current"], proposed)
         value, logits = self.objective(logits_fn, state)(proposed)
         success, _ = objectives.judge(
-            logits, value, state["labels"], state.get("targets")
+            logits, state["labels"], state.get("targets")
         )
+        value = objectives.comparable(value, logits)
         taken = ops.logical_or(value > state["value"], success)
         mask = numerics.per_example(taken, proposed)
         state = self._offer(state, proposed, value, logits)

@@ -686,7 +686,7 @@ def _validation(config, data):
         found = robust_evaluation.accuracy(
             model, data.validation, config.eval_batch_size
         )
-        if not attacked:
+        if not attacked or found["nonfinite_answers"]:
             return found
         evaluation = robust_evaluation.EvaluationConfig(
             attack=attack_backbone.PGD(
@@ -758,6 +758,7 @@ def evaluate(config, data=None):
     Returns:
         The record of the run, with what its weights reach now.
     """
+    import robust_evaluation
     import robust_training
 
     folder = config.folder
@@ -769,9 +770,11 @@ def evaluate(config, data=None):
             )
         test = trained_runs.split_of(folder, run, data, "test")
         model, _ = robust_training.load_run(folder, "last")
-    with command_line.guard_disk():
+    try:
         for weights in ("last", "best"):
             record[weights] = _test(config, test, model, weights)
+    except robust_evaluation.EvaluationError as error:
+        command_line.fail(error)
     return record
 
 
@@ -845,6 +848,13 @@ def _callbacks(folder):
     return found
 
 
+def _nonfinite(count):
+    """Says how many images have no finite answer; empty if there is none."""
+    if not count:
+        return ""
+    return f" ({count} with NaN or infinite logits, counted as misclassified)"
+
+
 def main():
     """Trains what the flags say and prints where everything is."""
     with command_line.guard():
@@ -866,6 +876,7 @@ def main():
         print(
             f"{weights} weights{epoch}: {found['accuracy']:.2%} of "
             f"{found['num_examples']} test images"
+            + _nonfinite(found["nonfinite_answers"])
         )
     if record["ended"]:
         ended = record["ended"]

@@ -19,6 +19,7 @@ import losses
 import model_backbone
 import model_registry
 import numerics
+import objectives
 
 CRAFT_DTYPES = ("float32", "bfloat16")
 _WITH_KERNEL = (
@@ -399,8 +400,8 @@ class _Step:
         replicas; so are the losses of the weights, which each replica has.
         """
         mean, logits = self.mean_loss(clean, crafted, labels)
-        predicted = ops.argmax(logits, axis=-1)
-        right = ops.equal(predicted, ops.cast(labels, predicted.dtype))
+        predicted = objectives.predictions(logits)
+        right = ops.equal(predicted, ops.cast(labels, "int32"))
         share = mean + sum(self.model.losses, ops.zeros(()))
         if self.l2:
             share = share + l2_loss(self.kernels, self.l2)
@@ -413,7 +414,9 @@ class _Step:
         """
         attack = self.objective.attack
         epsilon = self.growth(step) * attack.epsilon
-        direction = numerics.ascent_direction(slope, attack.norm)
+        direction = numerics.ascent_direction(
+            numerics.clean_gradient(slope), attack.norm
+        )
         moved = carried + epsilon * direction
         return numerics.project(moved, epsilon, attack.norm)
 

@@ -197,7 +197,8 @@ class TestAScan:
             "num_examples": 10,
             "class_list": None,
             "weights": "best",
-            "nan_count": 0,
+            "nonfinite_answers": 0,
+            "nonfinite_crafting": 0,
         }
         assert {k: record[k] for k in expected} == expected
         weights = self.attacks.parent / "best.weights.h5"

@@ -72,6 +72,22 @@ class Temperature(layers.Layer):
         return logits / 1e-3
 
 
+class Saturated(layers.Layer):
+    """Logits of -1 and 1, of which only the largest is above 0."""
+
+    def call(self, logits):
+        top, _ = ops.top_k(logits, 2)
+        centre = ops.mean(top, axis=-1, keepdims=True)
+        return ops.tanh(1e4 * (logits - centre))
+
+
+class Masked(layers.Layer):
+    """The same logits, without a gradient."""
+
+    def call(self, logits):
+        return ops.stop_gradient(logits)
+
+
 class Quantized(layers.Layer):
     def call(self, images):
         return ops.round(images * 8) / 8
@@ -131,23 +147,32 @@ def test_a_sound_model_passes_every_check(sound, other, split):
     assert not standing.startswith("PGD leaves no image")
 
 
-def test_a_temperature_is_caught(sound, split):
-    """Logits divided by 1e-3: float32's softmax has no gradient left."""
+def test_a_temperature_is_caught_and_hides_nothing(sound, split):
+    """Logits divided by 1e-3: the softmax of float32 has no gradient left."""
     model = around(sound, after=Temperature())
     checks = checklist.run(model, split, **CHEAP)
-    assert failed(checks) >= {
+    assert failed(checks) == {"logit_scale"}, checklist.render(checks)
+    assert skipped(checks) == {"transfer"}
+
+
+@pytest.mark.parametrize(
+    "after,beaten_by",
+    [
+        (Saturated, {"more_steps", "larger_epsilon"}),
+        (Masked, {"black_box"}),
+    ],
+)
+def test_a_masked_gradient_is_caught(sound, split, after, beaten_by):
+    checks = checklist.run(around(sound, after=after()), split, **CHEAP)
+    assert failed(checks) == beaten_by | {
         "zero_gradients",
-        "logit_scale",
-        "more_steps",
-        "larger_epsilon",
         "unbounded_epsilon",
-        "black_box",
     }, checklist.render(checks)
     assert skipped(checks) == {"transfer"}
 
 
 def test_a_transfer_is_caught(sound, split):
-    model = around(sound, after=Temperature())
+    model = around(sound, after=Masked())
     settings = {**CHEAP, "only": ["transfer"]}
     (check,) = checklist.run(model, split, transfer_from=sound, **settings)
     assert check.name == "transfer" and check.passed is False
@@ -172,7 +197,9 @@ def test_a_randomized_model_is_caught(sound, split):
     before = [ops.convert_to_numpy(v).copy() for v in model.variables]
     checks = checklist.run(model, split, **CHEAP)
     assert failed(checks) == {"deterministic"}
-    assert skipped(checks) == set(checklist.NAMES) - {"logits", "deterministic"}
+    assert skipped(checks) == set(checklist.NAMES) - {
+        *("finite", "logits", "deterministic")
+    }
     assert "--eot=20" in checklist.render(checks)
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
@@ -189,7 +216,9 @@ def test_probabilities_are_caught(sound, split):
     model = around(sound, after=layers.Softmax())
     checks = checklist.run(model, split, **CHEAP)
     assert failed(checks) == {"logits"}
-    assert skipped(checks) == set(checklist.NAMES) - {"logits", "deterministic"}
+    assert skipped(checks) == set(checklist.NAMES) - {
+        *("finite", "logits", "deterministic")
+    }
 
 
 def test_a_ripple_on_the_loss_is_caught():
@@ -244,7 +273,9 @@ def test_no_image_is_right(sound, split):
         )
     )
     checks = checklist.run(sound, wrong, **CHEAP)
-    assert skipped(checks) == set(checklist.NAMES) - {"logits", "deterministic"}
+    assert skipped(checks) == set(checklist.NAMES) - {
+        *("finite", "logits", "deterministic")
+    }
 
 
 @pytest.mark.parametrize(
@@ -277,3 +308,39 @@ def test_the_text_names_failures_and_remedies():
         "1 of 2 checks failed: black_box. Do not report a robust accuracy "
         "before they are mended.",
     ]
+
+
+class Explosive(layers.Layer):
+    """Finite on the images it is made of, NaN or infinite on all others.
+
+    Args:
+        images: What is answered.
+        bad: What is added elsewhere.
+    """
+
+    def __init__(self, images, bad, **kwargs):
+        super().__init__(**kwargs)
+        self.known = np.asarray(images).sum((1, 2, 3))
+        self.bad = bad
+
+    def call(self, images, logits):
+        found = ops.sum(images, axis=(1, 2, 3))
+        near = ops.abs(ops.expand_dims(found, -1) - self.known)
+        known = ops.any(near < 1e-4, axis=-1, keepdims=True)
+        return ops.where(known, logits, self.bad)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_answers_that_are_not_finite_are_named(sound, split, bad):
+    inputs = keras.Input(SHAPE)
+    images = split.read(np.arange(len(split)))
+    outputs = Explosive(images, bad)(inputs, sound(inputs))
+    moved = keras.Model(inputs, outputs)
+    checks = checklist.run(moved, split, only=["finite", "logits"], **CHEAP)
+    assert failed(checks) == {"finite"}
+    assert "0 of 48 clean images and 48 random points" in checks[0].found
+    everywhere = around(sound, after=layers.Rescaling(bad))
+    checks = checklist.run(everywhere, split, **CHEAP)
+    assert failed(checks) == {"finite"}
+    assert skipped(checks) >= set(checklist.NAMES) - {"finite", "deterministic"}
+    assert "48 of 48 clean images" in checks[0].found

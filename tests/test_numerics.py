@@ -208,11 +208,71 @@ class TestAscentDirection:
             array(numerics.ascent_direction(small, norm)), want, atol=1e-5
         )
 
-    def test_zero_and_nan_do_not_move(self, delta, norm):
-        bad = np.zeros_like(delta)
-        bad[0, 0, 0, 0] = np.nan
-        out = array(numerics.ascent_direction(ops.convert_to_tensor(bad), norm))
+    def test_a_zero_gradient_does_not_move(self, delta, norm):
+        zero = ops.convert_to_tensor(np.zeros_like(delta))
+        out = array(numerics.ascent_direction(zero, norm))
         np.testing.assert_array_equal(out, np.zeros_like(delta))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_one_bad_entry_leaves_the_direction_useful(self, delta, norm, bad):
+        """It still climbs the rest of the gradient at half the best rate."""
+        grad = delta.copy()
+        grad[:, 0, 0, 0] = 0.0
+        spoiled = grad.copy()
+        spoiled[:, 0, 0, 0] = bad
+        clean = numerics.clean_gradient(ops.convert_to_tensor(spoiled))
+        # A tenth of the entries, so that L1 has others to move.
+        out, best = (
+            array(numerics.ascent_direction(g, norm, fraction=0.1))
+            for g in (clean, ops.convert_to_tensor(grad))
+        )
+        climb, most = (
+            (step * grad).reshape(len(grad), -1).sum(-1) for step in (out, best)
+        )
+        assert np.all(climb >= 0.5 * most)
+
+
+def test_a_clean_gradient_is_finite():
+    inf, nan = np.inf, np.nan
+    grad = np.array(
+        [
+            [1.0, -2.0, 0.5, 0.0],
+            [nan, -2.0, 0.5, 0.0],
+            [inf, -2.0, -inf, nan],
+            [inf, -inf, nan, 0.0],
+            [nan, nan, nan, nan],
+            [1e30, -5e29, inf, 0.0],
+        ],
+        "float32",
+    )
+    want = [
+        [1.0, -2.0, 0.5, 0.0],
+        [0.0, -2.0, 0.5, 0.0],
+        [2.0, -2.0, -2.0, 0.0],
+        [1.0, -1.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 0.0],
+        [1e15, -5e14, 1e15, 0.0],
+    ]
+    got = array(numerics.clean_gradient(ops.convert_to_tensor(grad)))
+    np.testing.assert_allclose(got, np.array(want, "float32"), rtol=1e-6)
+
+
+def test_value_and_grad_cleans_the_gradient_and_flags_the_examples():
+    """The root has an infinite slope at 0, and its own is NaN below."""
+    x = np.array([[0.25, 1.0], [0.0, 1.0], [-1.0, 1.0]], "float32")
+
+    def loss(x):
+        return ops.sum(ops.sqrt(x), axis=-1)
+
+    value, grad, flags = numerics.value_and_grad(loss, x, with_flags=True)
+    np.testing.assert_array_equal(array(flags), [False, True, True])
+    np.testing.assert_allclose(
+        array(grad), [[1.0, 0.5], [0.5, 0.5], [0.0, 0.5]], rtol=1e-6
+    )
+    assert np.isnan(array(value)[2])
+    # Training has to see what is not finite.
+    _, raw = numerics.value_and_grad(loss, x, differentiable=True)
+    assert np.isinf(array(raw)[1, 0]) and np.isnan(array(raw)[2, 0])
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 1.0])

@@ -10,6 +10,7 @@ from norms import array
 from scipy import special, stats
 from toys import keys_for
 
+import metrics
 import numerics
 import objectives
 from attack_backbone import FGSM, MIM, PGD, PGDAdam
@@ -108,6 +109,34 @@ def test_its_gradient_lives_where_the_probability_rounds_to_one():
     np.testing.assert_allclose(
         array(grad)[0], [-exact.sum(), *exact], rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_its_gradient_has_the_direction_of_the_log_odds(scale):
+    """For logits of any scale, so that no attack can stop for want of one."""
+    logits, labels, _ = draw()
+    logits = logits * np.float32(scale)
+    logits[np.arange(len(labels)), labels] += 50 * scale  # Sure of them all.
+
+    def direction(loss):
+        _, grad = numerics.value_and_grad(loss, tensor(logits))
+        grad = array(grad).astype("float64")
+        return grad / np.abs(grad).max(-1, keepdims=True)
+
+    got = direction(lambda z: objectives.cross_entropy(z, tensor(labels)))
+    want = direction(lambda z: -objectives.log_odds(z, tensor(labels)))
+    assert np.all(np.abs(want).sum(-1) > 1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_it_falls_with_the_log_odds_and_never_rests():
+    odds = np.linspace(-200, 1000, 2401).astype("float32")
+    logits = np.stack([odds, np.zeros_like(odds)], -1)
+    labels = np.zeros(len(odds), "int32")
+    loss = array(objectives.cross_entropy(tensor(logits), tensor(labels)))
+    assert np.all(np.diff(loss) < 0)
+    exact = np.logaddexp(0, -odds.astype("float64"))
+    np.testing.assert_allclose(loss, exact, rtol=1e-5, atol=1e-23)
 
 
 def test_an_infinite_logit_of_another_class_is_no_nan():
@@ -254,28 +283,50 @@ class TestTargets:
 
 class TestVerdict:
     LOGITS = np.array(
-        [[3, 1, 2], [1, 3, 2], [1, 2, 3], [np.nan, 3, 2], [1, 3, 2]], "f4"
+        [
+            *([3, 1, 2], [1, 3, 2], [1, 2, 3]),
+            *([np.nan, 3, 2], [np.inf, 3, 2], [3, -np.inf, 2], [3, 1, 2]),
+        ],
+        "f4",
     )
-    LABELS = np.array([0, 0, 0, 0, 0])
-    VALUES = np.array([0, 0, 0, 0, np.nan], "f4")
+    # The label's logit is the largest one in the last three rows.
+    LABELS = np.array([0, 0, 0, 1, 0, 0, 0])
+    PREDICTIONS = [0, 1, 2, -1, -1, -1, 0]
 
-    def test_any_error(self):
-        success, wrong = objectives.judge(
-            tensor(self.LOGITS), tensor(self.VALUES), tensor(self.LABELS)
+    def test_predictions_match_numpy(self):
+        got = array(objectives.predictions(tensor(self.LOGITS)))
+        np.testing.assert_array_equal(got, self.PREDICTIONS)
+        np.testing.assert_array_equal(
+            metrics.predictions(self.LOGITS), self.PREDICTIONS
         )
-        want = [False, True, True, False, False]  # A NaN proves nothing.
+
+    def test_logits_that_are_not_finite_are_an_error(self):
+        success, wrong = objectives.judge(
+            tensor(self.LOGITS), tensor(self.LABELS)
+        )
+        want = [False, True, True, True, True, True, False]
         np.testing.assert_array_equal(array(success), want)
         np.testing.assert_array_equal(array(wrong), want)
 
-    def test_the_target(self):
+    def test_logits_that_are_not_finite_reach_any_target(self):
+        targets = np.array([2, 2, 2, 2, 2, 2, 2])
         success, wrong = objectives.judge(
-            tensor(self.LOGITS),
-            tensor(self.VALUES),
-            tensor(self.LABELS),
-            tensor([2, 2, 2, 1, 1]),
+            tensor(self.LOGITS), tensor(self.LABELS), tensor(targets)
         )
-        np.testing.assert_array_equal(array(success), [0, 0, 1, 0, 0])
-        np.testing.assert_array_equal(array(wrong), [0, 1, 1, 0, 0])
+        np.testing.assert_array_equal(array(success), [0, 0, 1, 1, 1, 1, 0])
+        np.testing.assert_array_equal(array(wrong), [0, 1, 1, 1, 1, 1, 0])
+        np.testing.assert_array_equal(
+            metrics.succeeded(self.LABELS, np.array(self.PREDICTIONS), targets),
+            array(success),
+        )
+
+    def test_losses_of_candidates_can_be_compared(self):
+        values = np.array([1, np.nan, 2, 3, np.nan, -np.inf, np.inf], "f4")
+        got = objectives.comparable(tensor(values), tensor(self.LOGITS))
+        inf = np.inf
+        np.testing.assert_array_equal(
+            array(got), [1, -inf, 2, inf, inf, inf, inf]
+        )
 
 
 @pytest.mark.parametrize("keep", ["best", "first"])

@@ -101,7 +101,7 @@ def test_the_record_can_be_recomputed_from_the_images(
     assert record["attack_success"] == hit.mean()
     assert record["attack_success_on_correct"] == hit[clean].mean()
     assert record["pixel_range"] == [out.min(), out.max()]
-    assert record["nan_count"] == 0
+    assert record["nonfinite_answers"] == record["nonfinite_crafting"] == 0
     assert 0.5 * epsilon < record["largest_norm"] <= epsilon * (1 + 1e-5)
     if target == "none":
         assert np.all(arrays["targets"] == -1)
@@ -462,11 +462,21 @@ def test_pixels_outside_the_range_are_refused(model):
         assert "\n" not in str(error.value)
 
 
-def test_probabilities_are_refused(model):
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_are_refused(model, activation):
     split, _ = make_split()
-    softmax = keras.Sequential([model, layers.Softmax()])
-    with pytest.raises(ValueError, match="look like probabilities"):
-        evaluate(softmax, split, EvaluationConfig(PGD))
+    last = layers.Activation(activation)
+    with pytest.raises(ValueError, match=f"look like {activation}.*last act"):
+        evaluate(keras.Sequential([model, last]), split, EvaluationConfig(PGD))
+
+
+def test_a_head_that_starts_at_zero_is_no_probability(model):
+    split, _ = make_split()
+    zero = keras.Sequential(
+        [model, layers.Dense(4, kernel_initializer="zeros")]
+    )
+    record, _ = evaluate(zero, split, EvaluationConfig(PGD))
+    assert record["clean_accuracy"] == np.mean(split.labels == 0)
 
 
 @pytest.fixture
