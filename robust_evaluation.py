@@ -183,10 +183,11 @@ def accuracy(model, split, batch_size=256):
         which count as misclassified) and "num_examples".
 
     Raises:
-        ValueError: If the split is empty or does not fit the model, or if
-            pixels are outside [0, 1].
+        ValueError: If the split is empty or does not fit the model, if
+            weights are not finite, or if pixels are outside [0, 1].
     """
     check_fit(model, split)
+    check_weights(model)
     batch_size = min(batch_size, len(split))
     right, broken, losses = 0, 0, []
     order = np.arange(len(split))

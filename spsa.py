@@ -12,6 +12,7 @@ from keras import ops
 import attack_backbone
 import attack_rounds
 import numerics
+import objectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,8 @@ class SPSA(attack_backbone.Iterative):
 
         Returns:
             Tuple of the estimate, of the shape of `images`, and booleans
-            `(batch,)`: where the loss of a probe was not finite. Such probes
-            are left out.
+            `(batch,)`: where a probe had no finite loss. Such a probe counts
+            as one of higher loss, by 1.
         """
         chunk = min(self.chunk, self.samples)
         shape = tuple(images.shape[1:])
@@ -118,15 +119,18 @@ class SPSA(attack_backbone.Iterative):
             used = ops.cast(wanted < self.samples, "float32")
             both = ops.stack([self.radius * v, -self.radius * v], axis=2)
             probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + both
-            values, _ = objective(ops.reshape(probes, (-1, *shape)))
+            values = objectives.comparable(
+                *objective(ops.reshape(probes, (-1, *shape)))
+            )
             values = ops.reshape(values, (-1, chunk, 2))
             slopes = (values[..., 0] - values[..., 1]) * used
             finite = ops.isfinite(slopes)
-            slopes = ops.where(finite, slopes, ops.zeros_like(slopes))
+            # A probe without a finite answer is one to go to.
+            signs = ops.where(slopes < 0, -used, used)
+            slopes = ops.where(finite, slopes, signs)
             total = total + ops.einsum("bk,bkhwc->bhwc", slopes, v)
-            return total, ops.logical_or(
-                flags, ops.any(ops.logical_not(finite), 1)
-            )
+            broken = ops.any(ops.logical_not(finite), axis=1)
+            return total, ops.logical_or(flags, broken)
 
         none = ops.cast(ops.zeros_like(images[:, 0, 0, 0]), "bool")
         total, flags = ops.fori_loop(
