@@ -13,8 +13,10 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 
 # Read by TensorFlow when it is first imported: its banner would bury the
 # progress bar and the one-line errors.
@@ -34,6 +36,68 @@ def stop(message):
     """Ends an interrupted program with one line and exit status 130."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(130)
+
+
+AGAIN = "Run the same command again."
+
+
+@contextlib.contextmanager
+def continues(how: str = AGAIN) -> Iterator[None]:
+    """Ends the program in one line, status 130, if Ctrl-C interrupts a block.
+
+    Args:
+        how: How to continue, a sentence. The innermost block counts.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(f"interrupted. {how}")
+
+
+def _uncaught(kind, error, trace, report=sys.excepthook):
+    """Reports an exception; one line for Ctrl-C while a program is imported."""
+    if not issubclass(kind, KeyboardInterrupt):
+        report(kind, error, trace)
+        return
+    name = os.path.basename(sys.argv[0])
+    print(f"{name}: interrupted. {AGAIN}", file=sys.stderr, flush=True)
+    os._exit(130)  # Python itself would end with the signal's status.
+
+
+sys.excepthook = _uncaught
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Lets Ctrl-C and SIGTERM ask a block to stop instead of ending it.
+
+    The first signal asks; the second one kills. The earlier handlers are put
+    back at the end of the block.
+
+    Yields:
+        A function without arguments that says whether a signal came.
+    """
+    asked, earlier = [], {}
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                earlier[number] = signal.signal(number, ask)
+        except ValueError:  # Not the main thread, which alone has handlers.
+            pass
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def path(text: str | None) -> str | None:
+    """Returns the path of a flag with `~` expanded; None stays None."""
+    return None if text is None else os.path.expanduser(text)
 
 
 @contextlib.contextmanager
@@ -191,8 +255,10 @@ def run(main, translate=None, help=None):
     """Parses the flags and calls `main()`; `__main__` of every program.
 
     A flag that is unknown or out of range is one line and exit status 2
-    (absl's own would be two lines and status 1). `--help` prints the help and
-    ends with status 0 before anything else is done.
+    (absl's own would be two lines and status 1). So is an `OSError`: a file
+    that cannot be read or written is the user's to mend. Ctrl-C is one line
+    and status 130; see `continues`. `--help` prints the help and ends with
+    status 0 before anything else is done.
 
     Args:
         main: Callable without arguments.
@@ -221,7 +287,12 @@ def run(main, translate=None, help=None):
             fail(f"unexpected arguments {left[1:]}; flags are --name=value")
         return left
 
-    app.run(lambda argv: main(), flags_parser=parse)
+    def guarded(argv):
+        with guard_disk():
+            main()
+
+    with continues():
+        app.run(guarded, flags_parser=parse)
 
 
 def _print_help(help):

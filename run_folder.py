@@ -1,25 +1,46 @@
-"""The folder of a run: atomic files, provenance, and finding runs again.
+"""The folder of a run: atomic files, its owner, its config, provenance.
 
-A run is a folder `runs/<dataset>-<model>[-<tag>]/`. Everything in it is written
-to a temporary file beside its place and moved there in one step, so a process
-killed at any moment leaves the old file or the new one, never half of either.
+A run is a folder `runs/<dataset>-<model>[-<tag>]/`. Files and folders are
+written beside their place and moved there in one step. A process that is killed
+at any moment leaves the old content or the new content, never half of either.
+One process at a time owns a run or an evaluation of it; see `own`.
 """
 
+import contextlib
 import datetime
 import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None
 
 CONFIG = "config.json"
 _PACKAGES = ("tensorflow", "keras", "numpy", "jax", "torch")
+# What a killed process leaves: a file or folder that was being written, or the
+# folder that it was about to replace.
+_LEFT = re.compile(r"\.\d+\.(tmp|old)\.(.+)", re.DOTALL)
+_LONGEST = 255 - len(".4194304.tmp.") - len("..partial")  # Bytes of a name.
+_JSON_BYTES = 2**26  # A record with a million indices has fewer.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+# --- Files -------------------------------------------------------------------
 
 
 def atomic_write(path, writer, size=0):
@@ -38,9 +59,10 @@ def atomic_write(path, writer, size=0):
             file is intact then and the temporary one is gone.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    temporary = _beside(path, "tmp")
     if shutil.disk_usage(path.parent).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    remove(temporary)  # A link that lies there would be written through.
     try:
         writer(temporary)
         with open(temporary, "rb+") as file:
@@ -57,18 +79,29 @@ def write_json(path, value):
 
 
 def read_json(path):
-    """Reads a JSON file.
+    """Reads a JSON file that holds an object.
+
+    Returns:
+        A dict.
 
     Raises:
-        ValueError: If the file is not JSON; the message names it.
+        ValueError: If the file is not a JSON object, or is too large or too
+            deeply nested to be one of ours; the message names it.
     """
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        size = os.stat(path).st_size
+        if size > _JSON_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        value = json.loads(pathlib.Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} is not valid JSON ({error}). Restore it from a copy, or "
-            "train the run again with --overwrite."
+            f"{path} is not valid JSON of an object ({reason}). Restore it "
+            "from a copy, or make it again with --overwrite."
         ) from error
+    return value
 
 
 def as_json(value):
@@ -91,44 +124,511 @@ def changed(found, wanted):
     return [key for key in wanted if found.get(key) != wanted[key]]
 
 
+def differences(found: dict, wanted: dict) -> list[str]:
+    """Describes what differs between two dicts, field by field.
+
+    Args:
+        found: Dict that was read from a file.
+        wanted: Dict that could have been written, as in `changed`.
+
+    Returns:
+        List of texts such as `"recipe.epochs was 2, now 3"`, one for each
+        innermost field of `wanted` whose value differs.
+    """
+    wanted, texts = as_json(wanted), []
+    for key in changed(found, wanted):
+        before, now = found.get(key), wanted[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            gone = dict.fromkeys(before.keys() - now.keys())
+            inner = differences(before, {**gone, **now})
+            texts.extend(f"{key}.{text}" for text in inner)
+        else:
+            texts.append(f"{key} was {brief(before)}, now {brief(now)}")
+    return texts
+
+
+def brief(value) -> str:
+    """Returns the text of a value on one line, at most 60 characters long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def sha256(path):
     """Returns the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder(root, dataset, model, tag=""):
-    """Returns where the run of a model on a data set lives."""
-    name = "-".join(part for part in (dataset, model, tag) if part)
-    return pathlib.Path(root) / name
+# --- Names and places --------------------------------------------------------
 
 
-def create(path, overwrite=False):
-    """Makes the folder of a new run.
+def component(text: str, name: str = "name") -> str:
+    """Returns a text that is about to become the name of a file or folder.
 
     Args:
-        path: The folder.
-        overwrite: If True, an earlier run of that name is deleted first. Only
-            a folder that holds a run (its `config.json`) is ever deleted.
+        text: The text.
+        name: What an error calls it, `--tag` say.
+
+    Raises:
+        ValueError: If the text could name a place elsewhere (slashes, `..`),
+            a hidden file, or is too long for a file system.
+    """
+    size = len(os.fsencode(text))
+    reason = None
+    if any(c in "/\\" or not c.isprintable() for c in text):
+        reason = "slashes, backslashes or control characters"
+    elif ".." in text or text.startswith("."):
+        reason = "a leading dot or '..'"
+    elif size > _LONGEST:
+        reason = f"more than {_LONGEST} bytes (it has {size})"
+    if reason is not None:
+        raise ValueError(
+            f"Expected {name} to be part of a file name, without {reason}. "
+            f"Received: {brief(text)}."
+        )
+    return text
+
+
+def folder(root, dataset, model, tag=""):
+    """Returns where the run of a model on a data set lives.
+
+    Raises:
+        ValueError: If a part cannot be part of a file name.
+    """
+    parts = {"--dataset": dataset, "--model": model, "--tag": tag}
+    name = "-".join(component(text, k) for k, text in parts.items() if text)
+    return pathlib.Path(root) / component(name, "the name of the run")
+
+
+def inside(folder, *parts: str) -> pathlib.Path:
+    """Returns the path of a folder within a run; it need not exist yet.
+
+    Args:
+        folder: The folder of the run, which may be a link itself.
+        *parts: Names of nested folders.
+
+    Raises:
+        ValueError: If one of them is a symbolic link, through which files
+            elsewhere would be written or deleted, or is not a folder.
+    """
+    path = pathlib.Path(folder)
+    for part in parts:
+        path = path / part
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            what = "a symbolic link" if path.is_symlink() else "a file"
+            raise ValueError(
+                f"Expected {path} to be a folder. Received: {what}. Move it "
+                "away."
+            )
+    return path
+
+
+def remove(path) -> None:
+    """Deletes a file, a folder or a link (not what it points to), if any."""
+    path = pathlib.Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path) -> None:
+    """Deletes a folder such that a kill leaves it whole or not at all."""
+    path = pathlib.Path(path)
+    if os.path.lexists(path):
+        temporary = _beside(path, "tmp")
+        remove(temporary)
+        os.replace(path, temporary)
+        remove(temporary)
+
+
+def replace_folder(path, writer: Callable[[pathlib.Path], None]) -> None:
+    """Writes a folder so that readers see the old one or the new one.
+
+    Args:
+        path: Where the folder is wanted. A link there is replaced itself.
+        writer: Callable that takes the path of an empty folder beside `path`
+            and fills it.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written. The old
+            folder is intact then.
+    """
+    path = pathlib.Path(path)
+    temporary, retired = _beside(path, "tmp"), _beside(path, "old")
+    remove(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        writer(temporary)
+        if os.path.lexists(path):
+            os.replace(path, retired)
+        os.replace(temporary, path)
+    finally:
+        if os.path.lexists(retired) and not os.path.lexists(path):
+            os.replace(retired, path)
+        for left in (temporary, retired):
+            with contextlib.suppress(OSError):
+                remove(left)
+
+
+def recover(path) -> None:
+    """Tidies up what killed processes left of a file or a folder.
+
+    Only its owner may do so, for the temporary files of a running process look
+    the same. A folder that was about to be replaced is put back.
+
+    Args:
+        path: The file or folder; temporary files in it and beside it go.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        return
+    for left, kind in _leftovers(path.parent, path.name):
+        if kind == "old" and not os.path.lexists(path):
+            os.replace(left, path)
+        else:
+            remove(left)
+    if path.is_dir():
+        for left, _ in _leftovers(path):
+            remove(left)
+
+
+def _beside(path, kind):
+    """Where a file or folder lies while it is written or replaced."""
+    return path.with_name(f".{os.getpid()}.{kind}.{path.name}")
+
+
+def _leftovers(folder, name=None):
+    """Lists pairs (path, kind) of what killed processes left in a folder."""
+    found = ((p, _LEFT.fullmatch(p.name)) for p in sorted(folder.iterdir()))
+    return [(p, m[1]) for p, m in found if m and name in (None, m[2])]
+
+
+# --- One owner at a time -----------------------------------------------------
+
+
+@contextlib.contextmanager
+def own(path, wait: float = 0.0, write: bool = True) -> Iterator[None]:
+    """Makes this process the only owner of a run or an evaluation.
+
+    The lock is the file `.<name>.lock` beside the folder. The system releases
+    it when the process ends, however it ends. What earlier owners left is
+    tidied up first; see `recover`. On a file system without locks everybody is
+    an owner.
+
+    Args:
+        path: The folder (or file), which need not exist yet.
+        wait: Seconds to wait for another owner to finish.
+        write: False if it is only read: where no lock can be written nobody
+            else writes either, and none is needed.
+
+    Raises:
+        BlockingIOError: If another process owns it; names that process.
+        OSError: If the lock cannot be written.
+    """
+    path = pathlib.Path(path).resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    until = time.monotonic() + wait
+    missing = [p for p in lock.parents if not p.exists()]
+    if not write and not os.access(lock.parent, os.W_OK):
+        yield
+        return
+    while (handle := _lock(lock)) is None:
+        if time.monotonic() >= until:
+            raise BlockingIOError(
+                f"{path} is in use by {_owner(lock)}. Wait until that has "
+                "ended, or stop it."
+            )
+        time.sleep(0.05)
+    try:
+        recover(path)
+        yield
+    finally:
+        # While it is ours: afterwards the file may be that of the next owner.
+        # Windows cannot remove an open file; the next owner takes it over.
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()  # If nothing was written there.
+
+
+def _lock(path):
+    """Locks a file; returns its descriptor, or None if it is locked."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(path, flags, 0o644)
+        except FileNotFoundError:  # An owner has just removed the folder.
+            continue
+        if not _try_lock(handle):
+            os.close(handle)
+            return None
+        # Its last owner may have removed it between our two calls.
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    text = json.dumps({**owner, "command": _command()})
+    os.ftruncate(handle, 0)
+    os.write(handle, text.encode())
+    return handle
+
+
+def _try_lock(handle):
+    """Locks an open file if nobody else has; returns whether it is ours."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            # Far behind the text, which others have to be able to read.
+            os.lseek(handle, 2**30, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True
+
+
+def _owner(lock):
+    """Describes the process that holds a lock."""
+    try:
+        with open(lock, "rb") as file:
+            found = json.loads(file.read(2**16))
+        text = f"process {found['pid']} on {found['host']}"
+        text = f"{text} ({found['command']})"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return "another process"
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _require_idle(folder):
+    """Raises a BlockingIOError if an evaluation in a run's folder is owned."""
+    for lock in (*folder.glob(".*.lock"), *folder.glob("attacks/.*.lock")):
+        with own(lock.with_name(lock.name[1:].removesuffix(".lock"))):
+            pass
+
+
+# --- Runs --------------------------------------------------------------------
+
+
+def create(path, config: dict, overwrite: bool = False) -> None:
+    """Makes the folder of a new run, with its `config.json` in it.
+
+    The folder appears together with the file, so that a kill leaves no folder
+    that is not a run's.
+
+    Args:
+        path: The folder; the caller owns it.
+        config: Content of its `config.json`.
+        overwrite: If True, an earlier run of that name is deleted. Only a
+            folder that holds a run (its `config.json`) is ever deleted.
 
     Raises:
         FileExistsError: If the folder exists and may not be replaced.
+        BlockingIOError: If an evaluation of the earlier run is under way.
     """
     path = pathlib.Path(path)
-    if path.exists() and any(path.iterdir()):
-        if not overwrite:
+    empty = path.is_dir() and not any(path.iterdir())
+    if os.path.lexists(path) and not empty:
+        is_run = (path / CONFIG).exists()
+        if is_run and not overwrite:
             raise FileExistsError(
                 f"{path} holds a run already. Continue it with --resume, "
                 "replace it with --overwrite, or name this one with --tag."
             )
-        if not (path / CONFIG).exists():
+        if not is_run:
             raise FileExistsError(
                 f"{path} is not the folder of a run (it has no {CONFIG}), so "
-                "--overwrite leaves it alone. Choose another --tag."
+                "it is left alone. Choose another --tag."
             )
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+        _require_idle(path)
+    replace_folder(
+        path.resolve() if empty else path,
+        lambda temporary: write_json(temporary / CONFIG, config),
+    )
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_number(value):
+    return type(value) in (int, float) and not abs(value) > 1e300
+
+
+def _is_fraction(value):
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_object(value):
+    return isinstance(value, dict)
+
+
+def _is_flag(value):
+    return isinstance(value, bool)
+
+
+def _is_list(is_item, length=None):
+    def check(value):
+        return (
+            isinstance(value, list)
+            and length in (None, len(value))
+            and all(map(is_item, value))
+        )
+
+    return check
+
+
+def _is_fingerprint(value):
+    return (
+        isinstance(value, dict)
+        and _is_list(_is_number)(value.get("means"))
+        and _is_text(value.get("labels_sha256"))
+    )
+
+
+def _is_shape(value):
+    return _is_list(_is_count, 3)(value) and 0 < math.prod(value) < 2**31
+
+
+# What a field has to be: a description and a check. A field that a config
+# lacks is the reader's matter, for it may be of an older version.
+_TEXT, _OBJECT = ("a text", _is_text), ("an object", _is_object)
+_NUMBER, _COUNT = ("a number", _is_number), ("a whole number >= 0", _is_count)
+CONFIG_FIELDS = {
+    "model": _TEXT,
+    "dataset": _TEXT,
+    "tag": _TEXT,
+    "model_options": _OBJECT,
+    "recipe": _OBJECT,
+    "provenance": _OBJECT,
+    "num_classes": _COUNT,
+    "seed": _COUNT,
+    "class_names": ("a list of texts", _is_list(_is_text)),
+    "image_shape": ("[height, width, channels]", _is_shape),
+    "skip_corrupt": ("true or false", _is_flag),
+    "validation_fraction": ("a number in [0, 1)", _is_fraction),
+}
+_OPTIONAL_FIELDS = {
+    "step": _OBJECT,
+    "adversarial": _OBJECT,
+    "test_fingerprint": ("means and labels_sha256", _is_fingerprint),
+    "data_dir": _TEXT,
+    "class_list_file": _TEXT,
+    "image_size": _COUNT,
+}
+RECORD_FIELDS = {
+    **{k: _TEXT for k in ("run", "model", "dataset", "split", "weights")},
+    **{k: _TEXT for k in ("attack", "norm", "weights_sha256")},
+    **{k: _OBJECT for k in ("options", "request", "worst_case")},
+    **{k: _NUMBER for k in ("epsilon", "clean_accuracy", "robust_accuracy")},
+    **{k: _NUMBER for k in ("attack_success", "largest_norm", "seconds")},
+    "num_examples": _COUNT,
+    "robust_accuracy_interval": ("two numbers", _is_list(_is_number, 2)),
+}
+
+
+def read_config(folder, required: Sequence[str] = ()) -> dict:
+    """Reads the `config.json` of a run.
+
+    Args:
+        folder: The folder of the run.
+        required: Names of fields that must be there. All fields that are there
+            must have their type.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged; one line that names the field.
+    """
+    path = pathlib.Path(folder) / CONFIG
+    config = read_json(path)
+    optional = {
+        key: (f"{what} or null", lambda v, check=check: v is None or check(v))
+        for key, (what, check) in _OPTIONAL_FIELDS.items()
+    }
+    check_fields(path, config, {**CONFIG_FIELDS, **optional}, required)
+    names, count = config.get("class_names"), config.get("num_classes")
+    if None not in (names, count) and len(names) != count:
+        raise ValueError(
+            f"Expected {path} to name its {count} classes. Received: "
+            f"{len(names)} class_names."
+        )
+    return config
+
+
+def read_record(path) -> dict:
+    """Reads the `results.json` of an evaluation under attack.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged; one line that names the field.
+    """
+    record = read_json(path)
+    required = ("attack", "norm", "epsilon", "clean_accuracy")
+    required = (*required, "robust_accuracy", "num_examples")
+    check_fields(path, record, RECORD_FIELDS, required)
+    return record
+
+
+def check_fields(path, found: dict, fields: dict, required=()) -> None:
+    """Raises a ValueError if a field is missing or of another type.
+
+    Args:
+        path: The file, for what an error says.
+        found: Dict that was read from it.
+        fields: Dict from names to pairs (description, check).
+        required: Names of those that must be there.
+    """
+    for name in required:
+        if name not in found:
+            raise ValueError(
+                f"Expected {path} to have the field {name!r}. Received: "
+                f"{brief(sorted(found))}. Restore it from a copy, or make it "
+                "again with --overwrite."
+            )
+    for name, (what, check) in fields.items():
+        if name in found and not check(found[name]):
+            raise ValueError(
+                f"Expected {name!r} in {path} to be {what}. Received: "
+                f"{brief(found[name])}. Restore it from a copy, or make it "
+                "again with --overwrite."
+            )
+
+
+def records(folder) -> dict[str, dict]:
+    """Reads the records of a run's evaluations, in the order of their names.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        Dict from the name of an evaluation's folder to its record. Damaged
+        records are passed over with a line on standard error.
+    """
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("attacks/*/results.json")):
+        if path.parent.name.startswith("."):
+            continue  # Under way.
+        try:
+            found[path.parent.name] = read_record(path)
+        except (OSError, ValueError) as error:
+            pass_over(error)
+    return found
+
+
+def pass_over(error: Exception) -> None:
+    """Says in a line on standard error that a damaged file is left out."""
+    line = " ".join(str(error).split())
+    print(f"Left out: {line}", file=sys.stderr)
 
 
 def newest(root, model=None, dataset=None, where=None, wanted=()):
@@ -148,8 +648,12 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
         FileNotFoundError: If there is none; the message names what there is.
     """
     found = []
-    for path in pathlib.Path(root).glob(f"*/{CONFIG}"):
-        config = read_json(path)
+    for path in sorted(pathlib.Path(root).glob(f"*/{CONFIG}")):
+        try:
+            config = read_config(path.parent)
+        except (OSError, ValueError) as error:
+            pass_over(error)
+            continue
         matches = model in (None, config.get("model")) and dataset in (
             None,
             config.get("dataset"),
@@ -192,9 +696,7 @@ def provenance():
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": shlex.join(
-            [pathlib.Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-        ),
+        "command": _command(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(
             timespec="seconds"
         ),
@@ -202,6 +704,11 @@ def provenance():
         "versions": versions,
         "machine": f"{platform.machine()}, {_cores()} CPU cores",
     }
+
+
+def _command():
+    program = pathlib.Path(sys.argv[0]).name or "python"
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def _git_hash():

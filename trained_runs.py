@@ -9,7 +9,9 @@ with, and images are compared with those that it knows. Keras is imported only
 where it is needed, for a wrong name must be said before.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 import command_line
 import datasets
@@ -58,7 +60,7 @@ def find(
         )
     else:
         folder = at(runs_dir, name)
-    run = run_folder.read_json(folder / run_folder.CONFIG)
+    run = run_folder.read_config(folder)
     asked = {"model": model, "dataset": dataset, "tag": tag}
     for key, value in asked.items():
         if value not in (None, run.get(key)):
@@ -117,6 +119,19 @@ def at(runs_dir, name):
             f"{', '.join(there) or 'none'}."
         )
     return folder
+
+
+@contextlib.contextmanager
+def owned(*places, write: bool = True) -> Iterator[None]:
+    """Owns folders in a block of a program; see `run_folder.own`.
+
+    If another process owns one, the program ends in one line, status 2.
+    """
+    with contextlib.ExitStack() as stack:
+        with command_line.guard():
+            for place in places:
+                stack.enter_context(run_folder.own(place, write=write))
+        yield
 
 
 def weights_sha256(folder, weights):
@@ -192,9 +207,9 @@ def _check_data(folder, run, data):
         if key in run and run[key] != found:
             raise ValueError(
                 f"The run in {folder} was trained on another data set: its "
-                f"{key} is {_brief(run[key])}, the files have {_brief(found)}."
-                " Point --data_dir at the files it was trained on, or choose "
-                "another run."
+                f"{key} is {run_folder.brief(run[key])}, the files have "
+                f"{run_folder.brief(found)}. Point --data_dir at the files it "
+                "was trained on, or choose another run."
             )
     earlier = run.get("test_fingerprint")
     if earlier is None:
@@ -211,7 +226,3 @@ def _check_data(folder, run, data):
             "--data_dir at the files it was trained on, or train it again."
         )
 
-
-def _brief(value):
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

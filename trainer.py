@@ -12,7 +12,6 @@ runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
 
 import dataclasses
 import os
-import signal
 import time
 
 from absl import flags
@@ -293,6 +292,7 @@ def config_from_flags():
     import training_step
 
     row = model_backbone.entry(_MODEL.value)
+    run_folder.component(f"x{_TAG.value}", "--tag")  # May start with a dot.
     if _DATASET.value not in datasets.names():
         datasets.load(_DATASET.value)  # Raises, with the near names.
     options = {
@@ -326,14 +326,14 @@ def config_from_flags():
         robust_validation=attacked,
         robust_validation_steps=_ROBUST_STEPS.value,
         on_collapse=_ON_COLLAPSE.value or ("restore" if fast else "stop"),
-        data_dir=_DATA_DIR.value,
+        data_dir=command_line.path(_DATA_DIR.value),
         image_size=_IMAGE_SIZE.value
         or recipes.image_size(name, _DATASET.value),
-        class_list=_CLASS_LIST.value,
+        class_list=command_line.path(_CLASS_LIST.value),
         validation_fraction=_VALIDATION.value,
         skip_corrupt=_SKIP_CORRUPT.value,
         download=_DOWNLOAD.value,
-        runs_dir=_RUNS_DIR.value,
+        runs_dir=command_line.path(_RUNS_DIR.value),
         tag=_TAG.value,
         seed=_SEED.value,
         distribute=_DISTRIBUTE.value,
@@ -513,7 +513,6 @@ def _loop(config, data, folder, callbacks):
         on_collapse=config.on_collapse,
         callbacks=(*_callbacks(folder), *callbacks),
         save_every=config.save_every,
-        should_stop=_asked_to_stop(),
     )
 
 
@@ -538,15 +537,19 @@ def describe(config, data, model):
     }
 
 
-# What may differ between a run and its continuation.
+# What may differ between a run and its continuation: how it is computed, and
+# where it and its files lie, for a run may be moved or copied. What the files
+# hold is compared.
 _FREE = {
     *("provenance", "save_every", "eval_batch_size", "data_dir", "source"),
-    "distribute",
+    *("distribute", "runs_dir", "tag", "download", "class_list_file"),
 }
 
 
 def open_folder(config, described, *, overwrite=False, resume=False):
     """Makes the run's folder, or checks that it is the one to continue.
+
+    The caller owns the folder.
 
     Raises:
         FileExistsError: If it exists and is neither resumed nor overwritten.
@@ -554,28 +557,41 @@ def open_folder(config, described, *, overwrite=False, resume=False):
         ValueError: If it is to be resumed with other settings.
     """
     folder = config.folder
-    path = folder / run_folder.CONFIG
     if not resume:
-        run_folder.create(folder, overwrite)
-        run_folder.write_json(path, described)
+        run_folder.create(folder, described, overwrite)
         return folder
-    if not path.exists():
+    if not (folder / run_folder.CONFIG).exists():
         raise FileNotFoundError(
             f"{folder} holds no run to resume; start it without --resume"
         )
-    earlier = run_folder.read_json(path)
-    here = run_folder.as_json(described)
-    changed = [
-        f"{key} was {earlier.get(key)!r}, now {here[key]!r}"
-        for key in run_folder.changed(earlier, here)
-        if key not in _FREE
-    ]
+    earlier = _completed(run_folder.read_config(folder), config)
+    here = {k: v for k, v in described.items() if k not in _FREE}
+    changed = run_folder.differences(
+        earlier, {k: v for k, v in here.items() if k in earlier}
+    )
     if changed:
         raise ValueError(
             f"{folder} was trained with other settings: {'; '.join(changed)}. "
-            "Resume with the same ones, or name the new run with --tag"
+            "Resume with the same ones, or name the new run with --tag."
         )
+    run_folder.inside(folder, "logs")
     return folder
+
+
+def _completed(earlier, config):
+    """Adds the defaults of settings to a config that is older than they are."""
+
+    def complete(found, settings):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if field.name not in found:
+                if field.default is not dataclasses.MISSING:
+                    found[field.name] = field.default
+            elif dataclasses.is_dataclass(value) and found[field.name]:
+                found[field.name] = complete(dict(found[field.name]), value)
+        return found
+
+    return run_folder.as_json(complete(dict(earlier), config))
 
 
 def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
@@ -596,46 +612,55 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
     with command_line.guard():
         size = config.recipe.batch_size
         scope = training_step.scope(config.distribute, size)
-    with scope:
+    with scope, trained_runs.owned(config.folder):
         return _run(config, data, overwrite, resume, callbacks)
 
 
 def _run(config, data, overwrite, resume, callbacks):
-    import robust_training
-
     with command_line.guard():
         data = load_data(config) if data is None else data
         _check_validation(config, data)
         # Everything that can be wrong is, before the folder is made.
         loop = _loop(config, data, config.folder, callbacks)
         described = describe(config, data, loop.model)
-        folder = open_folder(
-            config, described, overwrite=overwrite, resume=resume
-        )
-        if resume:
-            loop.resume()
-    started = time.monotonic()
-    with command_line.guard_disk():
-        try:
+    with command_line.continues("Continue with the same command and --resume."):
+        with command_line.guard():
+            folder = open_folder(
+                config, described, overwrite=overwrite, resume=resume
+            )
+            if resume:
+                loop.resume()
+        with command_line.guard_disk():
+            record = _trained(config, data, loop)
+            record["provenance"] = described["provenance"]
+            run_folder.write_json(folder / "results.json", record)
+    return record
+
+
+def _trained(config, data, loop):
+    """Trains to the end; returns the record of the final evaluation."""
+    import robust_training
+
+    folder, started = config.folder, time.monotonic()
+    try:
+        with command_line.stop_signals() as loop.should_stop:
             history = loop.train()
-        except robust_training.Interrupted:
-            command_line.stop(
-                f"stopped at step {loop.progress['step']}, saved in {folder}. "
-                "Continue with the same command and --resume."
-            )
-        except robust_training.Collapsed as collapse:
-            command_line.fail(
-                f"{collapse}. What is in {folder} is of the last good epoch "
-                f"({len(loop.progress['history'])}). Lower --learning_rate, or "
-                "end a run there by --on_collapse=restore."
-            )
-        record = _evaluate(config, data, loop)
-        record["seconds"] = round(time.monotonic() - started, 1)
-        record["training_seconds"] = round(
-            sum(row["seconds"] for row in history), 1
+    except robust_training.Interrupted:
+        command_line.stop(
+            f"stopped at step {loop.progress['step']}, saved in {folder}. "
+            "Continue with the same command and --resume."
         )
-        record["provenance"] = described["provenance"]
-        run_folder.write_json(folder / "results.json", record)
+    except robust_training.Collapsed as collapse:
+        command_line.fail(
+            f"{collapse}. What is in {folder} is of the last good epoch "
+            f"({len(loop.progress['history'])}). Lower --learning_rate, or "
+            "end a run there by --on_collapse=restore."
+        )
+    record = _evaluate(config, data, loop)
+    record["seconds"] = round(time.monotonic() - started, 1)
+    record["training_seconds"] = round(
+        sum(row["seconds"] for row in history), 1
+    )
     return record
 
 
@@ -762,19 +787,21 @@ def evaluate(config, data=None):
     import robust_training
 
     folder = config.folder
-    with command_line.guard():
-        record, run = _finished(config)
-        if data is None:
-            data = trained_runs.load_data(
-                run, config.data_dir, download=config.download
-            )
-        test = trained_runs.split_of(folder, run, data, "test")
-        model, _ = robust_training.load_run(folder, "last")
-    try:
-        for weights in ("last", "best"):
-            record[weights] = _test(config, test, model, weights)
-    except robust_evaluation.EvaluationError as error:
-        command_line.fail(error)
+    with trained_runs.owned(folder, write=False):
+        with command_line.guard():
+            record, run = _finished(config)
+            if data is None:
+                data = trained_runs.load_data(
+                    run, config.data_dir, download=config.download
+                )
+            test = trained_runs.split_of(folder, run, data, "test")
+            model, _ = robust_training.load_run(folder, "last")
+        with command_line.guard_disk():
+            try:
+                for weights in ("last", "best"):
+                    record[weights] = _test(config, test, model, weights)
+            except robust_evaluation.EvaluationError as error:
+                command_line.fail(error)
     return record
 
 
@@ -798,7 +825,7 @@ def _finished(config):
             f"The run in {folder} has not come to its end; continue it with "
             "--resume in place of --only_evaluate."
         )
-    run = run_folder.read_json(folder / run_folder.CONFIG)
+    run = run_folder.read_config(folder, ("model", "dataset", "model_options"))
     made = {
         **model_backbone.entry(config.model).defaults,
         **run["model_options"],
@@ -809,26 +836,10 @@ def _finished(config):
             f"The model in {folder} was made with {name}={made.get(name)}, not "
             f"{wanted[name]}. Leave that out, or name another run with --tag."
         )
-    return run_folder.read_json(folder / "results.json"), run
-
-
-def _asked_to_stop():
-    """Returns a function that says whether Ctrl-C or SIGTERM came.
-
-    The first asks for a save and a stop after the step; the second kills.
-    """
-    asked = []
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    try:
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
-    except ValueError:  # Not the main thread: nobody to ask.
-        pass
-    return lambda: bool(asked)
+    path = folder / "results.json"
+    record = run_folder.read_json(path)
+    run_folder.check_fields(path, record, {}, ("best_epoch", "ended"))
+    return record, run
 
 
 def _callbacks(folder):

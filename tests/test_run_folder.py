@@ -58,19 +58,22 @@ def test_json_that_is_none_is_named(tmp_path):
 
 
 def test_a_run_is_never_overwritten_unasked(tmp_path):
-    folder = run_folder.create(tmp_path / "d-m")
-    (folder / "config.json").write_text("{}")
+    folder = tmp_path / "d-m"
+    run_folder.create(folder, {"seed": 0})
+    (folder / "state.npz").write_text("")
     with pytest.raises(FileExistsError, match="--resume.*--overwrite.*--tag"):
-        run_folder.create(folder)
-    run_folder.create(folder, overwrite=True)
-    assert not list(folder.iterdir())
+        run_folder.create(folder, {"seed": 1})
+    run_folder.create(folder, {"seed": 1}, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert run_folder.read_config(folder) == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["d-m"]
 
 
 def test_only_a_run_is_ever_deleted(tmp_path):
     precious = tmp_path / "thesis.tex"
     precious.write_text("x")
     with pytest.raises(FileExistsError, match="not the folder of a run"):
-        run_folder.create(tmp_path, overwrite=True)
+        run_folder.create(tmp_path, {}, overwrite=True)
     assert precious.exists()
 
 

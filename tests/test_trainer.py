@@ -1,5 +1,6 @@
 """Flags become one config, one config becomes one run."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -17,6 +18,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import attack_backbone
+import command_line
 import datasets
 import image_splits
 import losses
@@ -433,7 +435,11 @@ class TestRun:
         part = adversarial(tmp_path, line + "part")
         asked = iter([False, True])  # To stop, in the middle of an epoch.
         with monkeypatch.context() as patch:
-            patch.setattr(trainer, "_asked_to_stop", lambda: asked.__next__)
+            patch.setattr(
+                command_line,
+                "stop_signals",
+                lambda: contextlib.nullcontext(asked.__next__),
+            )
             with pytest.raises(SystemExit) as stopped:
                 trainer.run(part, tiny())
         assert stopped.value.code == 130
@@ -441,7 +447,8 @@ class TestRun:
         with pytest.raises(SystemExit):
             changed = adversarial(tmp_path, line + "part --adv_epsilon=0.2")
             trainer.run(changed, tiny(), resume=True)
-        assert "adversarial was {" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "settings: adversarial.epsilon was 0.1, now 0.2." in said
         trainer.run(part, tiny(), resume=True)
         first, again = (
             np.load(chosen.folder / "state.npz") for chosen in (whole, part)
