@@ -353,28 +353,40 @@ class AdversaryConfig:
             "num_examples": evaluation.num_examples,
             "split": self.split,
             "weights": self.weights,
-            **hashes,
+            **hashes,  # They tell the surrogate too, wherever it lies.
             "options": self.options,
-            "surrogate": self.surrogate,
             "straight_through": self.straight_through,
             "save_images": self.save_images,
         }
 
     def place(self, evaluation):
-        """The folder of an evaluation; its name tells the settings."""
+        """The folder of an evaluation; its name tells the settings.
+
+        Raises:
+            ValueError: If the name cannot be that of a folder, or if the folder
+                is a link.
+        """
         import attack_records
 
         name = attack_records.name(
             evaluation,
             *(f"{key}_{value}" for key, value in self.options.items()),
             "straight_through" if self.straight_through else "",
-            f"from_{pathlib.Path(self.surrogate).name}"
+            f"from_{pathlib.Path(self.surrogate).resolve().name}"
             if self.surrogate
             else "",
             self.split if self.split != "test" else "",
             f"{self.weights}_weights" if self.weights != "best" else "",
         )
-        return self.folder / "attacks" / name
+        name = run_folder.component(name, "the name of the evaluation")
+        return run_folder.inside(self.folder, "attacks", name)
+
+
+_GOES_ON = "Run the same command again: it goes on from what is saved."
+_PATIENCE = 60.0  # Seconds that another evaluation may need to write a table.
+# What a run's config has to have for it to be attacked.
+_NEEDED = ("model", "dataset", "model_options", "num_classes")
+_NEEDED = (*_NEEDED, "class_names", "image_shape")
 
 
 def config_from_flags():
@@ -391,18 +403,20 @@ def config_from_flags():
             "Expected --save_images to be a number of images, or -1 for all. "
             f"Received: {_SAVE_IMAGES.value}."
         )
-    folder, run = _find_run()
+    folder, _ = _find_run()
+    run = run_folder.read_config(folder, _NEEDED)
     protocol = _protocol_of(run)
-    surrogate = None
-    if _SURROGATE.value is not None:
-        surrogate = str(trained_runs.at(_RUNS_DIR.value, _SURROGATE.value))
+    surrogate = command_line.path(_SURROGATE.value)
+    if surrogate is not None:
+        runs_dir = command_line.path(_RUNS_DIR.value)
+        surrogate = str(trained_runs.at(runs_dir, surrogate))
     options = {}
     if _TEST_GAZES.value is not None:
         options["test_gazes"] = _TEST_GAZES.value
     return AdversaryConfig(
         folder=folder,
         evaluations=tuple(_evaluations(run, protocol)),
-        data_dir=_DATA_DIR.value,
+        data_dir=command_line.path(_DATA_DIR.value),
         split=_SPLIT.value,
         weights=_WEIGHTS.value,
         save_images=_SAVE_IMAGES.value,
@@ -418,8 +432,8 @@ def _find_run():
     """Returns the folder of the run that the flags mean, and its config."""
     given = {k: flag.value for k, flag in _MADE_WITH.items()}
     return trained_runs.find(
-        _RUNS_DIR.value,
-        _RUN.value,
+        command_line.path(_RUNS_DIR.value),
+        command_line.path(_RUN.value),
         model=_MODEL.value,
         dataset=_DATASET.value,
         tag=_TAG.value,
@@ -586,7 +600,7 @@ def _examples():
     text = _EXAMPLES.value
     if text is None:
         return None
-    path = pathlib.Path(text)
+    path = pathlib.Path(command_line.path(text))
     if not text.replace(",", "").replace(" ", "").isdecimal():
         try:
             text = ",".join(path.read_text().split())
@@ -638,6 +652,10 @@ def _batch_size(numbers):
 def run(config, data=None, progress=True):
     """Attacks a run and writes the records.
 
+    This process owns the folders of the evaluations meanwhile. The run itself
+    may be trained on at the same time, for its weights are replaced in one
+    step; evaluations with other settings may run beside this one.
+
     Args:
         config: An `AdversaryConfig`.
         data: The run's `datasets.Dataset`, if it is loaded already.
@@ -647,16 +665,35 @@ def run(config, data=None, progress=True):
         List of tuples (record, folder of the record, whether it was there
         already), one an evaluation.
     """
-    import attack_records
-
     with command_line.guard():
         hashes = config.hashes()
-        found = [
-            attack_records.earlier(
-                config.place(e), config.request(e, hashes), config.overwrite
-            )
-            for e in config.evaluations
-        ]
+        found = _earlier(config, hashes)
+        places = [config.place(e) for e in config.evaluations]
+    missing = [p for p, r in zip(places, found, strict=True) if r is None]
+    with trained_runs.owned(*dict.fromkeys(missing)):
+        results = _attacked(config, data, progress, hashes)
+    if len(results) > 1:
+        with command_line.guard_disk():
+            _write_curves(config, [record for record, _, _ in results])
+    return results
+
+
+def _earlier(config, hashes):
+    """Returns the earlier record of each evaluation, or None."""
+    import attack_records
+
+    return [
+        attack_records.earlier(
+            config.place(e), config.request(e, hashes), config.overwrite
+        )
+        for e in config.evaluations
+    ]
+
+
+def _attacked(config, data, progress, hashes):
+    """Makes the records that are missing; see `run`."""
+    with command_line.guard():  # Another process may have made some by now.
+        found = _earlier(config, hashes)
     results = []
     loaded = None
     for evaluation, record in zip(config.evaluations, found, strict=True):
@@ -668,9 +705,6 @@ def run(config, data=None, progress=True):
             with command_line.guard_disk():
                 record = loaded.attack(evaluation, progress)
         results.append((record, config.place(evaluation), reused))
-    if len(results) > 1:
-        with command_line.guard_disk():
-            _write_curves(config, [record for record, _, _ in results])
     return results
 
 
@@ -738,8 +772,7 @@ class _Loaded:
     @property
     def class_names(self):
         """Names of the classes, in order."""
-        run = run_folder.read_json(self.config.folder / run_folder.CONFIG)
-        return run["class_names"]
+        return run_folder.read_config(self.config.folder)["class_names"]
 
 
 def _check_draws(name, drawn, eot):
@@ -761,10 +794,14 @@ def _write_curves(config, records):
     """Writes the curves of several evaluations beside their folders."""
     import curves
 
-    folder = config.folder / "attacks"
     name = config.protocol or "scan"
-    curves.write_csv(records, folder / f"{name}.csv")
-    curves.accuracy_curves(records, folder / f"{name}.png")
+    for ending, write in (
+        ("csv", curves.write_csv),
+        ("png", curves.accuracy_curves),
+    ):
+        path = config.folder / "attacks" / f"{name}.{ending}"
+        with run_folder.own(path, wait=_PATIENCE):
+            write(records, path)
 
 
 def _load(config, data, hashes):
@@ -772,7 +809,7 @@ def _load(config, data, hashes):
     import robust_evaluation
     import robust_training
 
-    run = run_folder.read_json(config.folder / run_folder.CONFIG)
+    run = run_folder.read_config(config.folder, _NEEDED)
     if data is None:
         data = trained_runs.load_data(
             run, config.data_dir, test_only=config.split == "test"
@@ -782,13 +819,18 @@ def _load(config, data, hashes):
         config.folder, config.weights, options=config.options
     )
     robust_evaluation.check_fit(model, split)
+    if config.hashes() != hashes:
+        raise ValueError(
+            f"The weights in {config.folder} were replaced while they were "
+            "read: the run is being trained. Run the same command again."
+        )
     context = {
         "run": str(config.folder),
         "model": run["model"],
         "dataset": run["dataset"],
         "split": config.split,
         "split_size": len(split),
-        "class_list": run["class_list"],
+        "class_list": run.get("class_list"),
         "source": data.source,
         "skipped": data.skipped,
         "image_shape": list(data.image_shape),
@@ -806,7 +848,7 @@ def _show_protocol(config, records):
     """Prints a protocol's table and writes it beside the records."""
     import protocols
 
-    run = run_folder.read_json(config.folder / run_folder.CONFIG)
+    run = run_folder.read_config(config.folder, _NEEDED)
     table = protocols.PROTOCOLS[config.protocol].table(
         records,
         run["model"],
@@ -822,52 +864,62 @@ def _show_protocol(config, records):
         ("table.csv", protocols.to_csv(table)),
     ):
         path = config.folder / "attacks" / f"{config.protocol}.{ending}"
-        run_folder.atomic_write(
-            path, lambda temporary, text=text: temporary.write_text(text)
-        )
+        with command_line.guard_disk(), run_folder.own(path, wait=_PATIENCE):
+            run_folder.atomic_write(
+                path, lambda temporary, text=text: temporary.write_text(text)
+            )
 
 
 def _run_checklist(config, data=None):
     """Runs the checklist on the first radius; returns whether all passed."""
+    with command_line.guard():
+        attacks = run_folder.inside(config.folder, "attacks")
+    path = attacks / "checklist.json"
+    # Before the minutes that it takes: whether the file can be written.
+    with trained_runs.owned(path):
+        with command_line.guard():
+            checks, context = _checked(config, data)
+        evaluation = config.evaluations[0]
+        record = {
+            **context,
+            "norm": evaluation.attack.norm,
+            "epsilon": evaluation.attack.epsilon,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        with command_line.guard_disk():
+            run_folder.write_json(path, record)
+    return all(check.passed is not False for check in checks)
+
+
+def _checked(config, data):
+    """Runs and prints the checklist; returns the checks and their context."""
     import checklist
     import robust_training
 
     evaluation = config.evaluations[0]
-    with command_line.guard():
-        model, context, split = _load(config, data, config.hashes())
-        other = None
-        if config.surrogate is not None:
-            other, _ = robust_training.load_run(
-                config.surrogate, config.weights
-            )
-        checks = checklist.run(
-            model,
-            split,
-            norm=evaluation.attack.norm,
-            epsilon=evaluation.attack.epsilon,
-            num_examples=evaluation.num_examples or 128,
-            batch_size=evaluation.batch_size,
-            seed=evaluation.seed,
-            transfer_from=other,
-            eot=evaluation.eot,
-        )
+    model, context, split = _load(config, data, config.hashes())
+    other = None
+    if config.surrogate is not None:
+        other, _ = robust_training.load_run(config.surrogate, config.weights)
+    checks = checklist.run(
+        model,
+        split,
+        norm=evaluation.attack.norm,
+        epsilon=evaluation.attack.epsilon,
+        num_examples=evaluation.num_examples or 128,
+        batch_size=evaluation.batch_size,
+        seed=evaluation.seed,
+        transfer_from=other,
+        eot=evaluation.eot,
+    )
     print(checklist.render(checks))
-    record = {
-        **context,
-        "norm": evaluation.attack.norm,
-        "epsilon": evaluation.attack.epsilon,
-        "checks": [dataclasses.asdict(check) for check in checks],
-    }
-    folder = config.folder / "attacks"
-    folder.mkdir(exist_ok=True)
-    with command_line.guard_disk():
-        run_folder.write_json(folder / "checklist.json", record)
-    return all(check.passed is not False for check in checks)
+    return checks, context
 
 
 def _run_nonrobust(config):
     """Trains on adversarial images with the targets as labels."""
     import nonrobust_features
+    import robust_training
 
     settings = {"seed": _SEED.value, "num_examples": _NUM_EXAMPLES.value}
     for name, flag in (
@@ -889,17 +941,22 @@ def _run_nonrobust(config):
             (settings["steps"],) = command_line.parsed(
                 "steps", settings["steps"], command_line.parse_integers
             )
-        run = run_folder.read_json(config.folder / run_folder.CONFIG)
+        run = run_folder.read_config(config.folder, _NEEDED)
         data = trained_runs.load_data(run, config.data_dir, test_only=False)
-        record = nonrobust_features.run(
-            config.folder,
-            data=data,
-            weights=config.weights,
-            overwrite=config.overwrite,
-            epochs=_EPOCHS.value,
-            batch_size=_batch_size(math.prod(run["image_shape"])),
-            **settings,
-        )
+        try:
+            with command_line.stop_signals() as should_stop:
+                record = nonrobust_features.run(
+                    config.folder,
+                    data=data,
+                    weights=config.weights,
+                    overwrite=config.overwrite,
+                    epochs=_EPOCHS.value,
+                    batch_size=_batch_size(math.prod(run["image_shape"])),
+                    should_stop=should_stop,
+                    **settings,
+                )
+        except robust_training.Interrupted:
+            command_line.stop(f"interrupted. {_GOES_ON}")
     for name, value in record.items():
         if isinstance(value, float | int | str):
             print(f"{name}: {value}")
@@ -914,13 +971,15 @@ def main():
         config = config_from_flags()
     started = time.monotonic()
     if _NONROBUST.value:
-        _run_nonrobust(config)
+        with command_line.continues(_GOES_ON):
+            _run_nonrobust(config)
         return
     if _CHECKLIST.value:
         if not _run_checklist(config):
             raise SystemExit(1)
         return
-    results = run(config)
+    with command_line.continues(_GOES_ON):
+        results = run(config)
     attack_records.show(results)
     if config.protocol is not None:
         _show_protocol(config, [record for record, _, _ in results])

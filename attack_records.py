@@ -7,8 +7,6 @@
 
 import contextlib
 import dataclasses
-import os
-import shutil
 import sys
 
 import numpy as np
@@ -20,6 +18,7 @@ import run_folder
 import visualize
 
 _PICTURED = 8
+_VERDICT_BYTES = 2**28  # Of three numbers an image: ten million images.
 # How a setting is written in a folder's name; others by name and value.
 _WORDS = {
     "steps": "{}steps",
@@ -109,11 +108,12 @@ def earlier(place, request, overwrite=False):
 
     Raises:
         FileExistsError: If the folder holds the answer to another request.
+        ValueError: If the record is damaged.
     """
     path = place / "results.json"
     if overwrite or not path.exists():
         return None
-    record = run_folder.read_json(path)
+    record = run_folder.read_record(path)
     changed = run_folder.changed(record.get("request", {}), request)
     if changed:
         raise FileExistsError(
@@ -138,6 +138,8 @@ def attack(
 ):
     """Runs one evaluation and puts its folder in place, all or nothing.
 
+    The caller owns the folder; see `run_folder.own`.
+
     Args:
         place: The folder of the evaluation.
         model: The model.
@@ -154,7 +156,8 @@ def attack(
     Returns:
         The record.
     """
-    partial = place.with_name(f".{place.name}.partial")
+    partial = run_folder.inside(place.parent, f".{place.name}.partial")
+    run_folder.recover(partial)
     run = {
         "surrogate": surrogate,
         "context": context,
@@ -169,66 +172,58 @@ def attack(
     except robust_evaluation.StateError:
         if not overwrite:
             raise
-        shutil.rmtree(partial)
+        run_folder.discard(partial)
         record, arrays = robust_evaluation.evaluate(
             model, split, evaluation, **run
         )
     record, worst = _with_worst_case(place, record, arrays)
     arrays["all_worst_case"] = worst
     _put(place, model, record, arrays, class_names)
-    shutil.rmtree(partial, ignore_errors=True)
+    run_folder.discard(partial)
     return record
 
 
 def _put(place, model, record, arrays, class_names):
-    temporary = place.with_name(f".{os.getpid()}.tmp.{place.name}")
-    retired = place.with_name(f".{os.getpid()}.old.{place.name}")
-    try:
-        temporary.mkdir(parents=True)
+    def write(folder):
         run_folder.atomic_write(
-            temporary / "adversarial.npz",
+            folder / "adversarial.npz",
             lambda path: np.savez_compressed(path, **arrays),
         )
         if len(arrays["clean"]):
             _picture(
-                temporary / "pictures.png", model, record, arrays, class_names
+                folder / "pictures.png", model, record, arrays, class_names
             )
-        run_folder.write_json(temporary / "results.json", record)
-        if place.exists():
-            os.replace(place, retired)
-        os.replace(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        run_folder.write_json(folder / "results.json", record)
+
+    run_folder.replace_folder(place, write)
 
 
 def _with_worst_case(place, record, arrays):
     """Adds the worst case over this and all earlier attacks on the weights.
 
     An attack counts if its ball lies in this one's (same norm, radius no
-    larger), and if it saw all of these images.
+    larger), and if it saw all of these images. Damaged ones are passed over.
     """
     order = arrays["all_indices"]
     verdicts = [arrays["all_adversarial_predictions"] == arrays["all_labels"]]
     names = [place.name]
-    for path in sorted(place.parent.glob("*/results.json")):
-        if path.parent.name == place.name:
-            continue
-        other = run_folder.read_json(path)
+    for name, other in run_folder.records(place.parent.parent).items():
         same = all(
             other.get(key) == record.get(key)
             for key in ("weights_sha256", "split", "dataset", "norm", "options")
         )
-        if not same or other["epsilon"] > record["epsilon"]:
+        if name == place.name or not same:
             continue
-        with np.load(path.with_name("adversarial.npz")) as file:
-            seen = {int(i): n for n, i in enumerate(file["all_indices"])}
-            if any(int(i) not in seen for i in order):
-                continue
-            rows = [seen[int(i)] for i in order]
-            right = file["all_adversarial_predictions"] == file["all_labels"]
-            verdicts.append(right[rows])
-            names.append(path.parent.name)
+        if other["epsilon"] > record["epsilon"]:
+            continue
+        try:
+            right = _verdicts(place.with_name(name), order)
+        except (OSError, ValueError) as error:
+            run_folder.pass_over(error)
+            continue
+        if right is not None:
+            verdicts.append(right)
+            names.append(name)
     stands = metrics.worst_case(verdicts)
     low, high = metrics.proportion_interval(stands.sum(), len(stands))
     worst = {
@@ -237,6 +232,27 @@ def _with_worst_case(place, record, arrays):
         "attacks": names,
     }
     return {**record, "worst_case": worst}, stands
+
+
+def _verdicts(place, order):
+    """Whether an evaluation left each image right; None if it saw not all."""
+    path = place / "adversarial.npz"
+    names = ("all_indices", "all_adversarial_predictions", "all_labels")
+    try:
+        found = run_folder.read_npz(path, _VERDICT_BYTES, names)
+        indices, predictions, labels = (found[name] for name in names)
+        shapes = {array.shape for array in found.values()}
+        if shapes != {(indices.size,)} or indices.dtype.kind not in "iu":
+            raise ValueError("its arrays are not one number an image")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove {place}, or make it again "
+            "with --overwrite."
+        ) from error
+    rows = {int(index): row for row, index in enumerate(indices)}
+    if any(int(index) not in rows for index in order):
+        return None
+    return (predictions == labels)[[rows[int(index)] for index in order]]
 
 
 def _picture(path, model, record, arrays, class_names):

@@ -19,7 +19,6 @@ import bisect
 import dataclasses
 import math
 import pathlib
-import shutil
 import time
 
 import keras
@@ -43,6 +42,7 @@ TARGETS = ("random", "next")
 _SET = "set.json"
 _FILE_ROWS = 1000  # Crafted images in a file: what a kill can cost.
 _FILE_BYTES = 2**26  # At most, about.
+_ROWS_BYTES = 2**20  # Of what belongs to the images of a file, at most.
 _CHOICE, _FRESH = 0xFEA7, 0xF2E5  # Tell these uses of the seed from others.
 
 
@@ -319,8 +319,7 @@ def _images(path, number):
 
 
 def _load(path):
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    return run_folder.read_npz(path, _ROWS_BYTES)
 
 
 def _whole(path, load):
@@ -383,54 +382,50 @@ def run(
 
     Raises:
         FileExistsError: If there is a result with other settings.
+        BlockingIOError: If another process is at it.
         robust_training.Interrupted: If `should_stop` said so; the same call
             goes on from there.
         ValueError: See `build`; or if a setting is out of range.
     """
     folder = pathlib.Path(folder)
     config = _configured(config, settings, data)
+    place = run_folder.inside(folder, f"nonrobust_features-{config.target}")
+    sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     model, described = robust_training.load_run(folder, weights)
     recipe = _recipe(described).override(epochs=epochs)
-    sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
-    place = folder / f"nonrobust_features-{config.target}"
     request = {
         **config.describe(),
         "epochs": recipe.epochs,
         "weights": weights,
         "weights_sha256": sha256,
     }
-    if (record := _open(place, request, overwrite)) is not None:
-        return record
-    provenance = run_folder.provenance()
-    crafted = build(
-        model,
-        data.train,
-        config,
-        place / "crafted",
-        progress,
-        weights_sha256=sha256,
-        should_stop=should_stop,
-    )
-    loop = _fresh(
-        described,
-        recipe,
-        as_split(place / "crafted"),
-        place,
-        config.seed,
-        callbacks=tuple(callbacks),
-        save_every=save_every,
-        should_stop=should_stop,
-    )
-    loop.resume()
-    record = {
-        "run": str(folder),
-        **request,
-        **crafted,
-        **_found(described, loop, model, data.test, recipe),
-        "request": request,
-        "provenance": provenance,
-    }
-    run_folder.write_json(place / "results.json", record)
+    with run_folder.own(place):
+        if (record := _open(place, request, overwrite)) is not None:
+            return record
+        provenance = run_folder.provenance()
+        path = run_folder.inside(place, "crafted")
+        made = {"weights_sha256": sha256, "should_stop": should_stop}
+        crafted = build(model, data.train, config, path, progress, **made)
+        loop = _fresh(
+            described,
+            recipe,
+            as_split(path),
+            place,
+            config.seed,
+            callbacks=tuple(callbacks),
+            save_every=save_every,
+            should_stop=should_stop,
+        )
+        loop.resume()
+        record = {
+            "run": str(folder),
+            **request,
+            **crafted,
+            **_found(described, loop, model, data.test, recipe),
+            "request": request,
+            "provenance": provenance,
+        }
+        run_folder.write_json(place / "results.json", record)
     return record
 
 
@@ -470,28 +465,36 @@ def _found(described, loop, model, test, recipe):
 def _recipe(described):
     """The recipe of a run's `config.json`."""
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
-    settings = {k: v for k, v in described["recipe"].items() if k in fields}
-    for pairs in ("drops", "read_outs"):
-        settings[pairs] = tuple(map(tuple, settings.get(pairs, ())))
-    return recipes.Recipe(**settings)
+    found = described.get("recipe", {})
+    settings = {k: v for k, v in found.items() if k in fields}
+    try:
+        for pairs in ("drops", "read_outs"):
+            settings[pairs] = tuple(map(tuple, settings.get(pairs, ())))
+        return recipes.Recipe(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Expected the run's config.json to hold its recipe. Received: "
+            f"{run_folder.brief(found)} ({error})."
+        ) from error
 
 
 def _open(place, request, overwrite):
     """Makes the folder of a result; returns an earlier record or None."""
     path = place / "request.json"
-    if path.exists():
+    if path.exists() and not overwrite:
         changed = run_folder.changed(run_folder.read_json(path), request)
-        if not changed and not overwrite:
-            found = place / "results.json"
-            return run_folder.read_json(found) if found.exists() else None
-        if not overwrite:
+        if changed:
             raise FileExistsError(
                 f"{place} holds a result, or a part of one, with another "
                 f"{', '.join(changed)}. Replace it with --overwrite."
             )
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(path, request)
+        found = place / "results.json"
+        return run_folder.read_json(found) if found.exists() else None
+    # The folder appears with the request, and never holds parts of another.
+    run_folder.replace_folder(
+        place,
+        lambda folder: run_folder.write_json(folder / path.name, request),
+    )
     return None
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import math
 import time
-import zipfile
 
 import keras
 import numpy as np
@@ -43,6 +42,9 @@ READ_OUTS = ("last", "all")
 _SUBSET = 0x5ACC  # Tells the choice of images from other uses of the seed.
 _GROUP_BYTES = 2**30  # Memory for the states of the examples under attack.
 _ROW_IMAGES = 10  # Image-sized arrays in one example's state, about.
+# What else a state may hold at most: arrays of logits and bytes an example,
+# and bytes in all.
+_ROW_LOGITS, _ROW_BYTES, _STATE_BYTES = 16, 2**12, 2**24
 _STATE = 2  # Format of what is kept of an evaluation under way.
 # The odds of exp(-87) are the smallest normal number of float32: the
 # probabilities of the other classes, which are the usual gradient, are zero.
@@ -264,12 +266,16 @@ def evaluate(
     keep = len(order) if keep_images < 0 else keep_images
     work = _Evaluation(model, surrogate or model, config, len(order))
     tally = _Tally(config, keep, context or {})
-    state = _State(state_dir, _identity(split, config, order, context))
     sizes = work.group_size(split)
+    state = _State(
+        state_dir,
+        _identity(split, config, order, context),
+        work.state_bytes(split, min(sizes, len(order))),
+    )
     for number, start in enumerate(range(0, len(order), sizes)):
-        results = state.finished(number)
+        indices = order[start : start + sizes]
+        results = state.finished(number, indices)
         if results is None:
-            indices = order[start : start + sizes]
             images = _checked(split.read(indices), split.name)
 
             def report(done, start=start):
@@ -311,6 +317,12 @@ class _Evaluation:
         """How many examples fit into memory with their states."""
         row = split.read([0]).nbytes * _ROW_IMAGES
         return max(1, _GROUP_BYTES // (row * self.size)) * self.size
+
+    def state_bytes(self, split, count):
+        """Returns how many bytes the state of a group has at most."""
+        row = 2 * _ROW_IMAGES * split.read([0]).nbytes
+        row += _ROW_LOGITS * self.classes * 4 + _ROW_BYTES
+        return row * count + _STATE_BYTES
 
     def attack(self, images, labels, indices, state, number, report):
         """Attacks one group; returns its results, an array each, by name."""
@@ -475,24 +487,42 @@ class _State:
     SHARE = 0.03  # Of the time, at most, for writing.
     PAUSE = 1.0  # Seconds between two writes, at least.
 
-    def __init__(self, folder, identity):
+    def __init__(self, folder, identity, limit=_GROUP_BYTES):
         self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
+        self.limit = limit  # Bytes of a file, at most.
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "evaluation.json"
         if not path.exists():
             run_folder.write_json(path, identity)
-        changed = run_folder.changed(run_folder.read_json(path), identity)
+        try:
+            found = run_folder.read_json(path)
+        except ValueError as error:
+            raise StateError(error) from error
+        changed = run_folder.changed(found, identity)
         if changed:
             raise StateError(
                 f"{folder} holds the state of an evaluation with another "
                 f"{', '.join(changed)}. Remove it, or write --overwrite."
             )
 
-    def finished(self, number):
+    def finished(self, number, indices):
         """Returns the results of a group that is done, or None."""
-        return self._read(f"group-{number:05d}.npz")
+        name = f"group-{number:05d}.npz"
+        results = self._read(name)
+        if results is None:
+            return None
+        needed = {*_Tally.IMAGES, *_Tally.EXAMPLES, "seconds"}
+        rows = [v for k, v in results.items() if k != "seconds"]
+        if (
+            not needed <= results.keys()
+            or any(np.shape(v)[:1] != (len(indices),) for v in rows)
+            or not np.array_equal(results["indices"], indices)
+            or results["seconds"].shape != (1,)
+        ):
+            raise self._damaged(name, "it is not of these images")
+        return results
 
     def finish(self, number, results):
         """Writes the results of a group."""
@@ -504,12 +534,16 @@ class _State:
     def underway(self, number, best, logits, met):
         """Returns (member, its state, seconds) and fills the arrays."""
         found = self._read("underway.npz")
-        if found is None or int(found["group"]) != number:
+        if found is None or found.get("group") != number:
             return 0, None, 0.0
-        best[:], logits[:] = found["best"], found["logits"]
-        met[:] = found["met"]
+        try:
+            best[:], logits[:] = found["best"], found["logits"]
+            met[:] = found["met"]
+            member, seconds = int(found["member"]), float(found["seconds"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._damaged("underway.npz", error) from error
         rows = {k[4:]: v for k, v in found.items() if k.startswith("row_")}
-        return int(found["member"]), rows, float(found["seconds"])
+        return member, rows, seconds
 
     def save(self, number, member, rows, best, logits, met, seconds):
         """Writes the group under way, if it is time."""
@@ -545,17 +579,17 @@ class _State:
     def _read(self, name):
         if self.folder is None or not (self.folder / name).exists():
             return None
-        path = self.folder / name
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise StateError(
-                f"{path} is damaged and cannot be read ({reason}). Remove it, "
-                "and its images are attacked again, the others are not; or "
-                "write --overwrite."
-            ) from error
+            return run_folder.read_npz(self.folder / name, self.limit)
+        except ValueError as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name, reason):
+        return StateError(
+            f"{self.folder / name} is damaged and cannot be read ({reason}). "
+            "Remove it, and its images are attacked again, the others are not; "
+            "or write --overwrite."
+        )
 
 
 def _identity(split, config, order, context):
@@ -571,7 +605,6 @@ def _identity(split, config, order, context):
             np.asarray(split.labels, "int64").tobytes()
         ).hexdigest(),
         "weights_sha256": context.get("weights_sha256"),
-        "surrogate": context.get("surrogate"),
         "surrogate_sha256": context.get("surrogate_sha256"),
         "backend": keras.config.backend(),
         "state_format": _STATE,

@@ -10,8 +10,9 @@ import dataclasses
 import json
 import math
 import pathlib
+import tempfile
 import time
-import zipfile
+import warnings
 from typing import Callable
 
 import h5py
@@ -29,6 +30,7 @@ import training_step
 STATE = "state.npz"
 _READ_OUT = "read_out"  # Attribute of a weight file.
 _ROOM = 2**20  # Bytes beside the arrays in a file of ours.
+_PROGRESS_BYTES = 2**26  # Of the history of a run as text, at most.
 HISTORY = (
     "epoch",
     "step",
@@ -49,6 +51,10 @@ ABOVE_CHANCE = 2.0
 # Where the last good weights are put back, as in fast training, robust accuracy
 # may not fall by more from one epoch to the next: Wong et al. stop there.
 FALLEN_POINTS = 0.2
+
+
+# What the config of a run has to have for its model to be built.
+_NEEDED = ("model", "dataset", "model_options", "num_classes", "image_shape")
 
 
 # --- State -------------------------------------------------------------------
@@ -81,37 +87,116 @@ def save_state(path, model, optimizer, progress, carried=None):
     )
 
 
-def load_state(path, model, optimizer):
+def load_state(path, model, optimizer, carried=None):
     """Reads what `save_state` wrote into a model and an optimizer.
+
+    Args:
+        path: The file.
+        model, optimizer: Of the same kind as those that were saved.
+        carried: An array of the shape and dtype of the saved perturbation of
+            free training, or None.
 
     Returns:
         Tuple of the `progress` dict and `carried`.
 
     Raises:
-        ValueError: If the file is corrupt or belongs to another model.
+        ValueError: If the file is corrupt, larger than such a state can be,
+            or belongs to another model. Nothing is assigned then.
     """
     variables = [*model.variables, *optimizer.variables]
+    targets = {
+        f"v{i}": (tuple(v.shape), keras.backend.standardize_dtype(v.dtype))
+        for i, v in enumerate(variables)
+    }
+    if carried is not None:
+        targets["carried"] = (carried.shape, str(carried.dtype))
+    # Eight bytes a number: other backends count in wider integers.
+    limit = sum(8 * math.prod(shape) for shape, _ in targets.values())
     try:
-        with np.load(path, allow_pickle=False) as file:
-            progress = json.loads(str(file["progress"]))
-            count = len(set(file.files) - {"progress", "carried"})
-            values = [file[f"v{i}"] for i in range(count)]
-            carried = file["carried"] if "carried" in file.files else None
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+        values = run_folder.read_npz(path, limit + _PROGRESS_BYTES)
+        progress = json.loads(str(values.pop("progress")))
+        _check_progress(progress)
+    except (KeyError, ValueError, RecursionError) as error:
+        reason = f"it has no {error}" if type(error) is KeyError else error
         raise ValueError(
-            f"{path} is not a readable training state ({error}). Delete it "
+            f"{path} is not a readable training state ({reason}). Delete it "
             "and start again with --overwrite."
         ) from error
-    if [v.shape for v in values] != [tuple(v.shape) for v in variables]:
+    misfit = _misfit(
+        {n: (v.shape, str(v.dtype)) for n, v in values.items()}, targets
+    )
+    if misfit:
         raise ValueError(
             f"{path} holds the state of another model or optimizer "
-            f"({len(values)} variables, {len(variables)} expected). Use the "
-            "settings of the run's config.json, or start again with "
+            f"({len(values)} arrays, {len(targets)} expected; {misfit}). Use "
+            "the settings of the run's config.json, or start again with "
             "--overwrite."
         )
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-    return progress, carried
+    for i, variable in enumerate(variables):
+        variable.assign(values[f"v{i}"])
+    return progress, values.get("carried")
+
+
+def _misfit(found, wanted):
+    """Returns what first differs between named (shape, dtype); None if none."""
+    for name, (shape, dtype) in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        shape_found, dtype_found = found[name]
+        if shape_found != shape:
+            return f"{name} has shape {shape_found}, expected {shape}"
+        kinds = {np.dtype(t).kind for t in (dtype, dtype_found)}
+        if len(kinds) > 1 and kinds != {"i", "u"}:
+            return f"{name} has dtype {dtype_found}, expected {dtype}"
+    extra = sorted(found.keys() - wanted.keys())
+    return f"{extra[0]} is unexpected" if extra else None
+
+
+def _check_progress(progress):
+    """Raises a ValueError if that is not the progress of a run."""
+    expected = f"Expected progress with {', '.join(_PROGRESS)}"
+    if not isinstance(progress, dict) or _PROGRESS.keys() - progress.keys():
+        raise ValueError(f"{expected}. Received: {run_folder.brief(progress)}")
+    for name, check in _PROGRESS.items():
+        if not check(progress[name]):
+            raise ValueError(
+                f"{expected}. Received: {name}="
+                f"{run_folder.brief(progress[name])}"
+            )
+    steps = [0, *(row["step"] for row in progress["history"])]
+    best, ended = progress["best_epoch"], progress["ended"]
+    if sorted(steps) != steps or steps[-1] > progress["step"]:
+        raise ValueError(f"the steps of its history are {steps[1:][:5]}")
+    if (best or 0) >= len(steps) or (best is None) != (len(steps) == 1):
+        raise ValueError(f"best_epoch={best} of {len(steps) - 1} epochs")
+    if ended is not None and not {"epoch", "step", "reason"} <= ended.keys():
+        raise ValueError(f"ended={run_folder.brief(ended)}")
+
+
+def _is_row(row):
+    """Whether that is a row of the history."""
+    if not isinstance(row, dict) or not row.keys() >= set(HISTORY):
+        return False
+    needed = ("epoch", "step", "learning_rate", "loss", "accuracy", "seconds")
+    return type(row["step"]) is int and all(
+        type(row[name]) in (int, float)
+        or (name not in needed and row[name] is None)
+        for name in HISTORY
+    )
+
+
+# What a saved run knows of itself, and the check of each field.
+_PROGRESS = {
+    "step": lambda v: type(v) is int and v >= 0,
+    "best_epoch": lambda v: v is None or (type(v) is int and v > 0),
+    "history": lambda v: isinstance(v, list) and all(map(_is_row, v)),
+    "sums": lambda v: (
+        isinstance(v, list)
+        and len(v) == 3
+        and all(type(number) in (int, float) for number in v)
+    ),
+    "ended": lambda v: v is None or isinstance(v, dict),
+}
 
 
 def save_weights(path, model):
@@ -154,15 +239,74 @@ def load_weights(path, model, *, read_out=True):
             with when the file was written.
 
     Raises:
-        OSError, KeyError, ValueError: If the file does not fit the model.
+        OSError: If the file cannot be read.
+        ValueError: If the file does not fit the model; says in one line which
+            variable differs first, or how many are missing.
     """
     with h5py.File(path) as file:
         step = file.attrs.get(_READ_OUT)
-    if step is not None and read_out:
-        model_registry.set_read_out(model, int(step))
-    with _without_optimizer(model):
-        model.load_weights(path)
+    try:
+        if step is not None and read_out:
+            model_registry.set_read_out(model, int(step))
+        # Keras warns of layers that a file lacks, and goes on without them.
+        with _without_optimizer(model), warnings.catch_warnings(record=True):
+            warnings.simplefilter("error")
+            model.load_weights(path)
+    except (KeyError, TypeError, ValueError, OSError, Warning) as error:
+        reason = _why_not(path, model)
+        if reason is not None or not isinstance(error, Warning):
+            raise ValueError(reason or _first_line(error)) from error
+        with _without_optimizer(model):
+            model.load_weights(path)
     model_backbone.check_weights(model)
+
+
+def _why_not(path, model):
+    """Says in one line why weights do not fit a model; None if shapes do.
+
+    Keras says so in up to a line for each layer, without the first reason.
+    """
+    try:
+        found = _shapes(path)
+        with tempfile.TemporaryDirectory() as folder:
+            own = pathlib.Path(folder) / "own.weights.h5"
+            with _without_optimizer(model):
+                model.save_weights(own)
+            wanted = _shapes(own)
+    except OSError:
+        return None
+    missing = [name for name in wanted if name not in found]
+    for name, shape in wanted.items():
+        if name in found and found[name] != shape:
+            return (
+                f"expected the shape {shape} of {name}, received {found[name]}"
+            )
+    if missing:
+        return (
+            f"{len(missing)} of {len(wanted)} variables are missing, "
+            f"first {missing[0]}"
+        )
+    return None
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _shapes(path):
+    """Returns the shapes of a weight file's variables, by layer and number."""
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            layer = item.parent.attrs.get("name")
+            number = name.rpartition("/")[2]
+            label = name if layer is None else f"{layer}/{number}"
+            found[label if label not in found else name] = item.shape
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
 
 
 @contextlib.contextmanager
@@ -222,7 +366,7 @@ def load_run(folder, weights="best", options=None, dtype=None):
             f"{folder} is not the folder of a run: it has no "
             f"{run_folder.CONFIG}. Name one with --run, or train one first."
         )
-    config = run_folder.read_json(folder / run_folder.CONFIG)
+    config = run_folder.read_config(folder, _NEEDED)
     path = folder / f"{weights}.weights.h5"
     if not path.exists():
         raise FileNotFoundError(
@@ -238,12 +382,11 @@ def load_run(folder, weights="best", options=None, dtype=None):
     )
     try:
         load_weights(path, model, read_out="read_out" not in (options or {}))
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} does not fit the model of {folder / run_folder.CONFIG} "
             f"({config['model']} with {config['num_classes']} classes of "
-            f"{config['dataset']}): {reason}"
+            f"{config['dataset']}): {_first_line(error)}."
         ) from error
     return model, config
 
@@ -360,9 +503,16 @@ class Loop:
         """Reads the saved state, if there is one; returns the step."""
         path = self.folder / STATE
         if path.exists():
-            self.progress, self.carried = load_state(
-                path, self.model, self.optimizer
+            progress, carried = load_state(
+                path, self.model, self.optimizer, self.carried
             )
+            if progress["step"] > self.epochs * self.steps_per_epoch:
+                raise ValueError(
+                    f"{path} is at step {progress['step']} of a run of "
+                    f"{self.epochs * self.steps_per_epoch}. Resume with the "
+                    "settings of the run's config.json."
+                )
+            self.progress, self.carried = progress, carried
         return self.progress["step"]
 
     def train(self):

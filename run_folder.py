@@ -23,7 +23,10 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 try:
     import fcntl
@@ -151,6 +154,71 @@ def brief(value) -> str:
     """Returns the text of a value on one line, at most 60 characters long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_npz(path, limit: int, names: Sequence[str] | None = None) -> dict:
+    """Reads arrays from an `.npz` file, never more than is expected of it.
+
+    Sizes are checked before anything is allocated or decompressed: a small
+    file can claim to hold terabytes.
+
+    Args:
+        path: The file.
+        limit: Most bytes that the arrays may have together.
+        names: Which arrays to read; None for all.
+
+    Returns:
+        Dict from names to arrays.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds objects, lacks an array or is
+            larger than the limit; a reason without the name of the file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {i.filename: i for i in archive.infolist()}
+            if names is None:
+                names = [n.removesuffix(".npy") for n in members]
+            found = {}
+            for name in names:
+                found[name] = _read_npy(archive, members, name, limit)
+                limit -= found[name].nbytes
+            return found
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise eight kinds.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(reason) from error
+
+
+def _read_npy(archive, members, name, limit):
+    """Reads one array of an `.npz` file into memory of its own."""
+    if f"{name}.npy" not in members:
+        raise ValueError(f"it has no array {name!r}")
+    info = members[f"{name}.npy"]
+    with archive.open(info) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"the array {name!r} is of another format")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError(f"the array {name!r} holds objects")
+        if size > limit or size > info.file_size:
+            raise ValueError(
+                f"the array {name!r} claims {size} bytes, more than the "
+                f"{min(limit, info.file_size)} expected"
+            )
+        array = np.empty(shape[::-1] if is_fortran else shape, dtype)
+        left = memoryview(array.reshape(-1).view(np.uint8))
+        while len(left):
+            count = file.readinto(left)
+            if not count:
+                raise ValueError(f"the array {name!r} is cut short")
+            left = left[count:]
+        if file.read(1):  # This checks the sum as well.
+            raise ValueError(f"the array {name!r} is longer than it says")
+    return array.T if is_fortran else array
 
 
 def sha256(path):

@@ -225,4 +225,3 @@ def _check_data(folder, run, data):
             f"{folder}: labels or brightness differ ({data.source}). Point "
             "--data_dir at the files it was trained on, or train it again."
         )
-
