@@ -564,7 +564,8 @@ def open_folder(config, described, *, overwrite=False, resume=False):
         raise FileNotFoundError(
             f"{folder} holds no run to resume; start it without --resume"
         )
-    earlier = _completed(run_folder.read_config(folder), config)
+    needed = ("model", "dataset", "recipe", "seed")
+    earlier = _completed(run_folder.read_config(folder, needed), config)
     here = {k: v for k, v in described.items() if k not in _FREE}
     changed = run_folder.differences(
         earlier, {k: v for k, v in here.items() if k in earlier}
