@@ -407,9 +407,10 @@ class _Subject:
         parts = []
         for start in range(0, self.count, size):
             rows = np.flatnonzero(self.right)[start : start + size]
-            rows = crafting.pad(rows, self.count, size)
-            parts.append(ops.convert_to_numpy(fn(*(a[rows] for a in arrays))))
-        found = np.concatenate(parts)[: self.count]
+            padded = crafting.pad(rows, size)
+            found = fn(*(array[padded] for array in arrays))
+            parts.append(ops.convert_to_numpy(found)[: len(rows)])
+        found = np.concatenate(parts)
         return dict(zip(losses, found.T, strict=True))
 
 

@@ -146,18 +146,24 @@ def logits(model, images, size, reading=None):
         reading,
     )
     parts = [
-        ops.convert_to_numpy(
-            forward(pad(images[i : i + size], len(images), size))
-        )[: len(images[i : i + size])]
+        ops.convert_to_numpy(forward(pad(images[i : i + size], size)))[
+            : len(images[i : i + size])
+        ]
         for i in range(0, len(images), size)
     ]
     return np.concatenate(parts).astype("float32")
 
 
-def pad(values, total, size):
-    """Repeats the last row until the batch has a size that is compiled."""
-    if total >= size and len(values) == size:
-        return values
+def pad(values, size):
+    """Repeats the last row until the batch has a size that is compiled.
+
+    Args:
+        values: Array of 1 to `size` rows.
+        size: The largest batch size.
+
+    Returns:
+        Array of `numerics.row_count` rows, the first of them `values`.
+    """
     missing = numerics.row_count(len(values), size) - len(values)
     if not missing:
         return values
@@ -262,7 +268,7 @@ class Crafter:
         numbers = self.attack.numbers()
         for start in range(0, len(active), self.size):
             index = active[start : start + self.size]
-            take = pad(index, len(active), self.size)
+            take = pad(index, self.size)
             batch = {k: v[take] for k, v in state.items()}
             for name, value in run(batch, numbers, *scalars).items():
                 value = ops.convert_to_numpy(value)[: len(index)]

@@ -272,7 +272,7 @@ def _craft(model, split, config, indices):
     images, labels, targets = [], [], []
     for batch in image_splits.batches(split, indices, size):
         count = len(batch[0])
-        padded = [crafting.pad(part, len(indices), size) for part in batch]
+        padded = [crafting.pad(part, size) for part in batch]
         found = [ops.convert_to_numpy(part)[:count] for part in craft(*padded)]
         images.append(found[0].astype("float32"))
         labels.append(batch[1])

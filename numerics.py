@@ -300,26 +300,42 @@ def _for_any_size(fn):
 
 
 def row_count(rows, limit):
-    """The batch size for which `rows` rows are best padded.
+    """The batch size to which `rows` rows are padded.
 
     Padding wastes time and a new size costs a compilation: where every size is
     compiled anew, only halves of `limit` are offered, otherwise its
     thirty-seconds, as the kernels of a new size take a moment too.
+
+    The size is a multiple of `row_multiple`, also where `limit` is not: the
+    kernels sum fewer rows in another order, so that the logits of an image
+    would depend on the batch size.
 
     Args:
         rows: How many rows there are, from 1 to `limit`.
         limit: The largest batch size.
 
     Returns:
-        Integer from `rows` to `limit`.
+        Integer from `rows` to `limit`, rounded up to the multiple.
     """
+    multiple = row_multiple()
     if _compiles_sizes():
         size = limit
         while size % 2 == 0 and rows <= size // 2 and size > limit // 8:
             size //= 2
-        return size
-    part = max(1, limit // 32)
-    return min(limit, -(-rows // part) * part)
+    else:
+        part = max(1, limit // 32)
+        size = min(limit, -(-rows // part) * part)
+    return -(-size // multiple) * multiple
+
+
+def row_multiple():
+    """The rows of which a batch is a multiple, at least two.
+
+    A dense layer on a single row is a product of a matrix and a vector, which
+    every backend sums in another order than that of two matrices. Torch also
+    does so with the one to three rows that are left over from groups of four.
+    """
+    return 4 if keras.config.backend() == "torch" else 2
 
 
 def _compiles_sizes():

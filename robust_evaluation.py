@@ -3,8 +3,9 @@
 Every image is counted exactly once, and a verdict is a fresh forward pass on
 the float32 images that an attack returned. The noise of an image comes from
 the run's seed and its index in the split, so neither the batch size nor the
-order changes a result. What is under way can be kept in a folder, from which a
-killed evaluation goes on.
+order changes a result; batches are padded so that the sums of a forward pass
+do not change with their size either. What is under way can be kept in a folder,
+from which a killed evaluation goes on.
 """
 
 import dataclasses
@@ -69,7 +70,8 @@ class EvaluationConfig:
         num_examples: How many images, drawn from the split by `seed`; a larger
             number holds the smaller one's images. None for all.
         indices: The images themselves, by their place in the split, instead.
-        batch_size: Most images attacked at a time; changes the speed alone.
+        batch_size: Most images attacked at a time, rounded up to a multiple of
+            `numerics.row_multiple`; changes the speed alone.
         seed: Integer from which all randomness comes.
         eot: Draws of a stochastic model over which verdict and gradient are
             averaged; None is for deterministic models.

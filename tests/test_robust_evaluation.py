@@ -129,6 +129,50 @@ def test_batch_size_and_order_change_nothing(model):
             assert other[key] == pytest.approx(record[key], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def summing():
+    """A net whose dense layers sum many terms: their order shows."""
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            layers.Conv2D(16, 3, padding="same", activation="relu"),
+            layers.Flatten(),
+            layers.Dense(67, activation="relu"),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+
+def test_logits_are_the_same_bits_in_batches_of_any_size(summing):
+    # Up to 32 rows: XLA shares the sums of larger batches among threads.
+    _, images = make_split(32)
+    want = crafting.logits(summing, images, 32)
+    for size in (1, 2, 3, 5, 7, 13):
+        got = crafting.logits(summing, images, size)
+        np.testing.assert_array_equal(got, want, err_msg=f"size {size}")
+    # A single image is left over, as at the end of a data set.
+    got = crafting.logits(summing, images[:17], 16)
+    np.testing.assert_array_equal(got, want[:17])
+
+
+@pytest.mark.parametrize("norm,epsilon", [("linf", 0.05), ("l1", 2.0)])
+def test_square_finds_the_same_images_in_batches_of_one(summing, norm, epsilon):
+    split, _ = make_split(12)
+    # The net's own answers: all are right, and some stand to the end.
+    labels = crafting.logits(summing, split.read(range(12)), 12).argmax(-1)
+    split = image_splits.Split("test", labels.astype("int32"), split.read)
+    attack = square.Square(norm=norm, epsilon=epsilon, n_queries=30)
+    found = {}
+    for size in (1, 12):
+        config = EvaluationConfig(attack, batch_size=size)
+        record, arrays = evaluate(summing, split, config, keep_images=-1)
+        found[size] = record["robust_accuracy"], arrays
+    assert found[1][0] == found[12][0]
+    for name, values in found[12][1].items():
+        np.testing.assert_array_equal(found[1][1][name], values, err_msg=name)
+
+
 def test_another_seed_is_another_noise(model):
     split, _ = make_split()
     found = []
