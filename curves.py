@@ -17,12 +17,12 @@ import math
 import matplotlib
 import numpy as np
 from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import metrics
+import record_text
 import robust_evaluation
 import run_folder
+import visualize
 
 # Okabe and Ito's palette (safe for colour-blind readers), dark ones first.
 _PALETTE = (
@@ -35,23 +35,7 @@ _PALETTE = (
     "#222222",
 )
 _MARKERS = "os^DvPX<>"
-_INK, _FAINT = "#222222", "#9a9a9a"
 _DPI = 150
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 9,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 _MOST_LINES = 9  # In one panel; the CSV has them all.
 _MOST_BANDS = 5  # More would be mud: bars then.
 
@@ -105,7 +89,7 @@ _RESULTS = (
     "device",
     "backend",
 )
-_LEFT_OUT = ("request", "provenance", "skipped")
+_LEFT_OUT = ("request", "provenance", "skipped", "per_class", "confusion")
 _PAIRS = {
     "clean_accuracy_interval": "clean_accuracy",
     "robust_accuracy_interval": "robust_accuracy",
@@ -336,64 +320,9 @@ def _fewer(lines, axis):
 
 # --- Words ------------------------------------------------------------------
 
-_ATTACKS = {
-    "apgd": "APGD",
-    "apgd_t": "APGD-T",
-    "autoattack": "AutoAttack",
-    "bim": "BIM",
-    "fab": "FAB",
-    "fab_t": "FAB-T",
-    "fgsm": "FGSM",
-    "mim": "MIM",
-    "pgd": "PGD",
-    "pgd_adam": "PGD with Adam",
-    "spsa": "SPSA",
-    "square": "Square",
-}
-_NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_WORDS = {
-    "attack": lambda v: _ATTACKS.get(v, str(v)),
-    "norm": lambda v: _NORMS.get(v, str(v)),
-    "target": lambda v: "untargeted" if v == "none" else f"{v} targets",
-    "epsilon": lambda v: f"ε = {_radius(v)}",
-    "steps": lambda v: f"{v} steps" if v != 1 else "1 step",
-    "restarts": lambda v: f"{v} restarts" if v != 1 else "1 restart",
-    "n_queries": lambda v: f"{v} queries",
-    "step_size": lambda v: f"step {_radius(v)}",
-    "num_examples": lambda v: f"{v} images",
-    "eot": lambda v: f"{v} draws",
-    **{name: str for name in ("model", "dataset", "run", "split", "version")},
-}
 # What is said of a line or of all of them; the rest only where lines of one
 # attack differ in it.
-_SAID = (
-    "model",
-    "dataset",
-    "attack",
-    "version",
-    "norm",
-    "target",
-    "epsilon",
-    "steps",
-    "n_queries",
-    "restarts",
-)
-
-
-def _radius(value):
-    """A radius for people: 8/255, 0.05."""
-    levels = _levels(value)
-    return f"{levels:g}/255" if levels else f"{value:.4g}"
-
-
-def _levels(value):
-    """k if a value is best said as k/255, else None."""
-    levels = round(value * 255, 6)
-    short = len(f"{value:.6g}") <= 5
-    whole = abs(levels * 10 - round(levels * 10)) < 1e-4
-    return (
-        round(levels, 1) if whole and 0 < levels < 255 and not short else None
-    )
+_SAID = (*record_text.ORIGIN, *record_text.ATTACK)
 
 
 def _names(lines):
@@ -422,15 +351,6 @@ def _differing(lines):
         for name in names
         if len({json.dumps(line.settings.get(name)) for line in lines}) > 1
     ]
-
-
-def _say(settings, names):
-    words = [
-        _WORDS.get(name, lambda v, name=name: f"{name} {v}")(settings[name])
-        for name in names
-        if settings.get(name) is not None
-    ]
-    return ", ".join(words)
 
 
 # --- Drawing ----------------------------------------------------------------
@@ -462,17 +382,11 @@ def accuracy_curves(records, path=None, *, title=None):
     panels = _panels(records)
     columns = len(panels) if len(panels) < 4 else 2
     height = 3.9 * math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(0.4 + 4.5 * columns, 0.4 + height),
-            dpi=_DPI,
-            layout="constrained",
+    with visualize.style():
+        figure = visualize.new_figure(
+            0.4 + 4.5 * columns, 0.4 + height, title or _title(records), _DPI
         )
-        FigureCanvasAgg(figure)
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04)
-        figure.suptitle(
-            title or _title(records), fontsize=11, fontweight="bold"
-        )
         axes = figure.subplots(
             -(-len(panels) // columns), columns, squeeze=False
         )
@@ -482,11 +396,7 @@ def accuracy_curves(records, path=None, *, title=None):
             axes.flat, panels.items(), strict=False
         ):
             _panel(axes_of, axis, lines)
-    if path is not None:
-        run_folder.atomic_write(
-            path, lambda temporary: figure.savefig(temporary, dpi=_DPI)
-        )
-    return figure
+    return visualize.finish(figure, path)
 
 
 def _title(records):
@@ -524,8 +434,10 @@ def _panel(axes, axis, lines):
     shown = _fewer(lines, axis)
     names = _names(shown)
     unlike = {name for of_one in names for name in of_one}
-    common = [n for n in _SAID[2:] if n not in unlike]
-    axes.set_title(_say(shown[0].settings, common), loc="left", color="#555555")
+    common = [n for n in record_text.ATTACK if n not in unlike]
+    axes.set_title(
+        record_text.say(shown[0].settings, common), loc="left", color="#555555"
+    )
     top = _top([record for line in shown for record in line.records])
     places = np.concatenate([line.x for line in shown])
     log = places.min() > 0 and places.max() >= AXES[axis] * places.min()
@@ -536,7 +448,7 @@ def _panel(axes, axis, lines):
     for line, of_one, style in zip(
         shown, names, _styles(shown, unlike), strict=True
     ):
-        label = _say(line.settings, of_one)
+        label = record_text.say(line.settings, of_one)
         _draw(axes, line, label, {**style, "bands": bands}, unit, log)
     _clean(axes, shown, top)
     axes.set_ylim(0, top)
@@ -680,7 +592,9 @@ def _clean(axes, lines, top):
 
 def _unit(radii):
     """255 if all radii are best said in units of 1/255, else 1."""
-    levels = [_levels(float(radius)) for radius in radii if radius > 0]
+    levels = [
+        record_text.levels(float(radius)) for radius in radii if radius > 0
+    ]
     return 255.0 if levels and all(levels) else 1.0
 
 
@@ -695,7 +609,7 @@ def _axis_name(axis, lines, unit, log):
         norms = {line.settings.get("norm") for line in lines} - {None}
         if len(norms) == 1:
             (norm,) = norms
-            name = f"ε in {_NORMS.get(norm, norm)}"
+            name = f"ε in {record_text.NORMS.get(norm, norm)}"
         if unit != 1:
             name += ", in units of 1/255"
     return f"{name} (log scale)" if log else name

@@ -4,8 +4,15 @@ Everything here is NumPy on logits and predictions that were made elsewhere. No
 model is called, and nothing depends on how the examples were batched.
 """
 
+import typing
+
 import numpy as np
 from scipy import special, stats
+
+# The prediction of an image whose logits are not finite: no class.
+NON_FINITE = -1
+NON_FINITE_NAME = "non-finite"
+MOST_CONFUSED = 100  # Classes up to which a record holds the confusion.
 
 
 def proportion_interval(count, total, confidence=0.95):
@@ -34,11 +41,11 @@ def predictions(logits: np.ndarray) -> np.ndarray:
         logits: Array of shape `(n, classes)`.
 
     Returns:
-        Int32 array of shape `(n,)`; -1 where a logit is NaN or infinite. -1 is
+        Int32 array of shape `(n,)`; `NON_FINITE`, -1, where a logit is NaN or infinite. -1 is
         no class, so such an answer is never right.
     """
     found = logits.argmax(-1)
-    return np.where(nonfinite(logits), -1, found).astype("int32")
+    return np.where(nonfinite(logits), NON_FINITE, found).astype("int32")
 
 
 def nonfinite(logits: np.ndarray) -> np.ndarray:
@@ -141,3 +148,120 @@ def worst_case(verdicts):
         Boolean array `(n,)`.
     """
     return np.logical_and.reduce([np.asarray(v, bool) for v in verdicts])
+
+
+class Outcomes(typing.NamedTuple):
+    """What an attack did to each image; boolean arrays of shape `(n,)`.
+
+    Attributes:
+        attacked: Correct before the attack; only these say what it did.
+        robust: Attacked, and still correct.
+        misclassified: Attacked, and no longer correct.
+    """
+
+    attacked: np.ndarray
+    robust: np.ndarray
+    misclassified: np.ndarray
+
+
+def outcomes(
+    labels: np.ndarray, clean: np.ndarray, adversarial: np.ndarray
+) -> Outcomes:
+    """Separates attacked images from those that were wrong before the attack.
+
+    Args:
+        labels: True labels, integers of shape `(n,)`.
+        clean: Predictions on the clean images, `(n,)`.
+        adversarial: Predictions under attack, `(n,)`.
+    """
+    attacked = np.asarray(clean) == labels
+    correct = np.asarray(adversarial) == labels
+    return Outcomes(attacked, attacked & correct, attacked & ~correct)
+
+
+def confidences(logits: np.ndarray) -> np.ndarray:
+    """Returns the softmax probability of the predicted class.
+
+    Args:
+        logits: Array of shape `(n, classes)`.
+
+    Returns:
+        float64 `(n,)` in (0, 1]; NaN where a logit is not finite.
+    """
+    logits = np.asarray(logits, np.float64)
+    broken = nonfinite(logits)
+    safe = np.where(broken[:, None], 0.0, logits)
+    return np.where(broken, np.nan, special.softmax(safe, axis=-1).max(-1))
+
+
+def confusion(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Counts predictions by true class.
+
+    Args:
+        labels: True labels, integers of shape `(n,)`.
+        predictions: Predicted classes, `(n,)`; `NON_FINITE` has a column.
+        num_classes: Number of classes.
+
+    Returns:
+        Integers of shape `(num_classes, num_classes + 1)`: a row for each true
+        class, a column for each predicted one, and "non-finite" last.
+    """
+    from sklearn import metrics as sklearn_metrics  # Its import takes a second.
+
+    columns = [*range(num_classes), NON_FINITE]
+    counts = sklearn_metrics.confusion_matrix(
+        labels, predictions, labels=columns
+    )
+    return counts[:-1]  # No image has the label "non-finite".
+
+
+def class_report(
+    labels: np.ndarray,
+    class_names: typing.Sequence[str],
+    clean: np.ndarray,
+    adversarial: np.ndarray | None = None,
+) -> dict:
+    """Accuracy of each class, and which classes are taken for which.
+
+    Args:
+        labels: True labels, integers of shape `(n,)`, n at least 1.
+        class_names: Names by class id.
+        clean: Predictions on the clean images, `(n,)`.
+        adversarial: Optional predictions under attack, `(n,)`.
+
+    Returns:
+        JSON-able dict. "per_class" holds lists with an entry for each class:
+        "class" (its name), "num_examples", "clean_correct", "clean_accuracy"
+        (None without images), "clean_top_error" (the most frequent wrong
+        prediction, or None), and the same with "robust_" under attack.
+        "confusion" holds "columns" (the predicted classes, "non-finite" last)
+        and the counts of `confusion` as "clean" and "adversarial"; it is None
+        for more than `MOST_CONFUSED` classes.
+    """
+    count = len(class_names)
+    columns = [*map(str, class_names), NON_FINITE_NAME]
+    matrices = {"clean": confusion(labels, clean, count)}
+    if adversarial is not None:
+        matrices["adversarial"] = confusion(labels, adversarial, count)
+    totals = matrices["clean"].sum(axis=1)
+    classes = {"class": columns[:-1], "num_examples": totals.tolist()}
+    for name, matrix in matrices.items():
+        kind = "clean" if name == "clean" else "robust"
+        correct = matrix.diagonal()
+        wrong = matrix - np.eye(*matrix.shape, dtype=int) * correct[:, None]
+        classes[f"{kind}_correct"] = correct.tolist()
+        classes[f"{kind}_accuracy"] = [
+            float(right / total) if total else None
+            for right, total in zip(correct, totals, strict=True)
+        ]
+        classes[f"{kind}_top_error"] = [
+            columns[row.argmax()] if row.any() else None for row in wrong
+        ]
+    counts = {name: matrix.tolist() for name, matrix in matrices.items()}
+    few = count <= MOST_CONFUSED
+    return {
+        "per_class": classes,
+        "confusion": {"columns": columns, **counts} if few else None,
+    }

@@ -173,18 +173,20 @@ def check_counts(config):
         raise ValueError(f"Expected seed >= 0. Received: {config.seed}.")
 
 
-def accuracy(model, split, batch_size=256):
+def accuracy(model, split, batch_size=256, class_names=None):
     """Counts a model's right answers on a split, every image exactly once.
 
     Args:
         model: A `keras.Model` from images in [0, 1] to logits.
         split: An `image_splits.Split`.
         batch_size: Images at a time.
+        class_names: Optional names of the classes, for a report by class.
 
     Returns:
         Dict with "accuracy", "loss" (mean cross-entropy in nats, infinite if a
         logit is not finite), "nonfinite_answers" (images with such logits,
-        which count as misclassified) and "num_examples".
+        which count as misclassified) and "num_examples"; with `class_names`
+        also "per_class" and "confusion", see `metrics.class_report`.
 
     Raises:
         ValueError: If the split is empty or does not fit the model, if
@@ -193,19 +195,24 @@ def accuracy(model, split, batch_size=256):
     check_fit(model, split)
     check_weights(model)
     batch_size = min(batch_size, len(split))
-    right, broken, losses = 0, 0, []
+    predictions, broken, losses = [], 0, []
     order = np.arange(len(split))
     for images, labels, _ in image_splits.batches(split, order, batch_size):
         images = _checked(images, split.name)
         logits = crafting.logits(model, images, batch_size)
-        right += int(np.sum(metrics.predictions(logits) == labels))
+        predictions.append(metrics.predictions(logits))
         broken += int(metrics.nonfinite(logits).sum())
         losses.append(_cross_entropy(logits, labels))
+    found = np.concatenate(predictions)
+    report = {}
+    if class_names is not None:
+        report = metrics.class_report(split.labels, class_names, found)
     return {
-        "accuracy": right / len(split),
+        "accuracy": float(np.mean(found == split.labels)),
         "loss": float(np.mean(np.concatenate(losses))),
         "nonfinite_answers": broken,
         "num_examples": len(split),
+        **report,
     }
 
 

@@ -34,6 +34,8 @@ except ImportError:  # Windows.
     fcntl = None
 
 CONFIG = "config.json"
+_NUMBER = r"(?:-?\d[\d.eE+-]*|null)"
+_NUMBERS = re.compile(rf"\[\n\s+{_NUMBER}(?:,\s+{_NUMBER})*\s+\]")
 _PACKAGES = ("tensorflow", "keras", "numpy", "jax", "torch")
 # What a killed process leaves: a file or folder that was being written, or the
 # folder that it was about to replace.
@@ -76,8 +78,12 @@ def atomic_write(path, writer, size=0):
 
 
 def write_json(path, value):
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically; numbers share a line."""
     text = json.dumps(value, indent=2, allow_nan=True) + "\n"
+    # A string cannot hold a raw line break, so only lists of numbers match.
+    text = _NUMBERS.sub(
+        lambda found: f"[{' '.join(found[0][1:-1].split())}]", text
+    )
     atomic_write(path, lambda temporary: temporary.write_text(text))
 
 

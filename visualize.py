@@ -11,15 +11,18 @@ top-left pixel; a gaze is an offset from the image centre in pixels; a box is
 `(top, left, bottom, right)` in [0, 1], the outer edges of the image.
 """
 
+import functools
 import math
 import textwrap
 
 import matplotlib
 import numpy as np
-from matplotlib import patches, patheffects
+from matplotlib import cm, colors, font_manager, patches, patheffects, ticker
+from matplotlib import text as matplotlib_text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import record_text
 import run_folder
 
 # Okabe and Ito's palette (safe for colour-blind readers) less black, with the
@@ -40,8 +43,29 @@ RIGHT, WRONG = "#1a7f37", "#c62828"
 _INK, _FAINT = "#222222", "#9a9a9a"
 _PANEL = 1.75  # Inches, the longer side of one image.
 _DPI = 120
+_HEAT = "magma"  # Of attention.
+_BAR = 0.9  # Inches of a colour bar with its label.
+_TITLE_LINE = 0.22  # Inches.
+_MISSING = "□"  # Stands for a character that no font has.
+# DejaVu Sans comes with matplotlib and has both marks. The others hold the
+# scripts that it lacks; those that are installed are used.
+_FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Unifont",
+)
 _STYLE = {
-    "font.family": "DejaVu Sans",  # Comes with matplotlib; has both marks.
     "font.size": 9,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -55,6 +79,87 @@ _STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+
+
+def style():
+    """Returns the context in which figures are made; see `finish`."""
+    return matplotlib.rc_context({**_STYLE, "font.family": list(_families())})
+
+
+@functools.cache
+def _families():
+    """The fonts of `_FONTS` that are installed."""
+    installed = set(font_manager.get_font_names())
+    return tuple(name for name in _FONTS if name in installed)
+
+
+@functools.cache
+def _glyphs():
+    """The characters that the installed fonts can draw."""
+    found = {ord("\n")}
+    for family in _families():
+        path = font_manager.findfont(family)
+        found.update(font_manager.get_font(path).get_charmap())
+    return frozenset(found)
+
+
+def _drawable(text):
+    """Returns text with a box for each character that no font has."""
+    glyphs = _glyphs()
+    return "".join(c if ord(c) in glyphs else _MISSING for c in text)
+
+
+def new_figure(
+    width: float, height: float, title: str | None = None, dpi: int = _DPI
+) -> Figure:
+    """Makes an empty figure that belongs to no window manager.
+
+    Args:
+        width, height: Size in inches; the lines of the title are added.
+        title: A line above the figure, folded to its width.
+        dpi: Dots per inch.
+    """
+    lines = _title_lines(title, width)
+    height += _TITLE_LINE * len(lines)
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    if lines:
+        size = 12 if len(lines) == 1 else 10
+        figure.suptitle("\n".join(lines), fontsize=size, fontweight="bold")
+    return figure
+
+
+def _title_lines(title, width):
+    """Folds the lines of a title to a width in inches."""
+    room = max(int(9.5 * width), 16)
+    lines = (title or "").splitlines()
+    return [part for line in lines for part in textwrap.wrap(line, room)]
+
+
+def finish(figure: Figure, path: object = None) -> Figure:
+    """Makes all text of a figure plain, and saves the figure.
+
+    Every figure ends here. Text can come from folder names and class names: a
+    dollar sign, a backslash or an underscore in it is drawn as it is and not
+    parsed as a formula, and a character that no font has is drawn as a box.
+
+    Args:
+        figure: The figure.
+        path: None, or where the figure is saved; the file appears whole.
+
+    Returns:
+        The figure.
+    """
+    for text in figure.findobj(matplotlib_text.Text):
+        text.set_parse_math(False)
+        plain = _drawable(text.get_text())
+        if plain != text.get_text():
+            text.set_text(plain)
+    if path is not None:
+        run_folder.atomic_write(
+            path, lambda temporary: figure.savefig(temporary, dpi=figure.dpi)
+        )
+    return figure
 
 
 def branch_colour(branch):
@@ -92,6 +197,9 @@ def attack_grid(
     adversarial_predictions,
     class_names,
     *,
+    clean_confidences=None,
+    adversarial_confidences=None,
+    targets=None,
     clean_gazes=None,
     adversarial_gazes=None,
     clean_boxes=None,
@@ -104,7 +212,9 @@ def attack_grid(
 
     The perturbation is amplified around mid-grey by one factor for all rows,
     which the header says. Where gazes are given for both images, a line on the
-    adversarial one leads from the old place of each gaze to the new.
+    adversarial one leads from the old place of each gaze to the new. An image
+    that was misclassified before the attack is marked as such: the attack did
+    not do it.
 
     Args:
         clean: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
@@ -113,6 +223,11 @@ def attack_grid(
         clean_predictions: Predicted classes of `clean`, `n` integers.
         adversarial_predictions: Predicted classes of `adversarial`.
         class_names: Names by class; a class beyond them shows its number.
+        clean_confidences: None or the probabilities of `clean_predictions` in
+            [0, 1], `n` floats; NaN is not shown.
+        adversarial_confidences: The same for `adversarial_predictions`.
+        targets: None or the classes that the attack aims at, `n` integers;
+            -1 is no target.
         clean_gazes: None or offsets from the centre in pixels, shape
             `(n, branches, 2)`.
         adversarial_gazes: The same for `adversarial`.
@@ -138,29 +253,38 @@ def attack_grid(
     rows = min(len(clean), max_rows)
     perturbation = adversarial[:rows] - clean[:rows]
     factor = amplification(perturbation)
-    with matplotlib.rc_context(_STYLE):
+    notes = _attack_notes(
+        class_names, labels, clean_predictions, adversarial_predictions, targets
+    )
+    # One entry for each of the two columns of images.
+    images = (clean, adversarial)
+    verdicts = (
+        (clean_predictions, clean_confidences),
+        (adversarial_predictions, adversarial_confidences),
+    )
+    looks = (
+        (clean_gazes, clean_boxes),
+        (adversarial_gazes, adversarial_boxes),
+    )
+    with style():
         side = _side_width(class_names, labels[:rows])
-        figure, axes = _grid(rows, 3, clean.shape[1:3], side, title)
+        below = 0.16 if any(notes[:rows]) else 0.0
+        figure, axes = _grid(rows, 3, clean.shape[1:3], side, title, below)
         margin = _margin(clean_boxes, adversarial_boxes)
-        columns = (
-            (clean, clean_predictions, clean_gazes, clean_boxes),
-            (
-                adversarial,
-                adversarial_predictions,
-                adversarial_gazes,
-                adversarial_boxes,
-            ),
-        )
         for row in range(rows):
             true, before = int(labels[row]), None
             _row_name(axes[row, 0], class_names, true)
-            for axis, column in zip(axes[row], columns, strict=False):
-                images, predictions, gazes, boxes = column
-                _panel(axis, images[row])
+            for column, axis in enumerate(axes[row, :2]):
+                image, (gazes, boxes) = images[column][row], looks[column]
+                _panel(axis, image)
                 gazes = _of(gazes, row)
-                _mark(axis, images[row], gazes, _of(boxes, row), before)
-                _verdict(axis, class_names, predictions[row], true)
+                _mark(axis, image, gazes, _of(boxes, row), before)
+                predicted, sure = verdicts[column]
+                _verdict(
+                    axis, class_names, predicted[row], true, _of(sure, row)
+                )
                 before = gazes
+            axes[row, 1].set_xlabel(notes[row], fontsize=8)
             changed = 0.5 + factor * perturbation[row]
             _panel(axes[row, 2], changed, exact=True)
             axes[row, 2].set_title(_sizes(perturbation[row]), color="#666666")
@@ -168,7 +292,22 @@ def attack_grid(
                 _room(axis, clean.shape[1:3], margin)
         heads = ("clean", "adversarial", f"perturbation × {factor:g}")
         _heads(axes[0], heads)
-    return _finish(figure, path)
+    return finish(figure, path)
+
+
+def _attack_notes(class_names, labels, clean, adversarial, targets):
+    """What stands below each adversarial image."""
+    notes = []
+    for row, label in enumerate(labels):
+        words = []
+        if targets is not None and targets[row] >= 0:
+            hit = int(adversarial[row]) == int(targets[row])
+            name = _name(class_names, targets[row], 18)
+            words.append(f"target {name}: {'reached' if hit else 'missed'}")
+        if int(clean[row]) != int(label):
+            words.append("wrong before the attack")
+        notes.append("\n".join(words))
+    return notes
 
 
 def glimpse_grid(
@@ -177,6 +316,7 @@ def glimpse_grid(
     predictions,
     class_names,
     *,
+    confidences=None,
     gazes=None,
     boxes=None,
     views=None,
@@ -190,6 +330,7 @@ def glimpse_grid(
         images: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
         labels, predictions: True and predicted classes, `n` integers each.
         class_names: Names by class; a class beyond them shows its number.
+        confidences: See `clean_confidences` of `attack_grid`.
         gazes, boxes: See `clean_gazes` and `clean_boxes` of `attack_grid`.
         views: None or what each branch saw, shape `(n, branches, height,
             width, 1 or 3)`; the size need not be that of the images.
@@ -213,7 +354,7 @@ def glimpse_grid(
             )
         branches = views.shape[1]
     rows = min(len(images), max_rows)
-    with matplotlib.rc_context(_STYLE):
+    with style():
         side = _side_width(class_names, labels[:rows])
         size = images.shape[1:3]
         figure, axes = _grid(rows, 1 + branches, size, side, title)
@@ -224,7 +365,13 @@ def glimpse_grid(
             _panel(axes[row, 0], images[row])
             _mark(axes[row, 0], images[row], _of(gazes, row), _of(boxes, row))
             _room(axes[row, 0], size, margin)
-            _verdict(axes[row, 0], class_names, predictions[row], true)
+            _verdict(
+                axes[row, 0],
+                class_names,
+                predictions[row],
+                true,
+                _of(confidences, row),
+            )
             for branch in range(branches):
                 axis = axes[row, 1 + branch]
                 _panel(axis, views[row, branch])
@@ -234,7 +381,7 @@ def glimpse_grid(
         _heads(axes[0], heads)
         for branch, axis in enumerate(axes[0, 1:]):
             axis.texts[-1].set_color(branch_colour(branch))
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 def attention_grid(
@@ -245,6 +392,7 @@ def attention_grid(
     predictions,
     class_names,
     *,
+    confidences=None,
     row_names=None,
     per_head=False,
     max_steps=8,
@@ -261,6 +409,7 @@ def attention_grid(
         num_steps: Steps that are in the maps.
         labels, predictions: True and predicted classes, `n` integers each.
         class_names: Names by class; a class beyond them shows its number.
+        confidences: See `clean_confidences` of `attack_grid`.
         row_names: None or `n` strings beside the rows ("clean", "attacked").
         per_head: Whether each head has a row of its own; else a step shows
             the mean of its heads.
@@ -269,8 +418,9 @@ def attention_grid(
 
     Returns:
         A `Figure`: a row an image (or head), the image first, then the image
-        under each map; bright is attended, each panel scaled to its maximum,
-        which stands above it as a multiple of a uniform map.
+        under each map; bright is attended. All panels share one scale, the
+        colour bar, whose unit is the attention of a uniform map; the maximum
+        of each panel stands above it in the same unit.
 
     Raises:
         ValueError: If there is no image or the shapes do not fit.
@@ -291,10 +441,19 @@ def attention_grid(
     count = min(num_steps, max_steps)
     steps = np.linspace(num_steps, 1, count).round().astype(int)[::-1]
     shown = min(len(images), max_rows)
-    with matplotlib.rc_context(_STYLE):
-        side = _side_width(class_names, labels[:shown])
+    maps = maps[:shown]
+    top = float(maps[:, steps - 1].max())
+    norm = colors.Normalize(0.0, max(top, 1e-12))
+    with style():
+        side = _side_width(class_names, labels[:shown]) + _BAR
+        below = 0.16 if row_names or per_head else 0.0
         figure, axes = _grid(
-            shown * heads, 1 + len(steps), images.shape[1:3], side, title
+            shown * heads,
+            1 + len(steps),
+            images.shape[1:3],
+            side,
+            title,
+            below,
         )
         for line in range(shown * heads):
             row, head = divmod(line, heads)
@@ -302,43 +461,74 @@ def attention_grid(
             if head == 0:
                 _row_name(axes[line, 0], class_names, true)
             _panel(axes[line, 0], images[row])
-            _verdict(axes[line, 0], class_names, predictions[row], true)
+            _verdict(
+                axes[line, 0],
+                class_names,
+                predictions[row],
+                true,
+                _of(confidences, row),
+            )
             names = [row_names[row]] if row_names else []
             names += [f"head {head + 1}"] if per_head else []
             axes[line, 0].set_xlabel(", ".join(names), fontsize=8)
             for axis, step in zip(axes[line, 1:], steps, strict=True):
-                _attended(axis, images[row], maps[row, step - 1, head])
+                _attended(axis, images[row], maps[row, step - 1, head], norm)
         _heads(axes[0], ["image", *(f"step {step}" for step in steps)])
-    return _finish(figure, path)
+        _attention_bar(figure, axes, norm, maps[0, 0, 0].size)
+    return finish(figure, path)
 
 
-def _attended(axis, image, attention):
+def _attended(axis, image, attention, norm):
     """Draws an image, dark where little attention is."""
     height, width = image.shape[:2]
     grey = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
     _panel(axis, 0.15 + 0.5 * grey)
     axis.imshow(
         attention,
-        cmap="magma",
+        cmap=_HEAT,
         alpha=0.65,
-        vmin=0.0,
-        vmax=max(float(attention.max()), 1e-12),
+        norm=norm,
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         interpolation="bilinear",
     )
     axis.set_title(f"{attention.max() * attention.size:.1f}x", fontsize=8)
 
 
+def _attention_bar(figure, axes, norm, cells):
+    """Adds the colour bar: attention in units of a uniform map's."""
+    top = norm.vmax * cells
+    ticks = ticker.MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(0.0, top)
+    ticks = ticks[ticks <= top]
+    bar = figure.colorbar(
+        cm.ScalarMappable(norm, _HEAT), ax=axes, aspect=30, fraction=0.05
+    )
+    bar.set_ticks(ticks / cells, labels=[f"{tick:g}x" for tick in ticks])
+    bar.set_label(
+        f"attention mass of a cell, in multiples of uniform (1x = 1/{cells})"
+    )
+
+
 def gaze_shift(
-    clean_gazes, adversarial_gazes, image_shape, *, title=None, path=None
+    clean_gazes,
+    adversarial_gazes,
+    image_shape,
+    *,
+    misclassified=None,
+    title=None,
+    path=None,
 ):
     """Shows how far an attack moved each gaze.
+
+    Only images that were correct before the attack tell what it did; see
+    `metrics.outcomes`.
 
     Args:
         clean_gazes: Offsets from the image centre in pixels, shape
             `(n, branches, 2)`.
         adversarial_gazes: The same for the attacked images.
         image_shape: `(height, width, ...)` of the images.
+        misclassified: None, or `n` booleans: whether the attack made the model
+            misclassify the image. The two groups have panels of their own.
         title, path: See `attack_grid`.
 
     Returns:
@@ -358,9 +548,10 @@ def gaze_shift(
         )
     height, width = image_shape[:2]
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.0, 4.2, title)
-        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
+    with style():
+        figure = new_figure(9.0, 4.2, title)
+        left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.25))
+        left = left.subplots()
         edges = (-0.5, -0.5, height - 0.5, width - 0.5)
         _box(left, edges, fill=True, facecolor="#f4f4f4", edgecolor="k")
         _arrows(left, clean + centre, adversarial + centre)
@@ -369,8 +560,116 @@ def gaze_shift(
         left.set_xlabel("column (pixels)")
         left.set_ylabel("row (pixels)")
         left.set_title("from clean to adversarial; thick: the mean")
-        _distances(right, np.linalg.norm(adversarial - clean, axis=-1))
-    return _finish(figure, path)
+        distances = np.linalg.norm(adversarial - clean, axis=-1)
+        _moved(right, distances, misclassified)
+    return finish(figure, path)
+
+
+def _moved(figure, distances, misclassified):
+    """Draws the distances, of both groups if there are two."""
+    groups = {"": np.ones(len(distances), bool)}
+    if misclassified is not None:
+        misclassified = np.asarray(misclassified, bool)
+        groups = {
+            "misclassified by the attack": misclassified,
+            "still robust": ~misclassified,
+        }
+    there = {name: rows for name, rows in groups.items() if rows.any()}
+    axes = figure.subplots(len(there), 1, sharex=True, squeeze=False)[:, 0]
+    top = max(float(distances.max()), 1e-6)
+    for axis, (name, rows) in zip(axes, there.items(), strict=True):
+        said = f"{rows.sum()} {name}: " if name else ""
+        _distances(axis, distances[rows], top, said)
+    axes[-1].set_xlabel("distance moved (pixels)")
+
+
+def confusion_matrices(
+    matrices,
+    columns,
+    *,
+    title=None,
+    path=None,
+):
+    """Shows which classes are taken for which.
+
+    Args:
+        matrices: Dict from a name ("clean", "adversarial") to counts of shape
+            `(classes, len(columns))`: a row a true class, a column a predicted
+            one; see `metrics.class_report`.
+        columns: Names of the predicted classes; the last, "non-finite", is
+            drawn only where it was predicted.
+        title, path: See `attack_grid`.
+
+    Returns:
+        A `Figure` with a panel for each matrix. The colour is the share of the
+        true class; up to 12 classes the counts stand in the cells.
+
+    Raises:
+        ValueError: If there is no matrix or the shapes do not fit.
+    """
+    matrices = {name: np.asarray(m) for name, m in matrices.items()}
+    wanted = (len(columns) - 1, len(columns))
+    if not matrices or any(m.shape != wanted for m in matrices.values()):
+        shapes = ", ".join(str(m.shape) for m in matrices.values())
+        raise ValueError(
+            f"Expected matrices of shape {wanted} for {len(columns)} columns, "
+            f"got {shapes or 'none'}."
+        )
+    count = len(columns)
+    if not any(m[:, -1].any() for m in matrices.values()):
+        count -= 1
+    names = [_name(columns, place, 14) for place in range(count)]
+    with style():
+        side = min(max(2.2, 0.36 * count), 6.0)
+        wide = 0.075 * max(map(len, names))
+        figure = new_figure(
+            len(matrices) * side + wide + _BAR, side + wide + 0.6, title
+        )
+        axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
+            _confusion(axis, counts[:, :count])
+            axis.set_title(f"{name} images", fontsize=10, fontweight="bold")
+            axis.set_xlabel("predicted class")
+            _class_ticks(axis.xaxis, names, rotation=90)
+        _class_ticks(axes[0].yaxis, names[: wanted[0]])
+        axes[0].set_ylabel("true class")
+        for axis in axes[1:]:
+            axis.set_yticks([])
+        figure.colorbar(
+            axes[0].images[0],
+            ax=axes,
+            format=lambda share, _: f"{share:.0%}",
+            label="share of the true class",
+        )
+    return finish(figure, path)
+
+
+def _confusion(axis, counts):
+    """Draws one matrix, and its counts where there is room."""
+    totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shares = counts / totals
+    axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    if len(counts) > 12:
+        return
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            dark = shares[row, column] > 0.6
+            axis.text(
+                column,
+                row,
+                str(count),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else _INK,
+            )
+
+
+def _class_ticks(axis, names, **options):
+    """Names the classes; of many, only some."""
+    places = np.arange(0, len(names), math.ceil(len(names) / 40))
+    axis.set_ticks(places, [names[place] for place in places], **options)
+    axis.set_tick_params(length=0, labelsize=8)
 
 
 def training_curves(history, *, title=None, path=None):
@@ -393,8 +692,8 @@ def training_curves(history, *, title=None, path=None):
     if not rows:
         raise ValueError("Expected at least one epoch of history, got none.")
     epochs = _column(rows, "epoch")
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.0, 3.6, title)
+    with style():
+        figure = new_figure(9.0, 3.6, title)
         panels = figure.subplots(1, 2)
         for axis, quantity in zip(panels, ("loss", "accuracy"), strict=True):
             axis.set_title(quantity, fontsize=11)
@@ -413,7 +712,7 @@ def training_curves(history, *, title=None, path=None):
         for axis in panels:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, loc="best")
-    return _finish(figure, path)
+    return finish(figure, path)
 
 
 # -- what the figures are made of --------------------------------------------
@@ -435,30 +734,25 @@ def _of(values, row):
     return None if values is None else np.asarray(values[row], np.float64)
 
 
-def _figure(width, height, title):
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold")
-    return figure
-
-
 def _side_width(class_names, labels):
     """Inches that the names of the rows take."""
     names = [_name(class_names, label, 12, lines=3) for label in labels]
     return 0.3 + 0.1 * max(len(x) for n in names for x in n.split("\n"))
 
 
-def _grid(rows, columns, image_size, side, title):
-    """Makes panels that have the proportions of the images."""
+def _grid(rows, columns, image_size, side, title, below=0.0):
+    """Makes panels that have the proportions of the images.
+
+    `side` and `below` are inches beside all panels and below each row.
+    """
     height, width = image_size
     scale = _PANEL / max(height, width)
     # Beside the panels: the names at the left, a verdict above each image.
     size = (
         columns * (width * scale + 0.1) + side,
-        rows * (height * scale + 0.32) + 0.35 + (0.3 if title else 0.0),
+        rows * (height * scale + 0.32 + below) + 0.35,
     )
-    figure = _figure(*size, title)
+    figure = new_figure(*size, title)
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -612,9 +906,9 @@ def _gaze_marker(axis, place, branch, twins, numbered):
 
 def _name(class_names, label, width, lines=1):
     """The name of a class, in at most so many lines of `width` characters."""
-    label = int(label)
-    known = 0 <= label < len(class_names)
-    name = str(class_names[label]) if known else str(label)
+    name = record_text.class_name(class_names, label)
+    if _drawable(name) != name:  # Boxes alone do not tell classes apart.
+        name = f"{_drawable(name)} ({int(label)})"
     wrapped = textwrap.wrap(
         name.replace("_", " "), width, max_lines=lines, placeholder=" …"
     )
@@ -633,10 +927,16 @@ def _row_name(axis, class_names, label):
     )
 
 
-def _verdict(axis, class_names, prediction, label):
+def _verdict(axis, class_names, prediction, label, confidence=None):
     right = int(prediction) == label
+    sure = ""
+    if confidence is not None and np.isfinite(confidence):
+        # A model that is not certain is not shown as 100% sure.
+        percent = min(round(100 * float(confidence), 1), 99.9)
+        sure = f" {percent:.0f}%" if percent < 99 else f" {percent:.1f}%"
+    name = _name(class_names, prediction, 24 - len(sure))
     axis.set_title(
-        f"{'✓' if right else '✗'} {_name(class_names, prediction, 24)}",
+        f"{'✓' if right else '✗'} {name}{sure}",
         color=RIGHT if right else WRONG,
     )
 
@@ -709,9 +1009,9 @@ def _limits(axis, height, width, points):
     axis.set_ylim(high[0] + margin, low[0] - margin)
 
 
-def _distances(axis, distances):
+def _distances(axis, distances, top, said):
+    """Draws the distribution of distances from 0 to `top`, by branch."""
     branches = distances.shape[1]
-    top = max(float(distances.max()), 1e-6)
     axis.hist(
         [distances[:, branch] for branch in range(branches)],
         bins=np.linspace(0.0, top, 17),
@@ -724,12 +1024,11 @@ def _distances(axis, distances):
             for branch, median in enumerate(np.median(distances, axis=0))
         ],
     )
-    axis.set_xlabel("distance moved (pixels)")
     axis.set_ylabel("gazes")
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_title(
-        f"median {np.median(distances):.2g} px, largest {distances.max():.2g}"
-        " px"
+        f"{said}median {np.median(distances):.2g} px, largest "
+        f"{distances.max():.2g} px"
     )
     axis.legend(frameon=False, fontsize=8)
 
@@ -781,11 +1080,3 @@ def _mark_best(axis, rows, epochs):
         label=f"best: {values[best]:.1%} in epoch {epochs[best]:g}",
         zorder=5,
     )
-
-
-def _finish(figure, path):
-    if path is not None:
-        run_folder.atomic_write(
-            path, lambda temporary: figure.savefig(temporary, dpi=_DPI)
-        )
-    return figure

@@ -397,7 +397,7 @@ class TestAttentionGrid:
         )
 
     def test_a_step_is_a_column_and_shows_the_mean_of_its_heads(self):
-        axes = self.draw().axes
+        *axes, _ = self.draw().axes  # The last is the colour bar.
         assert len(axes) == 2 * 4
         _, overlay = axes[2].images  # The first image's second step.
         want = self.maps()[0, 2:4].mean(axis=0)
@@ -406,7 +406,8 @@ class TestAttentionGrid:
         assert axes[2].get_title() == peak
 
     def test_heads_can_have_rows_of_their_own(self):
-        axes = self.draw(per_head=True, row_names=["clean", "attacked"]).axes
+        figure = self.draw(per_head=True, row_names=["clean", "attacked"])
+        *axes, _ = figure.axes
         assert len(axes) == 4 * 4
         _, overlay = axes[4 + 3].images  # The second head at the last step.
         np.testing.assert_allclose(
@@ -415,7 +416,7 @@ class TestAttentionGrid:
         assert axes[12].get_xlabel() == "attacked, head 2"
 
     def test_the_last_step_is_shown_whatever_is_left_out(self):
-        axes = self.draw(max_steps=2, max_rows=1).axes
+        *axes, _ = self.draw(max_steps=2, max_rows=1).axes
         heads = [axis.texts[-1].get_text() for axis in axes]
         assert heads == ["image", "step 1", "step 3"]
 
