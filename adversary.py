@@ -252,6 +252,19 @@ _SAVE_IMAGES = flags.DEFINE_integer(
     64,
     "Number of images that are kept beside the record; -1 for all.",
 )
+_PICTURE_ROWS = flags.DEFINE_integer(
+    "picture_rows",
+    8,
+    "Most images in the picture of a record; only saved images are drawn.",
+    lower_bound=1,
+)
+_WORST_CLASSES = flags.DEFINE_integer(
+    "worst_classes",
+    5,
+    "Number of classes in the table of the least robust classes; 0 prints no "
+    "such table.",
+    lower_bound=0,
+)
 _OVERWRITE = flags.DEFINE_boolean(
     "overwrite",
     False,
@@ -274,7 +287,14 @@ THEMES = {
     "attention": ("distraction", "read_outs", "straight_through"),
     "stochastic models": ("eot", "test_gazes"),
     "what is attacked": ("surrogate", "craft_dtype"),
-    "the rest": ("batch_size", "seed", "save_images", "overwrite"),
+    "the rest": (
+        "batch_size",
+        "seed",
+        "save_images",
+        "picture_rows",
+        "worst_classes",
+        "overwrite",
+    ),
     "model options that choose the run": model_flags.names(
         row for row in model_flags.ROWS if row.option in _MADE_WITH
     ),
@@ -312,6 +332,7 @@ class AdversaryConfig:
         split: `"test"`, `"validation"` or `"train"`.
         weights: `"best"` or `"last"`.
         save_images: How many images are kept with a record, -1 for all.
+        picture_rows: Most images in the picture of a record.
         overwrite: Whether earlier records of the same name are replaced.
         protocol: Name of the protocol the evaluations are of, or None.
         options: Model options in place of the run's, a dict.
@@ -326,6 +347,7 @@ class AdversaryConfig:
     split: str = "test"
     weights: str = "best"
     save_images: int = 64
+    picture_rows: int = 8
     overwrite: bool = False
     protocol: str | None = None
     options: dict = dataclasses.field(default_factory=dict)
@@ -420,6 +442,7 @@ def config_from_flags():
         split=_SPLIT.value,
         weights=_WEIGHTS.value,
         save_images=_SAVE_IMAGES.value,
+        picture_rows=_PICTURE_ROWS.value,
         overwrite=_OVERWRITE.value,
         protocol=protocol,
         options=options,
@@ -669,7 +692,11 @@ def run(config, data=None, progress=True):
         hashes = config.hashes()
         found = _earlier(config, hashes)
         places = [config.place(e) for e in config.evaluations]
-    missing = [p for p, r in zip(places, found, strict=True) if r is None]
+    missing = [
+        place
+        for place, record in zip(places, found, strict=True)
+        if not _complete(config, record)
+    ]
     with trained_runs.owned(*dict.fromkeys(missing)):
         results = _attacked(config, data, progress, hashes)
     if len(results) > 1:
@@ -690,6 +717,14 @@ def _earlier(config, hashes):
     ]
 
 
+def _complete(config, record):
+    """Tells whether a record is there, with pictures of the wanted rows."""
+    if record is None:
+        return False
+    # Records of earlier versions do not tell the number of rows.
+    return record.get("picture_rows", 8) == config.picture_rows
+
+
 def _attacked(config, data, progress, hashes):
     """Makes the records that are missing; see `run`."""
     with command_line.guard():  # Another process may have made some by now.
@@ -698,12 +733,15 @@ def _attacked(config, data, progress, hashes):
     loaded = None
     for evaluation, record in zip(config.evaluations, found, strict=True):
         reused = record is not None
-        if not reused:
+        if not _complete(config, record):
             if loaded is None:
                 with command_line.guard():
                     loaded = _Loaded(config, data, hashes)
             with command_line.guard_disk():
-                record = loaded.attack(evaluation, progress)
+                if reused:
+                    record = loaded.redraw(evaluation, record)
+                else:
+                    record = loaded.attack(evaluation, progress)
         results.append((record, config.place(evaluation), reused))
     return results
 
@@ -764,10 +802,19 @@ class _Loaded:
                     surrogate=surrogate,
                     progress=report,
                     save_images=config.save_images,
+                    picture_rows=config.picture_rows,
                     overwrite=config.overwrite,
                 )
             except robust_evaluation.EvaluationError as error:
                 command_line.fail(error)
+
+    def redraw(self, evaluation, record):
+        """Draws the pictures of a record with the wanted number of rows."""
+        import attack_records
+
+        place, rows = self.config.place(evaluation), self.config.picture_rows
+        with command_line.guard():
+            return attack_records.redraw(place, self.model, record, rows)
 
     @property
     def class_names(self):
@@ -966,6 +1013,7 @@ def main():
     """Attacks what the flags say and prints the table."""
     command_line.load_keras()  # First: it quiets the backend's greeting.
     import attack_records
+    import record_text
 
     with command_line.guard():
         config = config_from_flags()
@@ -981,6 +1029,10 @@ def main():
     with command_line.continues(_GOES_ON):
         results = run(config)
     attack_records.show(results)
+    least = min((r for r, _, _ in results), key=lambda r: r["robust_accuracy"])
+    record_text.show_classes(
+        least, _WORST_CLASSES.value, record_text.caption(least)
+    )
     if config.protocol is not None:
         _show_protocol(config, [record for record, _, _ in results])
     print(f"{time.monotonic() - started:.0f} s in all")

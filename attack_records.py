@@ -1,7 +1,8 @@
 """The folder of an evaluation: its name, its record, its arrays, its picture.
 
 `<run>/attacks/<name>/` holds `results.json`, `adversarial.npz` and
-`pictures.png`, put in place all at once. What is under way lies beside it, in
+`pictures.png` (`attention.png` too for a recurrent model), put in place all at
+once. What is under way lies beside it, in
 `.<name>.partial/`, until then.
 """
 
@@ -13,12 +14,14 @@ import numpy as np
 
 import metrics
 import model_backbone
+import record_text
 import robust_evaluation
 import run_folder
 import visualize
 
-_PICTURED = 8
+PICTURE_ROWS = 8
 _VERDICT_BYTES = 2**28  # Of three numbers an image: ten million images.
+_ARRAYS_BYTES = 2**33  # 5000 photographs at 256 pixels, before and after.
 # How a setting is written in a folder's name; others by name and value.
 _WORDS = {
     "steps": "{}steps",
@@ -134,6 +137,7 @@ def attack(
     surrogate=None,
     progress=None,
     save_images=64,
+    picture_rows=PICTURE_ROWS,
     overwrite=False,
 ):
     """Runs one evaluation and puts its folder in place, all or nothing.
@@ -145,11 +149,12 @@ def attack(
         model: The model.
         split: The `image_splits.Split`.
         evaluation: A `robust_evaluation.EvaluationConfig`.
-        class_names: Names of the classes, for the picture.
+        class_names: Names of the classes.
         context: What opens the record.
         surrogate: See `robust_evaluation.evaluate`.
         progress: See there.
         save_images: How many images are kept, -1 for all.
+        picture_rows: Most images in the picture.
         overwrite: Whether what is under way may be thrown away, if it is
             another evaluation's or damaged.
 
@@ -178,24 +183,67 @@ def attack(
         )
     record, worst = _with_worst_case(place, record, arrays)
     arrays["all_worst_case"] = worst
-    _put(place, model, record, arrays, class_names)
+    # Text, and not objects: it loads with allow_pickle=False.
+    arrays["class_names"] = np.array(list(map(str, class_names)), np.str_)
+    record = {
+        **record,
+        "picture_rows": picture_rows,
+        **metrics.class_report(
+            arrays["all_labels"],
+            class_names,
+            arrays["all_clean_predictions"],
+            arrays["all_adversarial_predictions"],
+        ),
+    }
+    _put(place, model, record, arrays)
     run_folder.discard(partial)
     return record
 
 
-def _put(place, model, record, arrays, class_names):
+def _put(place, model, record, arrays):
     def write(folder):
         run_folder.atomic_write(
             folder / "adversarial.npz",
             lambda path: np.savez_compressed(path, **arrays),
         )
-        if len(arrays["clean"]):
-            _picture(
-                folder / "pictures.png", model, record, arrays, class_names
-            )
+        _draw(folder, model, record, arrays)
         run_folder.write_json(folder / "results.json", record)
 
     run_folder.replace_folder(place, write)
+
+
+def redraw(place, model, record, picture_rows):
+    """Draws the pictures of a record again, with another number of rows.
+
+    Args:
+        place: The folder of the evaluation.
+        model: The model that was attacked.
+        record: The record.
+        picture_rows: Most images in the picture.
+
+    Returns:
+        The record, which tells the new number.
+    """
+    record = {**record, "picture_rows": picture_rows}
+    _draw(place, model, record, load(place))
+    run_folder.write_json(place / "results.json", record)
+    return record
+
+
+def load(place):
+    """Returns the arrays of `adversarial.npz` in the folder of an evaluation.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged.
+    """
+    path = place / "adversarial.npz"
+    try:
+        return run_folder.read_npz(path, _ARRAYS_BYTES)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Make it again with --overwrite."
+        ) from error
 
 
 def _with_worst_case(place, record, arrays):
@@ -255,58 +303,165 @@ def _verdicts(place, order):
     return (predictions == labels)[[rows[int(index)] for index in order]]
 
 
-def _picture(path, model, record, arrays, class_names):
-    """Draws the images that the attack turned, then those that stood."""
-    labels = arrays["labels"]
-    right = arrays["clean_predictions"] == labels
-    stands = arrays["adversarial_predictions"] == labels
-    order = np.argsort(np.where(right, stands, 2), kind="stable")[:_PICTURED]
-    chosen = {k: v[order] for k, v in arrays.items() if not k.startswith("all")}
+def saved(arrays):
+    """Returns the arrays of the saved images, one entry an image.
+
+    Args:
+        arrays: Those of `load`; what concerns all images is left out.
+    """
+    return {
+        key: value
+        for key, value in arrays.items()
+        if not key.startswith("all_") and key != "class_names"
+    }
+
+
+def attacked(arrays):
+    """Returns the arrays of the saved images that show what the attack did.
+
+    Those are the images that were correct before the attack: first those that
+    it made the model misclassify, then those that are still robust.
+
+    Args:
+        arrays: Those of `load`.
+    """
+    rows = saved(arrays)
+    found = metrics.outcomes(
+        rows["labels"],
+        rows["clean_predictions"],
+        rows["adversarial_predictions"],
+    )
+    order = np.concatenate(
+        [np.flatnonzero(found.misclassified), np.flatnonzero(found.robust)]
+    )
+    return {key: value[order] for key, value in rows.items()}
+
+
+def _draw(folder, model, record, arrays):
+    """Draws what there is to draw into the folder of an evaluation."""
+    rows = record["picture_rows"]
+    chosen = attacked(arrays)
+    if not len(chosen["clean"]):
+        # Nothing was attacked: each row says that it was wrong before.
+        chosen = saved(arrays)
+    chosen = {key: value[:rows] for key, value in chosen.items()}
+    if not len(chosen["clean"]):
+        return
     look = model_backbone.glimpses(model)
     before, after = look(chosen["clean"]), look(chosen["adversarial"])
-    visualize.attack_grid(
+    names = list(arrays.get("class_names", ()))
+    picture(
+        chosen,
+        before,
+        after,
+        names,
+        max_rows=rows,
+        title=headline(record, arrays),
+        path=folder / "pictures.png",
+    )
+    if "maps" in before:
+        attention_picture(
+            chosen,
+            before,
+            after,
+            model_backbone.read_out(model),
+            names,
+            max_rows=max(2, rows // 2 * 2),
+            title=f"Attention under {record_text.caption(record, names)}",
+            path=folder / "attention.png",
+        )
+
+
+def headline(record, arrays):
+    """Describes an attack and what it did, in two lines, for a picture.
+
+    Args:
+        record: The record.
+        arrays: Those of `load`.
+    """
+    found = metrics.outcomes(
+        arrays["all_labels"],
+        arrays["all_clean_predictions"],
+        arrays["all_adversarial_predictions"],
+    )
+    caption = record_text.caption(record, arrays.get("class_names", ()))
+    return (
+        f"{caption}\n{found.attacked.sum()} of {len(found.attacked)} images "
+        f"correct before the attack, {found.robust.sum()} of them after it"
+    )
+
+
+def picture(
+    chosen, before, after, class_names, *, max_rows, title=None, path=None
+):
+    """Draws saved images clean and adversarial, one row an image.
+
+    Args:
+        chosen: Arrays by name, as `attacked` gives them.
+        before: What the model looks at in the clean images, a dict; see
+            `model_backbone.glimpses`.
+        after: The same for the adversarial images.
+        class_names: Names of the classes.
+        max_rows, title, path: See `visualize.attack_grid`.
+
+    Returns:
+        A matplotlib `Figure`.
+    """
+    return visualize.attack_grid(
         chosen["clean"],
         chosen["adversarial"],
         chosen["labels"],
         chosen["clean_predictions"],
         chosen["adversarial_predictions"],
         class_names,
+        clean_confidences=metrics.confidences(chosen["clean_logits"]),
+        adversarial_confidences=metrics.confidences(
+            chosen["adversarial_logits"]
+        ),
+        targets=chosen["targets"],
         clean_gazes=before.get("gazes"),
         adversarial_gazes=after.get("gazes"),
         clean_boxes=before.get("boxes"),
         adversarial_boxes=after.get("boxes"),
-        max_rows=_PICTURED,
-        title=f"{record['attack']} {record['norm']} "
-        f"{radius(record['epsilon'])}: {record['robust_accuracy']:.1%} of "
-        f"{record['num_examples']} right",
+        max_rows=max_rows,
+        title=title,
         path=path,
     )
-    if "maps" in before:
-        maps = before["maps"], after["maps"]
-        _attention_picture(path, model, record, chosen, maps, class_names)
 
 
-def _attention_picture(path, model, record, chosen, maps, class_names):
-    """Draws attention maps, a clean image and below it the attacked one."""
-    count = _PICTURED // 2
+def attention_picture(chosen, before, after, num_steps, class_names, **options):
+    """Draws attention maps, a clean image and below it the attacked one.
 
-    def both(clean, attacked):
-        pairs = np.stack([clean[:count], attacked[:count]], axis=1)
-        return pairs.reshape(-1, *pairs.shape[2:])
+    Args:
+        chosen, before, after, class_names: See `picture`; `before` and `after`
+            hold "maps".
+        num_steps: Steps that are in the maps.
+        **options: Others of `visualize.attention_grid`.
 
-    labels = chosen["labels"]
-    visualize.attention_grid(
-        both(chosen["clean"], chosen["adversarial"]),
-        both(*maps),
-        model_backbone.read_out(model),
-        both(labels, labels),
-        both(chosen["clean_predictions"], chosen["adversarial_predictions"]),
+    Returns:
+        A matplotlib `Figure`.
+    """
+
+    def both(name):
+        return _in_turn(chosen[f"clean_{name}"], chosen[f"adversarial_{name}"])
+
+    return visualize.attention_grid(
+        _in_turn(chosen["clean"], chosen["adversarial"]),
+        _in_turn(before["maps"], after["maps"]),
+        num_steps,
+        np.repeat(chosen["labels"], 2),
+        both("predictions"),
         class_names,
-        row_names=["clean", "attacked"] * min(count, len(labels)),
-        title=f"Attention under {record['attack']} {record['norm']} "
-        f"{radius(record['epsilon'])}",
-        path=path.with_name("attention.png"),
+        confidences=metrics.confidences(both("logits")),
+        row_names=["clean", "attacked"] * len(chosen["labels"]),
+        **options,
     )
+
+
+def _in_turn(clean, attacked):
+    """Returns clean and attacked entries in turn: `(2 * n, ...)`."""
+    pairs = np.stack([clean, attacked], axis=1)
+    return pairs.reshape(-1, *pairs.shape[2:])
 
 
 @contextlib.contextmanager
@@ -348,33 +503,35 @@ def show(results, file=None):
     import rich.box
     import rich.console
     import rich.table
+    import rich.text
 
     console = rich.console.Console(file=file, soft_wrap=True)
     if not console.is_terminal:
         console.width = 160  # A log has no width; do not cut the table off.
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    heads = "# attack norm eps steps restarts clean robust +- success worst"
-    heads += " images s"
+    # Success counts the images that were correct before the attack.
+    heads = "# attack norm eps steps restarts images clean attacked success"
+    heads += " robust +- worst s"
     for head in heads.split():
         text = head in ("attack", "norm")
         table.add_column(
             head, justify="left" if text else "right", no_wrap=True
         )
     for number, (record, _, _) in enumerate(results, 1):
-        aim = record["target"]
         table.add_row(
             str(number),
-            record["attack"] + ("" if aim == "none" else f" to {aim}"),
+            rich.text.Text(f"{record['attack']}{_aim(record)}"),
             record["norm"],
             radius(record["epsilon"]),
             _steps(record),
             str(record.get("restarts", 1)),
+            str(record["num_examples"]),
             f"{record['clean_accuracy']:.1%}",
+            str(round(record["clean_accuracy"] * record["num_examples"])),
+            success(record),
             f"{record['robust_accuracy']:.1%}",
             f"{_half_width(record):.1%}",
-            f"{record['attack_success']:.1%}",
             f"{record['worst_case']['robust_accuracy']:.1%}",
-            str(record["num_examples"]),
             f"{record['seconds']:.1f}",
         )
     first = results[0][0]
@@ -417,6 +574,21 @@ def warnings(record: dict) -> list[str]:
             "for it, other programs may not; see the check logit_scale."
         )
     return found
+
+
+def success(record):
+    """The attack's success on the images that were correct before it."""
+    found = record["attack_success_on_correct"]
+    return "-" if found is None else f"{found:.1%}"
+
+
+def _aim(record):
+    """What an attack aims at, for the table; nothing if it is untargeted."""
+    aim = record["target"]
+    if isinstance(aim, int):
+        names = record.get("per_class", {}).get("class", ())
+        aim = record_text.class_name(names, aim)
+    return "" if aim == "none" else f" to {aim}"
 
 
 def _steps(record):

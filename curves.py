@@ -448,7 +448,9 @@ def _panel(axes, axis, lines):
     for line, of_one, style in zip(
         shown, names, _styles(shown, unlike), strict=True
     ):
-        label = record_text.say(line.settings, of_one)
+        label = visualize.fitted(
+            record_text.say(line.settings, of_one), 44, lines=3
+        )
         _draw(axes, line, label, {**style, "bands": bands}, unit, log)
     _clean(axes, shown, top)
     axes.set_ylim(0, top)

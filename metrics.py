@@ -41,8 +41,8 @@ def predictions(logits: np.ndarray) -> np.ndarray:
         logits: Array of shape `(n, classes)`.
 
     Returns:
-        Int32 array of shape `(n,)`; `NON_FINITE`, -1, where a logit is NaN or infinite. -1 is
-        no class, so such an answer is never right.
+        Int32 array of shape `(n,)`; `NON_FINITE`, -1, where a logit is NaN or
+        infinite. -1 is no class, so such an answer is never right.
     """
     found = logits.argmax(-1)
     return np.where(nonfinite(logits), NON_FINITE, found).astype("int32")

@@ -117,6 +117,13 @@ _EVAL_BATCH = flags.DEFINE_integer(
     "Images in a batch of validation and test.",
     lower_bound=1,
 )
+_WORST_CLASSES = flags.DEFINE_integer(
+    "worst_classes",
+    5,
+    "Number of classes in the table of the least accurate classes; 0 prints "
+    "no such table.",
+    lower_bound=0,
+)
 _AUGMENT = flags.DEFINE_boolean(
     "augment",
     True,
@@ -211,6 +218,7 @@ THEMES = {
     ),
     "evaluation": (
         "eval_batch_size",
+        "worst_classes",
         *model_flags.names(model_flags.EVALUATION),
     ),
 }
@@ -754,7 +762,9 @@ def _evaluate(config, data, loop):
         "ended": progress["ended"],
     }
     for weights in ("last", "best"):
-        record[weights] = _test(config, data.test, model, weights)
+        record[weights] = _test(
+            config, data.test, model, weights, data.class_names
+        )
         if weights == "last":
             run_folder.atomic_write(
                 folder / "model.keras",
@@ -764,14 +774,16 @@ def _evaluate(config, data, loop):
     return record
 
 
-def _test(config, images, model, weights):
+def _test(config, images, model, weights, class_names):
     """Counts the images of a split that a run's weights get right."""
     import robust_evaluation
     import robust_training
 
     path = config.folder / f"{weights}.weights.h5"
     robust_training.load_weights(path, model)
-    return robust_evaluation.accuracy(model, images, config.eval_batch_size)
+    return robust_evaluation.accuracy(
+        model, images, config.eval_batch_size, class_names
+    )
 
 
 def evaluate(config, data=None):
@@ -800,7 +812,9 @@ def evaluate(config, data=None):
         with command_line.guard_disk():
             try:
                 for weights in ("last", "best"):
-                    record[weights] = _test(config, test, model, weights)
+                    record[weights] = _test(
+                        config, test, model, weights, data.class_names
+                    )
             except robust_evaluation.EvaluationError as error:
                 command_line.fail(error)
     return record
@@ -877,6 +891,8 @@ def main():
                 download=_DOWNLOAD.value,
             )
         command_line.load_keras()
+        import record_text
+
         config = config_from_flags()
     if _ONLY_EVALUATE.value:
         record = evaluate(config)
@@ -890,6 +906,9 @@ def main():
             f"{found['num_examples']} test images"
             + _nonfinite(found["nonfinite_answers"])
         )
+    record_text.show_classes(
+        record["best"], _WORST_CLASSES.value, "test images, best weights"
+    )
     if record["ended"]:
         ended = record["ended"]
         print(

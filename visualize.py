@@ -119,19 +119,22 @@ def new_figure(
         title: A line above the figure, folded to its width.
         dpi: Dots per inch.
     """
-    lines = _title_lines(title, width)
+    size = 12
+    lines = _folded(title, width, size)
+    if len(lines) > 1:
+        size = 10
+        lines = _folded(title, width, size)
     height += _TITLE_LINE * len(lines)
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     if lines:
-        size = 12 if len(lines) == 1 else 10
         figure.suptitle("\n".join(lines), fontsize=size, fontweight="bold")
     return figure
 
 
-def _title_lines(title, width):
-    """Folds the lines of a title to a width in inches."""
-    room = max(int(9.5 * width), 16)
+def _folded(title, width, size):
+    """Folds the lines of a title to a width in inches, in `size` points."""
+    room = max(int(110 * width / size), 16)
     lines = (title or "").splitlines()
     return [part for line in lines for part in textwrap.wrap(line, room)]
 
@@ -256,15 +259,15 @@ def attack_grid(
     notes = _attack_notes(
         class_names, labels, clean_predictions, adversarial_predictions, targets
     )
-    # One entry for each of the two columns of images.
-    images = (clean, adversarial)
-    verdicts = (
-        (clean_predictions, clean_confidences),
-        (adversarial_predictions, adversarial_confidences),
-    )
-    looks = (
-        (clean_gazes, clean_boxes),
-        (adversarial_gazes, adversarial_boxes),
+    columns = (
+        (clean, clean_predictions, clean_confidences, clean_gazes, clean_boxes),
+        (
+            adversarial,
+            adversarial_predictions,
+            adversarial_confidences,
+            adversarial_gazes,
+            adversarial_boxes,
+        ),
     )
     with style():
         side = _side_width(class_names, labels[:rows])
@@ -272,18 +275,8 @@ def attack_grid(
         figure, axes = _grid(rows, 3, clean.shape[1:3], side, title, below)
         margin = _margin(clean_boxes, adversarial_boxes)
         for row in range(rows):
-            true, before = int(labels[row]), None
-            _row_name(axes[row, 0], class_names, true)
-            for column, axis in enumerate(axes[row, :2]):
-                image, (gazes, boxes) = images[column][row], looks[column]
-                _panel(axis, image)
-                gazes = _of(gazes, row)
-                _mark(axis, image, gazes, _of(boxes, row), before)
-                predicted, sure = verdicts[column]
-                _verdict(
-                    axis, class_names, predicted[row], true, _of(sure, row)
-                )
-                before = gazes
+            _row_name(axes[row, 0], class_names, int(labels[row]))
+            _pair(axes[row, :2], columns, row, class_names, int(labels[row]))
             axes[row, 1].set_xlabel(notes[row], fontsize=8)
             changed = 0.5 + factor * perturbation[row]
             _panel(axes[row, 2], changed, exact=True)
@@ -293,6 +286,19 @@ def attack_grid(
         heads = ("clean", "adversarial", f"perturbation × {factor:g}")
         _heads(axes[0], heads)
     return finish(figure, path)
+
+
+def _pair(axes, columns, row, class_names, true):
+    """Draws an image before and after, with its marks and its verdicts."""
+    before = None
+    for axis, column in zip(axes, columns, strict=True):
+        images, predictions, confidences, gazes, boxes = column
+        _panel(axis, images[row])
+        gazes = _of(gazes, row)
+        _mark(axis, images[row], gazes, _of(boxes, row), before)
+        sure = _of(confidences, row)
+        _verdict(axis, class_names, predictions[row], true, sure)
+        before = gazes
 
 
 def _attack_notes(class_names, labels, clean, adversarial, targets):
@@ -426,56 +432,50 @@ def attention_grid(
         ValueError: If there is no image or the shapes do not fit.
     """
     images = _images(images, "images")
-    maps = np.asarray(maps, np.float32)
-    if maps.ndim != 4 or len(maps) != len(images) or maps.shape[1] % num_steps:
-        raise ValueError(
-            "Expected maps of shape (n, num_steps * heads, rows, columns), n "
-            f"= {len(images)} and num_steps = {num_steps}, got {maps.shape}."
-        )
-    maps = maps.reshape(len(maps), num_steps, -1, *maps.shape[2:])
-    if not per_head:
-        maps = maps.mean(axis=2, keepdims=True)
+    maps = _by_step(maps, num_steps, len(images), per_head)
     heads = maps.shape[2]
     # The last step is read out: it is there whatever is left out, also if it
     # is the only one.
     count = min(num_steps, max_steps)
     steps = np.linspace(num_steps, 1, count).round().astype(int)[::-1]
     shown = min(len(images), max_rows)
-    maps = maps[:shown]
-    top = float(maps[:, steps - 1].max())
-    norm = colors.Normalize(0.0, max(top, 1e-12))
+    maps = maps[:shown, steps - 1]
+    norm = colors.Normalize(0.0, max(float(maps.max()), 1e-12))
     with style():
         side = _side_width(class_names, labels[:shown]) + _BAR
         below = 0.16 if row_names or per_head else 0.0
-        figure, axes = _grid(
-            shown * heads,
-            1 + len(steps),
-            images.shape[1:3],
-            side,
-            title,
-            below,
-        )
+        size = images.shape[1:3]
+        figure, axes = _grid(shown * heads, 1 + count, size, side, title, below)
         for line in range(shown * heads):
             row, head = divmod(line, heads)
-            true = int(labels[row])
+            true, image = int(labels[row]), axes[line, 0]
             if head == 0:
-                _row_name(axes[line, 0], class_names, true)
-            _panel(axes[line, 0], images[row])
-            _verdict(
-                axes[line, 0],
-                class_names,
-                predictions[row],
-                true,
-                _of(confidences, row),
-            )
-            names = [row_names[row]] if row_names else []
+                _row_name(image, class_names, true)
+            _panel(image, images[row])
+            sure = _of(confidences, row)
+            _verdict(image, class_names, predictions[row], true, sure)
+            names = [fitted(row_names[row], 20)] if row_names else []
             names += [f"head {head + 1}"] if per_head else []
-            axes[line, 0].set_xlabel(", ".join(names), fontsize=8)
-            for axis, step in zip(axes[line, 1:], steps, strict=True):
-                _attended(axis, images[row], maps[row, step - 1, head], norm)
+            image.set_xlabel(", ".join(names), fontsize=8)
+            for axis, attention in zip(
+                axes[line, 1:], maps[row, :, head], strict=True
+            ):
+                _attended(axis, images[row], attention, norm)
         _heads(axes[0], ["image", *(f"step {step}" for step in steps)])
         _attention_bar(figure, axes, norm, maps[0, 0, 0].size)
     return finish(figure, path)
+
+
+def _by_step(maps, num_steps, count, per_head):
+    """Returns maps as `(n, num_steps, heads or 1, rows, columns)`."""
+    maps = np.asarray(maps, np.float32)
+    if maps.ndim != 4 or len(maps) != count or maps.shape[1] % num_steps:
+        raise ValueError(
+            "Expected maps of shape (n, num_steps * heads, rows, columns), n "
+            f"= {count} and num_steps = {num_steps}, got {maps.shape}."
+        )
+    maps = maps.reshape(len(maps), num_steps, -1, *maps.shape[2:])
+    return maps if per_head else maps.mean(axis=2, keepdims=True)
 
 
 def _attended(axis, image, attention, norm):
@@ -628,7 +628,9 @@ def confusion_matrices(
         axes = figure.subplots(1, len(matrices), squeeze=False)[0]
         for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
             _confusion(axis, counts[:, :count])
-            axis.set_title(f"{name} images", fontsize=10, fontweight="bold")
+            axis.set_title(
+                fitted(f"{name} images", 24), fontsize=10, fontweight="bold"
+            )
             axis.set_xlabel("predicted class")
             _class_ticks(axis.xaxis, names, rotation=90)
         _class_ticks(axes[0].yaxis, names[: wanted[0]])
@@ -909,10 +911,19 @@ def _name(class_names, label, width, lines=1):
     name = record_text.class_name(class_names, label)
     if _drawable(name) != name:  # Boxes alone do not tell classes apart.
         name = f"{_drawable(name)} ({int(label)})"
-    wrapped = textwrap.wrap(
-        name.replace("_", " "), width, max_lines=lines, placeholder=" …"
+    return fitted(name.replace("_", " "), width, lines) or str(label)
+
+
+def fitted(text: object, width: int, lines: int = 1) -> str:
+    """Returns text in at most so many lines of `width` characters."""
+    return "\n".join(
+        textwrap.wrap(
+            record_text.printable(text),
+            width,
+            max_lines=lines,
+            placeholder=" …",
+        )
     )
-    return "\n".join(wrapped) or str(label)
 
 
 def _row_name(axis, class_names, label):
@@ -933,7 +944,7 @@ def _verdict(axis, class_names, prediction, label, confidence=None):
     if confidence is not None and np.isfinite(confidence):
         # A model that is not certain is not shown as 100% sure.
         percent = min(round(100 * float(confidence), 1), 99.9)
-        sure = f" {percent:.0f}%" if percent < 99 else f" {percent:.1f}%"
+        sure = f" ({percent:.{int(percent >= 99)}f}%)"
     name = _name(class_names, prediction, 24 - len(sure))
     axis.set_title(
         f"{'✓' if right else '✗'} {name}{sure}",

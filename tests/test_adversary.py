@@ -224,10 +224,40 @@ class TestAScan:
         right = np.mean(predicted == data.test.labels[arrays["indices"]])
         assert right == record["robust_accuracy"]
 
+    def test_the_record_counts_each_class(self, data):
+        folder = self.attacks / self.names[3]
+        record = run_folder.read_json(folder / "results.json")
+        with np.load(folder / "adversarial.npz", allow_pickle=False) as file:
+            names = list(file["class_names"])
+            labels = file["all_labels"]
+            pairs = list(
+                zip(labels, file["all_adversarial_predictions"], strict=True)
+            )
+        assert names == list(data.class_names)
+        classes, confusion = record["per_class"], record["confusion"]
+        assert sum(classes["num_examples"]) == len(labels)
+        share = sum(classes["robust_correct"]) / len(labels)
+        assert share == record["robust_accuracy"]
+        share = sum(classes["clean_correct"]) / len(labels)
+        assert share == record["clean_accuracy"]
+        for true, row in enumerate(confusion["adversarial"]):
+            for predicted, count in enumerate(row):
+                assert count == pairs.count((true, predicted))
+        assert confusion["columns"] == [*names, "non-finite"]
+
     def test_the_table_shows_each_row(self, root):
         record = run_folder.read_json(
             self.attacks / self.names[0] / "results.json"
         )
+        # Success is that on images which were correct before the attack.
+        success = record["attack_success_on_correct"]
+        (row,) = [x for x in self.out.splitlines() if x.startswith(" 1   pgd")]
+        attacked = round(10 * record["clean_accuracy"])
+        assert row.split()[8:11] == [
+            f"{record['clean_accuracy']:.1%}",
+            str(attacked),
+            f"{success:.1%}",
+        ]
         assert "0.01569 (4/255)" in self.out
         assert f"{record['robust_accuracy']:.1%}" in self.out
         for name in self.names:
@@ -309,6 +339,62 @@ class TestAScan:
         status, _, err = cli(*again, "--overwrite")
         assert status == 0, err
         assert not partial.exists()
+
+
+class TestPictures:
+    FAST = ("--steps=1", "--epsilon=0.12", "--num_examples=8")
+
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """The arguments of each grid of pictures."""
+        import visualize
+
+        calls = []
+        grid = visualize.attack_grid
+
+        def remember(*args, **kwargs):
+            calls.append((args, kwargs))
+            return grid(*args, **kwargs)
+
+        monkeypatch.setattr(visualize, "attack_grid", remember)
+        return calls
+
+    def test_only_attacked_images_are_drawn(self, cli, drawn, data):
+        status, _, err = cli(*self.FAST, "--target=random", "--overwrite")
+        assert status == 0, err
+        ((clean, _, labels, before, after, names), more) = drawn[0]
+        assert len(clean) and np.all(before == labels)
+        robust = after == labels
+        assert list(robust) == sorted(robust)  # Misclassified ones first.
+        assert names == list(data.class_names)
+        assert np.all(more["targets"] >= 0)
+        for which in ("clean", "adversarial"):
+            sure = more[f"{which}_confidences"]
+            assert np.all((0.1 <= sure) & (sure <= 1))
+        assert "random targets" in more["title"]
+        assert "1 step" in more["title"]
+
+    def test_another_number_of_rows_draws_the_picture_again(
+        self, cli, root, drawn, monkeypatch
+    ):
+        status, out, err = cli(*self.FAST, "--picture_rows=1", "--overwrite")
+        assert status == 0, err
+        monkeypatch.setattr(robust_evaluation, "evaluate", None)
+        for rows, calls in ((1, 1), (2, 2), (2, 2)):
+            status, out, err = cli(*self.FAST, f"--picture_rows={rows}")
+            assert status == 0 and "there already" in out, err
+            assert len(drawn) == calls
+            assert drawn[-1][1]["max_rows"] == rows
+        (place,) = root.glob("*/attacks/pgd-linf-eps0.12-1steps-8images")
+        record = run_folder.read_json(place / "results.json")
+        assert record["picture_rows"] == 2
+
+    def test_the_worst_classes_are_printed(self, cli):
+        status, out, err = cli(*self.FAST, "--worst_classes=3")
+        assert status == 0 and "Worst 3 of " in out, err
+        assert "PGD, L∞, untargeted, ε = 0.12, 1 step" in out
+        status, out, err = cli(*self.FAST, "--worst_classes=0")
+        assert status == 0 and "Worst" not in out, err
 
 
 def one_line(err):

@@ -132,3 +132,18 @@ def test_provenance_says_command_versions_and_commit():
 def test_name_of_a_run():
     assert run_folder.folder("runs", "d", "m").as_posix() == "runs/d-m"
     assert run_folder.folder("runs", "d", "m", "x").name == "d-m-x"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, -2.5e-7, None], "b": [], "c": [[1], [2, 3]], "d": "[\n 1]"},
+        ["[", "1", 2, {"]": [1.5]}],
+        [float("inf"), [True, 0]],
+    ],
+)
+def test_json_is_read_back_whatever_shares_a_line(tmp_path, value):
+    run_folder.write_json(tmp_path / "file.json", value)
+    assert run_folder.read_json(tmp_path / "file.json") == value
+    run_folder.write_json(tmp_path / "matrix.json", [[1, 2], [3, 4]])
+    assert "[1, 2],\n" in (tmp_path / "matrix.json").read_text()

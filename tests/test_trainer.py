@@ -377,6 +377,15 @@ class TestRun:
         assert written["provenance"]["versions"]["keras"]
         assert json.loads((folder / "results.json").read_text()) == record
         assert record["best"]["num_examples"] == 10
+        for weights in ("last", "best"):
+            classes = record[weights]["per_class"]
+            share = sum(classes["clean_correct"]) / 10
+            assert share == record[weights]["accuracy"]
+            assert sum(classes["num_examples"]) == 10
+            counts = record[weights]["confusion"]["clean"]
+            assert np.sum(counts) == 10
+            right = np.diagonal(counts).tolist()
+            assert right == classes["clean_correct"]
         # Independent: count again with the rebuilt model.
         model, _ = robust_training.load_run(folder)
         data = tiny().test

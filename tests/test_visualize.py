@@ -1,13 +1,16 @@
 """What the figures show is what they were given, in the right place."""
 
+import inspect
 import io
 import threading
 
 import matplotlib.colors
+import matplotlib.text
 import numpy as np
 import pytest
 from PIL import Image
 
+import curves
 import visualize
 
 NAMES = ("zero", "leatherback_turtle", "two")
@@ -156,6 +159,35 @@ class TestAttackGrid:
                 **{**arguments, "clean": arguments["clean"][:0]}
             )
 
+    def test_says_how_sure_the_model_is_and_what_was_aimed_at(self):
+        grid = panels(
+            visualize.attack_grid(
+                **attack_arguments(),
+                clean_confidences=[0.871, np.nan, 0.9999],
+                adversarial_confidences=[0.5, 0.25, 1.0],
+                targets=[1, 0, -1],
+            ),
+            3,
+        )
+        assert grid[0, 0].get_title() == "✓ zero (87%)"
+        assert grid[1, 0].get_title() == "✓ leatherback turtle"
+        assert grid[2, 0].get_title() == "✓ two (99.9%)"
+        assert grid[0, 1].get_title() == "✗ leatherback turtle (50%)"
+        notes = [row[1].get_xlabel() for row in grid]
+        assert notes == [
+            "target leatherback turtle: reached",
+            "target zero: missed",
+            "",
+        ]
+
+    def test_marks_what_was_wrong_before_the_attack(self):
+        arguments = attack_arguments()
+        arguments["clean_predictions"] = np.array([0, 2, -1])
+        grid = panels(visualize.attack_grid(**arguments), 3)
+        notes = [row[1].get_xlabel() for row in grid]
+        assert notes == ["", *["wrong before the attack"] * 2]
+        assert grid[2, 0].get_title() == "✗ non-finite"
+
 
 class TestGlimpseGrid:
     @pytest.mark.parametrize("height,width", [(12, 12), (9, 30), (40, 16)])
@@ -289,6 +321,22 @@ class TestGazeShift:
         bottom, top = left.get_ylim()
         assert bottom > 40.5 and top < -30  # Rows grow downwards.
 
+    def test_the_two_outcomes_have_medians_of_their_own(self):
+        clean = np.zeros((3, 1, 2))
+        moved = np.array([[[3.0, 4.0]], [[0.0, 1.0]], [[0.0, 7.0]]])
+        figure = visualize.gaze_shift(
+            clean, moved, (40, 40), misclassified=[True, False, True]
+        )
+        titles = [axis.get_title() for axis in figure.axes[1:]]
+        assert titles == [
+            "2 misclassified by the attack: median 6 px, largest 7 px",
+            "1 still robust: median 1 px, largest 1 px",
+        ]
+        figure = visualize.gaze_shift(
+            clean, moved, (40, 40), misclassified=[True] * 3
+        )
+        assert len(figure.axes) == 2
+
     @pytest.mark.parametrize("shape", [(0, 2, 2), (3, 2)])
     def test_no_gaze_is_an_error(self, shape):
         with pytest.raises(ValueError, match="gazes of one shape"):
@@ -420,8 +468,141 @@ class TestAttentionGrid:
         heads = [axis.texts[-1].get_text() for axis in axes]
         assert heads == ["image", "step 1", "step 3"]
 
+    def test_all_panels_share_the_scale_of_the_colour_bar(self):
+        figure = self.draw(max_steps=2)
+        *axes, bar = figure.axes
+        shown = self.maps().reshape(2, 3, 2, 4, 5).mean(axis=2)[:, [0, 2]]
+        overlays = [axis.images[1] for axis in axes if len(axis.images) == 2]
+        assert len(overlays) == 4
+        for overlay in overlays:
+            limits = overlay.get_clim()
+            np.testing.assert_allclose(limits, (0, shown.max()), rtol=1e-5)
+        np.testing.assert_allclose(bar.get_ylim(), limits)
+        figure.canvas.draw()
+        for place, label in zip(
+            bar.get_yticks(), bar.get_yticklabels(), strict=True
+        ):  # A uniform map of 4 x 5 cells is 1x everywhere.
+            said = float(label.get_text().removesuffix("x"))
+            assert said == pytest.approx(place * 20)
+        assert "1x = 1/20" in bar.get_ylabel()
+
     def test_maps_that_do_not_fit_are_refused(self):
         with pytest.raises(ValueError, match="num_steps"):
             visualize.attention_grid(
                 np.zeros((2, 8, 8, 1)), self.maps(), 4, [0, 1], [0, 1], []
             )
+
+
+class TestConfusionMatrices:
+    def test_shows_counts_and_shares_of_the_true_class(self):
+        counts = np.array([[3, 1, 0], [0, 0, 0]])
+        figure = visualize.confusion_matrices(
+            {"clean": counts, "adversarial": counts[::-1]},
+            ["cat", "dog", "non-finite"],
+        )
+        clean, adversarial, _ = figure.axes
+        np.testing.assert_allclose(
+            clean.images[0].get_array(), [[0.75, 0.25], [0, 0]]
+        )
+        assert [t.get_text() for t in clean.texts] == ["3", "1"]
+        names = [label.get_text() for label in clean.get_xticklabels()]
+        assert names == ["cat", "dog"]  # Nothing was not finite.
+        assert adversarial.get_title() == "adversarial images"
+
+    def test_what_is_not_finite_has_a_column(self):
+        figure = visualize.confusion_matrices(
+            {"clean": [[1, 0, 2], [0, 3, 0]]}, ["cat", "dog", "non-finite"]
+        )
+        names = [x.get_text() for x in figure.axes[0].get_xticklabels()]
+        assert names == ["cat", "dog", "non-finite"]
+
+    def test_shapes_that_do_not_fit_are_refused(self):
+        with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
+            visualize.confusion_matrices({"clean": np.eye(2)}, ["a", "b", "c"])
+
+
+# What class folders can be called, and what formulas, fonts and files make of
+# it.
+HOSTILE = (
+    "$x$",
+    "$",
+    "\\frac{",
+    "a_b^c",
+    "100%",
+    "two\nlines",
+    "very " * 40 + "long",
+    "w" * 200,
+    "犬と猫",
+    "\U0001f40d",
+    "bytes \udcff",
+    "../a/b",
+    "\x1b[31m\x00",
+    "",
+)
+
+
+@pytest.mark.parametrize("first", range(0, len(HOSTILE), 3))
+def test_every_figure_draws_every_name(first, recwarn):
+    """Its text is drawn as it is: no formula, no error, no warning."""
+    names = (*HOSTILE[first : first + 3], "b", "c")[:3]
+    title = "\n".join(names)
+    gazes = np.random.default_rng(0).normal(size=(3, 2, 2))
+    predictions = np.array([0, 2, -1])
+    figures = [
+        visualize.attack_grid(
+            **{**attack_arguments(), "class_names": names},
+            targets=[0, 1, 2],
+            title=title,
+        ),
+        visualize.glimpse_grid(
+            pictures(), [0, 1, 2], predictions, names, title=title
+        ),
+        visualize.attention_grid(
+            pictures(),
+            np.full((3, 1, 2, 2), 0.25),
+            1,
+            [0, 1, 2],
+            predictions,
+            names,
+            row_names=names,
+            title=title,
+        ),
+        visualize.gaze_shift(gazes, gazes + 1, (12, 12), title=title),
+        visualize.training_curves(
+            [{"epoch": 1, "loss": 2.0, "accuracy": 0.1}], title=title
+        ),
+        visualize.confusion_matrices(
+            {names[0]: np.zeros((3, 4), int)},
+            [*names, "non-finite"],
+            title=title,
+        ),
+        curves.accuracy_curves(
+            [
+                {"robust_accuracy": 0.5, "epsilon": radius, "dataset": data}
+                for data in names
+                for radius in (0.1, 0.2)
+            ],
+            title=title,
+        ),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO(), dpi=20)
+        for text in figure.findobj(matplotlib.text.Text):
+            assert not text.get_parse_math() or not text.get_text()
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_every_public_function_that_makes_a_figure_is_drawn_above():
+    source = inspect.getsource(test_every_figure_draws_every_name)
+    for module in (visualize, curves):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            makes = "path" in inspect.signature(function).parameters
+            if makes and not name.startswith("_") and "csv" not in name:
+                known = f"{module.__name__}.{name}(" in source
+                assert known or name == "finish", name
+
+
+def test_names_without_glyphs_are_told_apart():
+    names = ["\U000f0000", "\U000f0001"]  # No font has these.
+    assert visualize._name(names, 0, 24) == "□ (0)"
+    assert visualize._name(names, 1, 24) == "□ (1)"

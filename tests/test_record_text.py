@@ -1,0 +1,77 @@
+"""Records are worded alike everywhere, whatever the classes are called."""
+
+import io
+
+import pytest
+
+import metrics
+import record_text
+
+RECORD = {
+    "attack": "pgd",
+    "norm": "linf",
+    "target": "none",
+    "epsilon": 8 / 255,
+    "steps": 20,
+    "restarts": 1,
+    "version": None,
+}
+
+
+def test_a_caption_tells_attack_target_and_steps():
+    assert record_text.caption(RECORD) == (
+        "PGD, L∞, untargeted, ε = 8/255, 20 steps, 1 restart"
+    )
+    aimed = {**RECORD, "target": 1}
+    assert "target class dog" in record_text.caption(aimed, ["cat", "dog"])
+    assert "target class 1" in record_text.caption(aimed)
+    random = {**RECORD, "target": "random"}
+    assert "random targets" in record_text.caption(random)
+
+
+@pytest.mark.parametrize(
+    "name,shown",
+    [
+        ("two\nlines", "two lines"),
+        ("\x1b[31mred\x07", "[31mred"),  # No escape reaches a terminal.
+        ("bytes \udcff", "bytes ?"),
+        ("right\u202eleft", "rightleft"),
+        ("a/b\\c", "a/b\\c"),
+        ("$x_1^2$ 100%", "$x_1^2$ 100%"),
+        ("犬", "犬"),
+    ],
+)
+def test_a_name_is_one_printable_line(name, shown):
+    assert record_text.printable(name) == shown
+    shown.encode()
+
+
+@pytest.mark.parametrize(
+    "label,shown",
+    [(0, "cat"), (1, "1"), (7, "7"), (metrics.NON_FINITE, "non-finite")],
+)
+def test_a_class_without_a_name_shows_its_id(label, shown):
+    assert record_text.class_name(["cat", "\n"], label) == shown
+
+
+def table(report, count):
+    file = io.StringIO()
+    record_text.show_classes(report, count, "of the test", file)
+    return file.getvalue()
+
+
+def test_the_worst_classes_come_first_under_their_names():
+    labels = [0, 0, 1, 1, 2, 2]
+    names = ["[bold]", "crane", "crane", "unseen"]
+    attacked = [0, 0, 0, 0, 2, -1]
+    report = metrics.class_report(labels, names, labels, attacked)
+    said = table(report, 2)
+    rows = [line.split() for line in said.splitlines() if "%" in line]
+    assert rows == [
+        ["crane", "(1)", "2", "100.0%", "0.0%", "[bold]"],
+        ["crane", "(2)", "2", "100.0%", "50.0%", "non-finite"],
+    ]
+    assert "Worst 2 of 3 classes, of the test" in said
+    assert not table(report, 0) and not table({}, 5)
+    clean = table(metrics.class_report(labels, names, labels), 5)
+    assert "robust" not in clean and clean.count("100.0%") == 3
