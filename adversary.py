@@ -385,7 +385,7 @@ class AdversaryConfig:
         """The folder of an evaluation; its name tells the settings.
 
         Raises:
-            ValueError: If the name cannot be that of a folder, or if the folder
+            ValueError: If the name cannot be that of a folder, or if a folder
                 is a link.
         """
         import attack_records
@@ -401,7 +401,9 @@ class AdversaryConfig:
             f"{self.weights}_weights" if self.weights != "best" else "",
         )
         name = run_folder.component(name, "the name of the evaluation")
-        return run_folder.inside(self.folder, "attacks", name)
+        place = run_folder.inside(self.folder, "attacks", name)
+        attack_records.partial(place)
+        return place
 
 
 _GOES_ON = "Run the same command again: it goes on from what is saved."
@@ -425,8 +427,8 @@ def config_from_flags():
             "Expected --save_images to be a number of images, or -1 for all. "
             f"Received: {_SAVE_IMAGES.value}."
         )
-    folder, _ = _find_run()
-    run = run_folder.read_config(folder, _NEEDED)
+    folder, run = _find_run()
+    run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _NEEDED)
     protocol = _protocol_of(run)
     surrogate = command_line.path(_SURROGATE.value)
     if surrogate is not None:

@@ -8,6 +8,7 @@ once. What is under way lies beside it, in
 
 import contextlib
 import dataclasses
+import pathlib
 import sys
 
 import numpy as np
@@ -126,6 +127,15 @@ def earlier(place, request, overwrite=False):
     return record
 
 
+def partial(place) -> pathlib.Path:
+    """Returns the folder of what is under way of an evaluation.
+
+    Raises:
+        ValueError: If it is a link or a file.
+    """
+    return run_folder.inside(place.parent, f".{place.name}.partial")
+
+
 def attack(
     place,
     model,
@@ -161,14 +171,14 @@ def attack(
     Returns:
         The record.
     """
-    partial = run_folder.inside(place.parent, f".{place.name}.partial")
-    run_folder.recover(partial)
+    under_way = partial(place)
+    run_folder.recover(under_way)
     run = {
         "surrogate": surrogate,
         "context": context,
         "progress": progress,
         "keep_images": save_images,
-        "state_dir": partial,
+        "state_dir": under_way,
     }
     try:
         record, arrays = robust_evaluation.evaluate(
@@ -177,7 +187,7 @@ def attack(
     except robust_evaluation.StateError:
         if not overwrite:
             raise
-        run_folder.discard(partial)
+        run_folder.discard(under_way)
         record, arrays = robust_evaluation.evaluate(
             model, split, evaluation, **run
         )
@@ -196,7 +206,7 @@ def attack(
         ),
     }
     _put(place, model, record, arrays)
-    run_folder.discard(partial)
+    run_folder.discard(under_way)
     return record
 
 

@@ -459,9 +459,16 @@ class Experiment:
     def finished(self, row, seed):
         """Whether a run is there; raises if it is one of other settings."""
         place = self.folder(row, seed)
-        if not (place / "results.json").exists():
+        path = place / "results.json"
+        if not path.exists():
             return False
-        made = run_folder.read_json(place / "results.json")["provenance"]
+        try:
+            found = run_folder.read_json(path)
+            run_folder.check_fields(path, found, {}, ("provenance", "ended"))
+        except ValueError as error:  # --resume writes it anew.
+            run_folder.pass_over(error)
+            return False
+        made = found["provenance"]
         made, wanted = (
             {x for x in line[1:] if not x.startswith(_IDLE)}
             for line in (
@@ -528,10 +535,7 @@ class Experiment:
         found = {"s / epoch": trained["training_seconds"] / passes}
         if trained["ended"]:
             found["ended"] = epochs
-        records = [
-            run_folder.read_json(path)
-            for path in sorted(place.glob("attacks/*/results.json"))
-        ]
+        records = list(run_folder.records(place).values())
         for column in self.table.columns:
             value = column.of(records)
             if value is not None:

@@ -1,0 +1,253 @@
+"""The folders of evaluations: owners, damaged neighbours, links, Ctrl-C."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import test_adversary
+from test_adversary import adversary, cli, data, one_line, root  # noqa: F401
+
+import robust_evaluation
+import robust_training
+import run_folder
+
+FAST = ("--steps=1", "--num_examples=4")
+NAME = "pgd-linf-eps{}-1steps-4images"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, data):  # noqa: F811
+    """A run that tests change and put right again."""
+    return test_adversary.make_run(tmp_path_factory.mktemp("r") / "run", data)
+
+
+@pytest.fixture
+def call(cli, shared):  # noqa: F811
+    """Calls the program on that run, with a fresh folder of attacks."""
+    attacks = shared / "attacks"
+    run_folder.remove(attacks)
+    yield lambda *arguments: cli(*arguments, runs_dir=shared.parent)
+    run_folder.remove(attacks)
+
+
+def test_damaged_neighbours_are_named_and_passed_over(call, shared):
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 0, err
+    place = shared / "attacks" / NAME.format(0.1)
+    left = place / ".7.tmp.adversarial.npz"
+    for name, text in (
+        ("results.json", b"null"),
+        ("adversarial.npz", b"PK"),
+    ):
+        path = place / name
+        whole = path.read_bytes()
+        path.write_bytes(text)
+        left.write_text("")
+        status, out, err = call("--epsilon=0.2", "--overwrite", *FAST)
+        assert status == 0, err
+        assert one_line(err) and err.startswith("Left out: "), err
+        assert name in err
+        if name == "results.json":  # Its own is not passed over.
+            status, _, err = call("--epsilon=0.1", *FAST)
+            assert status == 2 and one_line(err) and "--overwrite" in err
+        path.write_bytes(whole)
+    record = run_folder.read_record(
+        place.with_name(NAME.format(0.2)) / "results.json"
+    )
+    assert record["worst_case"]["attacks"] == [NAME.format(0.2)]
+    (place / "results.json").write_text("[")
+    status, _, err = call("--epsilon=0.1", "--overwrite", *FAST)
+    assert status == 0, err
+    assert not left.exists()
+    run_folder.read_record(place / "results.json")
+
+
+def test_two_processes_may_not_write_one_record(call, shared):
+    place = shared / "attacks" / NAME.format(0.1)
+    script = (
+        "import run_folder, time\n"
+        f"with run_folder.own({str(place)!r}):\n"
+        "    print('mine', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=test_adversary.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "mine\n"
+        for more in ((), ("--overwrite",)):
+            status, _, err = call("--epsilon=0.1", *FAST, *more)
+            assert status == 2 and one_line(err)
+            assert f"{NAME.format(0.1)} is in use by process" in err
+            assert str(process.pid) in err
+        status, _, err = call("--epsilon=0.2", *FAST)  # With other settings.
+        assert status == 0, err
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 0, err
+    assert not list((shared / "attacks").glob(".*"))
+
+
+def test_a_run_may_be_attacked_while_it_is_trained(call, shared, monkeypatch):
+    """Unless its weights are replaced between their hash and their reading."""
+    with run_folder.own(shared):
+        status, _, err = call("--epsilon=0.1", *FAST)
+        assert status == 0, err
+    load = robust_training.load_run
+    path = shared / "best.weights.h5"
+    whole = path.read_bytes()
+
+    def replaced(*arguments, **options):
+        found = load(*arguments, **options)
+        path.write_bytes(whole + b"\0")
+        return found
+
+    monkeypatch.setattr(robust_training, "load_run", replaced)
+    status, _, err = call("--epsilon=0.2", *FAST)
+    path.write_bytes(whole)
+    assert status == 2 and one_line(err) and "being trained" in err
+
+
+@pytest.mark.parametrize("parts", [[], [NAME.format(0.1)], ["partial"]])
+def test_nothing_is_written_through_a_link(call, shared, tmp_path, parts):
+    if parts == ["partial"]:
+        parts = [f".{NAME.format(0.1)}.partial"]
+    link = shared.joinpath("attacks", *parts)
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path)
+    (tmp_path / "results.json").write_text("precious")
+    for more in ((), ("--overwrite",)):
+        status, _, err = call("--epsilon=0.1", *FAST, *more)
+        assert status == 2 and one_line(err) and "symbolic link" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def test_the_checklist_needs_its_folder_first(call, shared, monkeypatch):
+    import checklist
+
+    def never(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(checklist, "run", never)
+    (shared / "attacks").write_text("")
+    status, _, err = call("--checklist")
+    assert status == 2 and one_line(err) and "attacks to be a folder" in err
+    (shared / "attacks").unlink()
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "attacks")
+
+    monkeypatch.setattr(run_folder, "_lock", denied)
+    status, _, err = call("--checklist")
+    assert status == 2 and one_line(err) and "Permission denied" in err
+    assert not (shared / "attacks").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(robust_evaluation, "evaluate", interrupted)
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 130 and one_line(err)
+    assert "Run the same command again: it goes on" in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["null", "{}", "[]", "[" * 200_000, '{"model": 3}', '{"model": "ecnn"}'],
+)
+def test_a_damaged_config_is_one_line(call, shared, text):
+    path = shared / run_folder.CONFIG
+    whole = path.read_text()
+    path.write_text(text)
+    try:
+        status, _, err = call(f"--run={shared}", "--epsilon=0.1", *FAST)
+    finally:
+        path.write_text(whole)
+    assert status == 2 and one_line(err) and "config.json" in err
+    assert len(err) < 600
+
+
+def test_a_damaged_state_of_an_evaluation_is_one_line(call, shared):
+    place = shared / "attacks" / NAME.format(0.1)
+    partial = place.with_name(f".{place.name}.partial")
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 0, err
+    record = run_folder.read_json(place / "results.json")
+    evaluate = robust_evaluation.evaluate
+
+    class Stop(BaseException):
+        pass
+
+    def stopped(*arguments, **options):
+        evaluate(*arguments, **options)
+        raise Stop  # With the group done, and the record not written.
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robust_evaluation, "evaluate", stopped)
+        with pytest.raises(Stop):
+            call("--epsilon=0.1", "--overwrite", *FAST)
+    path = partial / "group-00000.npz"
+    with np.load(path) as file:
+        whole = {name: file[name] for name in file.files}
+    for changes in (
+        {"indices": whole["indices"] + 1},
+        {"labels": whole["labels"][:2]},
+        {"seconds": np.array(1.0)},
+        {"clean": np.zeros(2**27, "uint8")},
+    ):
+        np.savez_compressed(path, **{**whole, **changes})
+        run_folder.remove(place)
+        status, _, err = call("--epsilon=0.1", *FAST)
+        assert status == 2 and one_line(err) and "is damaged" in err, changes
+    (partial / ".9.tmp.group-00000.npz").write_text("")
+    np.savez(path, **whole)
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 0, err
+    assert not partial.exists()
+    again = run_folder.read_json(place / "results.json")
+    assert again["robust_accuracy"] == record["robust_accuracy"]
+
+
+def test_a_moved_surrogate_is_the_same(call, shared, data, tmp_path):  # noqa: F811
+    first = test_adversary.make_run(tmp_path / "a" / "other", data)
+    place = f"{NAME.format(0.1)}-from_other"
+    status, _, err = call(f"--surrogate={first}", "--epsilon=0.1", *FAST)
+    assert status == 0, err
+    assert (shared / "attacks" / place).exists()
+    first.parent.rename(tmp_path / "b")
+    moved = tmp_path / "b" / "." / "other" / ".." / "other"
+    status, out, err = call(f"--surrogate={moved}", "--epsilon=0.1", *FAST)
+    assert status == 0 and "there already" in out, err
+
+
+def test_paths_of_flags_may_begin_at_home(call, shared, monkeypatch):
+    monkeypatch.setenv("HOME", str(shared.parent))
+    status, _, err = call(
+        "--run=~/run", "--surrogate=~/run", "--epsilon=0.1", *FAST
+    )
+    assert status == 0, err
+    (shared / "list.txt").write_text("0\n1\n")
+    status, _, err = call(
+        "--examples=~/run/list.txt", "--epsilon=0.1", "--steps=1"
+    )
+    assert status == 0, err
+
+
+def test_a_name_that_no_folder_can_have_is_one_line(shared):
+    config = adversary.AdversaryConfig(
+        shared, (), options={"test_gazes": "../../x"}
+    )
+    evaluation = robust_evaluation.EvaluationConfig()
+    with pytest.raises(ValueError, match="the name of the evaluation"):
+        config.place(evaluation)
