@@ -409,8 +409,8 @@ class AdversaryConfig:
 _GOES_ON = "Run the same command again: it goes on from what is saved."
 _PATIENCE = 60.0  # Seconds that another evaluation may need to write a table.
 # What a run's config has to have for it to be attacked.
-_NEEDED = ("model", "dataset", "model_options", "num_classes")
-_NEEDED = (*_NEEDED, "class_names", "image_shape")
+_ASKED = ("model", "dataset", "class_names", "image_shape")
+_NEEDED = (*_ASKED, "model_options", "num_classes")
 
 
 def config_from_flags():
@@ -428,7 +428,7 @@ def config_from_flags():
             f"Received: {_SAVE_IMAGES.value}."
         )
     folder, run = _find_run()
-    run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _NEEDED)
+    run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _ASKED)
     protocol = _protocol_of(run)
     surrogate = command_line.path(_SURROGATE.value)
     if surrogate is not None:
