@@ -10,6 +10,7 @@ command is given again.
 
 # This file holds flags and the order of things, and no formula.
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -22,6 +23,7 @@ import catalogue
 import command_line  # Before Keras: it quiets TensorFlow.
 import handover_flags
 import model_flags
+import progress
 import run_folder
 import trained_runs
 
@@ -684,7 +686,7 @@ def run(config, data=None, progress=True):
     Args:
         config: An `AdversaryConfig`.
         data: The run's `datasets.Dataset`, if it is loaded already.
-        progress: Whether a progress bar is shown on a terminal.
+        progress: Whether a summary and the progress are shown.
 
     Returns:
         List of tuples (record, folder of the record, whether it was there
@@ -739,6 +741,15 @@ def _attacked(config, data, progress, hashes):
             if loaded is None:
                 with command_line.guard():
                     loaded = _Loaded(config, data, hashes)
+                if progress:
+                    new = [
+                        e
+                        for e, earlier in zip(
+                            config.evaluations, found, strict=True
+                        )
+                        if earlier is None
+                    ]
+                    _show(loaded.context, new, len(loaded.split))
             with command_line.guard_disk():
                 if reused:
                     record = loaded.redraw(evaluation, record)
@@ -746,6 +757,14 @@ def _attacked(config, data, progress, hashes):
                     record = loaded.attack(evaluation, progress)
         results.append((record, config.place(evaluation), reused))
     return results
+
+
+def _show(context, evaluations, count):
+    """Prints what will be attacked, and how."""
+    import run_summary
+
+    for line in run_summary.of_attack(context, evaluations, count):
+        print(line, flush=True)
 
 
 class _Loaded:
@@ -792,7 +811,7 @@ class _Loaded:
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
         request = config.request(evaluation, self.hashes)
-        with attack_records.bar(place.name, progress) as report:
+        with attack_records.shown_progress(place.name, progress) as report:
             try:
                 return attack_records.attack(
                     place,
@@ -919,6 +938,19 @@ def _show_protocol(config, records):
             )
 
 
+@contextlib.contextmanager
+def _shown_checks(names):
+    """Shows how many checks are done; yields what takes each of them."""
+    done = []
+    with progress.Progress("checklist", len(names), "checks") as shown:
+
+        def report(check):
+            done.append(check)
+            shown.update(len(done), note=f"{check.name} done")
+
+        yield report
+
+
 def _run_checklist(config, data=None):
     """Runs the checklist on the first radius; returns whether all passed."""
     with command_line.guard():
@@ -947,22 +979,43 @@ def _checked(config, data):
 
     evaluation = config.evaluations[0]
     model, context, split = _load(config, data, config.hashes())
+    _show(context, config.evaluations[:1], len(split))
     other = None
     if config.surrogate is not None:
         other, _ = robust_training.load_run(config.surrogate, config.weights)
-    checks = checklist.run(
-        model,
-        split,
-        norm=evaluation.attack.norm,
-        epsilon=evaluation.attack.epsilon,
-        num_examples=evaluation.num_examples or 128,
-        batch_size=evaluation.batch_size,
-        seed=evaluation.seed,
-        transfer_from=other,
-        eot=evaluation.eot,
-    )
+    with _shown_checks(checklist.NAMES) as report:
+        checks = checklist.run(
+            model,
+            split,
+            report=report,
+            norm=evaluation.attack.norm,
+            epsilon=evaluation.attack.epsilon,
+            num_examples=evaluation.num_examples or 128,
+            batch_size=evaluation.batch_size,
+            seed=evaluation.seed,
+            transfer_from=other,
+            eot=evaluation.eot,
+        )
     print(checklist.render(checks))
     return checks, context
+
+
+@contextlib.contextmanager
+def _shown_training(batch_size):
+    """Shows the progress of crafting a set, then that of training on it."""
+    import keras
+
+    import training_progress
+
+    training = training_progress.Progress(batch_size)
+    with (
+        contextlib.closing(training),
+        progress.Progress("crafting") as crafting,
+    ):
+        begun = keras.callbacks.LambdaCallback(
+            on_train_begin=lambda logs: crafting.close()
+        )
+        yield {"progress": crafting.update, "callbacks": (begun, training)}
 
 
 def _run_nonrobust(config):
@@ -992,16 +1045,22 @@ def _run_nonrobust(config):
             )
         run = run_folder.read_config(config.folder, _NEEDED)
         data = trained_runs.load_data(run, config.data_dir, test_only=False)
+        settings |= {
+            "weights": config.weights,
+            "overwrite": config.overwrite,
+            "epochs": _EPOCHS.value,
+            "batch_size": _batch_size(math.prod(run["image_shape"])),
+        }
         try:
-            with command_line.stop_signals() as should_stop:
+            with (
+                command_line.stop_signals() as should_stop,
+                _shown_training(run["recipe"]["batch_size"]) as shown,
+            ):
                 record = nonrobust_features.run(
                     config.folder,
                     data=data,
-                    weights=config.weights,
-                    overwrite=config.overwrite,
-                    epochs=_EPOCHS.value,
-                    batch_size=_batch_size(math.prod(run["image_shape"])),
                     should_stop=should_stop,
+                    **shown,
                     **settings,
                 )
         except robust_training.Interrupted:

@@ -9,12 +9,12 @@ once. What is under way lies beside it, in
 import contextlib
 import dataclasses
 import pathlib
-import sys
 
 import numpy as np
 
 import metrics
 import model_backbone
+import progress
 import record_text
 import robust_evaluation
 import run_folder
@@ -475,35 +475,31 @@ def _in_turn(clean, attacked):
 
 
 @contextlib.contextmanager
-def bar(name, wanted):
-    """Shows a progress bar with the time left, if there is a terminal."""
-    if not (wanted and sys.stderr.isatty()):
+def shown_progress(name, wanted):
+    """Shows how many images are decided: those misclassified, or finished.
+
+    Args:
+        name: Name of the evaluation.
+        wanted: Whether to show anything.
+
+    Yields:
+        Callable `(done, total, record)` as `robust_evaluation.evaluate` takes
+        it; None if nothing is wanted.
+    """
+    if not wanted:
         yield None
         return
-    from rich import console, progress
-
-    bar = progress.Progress(
-        "{task.description}",
-        progress.BarColumn(20),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        "{task.fields[found]}",
-        console=console.Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task(name, total=None, found="")
+    # Images that are misclassified early come first: the others take longer.
+    with progress.Progress(name, unit="images", least=True) as shown:
 
         def report(done, total, record):
-            found = (
-                ""
-                if record is None
-                else (
+            found = ""
+            if record is not None:
+                found = (
                     f"clean {record['clean_accuracy']:.1%}, "
                     f"robust {record['robust_accuracy']:.1%}"
                 )
-            )
-            bar.update(task, completed=done, total=total, found=found)
+            shown.update(done, total, found)
 
         yield report
 

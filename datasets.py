@@ -54,6 +54,8 @@ class Dataset:
         skipped: Unreadable images left out, `{"train": n, "test": n}`.
         wnids: None, or the WordNet ids in the order of the class ids.
         resize: None, or how photographs were brought to size, see `load`.
+        held_out: Whether the validation images are held out of the training
+            images; otherwise the set has its own.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Dataset:
     )
     wnids: tuple | None = None
     resize: str | None = None
+    held_out: bool = False
 
 
 # ---------------------------------------------------------------------------
@@ -122,6 +125,11 @@ class _Row:
 def names():
     """Returns the names that `load` knows."""
     return tuple(_TABLE)
+
+
+def sizes(name):
+    """Returns the sides of a set's images in pixels; none if any will do."""
+    return _TABLE[name].sizes
 
 
 def load(
@@ -303,9 +311,10 @@ def _missing(request, looked_for):
 def _dataset(request, class_names, splits, source, **more):
     """A `Dataset` of splits, of which there may be no `"validation"`."""
     test, train, validation = splits["test"], None, None
+    held_out = "validation" not in splits
     if not request.test_only:
         train, validation = splits["train"], splits.get("validation")
-        if validation is None:
+        if held_out:
             train, validation = image_splits.hold_out(
                 train, request.validation_fraction, request.seed
             )
@@ -317,6 +326,7 @@ def _dataset(request, class_names, splits, source, **more):
         validation,
         test,
         source=source,
+        held_out=held_out and validation is not None,
         **more,
     )
 

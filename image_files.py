@@ -26,6 +26,8 @@ from typing import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
+import progress
+
 _WNID = re.compile(r"n\d{8}")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
 # What Pillow raises for a file that is no image or not a whole one.
@@ -223,7 +225,7 @@ def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
         in_memory: Decode every image now, and keep the pixels. Otherwise only
             head and end are checked, and images are decoded when read.
         skip_corrupt: Go on after an unreadable image.
-        title: What the progress bar is called.
+        title: What the progress display is called.
 
     Returns:
         `(read, corrupt)`: a callable from int64 indices of shape `(k,)` to
@@ -266,15 +268,6 @@ def _threads():
     return min(32, os.cpu_count() or 1)
 
 
-def _progress(items, title, **options):
-    """Shows how far an iteration is; only on a terminal, only if it lasts."""
-    import tqdm
-
-    return tqdm.tqdm(
-        items, title, leave=False, delay=2, disable=None, **options
-    )
-
-
 def _each(work, count, title, skip_corrupt):
     """Calls `work(i)` in threads; returns the indices that were corrupt."""
 
@@ -292,20 +285,18 @@ def _each(work, count, title, skip_corrupt):
     failed = []
     starts = range(0, count, 64)
     pool = concurrent.futures.ThreadPoolExecutor(_threads())
+    shown = progress.Progress(title, count, "images", delay=2)
     try:
         # Blocks finish in order, so the first corrupt file is always the
         # one that is named.
-        for corrupt in _progress(
-            pool.map(block, starts),
-            title,
-            total=len(starts),
-            unit=" images",
-            unit_scale=64,
-        ):
+        blocks = zip(starts, pool.map(block, starts), strict=True)
+        for start, corrupt in blocks:
+            shown.update(min(start + 64, count))
             if corrupt and not skip_corrupt:
                 raise corrupt[0][1]
             failed.extend(i for i, _ in corrupt)
     finally:
+        shown.close()
         pool.shutdown(wait=True, cancel_futures=True)
     return failed
 
@@ -571,7 +562,7 @@ def of_shards(paths, class_of, title):
     Args:
         paths: Shards of `tf.train.Example` with features `image` and `label`.
         class_of: int32 array from stored labels to class ids; -1 leaves out.
-        title: What the progress bar is called.
+        title: What the progress display is called.
 
     Returns:
         `Encoded` images, in the order of the records.
@@ -580,7 +571,8 @@ def of_shards(paths, class_of, title):
         ValueError: If a shard is not whole, or is another file.
     """
     rows = []
-    for number, path in enumerate(_progress(paths, f"{title}: indexing")):
+    shown = progress.each(paths, f"{title}: indexing", len(paths), "files")
+    for number, path in enumerate(shown):
         if os.path.getsize(path):
             rows += [(number, *row) for row in _index_shard(path)]
     table = np.asarray(rows, np.int64).reshape(-1, 5)

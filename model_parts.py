@@ -42,7 +42,8 @@ class FoldViews(layers.Layer):
         return ops.reshape(views, (-1, *views.shape[2:]))
 
     def compute_output_shape(self, shape):
-        return (None, *shape[2:])
+        known = None not in shape[:2]
+        return (shape[0] * shape[1] if known else None, *shape[2:])
 
 
 @keras.saving.register_keras_serializable("saccade")
@@ -57,7 +58,8 @@ class JoinViews(layers.Layer):
         return ops.reshape(features, (-1, self.views * features.shape[-1]))
 
     def compute_output_shape(self, shape):
-        return (None, self.views * shape[-1])
+        batch = shape[0] and shape[0] // self.views
+        return (batch, self.views * shape[-1])
 
     def get_config(self):
         return {**super().get_config(), "views": self.views}

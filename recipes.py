@@ -128,6 +128,33 @@ class Recipe:
             changes = {"learning_rate": rate, **changes}
         return dataclasses.replace(self, **changes)
 
+    def remarks(self) -> list[str]:
+        """Returns what too few epochs make of the schedules, a line each."""
+        found = []
+        places = [epoch for epoch, _ in self.drops]
+        edges = [0, *places, self.epochs]
+        if self.schedule == "steps" and places and _narrow(edges):
+            listed = ", ".join(f"{place:.3g}" for place in places)
+            found.append(
+                f"With {self.epochs} epochs the learning rate drops at epochs "
+                f"{listed}, less than one epoch apart. Choose more --epochs "
+                "or --schedule=cosine."
+            )
+        ends = [*(start for start, _ in self.read_outs[1:]), self.epochs]
+        for (start, step), end in zip(self.read_outs, ends, strict=False):
+            if math.ceil(start) >= math.ceil(end):
+                found.append(
+                    f"With {self.epochs} epochs no epoch is read out at step "
+                    f"{step}. Choose more --epochs or another "
+                    "--read_out_curriculum."
+                )
+        return found
+
+
+def _narrow(edges):
+    """Whether two neighbours among numbers of epochs are less than 1 apart."""
+    return any(b - a < 1 for a, b in zip(edges, edges[1:], strict=False))
+
 
 def _all_begun(pairs, epochs):
     """Begins the last read-out in the last epoch at the latest.

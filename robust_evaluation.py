@@ -678,7 +678,7 @@ class _Tally:
             "nonfinite_crafting": int(np.sum(rows["nonfinite_crafting"])),
             "very_sure": self._very_sure(rows),
             "seconds": round(self.seconds, 3),
-            "device": _device(),
+            "device": device(),
             "backend": keras.config.backend(),
         }
 
@@ -699,8 +699,8 @@ class _Tally:
         return out
 
 
-def _device():
-    """Where tensors live, in the backend's words: `cpu`, `GPU:0`."""
+def device():
+    """Returns where tensors live, in the backend's words: `cpu`, `GPU:0`."""
     return str(getattr(ops.zeros(()), "device", "")).rsplit("device:")[-1]
 
 

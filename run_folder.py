@@ -754,8 +754,8 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
     return max(found)[1]
 
 
-def _cores():
-    """How many cores this process may use; not every system tells."""
+def cores():
+    """Returns how many cores this process may use; not every system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -776,7 +776,7 @@ def provenance():
         ),
         "git_hash": _git_hash(),
         "versions": versions,
-        "machine": f"{platform.machine()}, {_cores()} CPU cores",
+        "machine": f"{platform.machine()}, {cores()} CPU cores",
     }
 
 

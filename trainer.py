@@ -10,6 +10,7 @@ runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
 
 # This file holds flags and the order of things, no formula and no layer.
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -21,6 +22,7 @@ import command_line  # Before Keras: it quiets TensorFlow.
 import datasets
 import handover_flags
 import model_flags
+import progress
 import run_folder
 import trained_runs
 import training_flags
@@ -626,19 +628,34 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
 
 
 def _run(config, data, overwrite, resume, callbacks):
+    import run_summary
+    import training_progress
+
     with command_line.guard():
         data = load_data(config) if data is None else data
         _check_validation(config, data)
+        shown = training_progress.Progress(
+            config.recipe.batch_size, run_summary.advice(config, data)
+        )
         # Everything that can be wrong is, before the folder is made.
-        loop = _loop(config, data, config.folder, callbacks)
+        with progress.busy("building the model"):
+            loop = _loop(config, data, config.folder, (shown, *callbacks))
         described = describe(config, data, loop.model)
-    with command_line.continues("Continue with the same command and --resume."):
+    with (
+        contextlib.closing(shown),
+        command_line.continues("Continue with the same command and --resume."),
+    ):
         with command_line.guard():
             folder = open_folder(
                 config, described, overwrite=overwrite, resume=resume
             )
             if resume:
                 loop.resume()
+        for line in (
+            *run_summary.of_training(config, data, loop),
+            *run_summary.warnings(config, data, loop),
+        ):
+            print(line, flush=True)
         with command_line.guard_disk():
             record = _trained(config, data, loop)
             record["provenance"] = described["provenance"]
@@ -781,9 +798,10 @@ def _test(config, images, model, weights, class_names):
 
     path = config.folder / f"{weights}.weights.h5"
     robust_training.load_weights(path, model)
-    return robust_evaluation.accuracy(
-        model, images, config.eval_batch_size, class_names
-    )
+    with progress.busy(f"testing the {weights} weights"):
+        return robust_evaluation.accuracy(
+            model, images, config.eval_batch_size, class_names
+        )
 
 
 def evaluate(config, data=None):
@@ -860,9 +878,7 @@ def _finished(config):
 def _callbacks(folder):
     import keras
 
-    import training_progress
-
-    found = [training_progress.Progress()]
+    found = []
     try:
         import tensorboard  # noqa: F401
 

@@ -107,6 +107,17 @@ def test_every_attack_can_be_made_with_draws_and_without(name, eot):
 SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")
 
 
+def test_an_attack_is_summed_up_before_it_begins(cli):
+    status, out, err = cli(*SCAN, "--overwrite")
+    assert status == 0, err
+    said = out.splitlines()
+    heads = [line.split()[0] for line in said[:5]]
+    assert heads == ["run", "images", "attack", "threat", "device"]
+    assert "10 of 1000 test images" in said[1]
+    assert said[2].endswith("pgd steps 1, 2 restarts 1")
+    assert said[3].endswith("linf 0.01569 (4/255), 0.1, untargeted")
+
+
 class TestWhichRun:
     """The flags of the handover's program choose among the runs."""
 

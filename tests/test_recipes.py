@@ -47,6 +47,20 @@ class TestRecipes:
         recipe = recipes.RECIPES["cifar10"].override(epochs=20)
         assert [epoch for epoch, _ in recipe.drops] == [8, 12, 16, 18]
 
+    def test_epochs_that_compress_a_schedule_are_said(self):
+        usual = recipes.RECIPES["cifar10"]
+        assert usual.remarks() == []
+        assert usual.override(epochs=10).remarks() == []
+        (line,) = usual.override(epochs=2).remarks()
+        assert "epochs 0.8, 1.2, 1.6, 1.8, less than one epoch" in line
+        assert not usual.override(epochs=2, schedule="cosine").remarks()
+
+    def test_a_read_out_that_no_epoch_has_is_said(self):
+        usual = recipes.NAMED["s3ta_16"].override(schedule="constant")
+        assert usual.remarks() == usual.override(epochs=3).remarks() == []
+        (line,) = usual.override(epochs=2).remarks()
+        assert "read out at step 8." in line
+
     def test_weight_decay_spares_biases_and_norms(self):
         recipe = recipes.Recipe(
             optimizer="sgd", learning_rate=1.0, weight_decay=0.1

@@ -273,6 +273,23 @@ class TestFlags:
         record = trainer.run(chosen, tiny())
         assert record["best_validation_robust_accuracy"] is not None
 
+    def test_a_run_is_summed_up_before_it_begins(self, tmp_path, capsys):
+        """With what a schedule of steps comes to in two epochs."""
+        chosen = adversarial(
+            tmp_path, "--schedule=steps --adv_epsilon_warmup=2"
+        )
+        recipe = dataclasses.replace(chosen.recipe, drops=((0.8, 0.1),))
+        trainer.run(dataclasses.replace(chosen, recipe=recipe), tiny())
+        said = capsys.readouterr().out.splitlines()
+        heads = [line.split()[0] for line in said]
+        assert heads[:8] == (
+            "run data images model objective recipe device memory".split()
+        )
+        assert heads[8:10] == ["warning", "warning"]
+        assert "less than one epoch apart" in said[8]
+        assert "the radius never reaches epsilon" in said[9]
+        assert heads[10] == "epoch"
+
     def test_local_linearity_is_not_rematerialized_on_tensorflow(self):
         """Which says so itself, late, in a paragraph about recompute_grad."""
         line = "--model=s3ta --vision=simple_cnn --remat=1 --adv_objective=llr"

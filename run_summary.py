@@ -1,0 +1,292 @@
+"""What a program says of a run before its long part begins.
+
+Every function returns lines of text, a heading and what belongs to it.
+"""
+
+import math
+from collections.abc import Iterable
+
+import keras
+
+import datasets
+import glimpse
+import memory_estimate
+import model_registry
+import record_text
+import robust_evaluation
+import run_folder
+
+_HEADING = 11  # Characters.
+# Options that make a model smaller or larger, in the order in which to try.
+_SIZES = (
+    *("width", "vision_width", "widen", "depth", "num_transformers"),
+    *("num_steps", "backbone", "vision", "localization_width"),
+)
+
+
+def row(heading: str, text: str) -> str:
+    """Returns a line of a summary: a heading and what belongs to it."""
+    return f"{heading:{_HEADING}}{text}"
+
+
+def of_training(config, data, loop) -> list[str]:
+    """Describes a training run; see `warnings` for what to heed.
+
+    Args:
+        config: The `RunConfig` of the program.
+        data: Its `datasets.Dataset`.
+        loop: Its `robust_training.Loop`, whose state is loaded if the run is
+            resumed.
+    """
+    return [
+        row("run", f"{config.folder}/{_begun(loop)}"),
+        row("data", _data(data)),
+        row("images", _images(config, data)),
+        row("model", _model(config, loop.model)),
+        row("objective", _objective(config)),
+        row("recipe", _recipe(config, loop)),
+        row("device", device()),
+        row("memory", _memory(_needed(config, loop))),
+    ]
+
+
+def _begun(loop):
+    step = loop.progress["step"]
+    total = loop.epochs * loop.steps_per_epoch
+    return f" (resumed at step {step} of {total})" if step else ""
+
+
+def _data(data):
+    held = "no validation images"
+    if data.validation is not None:
+        where = (
+            "held out of the training images" if data.held_out else "its own"
+        )
+        held = f"{len(data.validation)} validation ({where})"
+    skipped = sum(data.skipped.values())
+    return (
+        f"{data.name}: {len(data.train)} training, {held} and "
+        f"{len(data.test)} test images of {len(data.class_names)} classes"
+        + (f"; {skipped} unreadable ones left out" if skipped else "")
+    )
+
+
+def _images(config, data):
+    height, width, channels = data.image_shape
+    text = f"{height}x{width} pixels, {'grey' if channels == 1 else 'colour'}"
+    resizes = {
+        "short_side": "short side resized, then the centre cropped",
+        "handover": "smaller ones enlarged, then the centre cropped",
+    }
+    if data.resize is not None:
+        text += f", {resizes[data.resize]}"
+    name = config.recipe.augmentation
+    return f"{text}; augmentation {name}{_views(glimpse.AUGMENTATIONS[name])}"
+
+
+def _views(augmentation):
+    """What an augmentation does, in brackets; nothing if it does nothing."""
+    parts = []
+    if augmentation.flip:
+        parts.append("flips")
+    if augmentation.crop < 1:
+        parts.append(f"crops from {augmentation.crop:.0%} of the side")
+    if augmentation.area < 1:
+        parts.append(f"crops from {augmentation.area:.0%} of the area")
+    if augmentation.rotation:
+        degrees = math.degrees(augmentation.rotation)
+        parts.append(f"rotations up to {degrees:.0f} degrees")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _model(config, model):
+    options = ", ".join(f"{k}={v}" for k, v in config.model_options.items())
+    return f"{config.model}, {model.count_params():,} parameters" + (
+        f" ({options})" if options else ""
+    )
+
+
+def _objective(config):
+    found = config.adversarial
+    if found is None:
+        return "standard training on clean images"
+    text = found.objective
+    if found.epsilon is not None:
+        text += f", {found.norm} {record_text.radius(found.epsilon)}"
+    if config.step.replays:
+        return f"{text}, free: {config.step.replays} replays of each batch"
+    if found.attack is not None:
+        text += f", {found.attack}"
+    if found.steps is not None:
+        text += f" of {found.steps} steps"
+        if found.step_size is not None:
+            text += f" of {found.step_size:.4g}"
+    if found.target not in (None, "none"):
+        text += f" towards {found.target} targets"
+    if found.sigma is not None:
+        text += f", sigma {found.sigma:.4g}"
+    return text
+
+
+def _recipe(config, loop):
+    recipe = config.recipe
+    name = f"{config.recipe_name}: " if config.recipe_name else ""
+    attacked = config.robust_validation if loop.validate else 0
+    return (
+        f"{name}{recipe.optimizer}, learning rate {recipe.learning_rate:g} "
+        f"({recipe.schedule}), {loop.epochs} epochs of {loop.steps_per_epoch} "
+        f"steps of {recipe.batch_size} images"
+        + (f"; {attacked} validation images attacked" if attacked else "")
+    )
+
+
+def device() -> str:
+    """Returns the device and the backend in words."""
+    where = robust_evaluation.device()
+    if where.lower().startswith("cpu") or not where:
+        where = f"CPU, {run_folder.cores()} cores"
+    return f"{where}; {keras.config.backend()} backend"
+
+
+def _on_cpu():
+    return device().startswith("CPU")
+
+
+def _needed(config, loop):
+    """Bytes that a step takes beside what is there; None if not known."""
+    if not isinstance(loop.model, keras.Function):
+        return None
+    return memory_estimate.step_bytes(
+        loop.model,
+        config.recipe.batch_size,
+        loop.objective,
+        awp=bool(config.step.awp),
+    )
+
+
+def _memory(needed):
+    if needed is None:
+        return "not known: the model is no graph of layers"
+    if not _on_cpu():
+        return f"about {_size(needed)} on the device for a step"
+    text = f"about {_size(memory_estimate.used() + needed)} at the peak"
+    left = memory_estimate.available()
+    return text if left is None else f"{text}; {_size(left)} are free now"
+
+
+def _size(count):
+    return f"{count / 1e9:.1f} GB"
+
+
+def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
+    """Describes evaluations under attack.
+
+    Args:
+        context: What opens their records: run, model, data set, weights.
+        evaluations: Those that are run, `robust_evaluation.EvaluationConfig`.
+        count: Number of images in the split.
+    """
+    evaluations = list(evaluations)
+    first = evaluations[0]
+    chosen = count if first.num_examples is None else first.num_examples
+    if first.indices is not None:
+        chosen = len(first.indices)
+    options = [f"eot {first.eot}"] if first.eot else []
+    if first.craft_dtype != "float32":
+        options.append(f"made in {first.craft_dtype}")
+    if context["surrogate"]:
+        options.append(f"made on {context['surrogate']}")
+    return [
+        row("run", f"{context['run']}, {context['weights']} weights"),
+        row(
+            "images",
+            f"{min(chosen, count)} of {count} {context['split']} images of "
+            f"{context['dataset']}",
+        ),
+        row("attack", "; ".join([*_attacks(evaluations), *options])),
+        row("threat", "; ".join(_threats(evaluations))),
+        row("device", f"{device()}, batches of {first.batch_size}"),
+    ]
+
+
+def _attacks(evaluations):
+    """Each attack once, with its steps and restarts."""
+    found = {}
+    for evaluation in evaluations:
+        attack = evaluation.attack
+        settings = found.setdefault(attack.name, {})
+        for name in ("steps", "n_queries", "restarts", "version"):
+            value = getattr(attack, name, None)
+            if value is not None:
+                settings.setdefault(name, {})[value] = None
+    return [
+        " ".join([name, *(_listed(k, v) for k, v in settings.items())])
+        for name, settings in found.items()
+    ]
+
+
+def _listed(name, values):
+    words = {"n_queries": "queries"}
+    return f"{words.get(name, name)} {', '.join(map(str, values))}"
+
+
+def _threats(evaluations):
+    """Each norm and target once, with its radii."""
+    found = {}
+    for evaluation in evaluations:
+        key = evaluation.attack.norm, evaluation.target
+        found.setdefault(key, {})[evaluation.attack.epsilon] = None
+    for (norm, target), radii in found.items():
+        aim = "untargeted" if target == "none" else f"target {target}"
+        listed = ", ".join(map(record_text.radius, radii))
+        yield f"{norm} {listed}, {aim}"
+
+
+# --- What to heed ------------------------------------------------------------
+
+
+def warnings(config, data, loop) -> list[str]:
+    """Returns what will probably not be as it is meant, a line each."""
+    found = [
+        *config.recipe.remarks(),
+        *_short_warmups(config),
+    ]
+    needed, left = _needed(config, loop), memory_estimate.available()
+    if _on_cpu() and None not in (needed, left) and needed > left:
+        found.append(
+            f"Training needs about {_size(needed)} more memory and "
+            f"{_size(left)} are free. {_smaller(config, data, ['batch_size'])}."
+        )
+    return [row("warning", text) for text in found]
+
+
+def _short_warmups(config):
+    """What takes epochs to begin, more of them than there are."""
+    for name, what in (
+        ("epsilon_warmup", "the radius never reaches epsilon"),
+        ("awp_warmup", "the weight perturbation never begins"),
+    ):
+        given = getattr(config.step, name)
+        if given >= config.recipe.epochs > 0 and given:
+            yield (
+                f"With --adv_{name}={given:g} and {config.recipe.epochs} "
+                f"epochs {what}. Choose a shorter warm-up or more epochs."
+            )
+
+
+def advice(config, data) -> str:
+    """Returns the sentence that says what makes a training shorter."""
+    first = ["epochs"]
+    if config.adversarial is not None and config.adversarial.steps:
+        first.append("adv_steps")
+    return f"{_smaller(config, data, first)}; a GPU is faster still."
+
+
+def _smaller(config, data, first):
+    """Names the flags that make a run smaller, those in `first` before."""
+    known = model_registry.entry(config.model).options
+    names = [*first, *(name for name in _SIZES if name in known)]
+    if not datasets.sizes(data.name):
+        names.append("image_size")
+    *most, last = (f"--{name}" for name in names)
+    return f"Choose a smaller {', '.join(most)} or {last}"

@@ -1,0 +1,276 @@
+"""What is said before a run: numbers that are counted, and what to heed."""
+
+import dataclasses
+import types
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import attack_backbone
+import datasets
+import image_splits
+import losses
+import memory_estimate
+import model_backbone
+import model_parts
+import recipes
+import robust_evaluation
+import robust_training
+import run_summary
+import training_step
+
+
+def model_of_two_views():
+    """One branch that is called twice, in a model that holds it."""
+    inner = keras.Input((8, 8, 1))
+    x = layers.Conv2D(4, 3, padding="same")(inner)
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    branch = keras.Model(inner, x)
+    images = keras.Input((8, 8, 1))
+    both = layers.Concatenate()([branch(images), branch(images)])
+    pooled = layers.GlobalAveragePooling2D()(both)
+    return keras.Model(images, layers.Dense(3)(pooled))
+
+
+class TestMemory:
+    def test_kept_outputs_are_counted_by_hand(self):
+        # Convolution and activation twice, what joins them, pool, logits;
+        # Torch keeps the output of the normalization besides.
+        each = 3 if keras.config.backend() == "torch" else 2
+        values = 2 * (each * 8 * 8 * 4) + 8 * 8 * 8 + 8 + 3
+        model = model_of_two_views()
+        assert memory_estimate.kept_bytes(model, 5) == 5 * 4 * values
+
+    def test_counting_leaves_the_model_as_it_is(self):
+        model = model_of_two_views()
+        nodes = [len(layer._inbound_nodes) for layer in model.layers]
+        memory_estimate.kept_bytes(model, 5)
+        assert [len(layer._inbound_nodes) for layer in model.layers] == nodes
+
+    @pytest.mark.parametrize("name", model_backbone.names())
+    def test_every_model_can_be_counted(self, name):
+        large = {
+            **{"denoise": {"depth": 18}, "resnet_se": {"depth": 18}},
+            **{"resnet50": {"depth": 18}, "resnet152": {"depth": 18}},
+            **{"s3ta": {"vision": "simple_cnn"}},
+            **{"wide_resnet": {"depth": 10, "widen": 1}},
+        }
+        model = model_backbone.create(
+            name,
+            num_classes=3,
+            image_shape=(32, 32, 3),
+            **large.get(name, {}),
+        )
+        one = memory_estimate.kept_bytes(model, 1)
+        assert 0 < one and memory_estimate.kept_bytes(model, 7) == 7 * one
+
+    def test_views_that_are_folded_into_the_batch_count_each(self):
+        views = keras.Input((3, 8, 8, 1))
+        folded = model_parts.FoldViews()(views)
+        joined = model_parts.JoinViews(3)(
+            layers.Dense(2)(layers.Flatten()(folded))
+        )
+        model = keras.Model(views, joined)
+        # The views folded, two values each, and those joined.
+        values = 3 * 64 + 3 * 2 + 6
+        assert memory_estimate.kept_bytes(model, 5) == 5 * 4 * values
+
+    def test_of_random_gazes_one_is_drawn_in_training(self):
+        build = {"num_classes": 3, "image_shape": (32, 32, 3)}
+        alone = model_backbone.create("resnet_cifar", **build)
+        looking = model_backbone.create("resnet_cifar", sampling=True, **build)
+        ratio = memory_estimate.kept_bytes(looking, 2)
+        ratio /= memory_estimate.kept_bytes(alone, 2)
+        assert 1.0 < ratio < 1.2
+
+    @pytest.mark.parametrize(
+        "name,want",
+        [
+            ("madry", 1),
+            ("fast", 1),
+            ("noise", 1),
+            ("trades", 2),
+            ("mart", 2),
+            ("alp", 2),
+            ("llr", 2),
+        ],
+    )
+    def test_passes_of_an_objective(self, name, want):
+        settings = {} if name == "noise" else {"epsilon": 0.1}
+        objective = losses.AdversarialConfig(name, **settings).build(3, 0.0)
+        assert memory_estimate.passes(objective, 3) == want
+
+    def test_standard_training_is_one_pass(self):
+        assert memory_estimate.passes(losses.Standard(), 3) == 1
+
+    def test_a_step_grows_with_batch_and_weights(self):
+        model = model_of_two_views()
+        need = memory_estimate.step_bytes
+        small = need(model, 10, losses.Standard())
+        kept = memory_estimate.kept_bytes(model, 10)
+        assert need(model, 20, losses.Standard()) - small == pytest.approx(
+            memory_estimate._FRAGMENTS * kept, abs=1
+        )
+        weights = 4 * (9 * 4 + 4 + 8 + 8 * 3 + 3)
+        assert need(model, 10, losses.Standard(), awp=True) == pytest.approx(
+            small + 2 * weights, abs=1
+        )
+
+    def test_the_container_counts(self, tmp_path):
+        assert list(memory_estimate._of_container(tmp_path)) == []
+        (tmp_path / "memory.current").write_text("300\n")
+        (tmp_path / "memory.max").write_text("max\n")
+        assert list(memory_estimate._of_container(tmp_path)) == []
+        (tmp_path / "memory.max").write_text("1000\n")
+        assert list(memory_estimate._of_container(tmp_path)) == [700]
+
+    def test_this_process_uses_some(self):
+        assert 2**24 < memory_estimate.used() < 2**40
+
+
+def tiny(name="folder"):
+    def split(name, count):
+        labels = (np.arange(count) % 3).astype("int32")
+        images = np.zeros((count, 8, 8, 1), "float32")
+        return image_splits.Split(name, labels, lambda i: images[i])
+
+    return datasets.Dataset(
+        name=name,
+        class_names=("a", "b", "c"),
+        image_shape=(8, 8, 1),
+        train=split("train", 40),
+        validation=split("validation", 9),
+        test=split("test", 10),
+        skipped={"train": 2, "test": 0},
+        resize="short_side",
+        held_out=True,
+    )
+
+
+def run_of(tmp_path, model="multi_gaze", **changes):
+    """A config, its data and its loop on a small model."""
+    recipe = recipes.Recipe(
+        epochs=10,
+        batch_size=8,
+        augmentation="digits",
+        drops=((4, 0.1), (8, 0.01)),
+    )
+    config = types.SimpleNamespace(
+        **{
+            "folder": tmp_path / "folder-multi_gaze",
+            "model": model,
+            "model_options": {"width": 2},
+            "adversarial": None,
+            "recipe": recipe,
+            "recipe_name": None,
+            "step": training_step.StepConfig(),
+            "robust_validation": 0,
+            **changes,
+        }
+    )
+    net = model_of_two_views()
+    loop = robust_training.Loop(
+        model=net,
+        optimizer=keras.optimizers.SGD(),
+        split=tiny().train,
+        folder=tmp_path,
+        seed=0,
+        batch_size=config.recipe.batch_size,
+        epochs=config.recipe.epochs,
+        objective=losses.Standard(),
+    )
+    return config, tiny(), loop
+
+
+class TestTraining:
+    def test_it_says_what_is_trained_on_what(self, tmp_path):
+        lines = run_summary.of_training(*run_of(tmp_path))
+        text = "\n".join(lines)
+        for part in (
+            f"run        {tmp_path}/folder-multi_gaze/",
+            "folder: 40 training, 9 validation (held out of the training "
+            "images) and 10 test images of 3 classes; 2 unreadable",
+            "8x8 pixels, grey, short side resized",
+            "augmentation digits (crops from 95% of the side, rotations up to "
+            "45 degrees)",
+            "multi_gaze, 83 parameters (width=2)",
+            "standard training on clean images",
+            "adam, learning rate 0.001 (steps), 10 epochs of 5 steps of 8 "
+            "images",
+            f"{keras.config.backend()} backend",
+            "GB at the peak",
+        ):
+            assert part in text, (part, text)
+
+    def test_it_says_how_it_is_attacked(self, tmp_path):
+        attacked = losses.AdversarialConfig(
+            epsilon=8 / 255, steps=5, step_size=0.01, target="random"
+        )
+        lines = run_summary.of_training(*run_of(tmp_path, adversarial=attacked))
+        assert any(
+            "madry, linf 0.03137 (8/255), pgd of 5 steps of 0.01 towards "
+            "random targets" in line
+            for line in lines
+        )
+
+    def test_what_is_resumed_says_where(self, tmp_path):
+        config, data, loop = run_of(tmp_path)
+        loop.progress["step"] = 7
+        (line, *_) = run_summary.of_training(config, data, loop)
+        assert line.endswith("(resumed at step 7 of 50)")
+
+    def test_a_usual_run_has_no_warning(self, tmp_path):
+        assert run_summary.warnings(*run_of(tmp_path)) == []
+
+    def test_too_little_memory_is_said_with_what_to_change(
+        self, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(memory_estimate, "available", lambda: 10**8)
+        (line,) = run_summary.warnings(*run_of(tmp_path))
+        assert "needs about 0.2 GB more memory and 0.1 GB are free" in line
+        for flag in ("batch_size", "width", "num_transformers", "image_size"):
+            assert f"--{flag}" in line
+
+    def test_a_set_of_one_size_is_not_to_be_made_smaller(self, tmp_path):
+        config, _, _ = run_of(tmp_path)
+        said = run_summary.advice(config, tiny("mnist"))
+        assert "--image_size" not in said and "--adv_steps" not in said
+        assert said.startswith("Choose a smaller --epochs, --width,")
+
+    @pytest.mark.parametrize("name", ["epsilon_warmup", "awp_warmup"])
+    def test_a_warmup_as_long_as_the_run_is_said(self, name, tmp_path):
+        step = training_step.StepConfig(awp=0.1, **{name: 10})
+        (line,) = run_summary.warnings(*run_of(tmp_path, step=step))
+        assert f"--adv_{name}=10 and 10 epochs" in line
+        step = dataclasses.replace(step, **{name: 5})
+        assert not run_summary.warnings(*run_of(tmp_path, step=step))
+
+
+def test_an_attack_says_what_is_attacked_and_how():
+    context = {
+        "run": "runs/x",
+        "weights": "best",
+        "split": "test",
+        "dataset": "mnist",
+        "surrogate": "runs/y",
+    }
+    evaluations = [
+        robust_evaluation.EvaluationConfig(
+            attack=attack_backbone.PGD(epsilon=epsilon, steps=steps),
+            num_examples=500,
+            eot=3,
+        )
+        for epsilon in (1 / 255, 0.1)
+        for steps in (10, 100)
+    ]
+    text = "\n".join(run_summary.of_attack(context, evaluations, 200))
+    for part in (
+        "run        runs/x, best weights",
+        "200 of 200 test images of mnist",
+        "pgd steps 10, 100 restarts 1; eot 3; made on runs/y",
+        "linf 0.003922 (1/255), 0.1, untargeted",
+        "batches of 64",
+    ):
+        assert part in text, (part, text)
