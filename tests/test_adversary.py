@@ -115,7 +115,7 @@ def test_an_attack_is_summed_up_before_it_begins(cli):
     assert heads == ["run", "images", "attack", "threat", "device"]
     assert "10 of 1000 test images" in said[1]
     assert said[2].endswith("pgd steps 1, 2 restarts 1")
-    assert said[3].endswith("linf 0.01569 (4/255), 0.1, untargeted")
+    assert said[3].endswith("linf 4/255, 0.1, untargeted")
 
 
 class TestWhichRun:
