@@ -255,7 +255,7 @@ def load_weights(path, model, *, read_out=True):
     except (KeyError, TypeError, ValueError, OSError, Warning) as error:
         reason = _why_not(path, model)
         if reason is not None or not isinstance(error, Warning):
-            raise ValueError(reason or _first_line(error)) from error
+            raise ValueError(reason or error_line(error)) from error
         with _without_optimizer(model):
             model.load_weights(path)
     model_backbone.check_weights(model)
@@ -278,8 +278,11 @@ def _why_not(path, model):
     missing = [name for name in wanted if name not in found]
     for name, shape in wanted.items():
         if name in found and found[name] != shape:
+            layer = f"/{name.rpartition('/')[0]}/"
+            paths = (v.path for v in model.variables if v.shape == shape)
+            named = next((p for p in paths if layer in f"/{p}"), name)
             return (
-                f"expected the shape {shape} of {name}, received {found[name]}"
+                f"expected the shape {shape} of {named}, received {found[name]}"
             )
     if missing:
         return (
@@ -289,7 +292,8 @@ def _why_not(path, model):
     return None
 
 
-def _first_line(error):
+def error_line(error: Exception) -> str:
+    """Returns the first line of an exception, without a full stop."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -373,20 +377,29 @@ def load_run(folder, weights="best", options=None, dtype=None):
             f"{path} does not exist: the run has no {weights} weights yet. "
             "Continue it with --resume."
         )
-    model = create(
-        config["model"],
-        dtype=dtype,
-        num_classes=config["num_classes"],
-        image_shape=config["image_shape"],
-        **{**config["model_options"], **(options or {})},
-    )
+    try:
+        model = create(
+            config["model"],
+            dtype=dtype,
+            num_classes=config["num_classes"],
+            image_shape=config["image_shape"],
+            **{**config["model_options"], **(options or {})},
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # Options from a file can be anything.
+        given = run_folder.brief(config["model_options"])
+        raise ValueError(
+            f"Expected {folder / run_folder.CONFIG} to describe a model. "
+            f"Received: model_options={given} ({error_line(error)})."
+        ) from error
     try:
         load_weights(path, model, read_out="read_out" not in (options or {}))
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{path} does not fit the model of {folder / run_folder.CONFIG} "
             f"({config['model']} with {config['num_classes']} classes of "
-            f"{config['dataset']}): {_first_line(error)}."
+            f"{config['dataset']}): {error_line(error)}."
         ) from error
     return model, config
 

@@ -797,7 +797,8 @@ def _test(config, images, model, weights, class_names):
     import robust_training
 
     path = config.folder / f"{weights}.weights.h5"
-    robust_training.load_weights(path, model)
+    with command_line.guard():
+        robust_training.load_weights(path, model)
     with progress.busy(f"testing the {weights} weights"):
         return robust_evaluation.accuracy(
             model, images, config.eval_batch_size, class_names
@@ -838,6 +839,13 @@ def evaluate(config, data=None):
     return record
 
 
+# What has to be in the record of a training run.
+_RESULTS = {
+    "best_epoch": ("a number", lambda v: type(v) is int),
+    "ended": ("null or an object", lambda v: v is None or isinstance(v, dict)),
+}
+
+
 def _finished(config):
     """Returns `results.json` and `config.json` of the run a config names.
 
@@ -871,7 +879,7 @@ def _finished(config):
         )
     path = folder / "results.json"
     record = run_folder.read_json(path)
-    run_folder.check_fields(path, record, {}, ("best_epoch", "ended"))
+    run_folder.check_fields(path, record, _RESULTS, tuple(_RESULTS))
     return record, run
 
 

@@ -1,6 +1,7 @@
 """Flag values and one-line errors."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -98,3 +99,61 @@ def test_flag_errors_are_one_line_and_status_2(tmp_path, arguments, message):
     )
     assert done.returncode == 2 and not done.stdout
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "program,module",
+    [
+        ("trainer", "datasets"),
+        ("trainer", "recipes"),
+        ("adversary", "keras"),
+        ("adversary", "trained_runs"),
+        ("parity", "run_folder"),
+        ("benchmark", "run_folder"),
+    ],
+)
+def test_ctrl_c_while_a_program_starts_is_one_line(program, module):
+    """The signal comes when the program imports a certain module."""
+    root = os.path.dirname(command_line.__file__)
+    script = (
+        "import importlib.abc, os, runpy, signal, sys\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = ['{program}.py']\n"
+        f"runpy.run_path({program + '.py'!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "interrupted. Run the same command again." in done.stderr
+
+
+def test_ctrl_c_says_how_to_continue(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        with command_line.continues(), command_line.continues("Resume it."):
+            raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted. Resume it.\n") and said.count("\n") == 1
+
+
+def test_signals_ask_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with command_line.stop_signals() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    assert command_line.path("~/runs") == "/home/x/runs"
+    assert command_line.path("runs/~x") == "runs/~x"
+    assert command_line.path(None) is None

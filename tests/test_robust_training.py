@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -603,8 +604,6 @@ class TestState:
             robust_training.load_state(path, model, optimizer)
 
     def test_weights_hold_no_optimizer(self, tmp_path):
-        import h5py
-
         trained = loop(tmp_path)
         trained.model.optimizer = trained.optimizer
         robust_training.save_weights(tmp_path / "a.weights.h5", trained.model)
@@ -644,6 +643,44 @@ class TestLoadRun:
         self.write(tmp_path, num_classes=5)
         with pytest.raises(ValueError, match="does not fit.*5 classes"):
             robust_training.load_run(tmp_path)
+
+    @pytest.mark.parametrize(
+        "changes,match",
+        [
+            (
+                {"num_classes": 5},
+                r"shape \(16, 5\) of logits/kernel, received \(16, 3\)\.$",
+            ),
+            ({"model_options": {"width": 8}}, r"the shape \(.*, received \("),
+            ({"model": "madry_cnn"}, "shape .* received|variables are missing"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_line(
+        self, tmp_path, changes, match, recwarn, capfd
+    ):
+        """Keras has a line for each layer, and warnings, and no reason."""
+        self.write(tmp_path, **changes)
+        with pytest.raises(ValueError, match=match) as error:
+            robust_training.load_run(tmp_path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+        assert not [w for w in recwarn if "saving" in w.filename]
+
+    def test_layers_that_a_file_lacks_are_counted(self, tmp_path):
+        model = self.write(tmp_path)
+        path = tmp_path / "best.weights.h5"
+        with h5py.File(path, "a") as file:
+            del file["layers/dense"]
+        with pytest.raises(ValueError, match="2 of .* variables are missing"):
+            robust_training.load_weights(path, model)
+
+    @pytest.mark.parametrize(
+        "options", [{"width": "x"}, {"width": []}, {"nonsense": 1}]
+    )
+    def test_options_that_make_no_model_are_one_line(self, tmp_path, options):
+        self.write(tmp_path, model_options=options)
+        with pytest.raises(ValueError) as error:
+            robust_training.load_run(tmp_path)
+        assert "\n" not in str(error.value)
 
     def test_a_corrupt_weight_file_is_refused(self, tmp_path):
         self.write(tmp_path)
