@@ -432,17 +432,16 @@ def config_from_flags():
     folder, run = _find_run()
     run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _ASKED)
     protocol = _protocol_of(run)
-    surrogate = command_line.path(_SURROGATE.value)
-    if surrogate is not None:
-        runs_dir = command_line.path(_RUNS_DIR.value)
-        surrogate = str(trained_runs.at(runs_dir, surrogate))
+    surrogate = None
+    if _SURROGATE.value is not None:
+        surrogate = str(trained_runs.at(_RUNS_DIR.value, _SURROGATE.value))
     options = {}
     if _TEST_GAZES.value is not None:
         options["test_gazes"] = _TEST_GAZES.value
     return AdversaryConfig(
         folder=folder,
         evaluations=tuple(_evaluations(run, protocol)),
-        data_dir=command_line.path(_DATA_DIR.value),
+        data_dir=_DATA_DIR.value,
         split=_SPLIT.value,
         weights=_WEIGHTS.value,
         save_images=_SAVE_IMAGES.value,
@@ -459,8 +458,8 @@ def _find_run():
     """Returns the folder of the run that the flags mean, and its config."""
     given = {k: flag.value for k, flag in _MADE_WITH.items()}
     return trained_runs.find(
-        command_line.path(_RUNS_DIR.value),
-        command_line.path(_RUN.value),
+        _RUNS_DIR.value,
+        _RUN.value,
         model=_MODEL.value,
         dataset=_DATASET.value,
         tag=_TAG.value,
@@ -627,7 +626,7 @@ def _examples():
     text = _EXAMPLES.value
     if text is None:
         return None
-    path = pathlib.Path(command_line.path(text))
+    path = pathlib.Path(text)
     if not text.replace(",", "").replace(" ", "").isdecimal():
         try:
             text = ",".join(path.read_text().split())

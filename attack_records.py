@@ -8,6 +8,7 @@ once. What is under way lies beside it, in
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -21,6 +22,9 @@ import run_folder
 import visualize
 
 PICTURE_ROWS = 8
+_IMAGES = ("clean", "adversarial")
+_KEPT = (*_IMAGES, "labels", "clean_predictions", "adversarial_predictions")
+_VERDICTS = ("all_indices", "all_adversarial_predictions", "all_labels")
 _VERDICT_BYTES = 2**28  # Of three numbers an image: ten million images.
 _ARRAYS_BYTES = 2**33  # 5000 photographs at 256 pixels, before and after.
 # How a setting is written in a folder's name; others by name and value.
@@ -292,21 +296,54 @@ def _with_worst_case(place, record, arrays):
     return {**record, "worst_case": worst}, stands
 
 
-def _verdicts(place, order):
-    """Whether an evaluation left each image right; None if it saw not all."""
+def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
+    """Reads the images that an evaluation kept.
+
+    Args:
+        place: The folder of the evaluation.
+        image_shape: Height, width and channels of the run's images.
+
+    Returns:
+        Dict with "clean" and "adversarial", float32 `(k, height, width,
+        channels)`, "labels", "clean_predictions" and
+        "adversarial_predictions", `(k,)`.
+
+    Raises:
+        OSError: If a file is missing.
+        ValueError: If a file is damaged, or holds more than the record says.
+    """
+    count = run_folder.read_record(place / "results.json")["num_examples"]
+    size = 2 * math.prod(image_shape) + 3 * 2  # Numbers of four bytes.
+    found = _arrays(place, 4 * size * count, _KEPT)
+    images = (len(found["labels"]), *image_shape)
+    if not found["clean"].shape == found["adversarial"].shape == images:
+        raise ValueError(
+            f"Expected images of shape {tuple(image_shape)} in {place}. "
+            f"Received: {found['clean'].shape[1:]}."
+        )
+    return found
+
+
+def _arrays(place, limit, names):
+    """Reads arrays of an evaluation; those of one number an image match."""
     path = place / "adversarial.npz"
-    names = ("all_indices", "all_adversarial_predictions", "all_labels")
     try:
-        found = run_folder.read_npz(path, _VERDICT_BYTES, names)
-        indices, predictions, labels = (found[name] for name in names)
-        shapes = {array.shape for array in found.values()}
-        if shapes != {(indices.size,)} or indices.dtype.kind not in "iu":
+        found = run_folder.read_npz(path, limit, names)
+        flat = {v.shape for k, v in found.items() if k not in _IMAGES}
+        if len(flat) != 1 or len(min(flat)) != 1:
             raise ValueError("its arrays are not one number an image")
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}). Remove {place}, or make it again "
             "with --overwrite."
         ) from error
+    return found
+
+
+def _verdicts(place, order):
+    """Whether an evaluation left each image right; None if it saw not all."""
+    found = _arrays(place, _VERDICT_BYTES, _VERDICTS)
+    indices, predictions, labels = (found[name] for name in _VERDICTS)
     rows = {int(index): row for row, index in enumerate(indices)}
     if any(int(index) not in rows for index in order):
         return None

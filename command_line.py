@@ -95,9 +95,21 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def path(text: str | None) -> str | None:
-    """Returns the path of a flag with `~` expanded; None stays None."""
-    return None if text is None else os.path.expanduser(text)
+# Flags that name a file or a folder, in any program.
+_PATHS = {
+    *("run", "runs_dir", "data_dir", "surrogate", "class_list", "examples"),
+    *("out", "output"),
+}
+
+
+def expand_home(values: flags.FlagValues) -> None:
+    """Expands a leading `~` in the values of all flags that are paths.
+
+    The shell does so in `--run ~/x` but not in `--run=~/x`.
+    """
+    for name in _PATHS & set(values):
+        if values[name].value:
+            values[name].value = os.path.expanduser(values[name].value)
 
 
 @contextlib.contextmanager
@@ -285,6 +297,7 @@ def run(main, translate=None, help=None):
             fail(str(error).removeprefix("flag "))
         if len(left) > 1:
             fail(f"unexpected arguments {left[1:]}; flags are --name=value")
+        expand_home(flags.FLAGS)
         return left
 
     def guarded(argv):

@@ -12,6 +12,8 @@ import sys
 import pytest
 from absl import flags
 
+import command_line
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -32,11 +34,15 @@ def load(name):
 
 
 def parse(name, *arguments):
-    """Sets a program's flags from arguments, all others to their defaults."""
+    """Sets a program's flags from arguments, as `command_line.run` does.
+
+    All others have their defaults.
+    """
     _, own = load(name)
     for flag in own:
         own[flag].unparse()
     assert own([f"{name}.py", *arguments]) == [f"{name}.py"]
+    command_line.expand_home(own)
 
 
 def outcome(main, capsys):

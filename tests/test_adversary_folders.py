@@ -251,3 +251,28 @@ def test_a_name_that_no_folder_can_have_is_one_line(shared):
     evaluation = robust_evaluation.EvaluationConfig()
     with pytest.raises(ValueError, match="the name of the evaluation"):
         config.place(evaluation)
+
+
+def test_kept_images_are_read_within_bounds(call, shared):
+    import attack_records
+
+    status, _, err = call("--epsilon=0.1", *FAST)
+    assert status == 0, err
+    place = shared / "attacks" / NAME.format(0.1)
+    path = place / "adversarial.npz"
+    shape = tuple(run_folder.read_config(shared)["image_shape"])
+    found = attack_records.kept_images(place, shape)
+    with np.load(path) as file:
+        whole = dict(file)
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, whole[name])
+    with pytest.raises(ValueError, match="Expected images of shape"):
+        attack_records.kept_images(place, (2 * shape[0], *shape[1:]))
+    for changes, words in (
+        ({"clean": np.zeros(2**27, "uint8")}, "claims 134217728 bytes"),
+        ({"labels": whole["labels"][:2]}, "not one number an image"),
+        ({"labels": np.zeros((4, 2))}, "not one number an image"),
+    ):
+        np.savez_compressed(path, **{**whole, **changes})
+        with pytest.raises(ValueError, match=words):
+            attack_records.kept_images(place, shape)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 import command_line
 
@@ -152,8 +153,12 @@ def test_signals_ask_once_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_home_is_expanded(monkeypatch):
+def test_home_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
-    assert command_line.path("~/runs") == "/home/x/runs"
-    assert command_line.path("runs/~x") == "runs/~x"
-    assert command_line.path(None) is None
+    values = flags.FlagValues()
+    for name in ("run", "data_dir", "out", "tag"):
+        flags.DEFINE_string(name, None, "A flag.", flag_values=values)
+    values(["tool.py", "--run=~/run", "--out=out/~x", "--tag=~/tag"])
+    command_line.expand_home(values)
+    assert (values.run, values.out) == ("/home/x/run", "out/~x")
+    assert (values.data_dir, values.tag) == (None, "~/tag")

@@ -5,6 +5,7 @@ import csv
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -99,6 +100,15 @@ def make_run(folder, name, options, attacked):
         attack.mkdir(parents=True)
         run_folder.write_json(attack / "results.json", record)
         np.savez(attack / "adversarial.npz", **arrays)
+        for other, text in (("a", "null"), ("b", None)):  # Damaged ones.
+            place = attack.with_name(other)
+            shutil.copytree(attack, place)
+            if text is not None:
+                (place / "results.json").write_text(text)
+            else:
+                stronger = {**record, "robust_accuracy": -1.0}
+                run_folder.write_json(place / "results.json", stronger)
+                (place / "adversarial.npz").write_bytes(b"PK")
 
 
 def read_aloud(monkeypatch, run):

@@ -12,9 +12,11 @@ import keras
 import numpy as np
 import pytest
 import test_trainer
+from absl import flags
 from absl.testing import flagsaver
 from keras import layers
 
+import command_line
 import robust_training
 import run_folder
 import trainer
@@ -246,9 +248,10 @@ def test_a_tag_is_no_path(tmp_path, tag):
 
 def test_paths_of_flags_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    line = "--runs_dir=~/runs --data_dir=~/data --class_list=~/list"
-    found = test_trainer.parse(line)
-    wanted = [str(tmp_path / name) for name in ("runs", "data", "list")]
+    test_trainer.parse("--runs_dir=~/runs --data_dir=~/data --class_list=~/l")
+    command_line.expand_home(flags.FLAGS)
+    found = trainer.config_from_flags()
+    wanted = [str(tmp_path / name) for name in ("runs", "data", "l")]
     assert [found.runs_dir, found.data_dir, found.class_list] == wanted
 
 
