@@ -80,6 +80,7 @@ _EPOCHS = flags.DEFINE_integer(
     None,
     "Epochs of the fresh model of --nonrobust_features. By default those of "
     "the run's recipe.",
+    lower_bound=1,
 )
 _ATTACK = flags.DEFINE_string(
     "attack",
@@ -166,9 +167,13 @@ _SAMPLES = flags.DEFINE_integer(
     "samples",
     None,
     "Directions in a gradient estimate of spsa. By default 4096.",
+    lower_bound=1,
 )
 _QUERIES = flags.DEFINE_integer(
-    "queries", None, "Queries of square for each image. By default 5000."
+    "queries",
+    None,
+    "Queries of square for each image. By default 5000.",
+    lower_bound=1,
 )
 _DISTRACTION = flags.DEFINE_float(
     "distraction",
@@ -429,12 +434,13 @@ def config_from_flags():
             "Expected --save_images to be a number of images, or -1 for all. "
             f"Received: {_SAVE_IMAGES.value}."
         )
+    _check_effect()
     folder, run = _find_run()
     run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _ASKED)
     protocol = _protocol_of(run)
     surrogate = None
     if _SURROGATE.value is not None:
-        surrogate = str(trained_runs.at(_RUNS_DIR.value, _SURROGATE.value))
+        surrogate = _surrogate(run)
     options = {}
     if _TEST_GAZES.value is not None:
         options["test_gazes"] = _TEST_GAZES.value
@@ -452,6 +458,21 @@ def config_from_flags():
         surrogate=surrogate,
         straight_through=_STRAIGHT_THROUGH.value,
     )
+
+
+def _surrogate(run):
+    """Returns the folder of the other run that attacks are made on."""
+    folder = trained_runs.at(_RUNS_DIR.value, _SURROGATE.value)
+    other = run_folder.read_config(folder, _NEEDED)
+    for key in ("class_names", "image_shape"):
+        if other[key] != run[key]:
+            raise ValueError(
+                f"Expected a --surrogate with the run's {key}. Received: "
+                f"--surrogate={_SURROGATE.value}, with {len(other[key])} of "
+                f"{other[key][:3]} where the run has {len(run[key])} of "
+                f"{run[key][:3]}."
+            )
+    return str(folder)
 
 
 def _find_run():
@@ -501,6 +522,49 @@ def _protocol_of(run):
     return "s3ta"
 
 
+# What the whole programs that are no evaluation look at, beside the run.
+_CHECKLIST_HEEDS = (
+    *(_NORM, _EPSILON, _NUM_EXAMPLES, _BATCH_SIZE, _EOT, _SURROGATE),
+    *(_SPLIT, _TEST_GAZES),
+)
+_NONROBUST_HEEDS = (
+    *(_TARGET, _NORM, _EPSILON, _STEPS, _STEP_SIZE, _EOT, _NUM_EXAMPLES),
+    *(_BATCH_SIZE, _EPOCHS),
+)
+
+
+def _check_effect():
+    """Raises a ValueError for a flag that another one makes idle."""
+    settings = (
+        *(flag for flag, _ in (*_SETTINGS.values(), _RELATIVE[1])),
+        *(_ATTACK, _TARGET, _NORM, _EPSILON, _READ_OUTS, _EOT, _TEST_GAZES),
+        *(_CRAFT_DTYPE, _STRAIGHT_THROUGH, _SURROGATE, _EXAMPLES),
+        *(_NUM_EXAMPLES, _BATCH_SIZE, _SPLIT, _SAVE_IMAGES, _PROTOCOL),
+    )
+
+    def idle(*heeded):
+        names = {flag.name for flag in heeded}
+        return [flag for flag in settings if flag.name not in names]
+
+    command_line.refuse_idle(
+        (_NONROBUST.value, (_CHECKLIST,), "with --nonrobust_features"),
+        (_CHECKLIST.value, idle(*_CHECKLIST_HEEDS), "with --checklist"),
+        (
+            _NONROBUST.value,
+            idle(*_NONROBUST_HEEDS),
+            "with --nonrobust_features",
+        ),
+        (not _NONROBUST.value, (_EPOCHS,), "without --nonrobust_features"),
+    )
+    if (_CHECKLIST.value or _NONROBUST.value) and "," in (
+        f"{_EPSILON.value or ''}"
+    ):
+        raise ValueError(
+            "Expected one radius with --checklist and --nonrobust_features. "
+            f"Received: --epsilon={_EPSILON.value}."
+        )
+
+
 def _evaluations(run, protocol):
     """Yields the evaluations that the flags ask for."""
     _check_step_size()
@@ -523,7 +587,7 @@ def _evaluations(run, protocol):
     text = _EPSILON.value or EPSILONS[norm][0 if grey else 1]
     target = _target(run["class_names"])
     for attack in _attacks(norm, _radii(text)):
-        yield _evaluation(attack, target, common)
+        yield _evaluation(attack, target, common).fit(len(run["class_names"]))
 
 
 def _check_step_size():
@@ -542,8 +606,8 @@ def _evaluation(attack, target, common):
     import robust_evaluation
 
     eot = common["eot"]
-    if eot is None and getattr(attack, "version", None) == "rand":
-        eot = attack.eot
+    if eot is None:
+        eot = getattr(attack, "eot", None)
     return robust_evaluation.EvaluationConfig(
         attack=attack, target=target, **{**common, "eot": eot}
     )
@@ -771,6 +835,7 @@ class _Loaded:
 
     def __init__(self, config, data, hashes):
         import model_backbone
+        import robust_evaluation
 
         self.config, self.hashes = config, hashes
         self.model, self.context, self.split = _load(config, data, hashes)
@@ -778,6 +843,8 @@ class _Loaded:
         drawn = row.stochastic or model_backbone.is_stochastic(self.model)
         for evaluation in config.evaluations:
             _check_draws(self.context["model"], drawn, evaluation.eot)
+            if not config.surrogate:
+                robust_evaluation.check_shown(self.model, evaluation)
         self.surrogates = {}
 
     def surrogate(self, evaluation):
@@ -1039,9 +1106,15 @@ def _run_nonrobust(config):
                 name, settings[name], command_line.parse_ratio
             )
         if "steps" in settings:
-            (settings["steps"],) = command_line.parsed(
+            steps = command_line.parsed(
                 "steps", settings["steps"], command_line.parse_integers
             )
+            if len(steps) > 1 or steps[0] < 1:
+                raise ValueError(
+                    "Expected one number of steps >= 1 with "
+                    f"--nonrobust_features. Received: --steps={_STEPS.value}."
+                )
+            (settings["steps"],) = steps
         run = run_folder.read_config(config.folder, _NEEDED)
         data = trained_runs.load_data(run, config.data_dir, test_only=False)
         settings |= {

@@ -563,7 +563,7 @@ def show(results, file=None):
     for number, (record, _, _) in enumerate(results, 1):
         table.add_row(
             str(number),
-            rich.text.Text(f"{record['attack']}{_aim(record)}"),
+            rich.text.Text(f"{_attack(record)}{_aim(record)}"),
             record["norm"],
             radius(record["epsilon"]),
             _steps(record),
@@ -616,6 +616,12 @@ def warnings(record: dict) -> list[str]:
             "that softmax gradients vanish in float32. The attacks here allow "
             "for it, other programs may not; see the check logit_scale."
         )
+    if record.get("version", "").endswith("_classes"):
+        found.append(
+            f"{record['attack']} {record['version']} lacks the members that "
+            "are not defined for so few classes (no DLR loss for 2, none with "
+            "targets for 3)."
+        )
     return found
 
 
@@ -632,6 +638,12 @@ def _aim(record):
         names = record.get("per_class", {}).get("class", ())
         aim = record_text.class_name(names, aim)
     return "" if aim == "none" else f" to {aim}"
+
+
+def _attack(record):
+    """The attack, with the version of an ensemble that is not the usual."""
+    name, version = record["attack"], record.get("version", "standard")
+    return name if version == "standard" else f"{name} {version}"
 
 
 def _steps(record):

@@ -95,13 +95,17 @@ class Attack:
         """The attacks that run one after the other; an ensemble has several."""
         return (self,)
 
-    def fit(self, num_classes):
+    def fit(self, num_classes, targeted=False):
         """Returns the attack for a model of so many classes.
+
+        Args:
+            num_classes: How many classes there are.
+            targeted: Whether the attack gets targets.
 
         Raises:
             ValueError: If its objective needs more classes.
         """
-        objectives.check_objective(self._loss, num_classes)
+        objectives.check_objective(self._loss, num_classes, targeted)
         return self
 
     def calls(self):

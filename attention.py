@@ -10,6 +10,10 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+import numerics
+
+numerics.set_up_keras()
+
 # What the head says before it has learned anything; the tanh comes after.
 INITIAL = {
     6: (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),

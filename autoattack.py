@@ -26,6 +26,8 @@ import objectives
 import square
 
 VERSIONS = ("standard", "plus", "rand")
+# Fewer classes than these have no DLR loss, and no targeted one.
+_DLR_CLASSES, _TARGETED_DLR_CLASSES = 3, 4
 
 
 # --- APGD --------------------------------------------------------------------
@@ -375,8 +377,9 @@ class APGDT(APGD):
         """See `Attack.rounds`."""
         return self.num_targets * self.restarts
 
-    def fit(self, num_classes):
+    def fit(self, num_classes, targeted=False):
         """See `Attack.fit`; drops the targets that do not exist."""
+        del targeted  # It chooses its targets by itself.
         try:
             objectives.check_objective("dlr", num_classes, targeted=True)
         except ValueError as error:
@@ -424,10 +427,15 @@ class AutoAttack(attack_rounds.Attack):
     `"rand"`: APGD-CE and APGD-DLR, for models that draw noise; each gradient
     is then the mean over `eot` draws, which the evaluation takes.
 
+    The DLR loss needs three classes, its targeted form four. For a model of
+    fewer, `fit` returns an ensemble without the members that are not defined,
+    whose version says so: `"standard_2_classes"` is APGD-CE, FAB-T and Square;
+    `"standard_3_classes"` has the untargeted APGD-DLR in the place of APGD-T.
+
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
         epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        version: One of `VERSIONS`.
+        version: One of `VERSIONS`, or one of those that `fit` returns.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690)
@@ -442,7 +450,7 @@ class AutoAttack(attack_rounds.Attack):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.version not in VERSIONS:
+        if self.version not in (*VERSIONS, *_FEW_CLASSES):
             raise ValueError(
                 f"Expected version to be one of {', '.join(VERSIONS)}. "
                 f"Received: version={self.version!r}."
@@ -451,18 +459,42 @@ class AutoAttack(attack_rounds.Attack):
     @property
     def eot(self):
         """Draws of a stochastic model behind each gradient; None: one."""
-        return 20 if self.version == "rand" else None
+        return 20 if self._base == "rand" else None
+
+    @property
+    def _base(self):
+        """The published version."""
+        return published_version(self.version)
 
     def members(self):
-        """The published attacks, in their order."""
+        """The published attacks, in their order; see the class for fewer."""
         make = {"standard": _standard, "plus": _plus, "rand": _rand}
-        return make[self.version]({"norm": self.norm, "epsilon": self.epsilon})
+        ball = {"norm": self.norm, "epsilon": self.epsilon}
+        members = make[self._base](ball)
+        classes = _FEW_CLASSES.get(self.version)
+        return members if classes is None else _defined(members, classes)
 
-    def fit(self, num_classes):
-        """See `Attack.fit`: checks the members, which are fitted one by one."""
-        for member in self.members():
-            member.fit(num_classes)
-        return self
+    def fit(self, num_classes, targeted=False):
+        """See `Attack.fit`; the members are fitted one by one, later.
+
+        Returns:
+            The ensemble, or that of the members that are defined for as few
+            classes.
+        """
+        del targeted  # It looks for any error.
+        if num_classes < 2:
+            objectives.check_objective("cross_entropy", num_classes)
+        version = self._base
+        if num_classes < _TARGETED_DLR_CLASSES:
+            few = f"{version}_{num_classes}_classes"
+            version = few if few in _FEW_CLASSES else version
+        if self.version in _FEW_CLASSES and self.version != version:
+            raise ValueError(
+                f"Expected a model of {_FEW_CLASSES[self.version]} classes for "
+                f"version={self.version}. Received: num_classes={num_classes}. "
+                f"Take version={self._base}."
+            )
+        return dataclasses.replace(self, version=version)
 
     def __call__(self, logits_fn, images, labels, keys=None, targets=None):
         """Runs all members on the whole batch; see `Attack.__call__`.
@@ -510,8 +542,45 @@ def _plus(ball):
     )
 
 
+def published_version(version):
+    """Returns the version that one for few classes is a part of."""
+    return version.partition("_")[0]
+
+
 def _rand(ball):
     return APGD(**ball), APGD(**ball, loss="dlr")
+
+
+# The versions for fewer classes, by name; "rand" has nothing targeted.
+_FEW_CLASSES = {
+    f"{version}_{classes}_classes": classes
+    for version in VERSIONS
+    for classes in (2, 3)
+    if (version, classes) != ("rand", 3)
+}
+
+
+def _defined(members, classes):
+    """Returns the members that are defined for so few classes.
+
+    As the authors' program advises: no DLR loss for two classes; for three,
+    the untargeted DLR loss in the place of the targeted one.
+    """
+    found = []
+    for member in members:
+        if isinstance(member, APGDT):
+            member = APGD(
+                member.norm,
+                member.epsilon,
+                restarts=members[0].restarts,
+                loss="dlr",
+                largereps=member.largereps,
+            )
+        ratio = getattr(member, "loss", None) == "dlr"
+        if ratio and (classes < _DLR_CLASSES or member in found):
+            continue  # Version plus has APGD-DLR already.
+        found.append(member)
+    return tuple(found)
 
 
 ATTACKS = {attack.name: attack for attack in (APGD, APGDT, AutoAttack)}

@@ -10,6 +10,7 @@ asserts a speed.
 """
 
 import dataclasses
+import pathlib
 import resource
 import statistics
 import time
@@ -19,6 +20,7 @@ from absl import flags
 
 import command_line  # First: it quiets TensorFlow.
 import run_folder
+import trained_runs
 
 _WHAT = flags.DEFINE_string(
     "what",
@@ -71,12 +73,18 @@ def config_from_flags():
     """
     if _WHAT.value not in BENCHMARKS:
         raise ValueError(
-            f"unknown benchmark {_WHAT.value!r}."
+            f"unknown benchmark --what={_WHAT.value}."
             f"{command_line.near(_WHAT.value, BENCHMARKS)} Expected one of "
             f"{', '.join(BENCHMARKS)}"
         )
-    if _WHAT.value == "attack_steps" and _RUN.value is None:
-        raise ValueError("Expected --run=FOLDER with --what=attack_steps.")
+    command_line.refuse_idle(
+        (
+            True,
+            [f for f in _SETTINGS if f.name not in _HEEDED[_WHAT.value]],
+            f"with --what={_WHAT.value}",
+        )
+    )
+    _check_parts()
     return BenchmarkConfig(
         what=_WHAT.value,
         batch_size=_BATCH.value,
@@ -85,6 +93,50 @@ def config_from_flags():
         models=tuple(_MODELS.value),
         run=_RUN.value,
     )
+
+
+_SETTINGS = (_BATCH, _SIZE, _ROUNDS, _MODELS, _RUN)
+# Which of them a benchmark looks at.
+_HEEDED = {
+    "sampler": ("batch_size", "image_size", "rounds"),
+    "full_size": ("batch_size", "image_size", "models"),
+    "s3ta": ("batch_size", "image_size"),
+    "attack_steps": ("batch_size", "rounds", "run"),
+}
+
+
+def _check_parts():
+    """Raises a ValueError or an OSError if what is measured is not there."""
+    import keras
+
+    import model_backbone
+
+    what = f"--what={_WHAT.value}"
+    if _WHAT.value == "sampler":
+        command_line.require_package("torch", what)
+    if _WHAT.value == "s3ta" and keras.config.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected KERAS_BACKEND=tensorflow for {what}, whose operations "
+            "TensorFlow's profiler counts. Received: "
+            f"KERAS_BACKEND={keras.config.backend()}."
+        )
+    if _WHAT.value == "full_size":
+        for name in _MODELS.value:
+            model_backbone.entry(name)
+    if _WHAT.value == "attack_steps":
+        if _RUN.value is None:
+            raise ValueError(f"Expected --run=FOLDER with {what}.")
+        folder = trained_runs.at("runs", _RUN.value)
+        run = run_folder.read_config(folder, ("model", "num_classes"))
+        for attack in _attacks().values():
+            attack.fit(run["num_classes"])
+    if _OUTPUT.value is not None:
+        path = pathlib.Path(_OUTPUT.value)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(
+                "Expected --output to be a file in a folder that exists. "
+                f"Received: --output={path}."
+            )
 
 
 def interleaved(calls, rounds):
@@ -401,14 +453,10 @@ def attack_steps(config):
     Returns:
         List of dicts: what, and milliseconds a step.
     """
-    import attack_backbone
-    import autoattack
-    import fab
     import numerics
     import robust_training
-    import square
 
-    model, run = robust_training.load_run(config.run)
+    model, run = robust_training.load_run(trained_runs.at("runs", config.run))
     classes, batch = run["num_classes"], config.batch_size
     shape = (batch, *run["image_shape"])
     rows = {
@@ -416,23 +464,31 @@ def attack_steps(config):
         "labels": (np.arange(batch) % classes).astype("int32"),
         "keys": numerics.example_keys(0, np.arange(batch, dtype="int32")),
     }
-    radius = {"epsilon": 8 / 255}
-    attacks = {
-        "PGD": attack_backbone.PGD(steps=100, **radius),
-        "APGD": autoattack.APGD(**radius),
-        "APGD-T": autoattack.APGDT(**radius),
-        "FAB-T": fab.FAB(**radius),
-        "Square": square.Square(**radius),
-    }
     calls = _bare_passes(model, rows["images"])
-    for name, attack in attacks.items():
-        attack = attack.fit(classes) or attack
+    for name, attack in _attacks().items():
         calls[name] = _steps_of(attack.fit(classes), model, rows)
     found = interleaved(calls, config.rounds)
     return [
         {"what": name, "ms_a_step": round(time_ / _STEPS, 2)}
         for name, time_ in found.items()
     ]
+
+
+def _attacks():
+    """The attacks whose steps are measured, by name."""
+    import attack_backbone
+    import autoattack
+    import fab
+    import square
+
+    radius = {"epsilon": 8 / 255}
+    return {
+        "PGD": attack_backbone.PGD(steps=100, **radius),
+        "APGD": autoattack.APGD(**radius),
+        "APGD-T": autoattack.APGDT(**radius),
+        "FAB-T": fab.FAB(**radius),
+        "Square": square.Square(**radius),
+    }
 
 
 def _bare_passes(model, images):

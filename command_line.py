@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import logging
 import math
 import os
@@ -168,14 +169,86 @@ def quiet():
         os.close(nowhere)
 
 
-def load_keras():
-    """Imports Keras and its backend without their greetings."""
-    with quiet():
-        import keras
+# The backends of Keras that can train and attack a model.
+BACKENDS = ("tensorflow", "jax", "torch")
 
-        keras.ops.zeros(())  # The backend greets at its first operation.
+
+def require_backend(name, source):
+    """Checks that a backend of Keras is known and installed.
+
+    Args:
+        name: The backend.
+        source: What names it, `KERAS_BACKEND` say.
+
+    Raises:
+        ValueError: If it cannot be used.
+    """
+    if name not in BACKENDS:
+        raise ValueError(
+            f"Expected {source} to be one of {', '.join(BACKENDS)}."
+            f"{near(name.lower(), BACKENDS)} Received: {source}={name}."
+        )
+    require_package(name, f"{source}={name}")
+
+
+def require_package(name, reader):
+    """Raises a ValueError if a package is not installed.
+
+    Args:
+        name: What is imported.
+        reader: What needs it.
+    """
+    if importlib.util.find_spec(name) is None:
+        how = _INSTALLED_BY.get(name, f"pip install {name}")
+        raise ValueError(
+            f"{reader} needs {name}, which is not installed. Install it with "
+            f"{how}, or leave {reader} out."
+        )
+
+
+# Packages that an extra of setup.cfg brings along.
+_INSTALLED_BY = {
+    **{name: f"pip install -e '.[{name}]'" for name in ("jax", "torch")},
+    **dict.fromkeys(
+        ("torchattacks", "foolbox", "art"),
+        "pip install -e '.[torch,peers]'",
+    ),
+    "sklearn": "pip install scikit-learn",
+}
+
+
+def load_keras():
+    """Imports Keras and its backend without their greetings.
+
+    Ends the program with one line if the backend cannot be used.
+    """
+    with guard():
+        asked = os.environ.get("KERAS_BACKEND")
+        if asked:
+            require_backend(asked, "KERAS_BACKEND")
+        _import_keras()
     # TensorFlow takes the pieces of an attack for one function traced anew.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+
+
+def _import_keras():
+    """Imports Keras; without KERAS_BACKEND, keras.json names the backend."""
+    try:
+        with quiet():
+            import keras
+
+            keras.ops.zeros(())  # The backend greets at its first operation.
+    except (ImportError, ValueError) as error:
+        source = "KERAS_BACKEND"
+        if not os.environ.get(source):
+            source = "keras.json or the default, tensorflow,"
+        raise ValueError(
+            f"Keras cannot be loaded with the backend of {source}: "
+            f"{str(error) or type(error).__name__}. If a package is not "
+            "installed, install it, or choose another backend with "
+            "KERAS_BACKEND=tensorflow, jax or torch."
+        ) from error
+    require_backend(keras.config.backend(), "backend")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +336,15 @@ def asked_for_help(arguments, names=frozenset(_HELP)) -> bool:
     return False
 
 
+def parse_arguments(parser):
+    """Parses the arguments of a script that has `argparse`'s flags.
+
+    An error is one line and exit status 2, without argparse's usage.
+    """
+    parser.error = fail
+    return parser.parse_args()
+
+
 def run(main, translate=None, help=None):
     """Parses the flags and calls `main()`; `__main__` of every program.
 
@@ -295,6 +377,8 @@ def run(main, translate=None, help=None):
             left = flags.FLAGS(argv)
         except flags.Error as error:
             fail(str(error).removeprefix("flag "))
+        with guard():
+            check_given(flags.FLAGS)
         if len(left) > 1:
             fail(f"unexpected arguments {left[1:]}; flags are --name=value")
         expand_home(flags.FLAGS)
@@ -318,6 +402,59 @@ def _print_help(help):
     except BrokenPipeError:  # The reader, `head` say, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+
+
+def check_given(values):
+    """Raises a ValueError if a flag is given, but its value says nothing.
+
+    That is an empty text or part of a list, where an empty text is not the
+    flag's default, and a number that is not finite.
+
+    Args:
+        values: `absl.flags.FlagValues`, parsed.
+    """
+    for name in values:
+        flag = values[name]
+        if not flag.present or flag.value == flag.default:
+            continue
+        parts = flag.value if isinstance(flag.value, list) else [flag.value]
+        shown = ",".join(map(str, parts))
+        if not parts or any(
+            isinstance(part, str) and not part.strip() for part in parts
+        ):
+            raise ValueError(
+                f"Expected a value for --{name}. Received: --{name}={shown}. "
+                "Leave it out for its default."
+            )
+        if any(
+            isinstance(part, float) and not math.isfinite(part)
+            for part in parts
+        ):
+            raise ValueError(
+                f"Expected --{name} to be a finite number. Received: "
+                f"--{name}={shown}."
+            )
+
+
+def refuse_idle(*rules):
+    """Refuses flags that are given and would have no effect.
+
+    Args:
+        *rules: Tuples (idle, holders, reason): whether the
+            `absl.flags.FlagHolder`s have no effect, and what the message says
+            after "--name has no effect". A flag that is switched off is not
+            refused.
+
+    Raises:
+        ValueError: If such a flag is given; names the first.
+    """
+    for idle, holders, reason in rules:
+        for flag in holders:
+            if idle and flag.present and flag.value is not False:
+                raise ValueError(
+                    f"--{flag.name} has no effect {reason}. Leave one of them "
+                    "out."
+                )
 
 
 def parse_ratio(text):

@@ -137,8 +137,9 @@ class FAB(attack_rounds.Attack):
         """See `Attack.steps_a_round`."""
         return self.steps
 
-    def fit(self, num_classes):
+    def fit(self, num_classes, targeted=False):
         """See `Attack.fit`; drops the targets that do not exist."""
+        del targeted  # It chooses its targets by itself.
         objectives.check_objective("margin", num_classes)
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)

@@ -46,7 +46,7 @@ def retina_mapping(image_size, view_size, max_ratio=MAX_RATIO):
     References:
         - Bashivan, Kar and DiCarlo, "retinawarp" (2019).
     """
-    if min(image_size, view_size) < 4 or max_ratio <= 1:
+    if min(image_size, view_size) < 4 or not max_ratio > 1:
         raise ValueError(
             "The retina needs an image and a view of at least 4 pixels and "
             f"max_ratio > 1. Received: image_size={image_size}, "
@@ -223,6 +223,11 @@ class RetinalWarp(keras.layers.Layer):
         self.view_size = None if view_size is None else tuple(view_size)
         self.max_ratio = max_ratio
         self.interpolation = interpolation
+
+    def build(self, images_shape, gazes_shape):
+        """Raises a ValueError for sizes that no retina has, before a call."""
+        size = self.view_size or tuple(images_shape[1:3])
+        retina_mapping(min(images_shape[1:3]), min(size), self.max_ratio)
 
     def call(self, images, gazes):
         image_size = tuple(images.shape[1:3])

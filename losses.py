@@ -255,6 +255,13 @@ class Adversarial(Standard):
                 f"{type(self).__name__} crafts by an objective of its own, "
                 f"without a target. Received: target={self.target!r}."
             )
+        if getattr(self.attack, "step_length", 1.0) <= 0:
+            raise ValueError(
+                "Expected step_size > 0 for adversarial training. Received: "
+                f"step_size={self.attack.step_length:g}."
+            )
+        if self.num_classes is not None:
+            self.attack.fit(self.num_classes, self.target != "none")
         for name in ("weight", "slope_weight"):  # Of further terms, if any.
             value = getattr(self, name, 0.0)
             if not 0 <= value < math.inf:
@@ -646,7 +653,8 @@ class AdversarialConfig:
         for name in known:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self._default(name))
-        self.build(num_classes=2)  # Raises for what does not fit.
+        # Raises for what does not fit, whatever the number of classes.
+        self.build(num_classes=_MANY_CLASSES)
 
     def _given(self):
         """The settings that are not None, by name."""
@@ -752,6 +760,9 @@ class AdversarialConfig:
                 rate = min(1.0, 2.5 / self.steps) * self.epsilon
             settings.update(rates=(rate,), boundaries=())
         return kind(**settings)
+
+
+_MANY_CLASSES = 1000  # Enough for every loss and target.
 
 
 def _settings(objective, attack=None):

@@ -6,6 +6,7 @@ goes through `model_backbone`, which imports them all.
 
 import dataclasses
 import inspect
+import math
 from typing import Callable
 
 import keras
@@ -109,12 +110,7 @@ def create(name, *, num_classes, image_shape, **options):
                 f"{command_line.near(option, row.options)} It takes "
                 f"{', '.join(row.options)}."
             )
-    dropout = options.get("dropout")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ValueError(
-            "Expected dropout in [0, 1), the part of the features left out. "
-            f"Received: dropout={dropout:g}."
-        )
+        _check_range(option, options[option], max(image_shape[:2]))
     if num_classes < 2:
         raise ValueError(
             f"a classifier needs at least 2 classes, got {num_classes}"
@@ -124,6 +120,47 @@ def create(name, *, num_classes, image_shape, **options):
     )
     model.name = name
     return model
+
+
+_MOST = 2**14  # Of anything that is counted: far beyond what fits in memory.
+# Smallest and largest value of an option; SIDE is that of the images.
+_SIDE = "side"
+_RANGES = {
+    "dropout": (0, 1),
+    "regularization": (0, math.inf),
+    "gaze_range": (0, _SIDE),
+    "max_ratio": (1, math.inf),
+    "frequencies": (1, _SIDE),
+    "localization_grid": (1, _SIDE),
+    **dict.fromkeys(
+        ("depth", "widen", "num_transformers", "num_steps", "num_heads"),
+        (1, _MOST),
+    ),
+    **dict.fromkeys(("controller_units", "hidden_units"), (1, _MOST)),
+    **dict.fromkeys(
+        ("width", "vision_width", "localization_width", "key_channels"),
+        (0, _MOST),
+    ),
+    **dict.fromkeys(("view_size", "stem_stride", "pool_stride"), (0, _MOST)),
+}
+_OPEN = {"dropout": (False, True), "max_ratio": (True, True)}
+
+
+def _check_range(option, value, side):
+    """Raises a ValueError if an option is a number that cannot be."""
+    if value is None or option not in _RANGES:
+        return
+    least, most = _RANGES[option]
+    most = side if most == _SIDE else most
+    above, below = _OPEN.get(option, (False, math.isinf(most)))
+    if (least < value if above else least <= value) and (
+        value < most if below else value <= most
+    ):
+        return
+    raise ValueError(
+        f"Expected {option} in {'(' if above else '['}{least}, {most}"
+        f"{')' if below else ']'}. Received: {option}={value}."
+    )
 
 
 def glimpses(model):

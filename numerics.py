@@ -30,6 +30,29 @@ _VALUE_SALT = 0x9E3779B9 - 2**32
 _WORD_SALT = 0x5851F42D
 
 
+# --- Keras's settings ----------------------------------------------------
+
+
+def set_up_keras():
+    """Sets Keras's image layout, float type and epsilon to the project's.
+
+    Keras reads them from a file of the user, `keras.json`, which may hold
+    those of another project: images with their channels first make another
+    network, float16 another result. This module and every module that makes
+    layers without it call this function when they are imported. The backend
+    stays the user's choice: `KERAS_BACKEND`, or else that of `keras.json`.
+    """
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    # The policy that Keras may have derived from the user's float type.
+    if keras.config.dtype_policy().name in ("float16", "float64"):
+        keras.config.set_dtype_policy("float32")
+
+
+set_up_keras()
+
+
 # --- The seams -----------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ job is a file in <run>/parity/; a job that has one is not run again. Needs the
 torch and peers extras.
 """
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -20,6 +19,12 @@ from absl import flags
 
 import command_line  # First: it quiets TensorFlow.
 import run_folder
+import trained_runs
+
+OURS = ("saccade", "saccade_bfloat16")
+# By the module of each.
+PEERS = ("torchattacks", "foolbox", "art")
+ATTACKS = ("fgsm", "pgd", "apgd", "fab", "square", "autoattack")
 
 _RUN = flags.DEFINE_string(
     "run",
@@ -40,16 +45,19 @@ _EPSILON = flags.DEFINE_string(
 )
 _ATTACKS = flags.DEFINE_list(
     "attacks",
-    ["fgsm", "pgd", "apgd", "fab", "square", "autoattack"],
+    list(ATTACKS),
     "Attacks, separated by commas.",
 )
 _LIBRARIES = flags.DEFINE_list(
     "libraries",
-    ["saccade", "saccade_bfloat16", "torchattacks", "foolbox", "art"],
+    [*OURS, *PEERS],
     "Libraries, separated by commas.",
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", 500, "Number of test images, drawn by --seed."
+    "num_examples",
+    500,
+    "Number of test images, drawn by --seed.",
+    lower_bound=1,
 )
 _ONLY_RIGHT = flags.DEFINE_boolean(
     "only_right",
@@ -57,26 +65,32 @@ _ONLY_RIGHT = flags.DEFINE_boolean(
     "Whether only images are attacked that the model classifies correctly.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 100, "Images that are attacked at a time."
+    "batch_size", 100, "Images that are attacked at a time.", lower_bound=1
 )
-_PGD_STEPS = flags.DEFINE_integer("pgd_steps", 50, "Gradient steps of pgd.")
+_PGD_STEPS = flags.DEFINE_integer(
+    "pgd_steps", 50, "Gradient steps of pgd.", lower_bound=1
+)
 _QUERIES = flags.DEFINE_integer(
-    "queries", 5000, "Queries of square for each image."
+    "queries", 5000, "Queries of square for each image.", lower_bound=1
 )
 _BACKEND = flags.DEFINE_string(
     "backend",
     "tensorflow",
     "Keras backend of Saccade's own jobs: tensorflow, jax or torch.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed from which all randomness comes.")
+_SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed from which all randomness comes.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+)
 _JOB = flags.DEFINE_string(
     "job",
     None,
     "One job, library/attack, that the program runs in a process of its own. "
     "By default none: all jobs.",
 )
-
-OURS = ("saccade", "saccade_bfloat16")
 
 
 def ours(library, attack, model, split, order, context):
@@ -273,7 +287,6 @@ def job(name):
     import metrics
     import robust_evaluation
     import robust_training
-    import trained_runs
 
     library, attack = name.split("/")
     model, run = robust_training.load_run(_RUN.value)
@@ -336,28 +349,46 @@ def _place(name):
 
 
 def check():
-    """Raises a ValueError, one line, if something is missing."""
+    """Raises a ValueError or an OSError, one line, if something is wrong."""
     if _RUN.value is None or _EPSILON.value is None:
         raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
-    if not (pathlib.Path(_RUN.value) / run_folder.CONFIG).exists():
-        raise ValueError(f"There is no run in {_RUN.value}.")
-    command_line.parse_ratio(_EPSILON.value)
-    modules = {"torchattacks": "torchattacks", "foolbox": "foolbox"}
-    modules["art"] = "art"
+    epsilon = command_line.parsed(
+        "epsilon", _EPSILON.value, command_line.parse_ratio
+    )
+    if not 0 < epsilon <= 1:
+        raise ValueError(
+            "Expected --epsilon above 0 and up to 1, in units of the pixel "
+            f"range. Received: --epsilon={_EPSILON.value}."
+        )
+    for flag, known in ((_ATTACKS, ATTACKS), (_LIBRARIES, (*OURS, *PEERS))):
+        for name in flag.value:
+            command_line.require_known(flag.name, name, known)
+    if _JOB.value is not None:
+        library, _, attack = _JOB.value.partition("/")
+        command_line.require_known("job", library, (*OURS, *PEERS))
+        command_line.require_known("job", attack, ATTACKS)
+    folder = trained_runs.at("runs", _RUN.value)
     for library in _LIBRARIES.value:
         if library in OURS:
-            continue
-        if library not in modules:
-            raise ValueError(
-                f"Unknown library {library!r} in --libraries. Known: "
-                f"{', '.join((*OURS, *modules))}."
-            )
-        for module in ("torch", modules[library]):
-            if importlib.util.find_spec(module) is None:
-                raise ValueError(
-                    f"{module} is not installed; it comes with "
-                    "pip install -e '.[torch,peers]'."
-                )
+            command_line.require_backend(_BACKEND.value, "--backend")
+        else:
+            for package in ("torch", library):
+                command_line.require_package(package, f"--libraries={library}")
+    _check_images(folder)
+
+
+def _check_images(folder):
+    """Raises if a run's weights, or so many images, are not there."""
+    trained_runs.weights_sha256(folder, "best")
+    needed = ("model", "dataset", "class_names", "image_shape")
+    run = run_folder.read_config(folder, needed)
+    data = trained_runs.load_data(run, _DATA_DIR.value)
+    split = trained_runs.split_of(folder, run, data, "test")
+    if _NUM_EXAMPLES.value > len(split):
+        raise ValueError(
+            f"Expected --num_examples of at most the {len(split)} test images. "
+            f"Received: --num_examples={_NUM_EXAMPLES.value}."
+        )
 
 
 def table():
@@ -414,13 +445,14 @@ def table():
 
 def main():
     """Runs every job that has no result yet, and prints the table."""
+    with command_line.guard():
+        check()
     if _JOB.value is not None:
         command_line.load_keras()
         job(_JOB.value)
         return
-    with command_line.guard():
-        check()
     names = [f"{b}/{a}" for a in _ATTACKS.value for b in _LIBRARIES.value]
+    failed = []
     for number, name in enumerate(names, 1):
         if _place(name).exists():
             continue
@@ -433,7 +465,10 @@ def main():
         )
         if completed.returncode:
             print(f"{name} failed; the table goes on without it.")
+            failed.append(name)
     table()
+    if failed:
+        command_line.fail(f"{len(failed)} jobs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -89,11 +89,17 @@ class Recipe:
                     f"of {', '.join(known)}."
                 )
         for field in ("learning_rate", "epochs", "batch_size"):
-            if not getattr(self, field) > 0:
+            if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(
-                    f"{field} must be above 0, got {getattr(self, field)}"
+                    f"{field} must be above 0 and finite, got "
+                    f"{getattr(self, field)}"
                 )
-        for field in ("weight_decay", "l2"):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                "Expected momentum, that of SGD, in [0, 1). Received: "
+                f"momentum={self.momentum:g}."
+            )
+        for field in ("weight_decay", "l2", "warmup"):
             value = getattr(self, field)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(

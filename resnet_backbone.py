@@ -10,6 +10,10 @@ import functools
 import keras
 from keras import layers, ops, regularizers
 
+import numerics
+
+numerics.set_up_keras()
+
 # Blocks in each stage of a ResNet for ImageNet (He et al., 2016, Table 1).
 DEPTHS = {
     18: (2, 2, 2, 2),

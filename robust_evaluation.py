@@ -24,6 +24,7 @@ import fab
 import image_splits
 import metrics
 import model_backbone
+import model_registry
 import numerics
 import objectives
 import run_folder
@@ -132,6 +133,25 @@ class EvaluationConfig:
                 f"Received: {len(self.indices)}, "
                 f"{len(set(self.indices))} of them different."
             )
+
+    def fit(self, num_classes):
+        """Returns the config for a model of so many classes.
+
+        An AutoAttack whose members are not all defined becomes one of those
+        that are, which its version says.
+
+        Raises:
+            ValueError: If attack, loss or target needs more classes.
+        """
+        if isinstance(self.target, int) and self.target >= num_classes:
+            raise ValueError(
+                f"Expected a target class from 0 to {num_classes - 1}. "
+                f"Received: {self.target}."
+            )
+        fitted = self.attack.fit(num_classes, targeted=self.target != "none")
+        if len(self.attack.members()) == 1:
+            return self  # How many targets fit is found again in the end.
+        return dataclasses.replace(self, attack=fitted)
 
     @property
     def name(self):
@@ -270,6 +290,11 @@ def evaluate(
     check_weights(model)
     if surrogate is not None:
         check_fit(surrogate, split)
+    try:
+        config = config.fit(model.output_shape[-1])
+        check_shown(surrogate or model, config)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     _check_outputs(model, split, config)
     order = _choose(split, config)
     keep = len(order) if keep_images < 0 else keep_images
@@ -309,10 +334,6 @@ class _Evaluation:
         self.model, self.surrogate, self.config = model, surrogate, config
         classes = model.output_shape[-1]
         self.classes = classes
-        if isinstance(config.target, int):
-            objectives.fixed_targets(
-                np.zeros(1, "int32"), config.target, classes
-            )
         self.members = tuple(m.fit(classes) for m in config.attack.members())
         # As even as can be: little is padded.
         parts = math.ceil(total / config.batch_size)
@@ -702,6 +723,32 @@ class _Tally:
 def device():
     """Returns where tensors live, in the backend's words: `cpu`, `GPU:0`."""
     return str(getattr(ops.zeros(()), "device", "")).rsplit("device:")[-1]
+
+
+def check_shown(model, config):
+    """Checks that a model has what an attack asks of it.
+
+    Args:
+        model: The `keras.Model` on which the attack is made.
+        config: An `EvaluationConfig`.
+
+    Raises:
+        ValueError: If the model has no read-out steps, or no gazes, boxes or
+            attention maps, that the attack could use.
+    """
+    shown = set(model_registry.shown(model).output)
+    if config.read_outs == "all" and "step_logits" not in shown:
+        raise ValueError(
+            "Expected a recurrent model for read_outs=all. Received: "
+            f"read_outs=all for {model.name}, which has one read-out."
+        )
+    weight = getattr(config.attack, "distraction", 0.0)
+    if weight and not shown & {"gazes", "boxes", "maps"}:
+        raise ValueError(
+            "Expected a model that shows gazes, boxes or attention maps for "
+            f"distraction. Received: distraction={weight:g} for {model.name}, "
+            "which shows none."
+        )
 
 
 def _choose(split, config):

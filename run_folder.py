@@ -776,6 +776,7 @@ def provenance():
         ),
         "git_hash": _git_hash(),
         "versions": versions,
+        **_keras_settings(),
         "machine": f"{platform.machine()}, {cores()} CPU cores",
     }
 
@@ -783,6 +784,20 @@ def provenance():
 def _command():
     program = pathlib.Path(sys.argv[0]).name or "python"
     return shlex.join([program, *sys.argv[1:]])
+
+
+def _keras_settings():
+    """Keras's backend, image layout and float type, if it is loaded."""
+    keras = sys.modules.get("keras")
+    if keras is None:
+        return {}
+    return {
+        "keras": {
+            "backend": keras.config.backend(),
+            "image_data_format": keras.config.image_data_format(),
+            "floatx": keras.config.floatx(),
+        }
+    }
 
 
 def _git_hash():

@@ -112,6 +112,7 @@ _SAVE_EVERY = flags.DEFINE_float(
     "save_every",
     300.0,
     "Seconds between two saves of the state within an epoch.",
+    lower_bound=0.0,
 )
 _EVAL_BATCH = flags.DEFINE_integer(
     "eval_batch_size",
@@ -301,6 +302,7 @@ def config_from_flags():
     import recipes
     import training_step
 
+    _check_effect()
     row = model_backbone.entry(_MODEL.value)
     run_folder.component(f"x{_TAG.value}", "--tag")  # May start with a dot.
     if _DATASET.value not in datasets.names():
@@ -325,6 +327,9 @@ def config_from_flags():
     attacked = _ROBUST_VALIDATION.value
     if attacked is None:
         attacked = 500 if adversarial else 0
+    command_line.refuse_idle(
+        (not attacked, (_ROBUST_STEPS,), "without --robust_validation"),
+    )
     return RunConfig(
         model=_MODEL.value,
         dataset=_DATASET.value,
@@ -349,6 +354,19 @@ def config_from_flags():
         distribute=_DISTRIBUTE.value,
         save_every=_SAVE_EVERY.value,
         eval_batch_size=_EVAL_BATCH.value,
+    )
+
+
+def _check_effect():
+    """Raises a ValueError for a flag that another one makes idle."""
+    command_line.refuse_idle(
+        (
+            _ONLY_EVALUATE.value,
+            (_OVERWRITE, _RESUME),
+            "with --only_evaluate, which writes nothing",
+        ),
+        (_RESUME.value, (_OVERWRITE,), "with --resume, which keeps the run"),
+        (not _AUGMENT.value, (_RECIPE["augmentation"],), "with --augment=0"),
     )
 
 
@@ -420,7 +438,9 @@ def _adversarial_from_flags(recipe_name):
             f"--adv_{free[0]}={given[free[0]]}."
         )
     for name in {"epsilon", "step_size", "sigma"} & set(given):
-        given[name] = command_line.parse_ratio(given[name])
+        given[name] = command_line.parsed(
+            f"adv_{name}", given[name], command_line.parse_ratio
+        )
     found = (base or losses.CONFIGS[_DATASET.value]).override(**given)
     if found.objective == "fast" and _STEP["replays"].value:
         raise ValueError(
@@ -657,30 +677,36 @@ def _run(config, data, overwrite, resume, callbacks):
         ):
             print(line, flush=True)
         with command_line.guard_disk():
-            record = _trained(config, data, loop)
+            record = _trained(config, data, loop, resume)
             record["provenance"] = described["provenance"]
             run_folder.write_json(folder / "results.json", record)
     return record
 
 
-def _trained(config, data, loop):
+def _trained(config, data, loop, resume):
     """Trains to the end; returns the record of the final evaluation."""
     import robust_training
 
     folder, started = config.folder, time.monotonic()
     try:
         with command_line.stop_signals() as loop.should_stop:
-            history = loop.train()
+            with _kept_if_saved(folder, resume):
+                history = loop.train()
     except robust_training.Interrupted:
         command_line.stop(
             f"stopped at step {loop.progress['step']}, saved in {folder}. "
             "Continue with the same command and --resume."
         )
     except robust_training.Collapsed as collapse:
+        kept = "Nothing was saved"
+        if folder.exists():
+            kept = (
+                f"What is in {folder} is of the last good epoch "
+                f"({len(loop.progress['history'])})"
+            )
         command_line.fail(
-            f"{collapse}. What is in {folder} is of the last good epoch "
-            f"({len(loop.progress['history'])}). Lower --learning_rate, or "
-            "end a run there by --on_collapse=restore."
+            f"{collapse}. {kept}. Lower --learning_rate, or end a run there "
+            "by --on_collapse=restore."
         )
     record = _evaluate(config, data, loop)
     record["seconds"] = round(time.monotonic() - started, 1)
@@ -688,6 +714,21 @@ def _trained(config, data, loop):
         sum(row["seconds"] for row in history), 1
     )
     return record
+
+
+@contextlib.contextmanager
+def _kept_if_saved(folder, resume):
+    """Deletes the folder of a new run that fails before its first save.
+
+    Otherwise the folder would stand in the way of the corrected command.
+    """
+    try:
+        yield
+    except Exception:
+        saved = (*folder.glob("*.npz"), *folder.glob("*.weights.h5"))
+        if not resume and not saved:
+            run_folder.discard(folder)
+        raise
 
 
 def _check_validation(config, data):

@@ -11,11 +11,11 @@ import pathlib
 import sys
 
 import numpy as np
-import sklearn.datasets
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import command_line
+import trained_runs
 
 PARSER = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -27,7 +27,7 @@ PARSER.add_argument(
     "default none: only the figure of the retina.",
 )
 if __name__ == "__main__":
-    ARGUMENTS = PARSER.parse_args()  # Before Keras: --help is quick.
+    ARGUMENTS = command_line.parse_arguments(PARSER)  # Before Keras: quick.
 command_line.load_keras()
 
 from keras import ops  # noqa: E402
@@ -45,6 +45,8 @@ SIZE = 320
 
 def photographs():
     """The two sample photographs, their middle square at 320 pixels."""
+    import sklearn.datasets
+
     found = []
     for image in sklearn.datasets.load_sample_images().images:
         image = image.astype("float32") / 255
@@ -85,6 +87,21 @@ def retina():
     )
 
 
+def attacked(folder):
+    """The images of the first attack on a run.
+
+    Raises:
+        FileNotFoundError: If it was not attacked.
+    """
+    found = sorted(pathlib.Path(folder).glob("attacks/*/adversarial.npz"))
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no attack to draw; run adversary.py "
+            f"--run={folder} first."
+        )
+    return found[0]
+
+
 def demo(folder):
     """Where the demo's model looks, and what an attack does to it."""
     model, config = robust_training.load_run(folder)
@@ -104,7 +121,7 @@ def demo(folder):
         title="Where multi_gaze looks on cluttered digits, and what it sees",
         path=FIGURES / "glimpses.png",
     )
-    found = sorted(pathlib.Path(folder).glob("attacks/*/adversarial.npz"))[0]
+    found = attacked(folder)
     arrays = np.load(found)
     before = model_backbone.glimpses(model)(arrays["clean"])
     after = model_backbone.glimpses(model)(arrays["adversarial"])
@@ -126,7 +143,12 @@ def demo(folder):
 
 
 if __name__ == "__main__":
+    with command_line.guard():
+        command_line.require_package("sklearn", "figures.py")
+        runs = [trained_runs.at("runs", path) for path in ARGUMENTS.runs]
+        for path in runs:
+            attacked(path)
     FIGURES.mkdir(exist_ok=True)
     retina()
-    for path in ARGUMENTS.runs:
+    for path in runs:
         demo(path)

@@ -6,15 +6,16 @@ One row a run, then the mean and the range over the runs of each model. Every
 number is read from the runs' `results.json` files; what is missing is "-".
 """
 
+import argparse
 import collections
-import json
 import pathlib
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-def read(path):
-    """Returns a JSON file's content, or an empty dict if there is none."""
-    return json.loads(path.read_text()) if path.exists() else {}
+import command_line  # noqa: E402
+import run_folder  # noqa: E402
+import trained_runs  # noqa: E402
 
 
 def radius(epsilon):
@@ -27,16 +28,16 @@ def radius(epsilon):
 
 def describe(folder):
     """Returns the model, the seed and the columns of one run."""
-    config = read(folder / "config.json")
-    result = read(folder / "results.json")
+    config = run_folder.read_config(folder)
+    path = folder / "results.json"
+    result = run_folder.read_json(path) if path.exists() else {}
     best = result.get("best", {})
     columns = {
         "test images": best.get("num_examples"),
         "clean %": 100 * best["accuracy"] if best else None,
         "training min": result.get("training_seconds", 0) / 60 or None,
     }
-    for path in sorted(folder.glob("attacks/*/results.json")):
-        record = read(path)
+    for record in run_folder.records(folder).values():
         name = (
             f"{record['attack'].upper()}-{record.get('steps', 1)} "
             f"{record['norm']} {radius(record['epsilon'])} "
@@ -53,7 +54,9 @@ def cell(value):
 
 
 def main(folders):
-    rows = [describe(pathlib.Path(folder)) for folder in folders]
+    with command_line.guard():
+        found = [trained_runs.at("runs", folder) for folder in folders]
+        rows = [describe(folder) for folder in found]
     names = list(dict.fromkeys(key for _, _, row in rows for key in row))
     print("| model | seed | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 2) + "|")
@@ -80,4 +83,9 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", help="Folders of runs.")
+    main(command_line.parse_arguments(parser).runs)

@@ -24,12 +24,13 @@ import statistics
 import subprocess
 import sys
 
-from absl import app, flags
+from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
+import datasets  # noqa: E402
 import published  # noqa: E402
 import run_folder  # noqa: E402
 
@@ -38,9 +39,13 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the files.")
 _DATASET = flags.DEFINE_string("dataset", None, "In place of the table's own.")
 _OUT = flags.DEFINE_string("out", None, "Folder; runs/<table> by default.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, in this order.")
-_EPOCHS = flags.DEFINE_integer("epochs", None, "In place of the table's own.")
+_EPOCHS = flags.DEFINE_integer(
+    "epochs", None, "In place of the table's own.", lower_bound=1
+)
 _ROWS = flags.DEFINE_list("rows", None, "Only these rows.")
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 500, "Test images.")
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples", 500, "Test images.", lower_bound=1
+)
 _SHOW = flags.DEFINE_boolean("show", False, "Run nothing.")
 
 # What every record of a table has in common, unless its column says otherwise.
@@ -417,13 +422,17 @@ class Experiment:
         self.out = pathlib.Path(_OUT.value or ROOT / "runs" / name)
         self.epochs = _EPOCHS.value or self.table.epochs
         self.rows = _ROWS.value or list(self.table.rows)
-        unknown = set(self.rows) - set(self.table.rows)
-        if unknown:
-            raise app.UsageError(
-                f"Unknown rows {sorted(unknown)}. Known: "
-                f"{list(self.table.rows)}."
-            )
-        self.jobs = [(r, int(s)) for s in _SEEDS.value for r in self.rows]
+        for row in self.rows:
+            command_line.require_known("rows", row, self.table.rows)
+        _require_once("rows", self.rows)
+        self.jobs = [(row, seed) for seed in _seeds() for row in self.rows]
+        for column in self.table.columns:
+            if not column.num_examples:
+                raise ValueError(
+                    f"Expected --num_examples that leave one for the column "
+                    f"{column.head}, which takes {column.share:.0%} of them. "
+                    f"Received: --num_examples={_NUM_EXAMPLES.value}."
+                )
         self.failed = []
 
     def command(self, row, seed):
@@ -477,7 +486,7 @@ class Experiment:
             )
         )
         if made != wanted:
-            raise app.UsageError(
+            raise ValueError(
                 f"The run in {place} was made with other settings "
                 f"({' '.join(sorted(made ^ wanted))}). Choose another --out."
             )
@@ -637,16 +646,50 @@ class Experiment:
         drawn.savefig(self.out / f"{self.name}.png")
 
 
-def main(argv):
-    """Runs what is missing, the seeds one after another."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {argv[1:]}")
-    if _WHICH.value not in TABLES:
-        raise app.UsageError(
-            f"Expected --table to be one of {', '.join(TABLES)}. Received: "
-            f"{_WHICH.value}."
+def _seeds():
+    """Reads --seeds, a list of numbers."""
+    text = ",".join(_SEEDS.value)
+    seeds = command_line.parsed("seeds", text, command_line.parse_integers)
+    _require_once("seeds", seeds)
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise ValueError(
+                f"Expected --seeds from 0 to {2**31 - 1}. Received: {seed}."
+            )
+    return seeds
+
+
+def _require_once(flag, values):
+    """Raises a ValueError if a flag names something twice."""
+    if len(set(values)) < len(values):
+        raise ValueError(
+            f"Expected --{flag} to name each once. Received: "
+            f"--{flag}={','.join(map(str, values))}."
         )
+
+
+def _experiment():
+    """Makes the experiment of the flags; raises for what is wrong."""
+    command_line.require_known("table", _WHICH.value, TABLES)
     experiment = Experiment(_WHICH.value)
+    if not _SHOW.value:
+        datasets.require(experiment.dataset, data_dir=_DATA_DIR.value)
+    elif experiment.dataset not in datasets.names():
+        datasets.require(experiment.dataset)  # Raises, with the near names.
+    elif not experiment.out.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {experiment.out} to show the runs of. Name "
+            "it with --out, or make it without --show."
+        )
+    for job in experiment.jobs:
+        experiment.finished(*job)
+    return experiment
+
+
+def main():
+    """Runs what is missing, the seeds one after another."""
+    with command_line.guard():
+        experiment = _experiment()
     jobs = experiment.jobs
     calls = len({column.flags for column in experiment.table.columns})
     print(
@@ -655,15 +698,17 @@ def main(argv):
         flush=True,
     )
     if _SHOW.value:
-        experiment.report()
+        with command_line.guard():
+            experiment.report()
         return
     for job in jobs:
-        experiment.run(*job)
-        experiment.report()
+        with command_line.guard():
+            experiment.run(*job)
+            experiment.report()
     if experiment.failed:
         failed = ", ".join(f"{row} seed {s}" for row, s in experiment.failed)
-        raise SystemExit(f"Failed, and left out of the table: {failed}.")
+        command_line.fail(f"Failed, and left out of the table: {failed}.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

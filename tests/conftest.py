@@ -1,7 +1,13 @@
-"""The backend of the tests: TensorFlow unless KERAS_BACKEND says otherwise."""
+"""Keras in the tests: TensorFlow unless KERAS_BACKEND says otherwise.
+
+The image layout and float type are the project's, also in tests that import
+nothing of it.
+"""
 
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numerics  # noqa: E402, F401 -- it sets them.

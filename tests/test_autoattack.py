@@ -715,14 +715,51 @@ class TestEnsembles:
     def test_the_number_of_classes_is_minded(self):
         assert APGDT().fit(5).num_targets == FAB().fit(5).num_targets == 4
         assert APGDT().fit(100).num_targets == 9
-        for classes, attack in ((3, APGDT()), (3, AutoAttack()),
+        for classes, attack in ((3, APGDT()), (1, AutoAttack()),
                                 (2, APGD(loss="dlr")), (1, FAB())):  # fmt: skip
             with pytest.raises(ValueError, match="classes") as caught:
                 attack.fit(classes)
             assert "\n" not in str(caught.value)
         with pytest.raises(ValueError, match="Take apgd"):
-            AutoAttack().fit(3)
+            APGDT().fit(3)
+        with pytest.raises(ValueError, match="4 classes.*targeted"):
+            APGD(loss="dlr").fit(3, targeted=True)
         assert AutoAttack().fit(4) == AutoAttack()
+
+    @pytest.mark.parametrize(
+        "version,classes,members",
+        [
+            ("standard", 2, "apgd fab square"),
+            ("standard", 3, "apgd apgd/dlr fab square"),
+            ("plus", 2, "apgd fab square fab"),
+            ("plus", 3, "apgd apgd/dlr fab square fab"),
+            ("rand", 2, "apgd"),
+            ("rand", 3, "apgd apgd/dlr"),
+        ],
+    )
+    @pytest.mark.parametrize("norm", ["linf", "l1"])
+    def test_few_classes_leave_out_what_is_not_defined(
+        self, norm, version, classes, members
+    ):
+        """The authors' program: no DLR for 2, no targeted DLR for 3."""
+        made = AutoAttack(norm, 0.5, version=version)
+        fitted = made.fit(classes)
+        found = [
+            member.name + ("/dlr" if "dlr" in vars(member).values() else "")
+            for member in fitted.members()
+        ]
+        assert found == members.split()
+        whole = [m.name for m in made.members()]
+        reduced = [m.name for m in fitted.members()] != whole
+        label = f"{version}_{classes}_classes"
+        assert fitted.version == (label if reduced else version)
+        assert fitted.eot == made.eot
+        assert fitted.fit(classes) == fitted
+        for member in fitted.members():
+            member.fit(classes)
+        if reduced:
+            with pytest.raises(ValueError, match=f"version={version}"):
+                fitted.fit(10)
 
     def test_more_targets_than_classes_go_round(self):
         scores = np.array([[3.0, 1.0, 2.0, 0.0]], "float32")

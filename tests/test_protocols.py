@@ -319,7 +319,20 @@ class TestEvaluations:
 
     def test_too_few_classes_are_refused_before_anything_is_run(self):
         with pytest.raises(ValueError, match="classes"):
-            PROTOCOLS["autoattack"].evaluations(SMALL, 2)
+            PROTOCOLS["autoattack"].evaluations(SMALL, 1)
+
+    def test_few_classes_have_an_autoattack_of_their_own_version(self):
+        (config,) = PROTOCOLS["autoattack"].evaluations(SMALL, 2)
+        record = {
+            **config.describe(),
+            "robust_accuracy": 0.25,
+            "clean_accuracy": 0.5,
+            "num_examples": 9,
+        }
+        assert record["version"] == "standard_2_classes"
+        table = PROTOCOLS["autoattack"].table([record], "mine", "folder")
+        assert "25.0" in str(table.rows)
+        assert any("standard_2_classes" in note for note in table.notes)
 
     def test_a_protocol_is_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
