@@ -5,7 +5,8 @@ layers' outputs. What comes on top was measured once, in child processes on two
 CPU cores (`resource.getrusage`). On TensorFlow ten cases (ResNet-20 at 32 and
 96 pixels, also under PGD and TRADES; two S3TA; `multi_gaze` at 40 pixels, and
 at 96 with 32 and 128 images; `parallel_transformers` at 96), with peaks of 1.1
-to 6.1 GB, were met within 6%; on Torch and JAX three and two cases within 7%.
+to 6.1 GB, were met within 6%; on Torch and on JAX three cases each (ResNet-20,
+S3TA, `multi_gaze` at 96 pixels) with peaks of 1.4 to 5.2 GB, also within 6%.
 """
 
 import math
@@ -19,20 +20,19 @@ from keras import ops
 # Layers whose outputs are those of others in another form.
 _VIEWS = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Identity)
 # Layers whose outputs the backward pass does not need: it has the inputs of a
-# normalization and the outputs of the activation behind an addition. Torch
-# keeps them nevertheless.
+# normalization and the outputs of the activation behind an addition. Only
+# TensorFlow frees them.
 _NOT_NEEDED = (
     keras.layers.BatchNormalization,
     keras.layers.Add,
     keras.layers.Dropout,
 )
 _FLOAT = 4  # Bytes.
-# Graph, threads and buffers of the backend in bytes, and for compiling on JAX.
-_FIXED, _FIXED_JAX = 150 * 2**20, 350 * 2**20
+_FIXED = 150 * 2**20  # Graph, threads and buffers of the backend, in bytes.
 _FRAGMENTS = 1.15  # What freed tensors leave behind.
-_GRADIENTS = (
-    3  # With what the optimizer makes of them; in sizes of the weights.
-)
+# Gradients with what the optimizer makes of them, in sizes of the weights; JAX
+# makes weights and slots anew while it has the old ones.
+_GRADIENTS, _GRADIENTS_JAX = 3, 7.5
 
 
 def kept_bytes(model: keras.Model, batch_size: int) -> int:
@@ -46,8 +46,8 @@ def kept_bytes(model: keras.Model, batch_size: int) -> int:
         batch_size: Images in a step.
     """
     shapes = []
-    keeps_all = keras.config.backend() == "torch"
-    left_out = _VIEWS if keeps_all else (*_VIEWS, *_NOT_NEEDED)
+    frees = keras.config.backend() == "tensorflow"
+    left_out = (*_VIEWS, *_NOT_NEEDED) if frees else _VIEWS
 
     def known(x):
         # What is not known is the number of gazes that are drawn, one in
@@ -114,9 +114,9 @@ def step_bytes(
     )
     kept = kept_bytes(model, batch_size)
     kept *= passes(objective, model.output_shape[-1])
-    copies = _GRADIENTS + 2 * awp
-    fixed = _FIXED_JAX if keras.config.backend() == "jax" else _FIXED
-    return int(fixed + _FRAGMENTS * kept + copies * weights)
+    on_jax = keras.config.backend() == "jax"
+    copies = (_GRADIENTS_JAX if on_jax else _GRADIENTS) + 2 * awp
+    return int(_FIXED + _FRAGMENTS * kept + copies * weights)
 
 
 def used() -> int:

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-INTERVAL = 30.0  # Most seconds between two lines.
 _TICK = 1.0  # Seconds between two looks at the clock.
+INTERVAL = 30.0 - _TICK  # After so many seconds a line is due.
 
 
 class Progress:
@@ -102,7 +102,7 @@ class Progress:
             self.tick()
 
     def tick(self) -> None:
-        """Prints a line if the last one is 30 seconds old."""
+        """Prints a line if one is due."""
         with self.lock:
             if self.ended.is_set() or not self.lines:
                 return

@@ -41,6 +41,7 @@ class Progress(keras.callbacks.Callback):
         self.trained = self.shown.started
         if self.first is None:
             self.first, self.started = epoch, self.shown.started
+            self.shown.note = "compiling the step"
 
     def on_train_batch_end(self, batch, logs=None):
         note = f"loss {logs['loss']:.3f}, accuracy {logs['accuracy']:.1%}"
@@ -85,8 +86,12 @@ class Progress(keras.callbacks.Callback):
             f"{progress.ends(left)} ({1 / rate:.3g} s a step, "
             f"{rate * self.batch_size:.3g} images/s)"
         )
+        self._warn(left)
+
+    def _warn(self, left):
+        """Says what shortens a training that is long."""
         if left > LONG and self.advice:
-            shown.say(f"warning    This training is long. {self.advice}")
+            self.shown.say(f"warning    This training is long. {self.advice}")
 
     def on_epoch_end(self, epoch, logs=None):
         self.close()
@@ -109,6 +114,9 @@ class Progress(keras.callbacks.Callback):
             f"{progress.duration(left)} left",
             flush=True,
         )
+        if not self.estimated:  # Epochs of few steps.
+            self.estimated = True
+            self._warn(left)
 
     def close(self):
         """Ends the display of an epoch that an error or a signal ended."""

@@ -55,7 +55,7 @@ def test_a_line_at_least_every_30_seconds(clock, capsys):
             shown.update(second)
             if capsys.readouterr().out:
                 said.append(second)
-    assert said == [30, 60, 90]
+    assert said == [29, 58, 87]  # A tick may come a second late.
 
 
 def test_the_time_of_a_step_is_no_excuse(clock, capsys):
@@ -219,6 +219,13 @@ class TestTraining:
         out = capsys.readouterr().out
         assert out.count("This training is long. Choose less.") == 1
 
+    def test_also_where_an_epoch_has_few_steps(self, clock, capsys):
+        callback = self.callback(clock, steps=2)
+        for epoch in range(2):
+            self.train(callback, clock, 1000.0, 2)
+            callback.on_epoch_end(epoch, {"loss": 0.5, "accuracy": 0.25})
+        assert capsys.readouterr().out.count("This training is long") == 1
+
     def test_a_log_shows_step_loss_accuracy_speed_and_end(self, clock, capsys):
         callback = self.callback(clock)
         self.train(callback, clock, 1.0, 95)
@@ -227,11 +234,11 @@ class TestTraining:
             for line in capsys.readouterr().out.splitlines()
             if line.startswith("epoch 1/10: ")
         ]
-        assert len(said) == 4  # At 60 (the first step), 90, 120 and 150.
+        assert len(said) == 4  # At 60 (the first step), 89, 118 and 147.
         assert re.match(
-            r"epoch 1/10: 91/100 \(91%\) steps, loss 0.500, accuracy 25.0%, "
-            r"32 images/s, 0:09 left in the epoch and 15:09 in the training, "
-            r"ends about .*, 2:30 passed",
+            r"epoch 1/10: 88/100 \(88%\) steps, loss 0.500, accuracy 25.0%, "
+            r"32 images/s, 0:12 left in the epoch and 15:12 in the training, "
+            r"ends about .*, 2:27 passed",
             said[-1],
         )
 
