@@ -207,14 +207,12 @@ class _Block:
     """
 
     def __init__(self, conv, filters, stride, project, name):
-        self.name, self.passes = name, 0
+        self.name, self.passes, self.stride = name, 0, stride
         self.first = conv(filters, 3, strides=stride, name=f"{name}_conv1")
         self.second = conv(filters, 3, name=f"{name}_conv2")
         self.project = None
         if project:
-            self.project = conv(
-                filters, 1, strides=stride, name=f"{name}_project"
-            )
+            self.project = conv(filters, 1, name=f"{name}_project")
 
     def __call__(self, x, output):
         self.passes += 1
@@ -224,6 +222,7 @@ class _Block:
         x = layers.ReLU(name=f"{name}_relu1")(x)
         x = _norm(f"{name}_norm2")(self.second(x))
         if self.project is not None:
+            shortcut = resnet_backbone.strided(shortcut, self.stride)
             shortcut = _norm(f"{name}_project_norm")(self.project(shortcut))
         x = layers.Add(name=f"{name}_add")([x, shortcut])
         return layers.ReLU(name=output)(x)

@@ -49,6 +49,25 @@ def _conv(filters, kernel, **kwargs):
     )
 
 
+def strided(x, stride):
+    """Returns every `stride`-th row and column of a map, from the first on.
+
+    Before a 1x1 convolution this equals the stride of the convolution. The
+    kernel gradient of a strided 1x1 convolution writes outside of its memory
+    in TensorFlow 2.21 (oneDNN), for example on maps of 48 pixels with 8
+    channels.
+
+    Args:
+        x: Tensor of shape `(batch, height, width, channels)`.
+        stride: Positive integer.
+
+    Returns:
+        Tensor of shape `(batch, ceil(height / stride), ceil(width / stride),
+        channels)`.
+    """
+    return x if stride == 1 else x[:, ::stride, ::stride]
+
+
 def _dropout(rate):
     # Any seed: the training loop keys the layer at every step, which Keras on
     # Torch only lets it do where a seed was given.
@@ -63,8 +82,8 @@ def _basic_block(x, filters, stride, name, conv):
     x = conv(filters, 3, name=f"{name}_conv2")(x)
     x = _norm(f"{name}_norm2")(x)
     if stride != 1 or shortcut.shape[-1] != filters:
-        shortcut = conv(filters, 1, strides=stride, name=f"{name}_project")(
-            shortcut
+        shortcut = conv(filters, 1, name=f"{name}_project")(
+            strided(shortcut, stride)
         )
         shortcut = _norm(f"{name}_project_norm")(shortcut)
     return layers.Add(name=f"{name}_add")([x, shortcut])
@@ -200,7 +219,7 @@ def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
     x = layers.ReLU(name=f"{name}_relu1")(_norm(f"{name}_norm1")(x))
     if stride != 1 or shortcut.shape[-1] != outputs:
         # Of what is activated: the first block changes the shape of both.
-        shortcut = _conv(outputs, 1, strides=stride, name=f"{name}_project")(x)
+        shortcut = _conv(outputs, 1, name=f"{name}_project")(strided(x, stride))
     kernels = (
         ((1, 1), (3, stride), (1, 1))
         if bottleneck

@@ -852,7 +852,7 @@ def _check_outputs(model, split, config):
     if kind:
         raise EvaluationError(
             f"Expected logits. Received: outputs that look like {kind}. "
-            "Remove the last activation of the model."
+            f"Remove the {kind.split()[0]} from the end of the model."
         )
     if config.eot is None and _differ(first, second):
         raise EvaluationError(

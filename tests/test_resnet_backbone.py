@@ -1,11 +1,14 @@
 """Backbones: published parameter counts, map sizes, any input."""
 
 import math
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
-from keras import ops
+from keras import layers, ops
+from programs import ROOT
 
 import resnet_backbone
 
@@ -209,3 +212,41 @@ def test_bad_settings_of_version_2_are_named(options, message):
 def test_wide_resnets_have_6n_4_layers():
     with pytest.raises(ValueError, match="6n . 4"):
         resnet_backbone.wide_resnet((32, 32, 3), depth=26)
+
+
+@pytest.mark.parametrize("side", [7, 8])
+def test_a_stride_before_a_1x1_convolution_is_its_stride(side):
+    x = np.random.default_rng(0).random((2, side, side, 3)).astype("float32")
+    wanted = layers.Conv2D(4, 1, strides=2, padding="same")
+    want = numpy(wanted(x))
+    plain = layers.Conv2D(4, 1)
+    plain.build(x.shape)
+    plain.set_weights(wanted.get_weights())
+    got = numpy(plain(resnet_backbone.strided(ops.convert_to_tensor(x), 2)))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+NARROW = """
+import numpy as np
+import keras
+import resnet_backbone as nets
+
+for body in (
+    nets.resnet20((64, 64, 3), width=8),
+    nets.resnet_v2((48, 48, 3), depth=18, width=8),
+):
+    model = keras.Sequential([body, keras.layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    images = np.random.default_rng(0).random((32, *body.input_shape[1:]))
+    for _ in range(6):
+        model.train_on_batch(images.astype("float32"), np.arange(32) % 10)
+"""
+
+
+def test_narrow_nets_train_without_a_crash():
+    """With strided 1x1 convolutions oneDNN corrupted memory within steps."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]

@@ -510,7 +510,7 @@ def test_pixels_outside_the_range_are_refused(model):
 def test_probabilities_are_refused(model, activation):
     split, _ = make_split()
     last = layers.Activation(activation)
-    with pytest.raises(ValueError, match=f"look like {activation}.*last act"):
+    with pytest.raises(ValueError, match=f"Remove the {activation}"):
         evaluate(keras.Sequential([model, last]), split, EvaluationConfig(PGD))
 
 
