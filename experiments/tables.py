@@ -1,19 +1,17 @@
-"""The comparisons of the README, each by one command that can be stopped.
+"""Makes the README's comparisons, each by one command that can be stopped.
 
     python experiments/tables.py --table=race --data_dir=data
-    python experiments/tables.py --table=race --dataset=imagenette \
-      --data_dir=data --rows=plain,S3TA-4,S3TA-16
+    python experiments/tables.py --table=race --rows=plain,S3TA-4,S3TA-16
     python experiments/tables.py --table=objectives --data_dir=data
     python experiments/tables.py --table=lineage --data_dir=data/cifar10
 
-`race` trains the same vision net adversarially as a plain net and as S3TA-2,
--4, -8 and -16: does attention help, do more steps? `objectives` trains one
-small net with every robust objective. `lineage` trains the handover's ResNet-20
-plain and with each kind of fixation. The size is printed first. Every part is a
-run of `trainer.py` or `adversary.py`, which resume, so that the same command
-goes on where it was stopped; after each part the table (`<table>.md` and
-`.csv`) and the figure are written again and say what is missing. With `--show`
-they are written from what is there and nothing is run.
+race trains the same vision network adversarially, plain and as S3TA-2, -4, -8
+and -16. objectives trains one small network with every robust objective.
+lineage trains ResNet-20 plain and with each kind of fixation. The size is
+printed first. Every part is a run of trainer.py or adversary.py, which resume,
+so that the same command continues where it was stopped. After each part the
+table (<table>.md and .csv) and the figure are written again and say what is
+missing.
 """
 
 import csv
@@ -34,19 +32,49 @@ import datasets  # noqa: E402
 import published  # noqa: E402
 import run_folder  # noqa: E402
 
-_WHICH = flags.DEFINE_string("table", "race", "race, objectives or lineage.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the files.")
-_DATASET = flags.DEFINE_string("dataset", None, "In place of the table's own.")
-_OUT = flags.DEFINE_string("out", None, "Folder; runs/<table> by default.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, in this order.")
+_WHICH = flags.DEFINE_string(
+    "table", "race", "Table that is made: race, objectives or lineage."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of the data set's files. By default none.",
+)
+_DATASET = flags.DEFINE_string(
+    "dataset", None, "Data set of the table. By default the table's own."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Folder of the runs and of the table. By default runs/<table>.",
+)
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    ["0", "1", "2"],
+    "Seeds separated by commas, run in this order.",
+)
 _EPOCHS = flags.DEFINE_integer(
-    "epochs", None, "In place of the table's own.", lower_bound=1
+    "epochs",
+    None,
+    "Epochs of each training. By default the table's own.",
+    lower_bound=1,
 )
-_ROWS = flags.DEFINE_list("rows", None, "Only these rows.")
+_ROWS = flags.DEFINE_list(
+    "rows",
+    None,
+    "Rows of the table that are run, separated by commas. By default all.",
+)
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", 500, "Test images.", lower_bound=1
+    "num_examples",
+    500,
+    "Number of test images in each attack; some columns take a part of them.",
+    lower_bound=1,
 )
-_SHOW = flags.DEFINE_boolean("show", False, "Run nothing.")
+_SHOW = flags.DEFINE_boolean(
+    "show",
+    False,
+    "Whether to write the table from the runs that are there and run nothing.",
+)
 
 # What every record of a table has in common, unless its column says otherwise.
 _USUAL = {

@@ -22,7 +22,7 @@ import trainer
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 GROUPED = ("trainer", "adversary")
-PROGRAMS = (*GROUPED, "benchmark", "parity")
+PROGRAMS = (*GROUPED, "benchmark", "parity", "tables")
 
 
 def load(name):
@@ -158,6 +158,8 @@ def test_help_needs_no_keras_and_ends_well(program):
         ("benchmark", ["--help"]),
         ("parity", ["--help"]),
         ("experiments/figures", ["--help"]),
+        ("experiments/tables", ["--help"]),
+        ("experiments/table", ["--help"]),
     ],
 )
 def test_help_of_every_program_ends_with_status_0(program, arguments):
