@@ -1,11 +1,8 @@
 """The folders of evaluations: owners, damaged neighbours, links, Ctrl-C."""
 
-import signal
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+import second_process
 import test_adversary
 from test_adversary import adversary, cli, data, one_line, root  # noqa: F401
 
@@ -66,20 +63,7 @@ def test_damaged_neighbours_are_named_and_passed_over(call, shared):
 
 def test_two_processes_may_not_write_one_record(call, shared):
     place = shared / "attacks" / NAME.format(0.1)
-    script = (
-        "import run_folder, time\n"
-        f"with run_folder.own({str(place)!r}):\n"
-        "    print('mine', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=test_adversary.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "mine\n"
+    with second_process.owning(place) as process:
         for more in ((), ("--overwrite",)):
             status, _, err = call("--epsilon=0.1", *FAST, *more)
             assert status == 2 and one_line(err)
@@ -87,10 +71,6 @@ def test_two_processes_may_not_write_one_record(call, shared):
             assert str(process.pid) in err
         status, _, err = call("--epsilon=0.2", *FAST)  # With other settings.
         assert status == 0, err
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
     assert not list((shared / "attacks").glob(".*"))

@@ -4,13 +4,11 @@ import json
 import os
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
+import second_process
 import test_trainer
 from absl import flags
 from absl.testing import flagsaver
@@ -197,25 +195,8 @@ def test_a_refused_resume_says_what_differs(tmp_path, monkeypatch, capsys):
 def test_another_process_is_at_it(tmp_path, monkeypatch, capsys, how):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     before = {p: p.stat().st_mtime_ns for p in chosen.folder.iterdir()}
-    script = (
-        "import run_folder, time\n"
-        f"with run_folder.own({str(chosen.folder)!r}):\n"
-        "    print('mine', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=test_trainer.ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "mine\n"
+    with second_process.owning(chosen.folder) as process:
         status, said = outcome(capsys, chosen, **how)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
     assert status == 2 and f"in use by process {process.pid} on " in said
     assert {p: p.stat().st_mtime_ns for p in chosen.folder.iterdir()} == before
     assert outcome(capsys, chosen, resume=True) == (0, "")

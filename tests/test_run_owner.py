@@ -2,50 +2,25 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
+import second_process
 
 import run_folder
-
-
-def owner(path, *, cwd):
-    """Starts a process that owns a folder until it is killed."""
-    script = (
-        "import run_folder, time\n"
-        f"with run_folder.own({str(path)!r}):\n"
-        "    print('mine', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "mine\n"
-    return process
 
 
 class TestOwn:
     def test_a_second_process_is_told_who_owns_it(self, tmp_path):
         """And owns it as soon as the first one is killed."""
         folder = tmp_path / "runs" / "d-m"
-        process = owner(folder, cwd=os.path.dirname(run_folder.__file__))
-        try:
+        with second_process.owning(folder) as process:
             with pytest.raises(BlockingIOError) as error:
                 with run_folder.own(folder):
                     raise AssertionError
             assert f"process {process.pid} on " in str(error.value)
             assert "\n" not in str(error.value)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
         with run_folder.own(folder):
             pass
         # The folder of the runs was made for the killed owner's lock.
@@ -75,14 +50,10 @@ class TestOwn:
             pass
 
     def test_waits_if_told(self, tmp_path):
-        process = owner(
-            tmp_path / "a", cwd=os.path.dirname(run_folder.__file__)
-        )
-        process.send_signal(signal.SIGKILL)
-        with run_folder.own(tmp_path / "a", wait=30):
-            pass
-        process.wait()
-        process.stdout.close()
+        with second_process.owning(tmp_path / "a") as process:
+            process.kill()
+            with run_folder.own(tmp_path / "a", wait=30):
+                pass
 
     def test_a_damaged_lock_is_taken_over(self, tmp_path):
         (tmp_path / ".a.lock").write_bytes(b"\xff[[[")
