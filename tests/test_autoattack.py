@@ -280,10 +280,16 @@ def projected(delta, epsilon, norm, images):
     return array(found).astype("float64")
 
 
-def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
+def apgd_of_the_paper(
+    image, label, delta, norm, epsilon, steps, moved=None, every=4
+):
     """One run of algorithm 1 (in L1, of Croce and Hein, 2021) on one image.
 
-    Returns iterate, best loss and step size after each move and its check.
+    In L1, `moved` is how many entries the start has moved, where the run
+    continues another one, and `every` the moves between two checks.
+
+    Returns iterate, best loss, step size and best iterate after each move and
+    its check.
     """
     clean = image[None].astype("float32")
 
@@ -299,8 +305,10 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
     old, losses, trail = delta, [value], []
     eta = epsilon if norm == "l1" else 2 * epsilon
     share, moved_before = 0.2, SIZE
+    if moved is not None:
+        share, moved_before = moved / SIZE / 1.5, moved
     check, gap = 0.22, 0.22
-    next_check = 4 if norm == "l1" else 22
+    next_check = every if norm == "l1" else 22
     last_check, checked, eta_checked = 0, value, eta
     for k in range(1, steps + 1):
         if norm == "l1":
@@ -320,7 +328,7 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
         losses.append(value)
         if value > best_value:
             best, best_value, best_grad = delta, value, grad
-        trail.append([delta, best_value, eta])
+        trail.append([delta, best_value, eta, best])
         if k != next_check:
             continue
         if norm == "l1":
@@ -328,7 +336,7 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
             back = moved / moved_before < 0.95
             eta = epsilon if back else max(eta / 1.5, epsilon / 10)
             share, moved_before = moved / SIZE / 1.5, moved
-            next_check += 4
+            next_check += every
         else:
             pairs = zip(losses[last_check:k], losses[last_check + 1 :],
                         strict=True)  # fmt: skip
@@ -346,7 +354,7 @@ def apgd_of_the_paper(image, label, delta, norm, epsilon, steps):
             last_check, next_check = k, round(check * 100)
         if back:
             delta, grad = best, best_grad
-        trail[-1] = [delta, best_value, eta]
+        trail[-1] = [delta, best_value, eta, best]
     return trail
 
 
@@ -372,7 +380,7 @@ def test_apgd_walks_as_published(norm):
     for moves in (1, 5, 23, 42):
         state = walk(state, first, moves + 1 - first)
         first = moves + 1
-        delta, best, length = zip(
+        delta, best, length, _ = zip(
             *(trail[moves - 1] for trail in trails), strict=True
         )
         far = np.abs(array(state["delta"]) - np.concatenate(delta))
@@ -381,6 +389,63 @@ def test_apgd_walks_as_published(norm):
         # In L2 some have converged at last, and rounding says what rises.
         if moves < 42 or norm != "l2":
             np.testing.assert_allclose(array(state["length"]), length, 1e-5)
+
+
+def multi_epsilon_apgd(image, label, noise, epsilon, steps):
+    """The multi-epsilon scheme of Croce and Hein, 2021, on one image.
+
+    Each run, in a smaller ball, continues the one before.
+
+    Returns where each run ends: iterate, best loss and step size.
+    """
+    clean, best, ends = image[None].astype("float32"), noise, []
+    first = round(0.3 * steps)
+    for radius, count in ((3, first), (2, first), (1, steps - 2 * first)):
+        radius = radius * epsilon
+        start = projected(best, radius, "l1", clean)
+        *end, best = apgd_of_the_paper(
+            image,
+            label,
+            start,
+            "l1",
+            radius,
+            count,
+            moved=np.count_nonzero(start),
+            every=max(int(0.04 * count), 1),
+        )[-1]
+        ends.append(end)
+    return ends
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+def test_apgd_in_three_balls_walks_as_published(steps):
+    images, labels = make_data()
+    images, labels = images[1:4], labels[1:4]
+    epsilon = RADIUS["l1"] / 2
+    config = APGD("l1", epsilon, steps=steps, largereps=True)
+    keys = keys_for(3)
+    noise = array(numerics.normal(numerics.fold_in(keys, 0), images.shape[1:]))
+    walk = numerics.compile_call(
+        lambda state, first, count: config.advance(
+            steep, state, 0, first, count
+        )
+    )
+    state = config.open(steep, images, labels, keys)
+    state = config.begin(steep, state, 0)
+    want = [
+        multi_epsilon_apgd(image, label, start[None], epsilon, steps)
+        for image, label, start in zip(images, labels, noise, strict=True)
+    ]
+    first = 0
+    for run, share in enumerate((0.3, 0.3, 0.4)):
+        count = round(share * steps) + 1
+        state = walk(state, first, count)
+        first += count
+        delta, best, length = zip(*(ends[run] for ends in want), strict=True)
+        far = np.abs(array(state["delta"]) - np.concatenate(delta))
+        assert far.max() < 1e-3
+        np.testing.assert_allclose(array(state["top_loss"]), best, rtol=1e-3)
+        np.testing.assert_allclose(array(state["length"]), length, 1e-5)
 
 
 def test_a_step_that_gains_nothing_is_halved():
