@@ -1,6 +1,11 @@
-"""Compares our attacks with torchattacks, Foolbox and ART on the same weights.
+"""Compares our attacks with those of other libraries on the same weights.
 
     python parity.py --run=runs/mnist-madry_cnn --epsilon=0.3
+    python parity.py --run=RUN --norm=l1 --epsilon=10 --attacks=autoattack \\
+      --libraries=saccade,pyautoattack
+
+The libraries are torchattacks, Foolbox, ART and pyautoattack, the package of
+AutoAttack's authors. Only pyautoattack is compared in L2 and L1.
 
 Each job, one attack of one library, runs in a process of its own: ours on
 --backend, the others on Keras's Torch backend with the same function. PGD
@@ -9,6 +14,7 @@ job is a file in <run>/parity/; a job that has one is not run again. Needs the
 torch and peers extras.
 """
 
+import math
 import os
 import pathlib
 import subprocess
@@ -23,8 +29,17 @@ import trained_runs
 
 OURS = ("saccade", "saccade_bfloat16")
 # By the module of each.
-PEERS = ("torchattacks", "foolbox", "art")
-ATTACKS = ("fgsm", "pgd", "apgd", "fab", "square", "autoattack")
+PEERS = ("torchattacks", "foolbox", "art", "pyautoattack")
+ATTACKS = ("fgsm", "pgd", "apgd", "apgd_t", "fab", "square", "autoattack")
+# The attacks of `ATTACKS` that pyautoattack has, by its names.
+MEMBERS = {
+    "apgd": ["apgd-ce"],
+    "apgd_t": ["apgd-t"],
+    "fab": ["fab-t"],
+    "square": ["square"],
+    "autoattack": ["apgd-ce", "apgd-t", "fab-t", "square"],
+}
+ORDERS = {"l1": 1, "l2": 2, "linf": math.inf}
 
 _RUN = flags.DEFINE_string(
     "run",
@@ -37,20 +52,26 @@ _DATA_DIR = flags.DEFINE_string(
     "Folder of the data set's files. By default the one that the run was "
     "trained with.",
 )
+_NORM = flags.DEFINE_string(
+    "norm",
+    "linf",
+    "Norm of the ball: linf, l2 or l1. Of the other libraries, only "
+    "pyautoattack is compared in l2 and l1.",
+)
 _EPSILON = flags.DEFINE_string(
     "epsilon",
     None,
-    "Radius of the L-inf ball, in units of the pixel range: 0.3 or 8/255, for "
+    "Radius of the ball, in units of the pixel range: 0.3 or 8/255, for "
     "example. By default none: required.",
 )
 _ATTACKS = flags.DEFINE_list(
     "attacks",
-    list(ATTACKS),
+    [name for name in ATTACKS if name != "apgd_t"],
     "Attacks, separated by commas.",
 )
 _LIBRARIES = flags.DEFINE_list(
     "libraries",
-    [*OURS, *PEERS],
+    [name for name in (*OURS, *PEERS) if name != "pyautoattack"],
     "Libraries, separated by commas.",
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
@@ -97,25 +118,25 @@ def ours(library, attack, model, split, order, context):
     """Runs one of our attacks; returns (adversarial images, times)."""
     import attack_backbone
     import autoattack
-    import fab
     import robust_evaluation
     import robust_training
     import square
 
-    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    ball = {"norm": _NORM.value, "epsilon": context["epsilon"]}
+    suite = autoattack.AutoAttack(**ball)
+    apgd, apgd_t, fab_t, _ = suite.members()
     attack = {
-        "fgsm": lambda: attack_backbone.FGSM(epsilon=epsilon),
-        "pgd": lambda: attack_backbone.PGD(
-            epsilon=epsilon, steps=steps, keep="first", random_start=0
+        "fgsm": attack_backbone.FGSM(**ball),
+        "pgd": attack_backbone.PGD(
+            **ball, steps=_PGD_STEPS.value, keep="first", random_start=0
         ),
-        "apgd": lambda: autoattack.APGD(epsilon=epsilon),
-        "fab": lambda: fab.FAB(epsilon=epsilon),
+        "apgd": apgd,
+        "apgd_t": apgd_t,
+        "fab": fab_t,
         # The last row and column are spared by the other libraries.
-        "square": lambda: square.Square(
-            epsilon=epsilon, n_queries=_QUERIES.value, spared=1
-        ),
-        "autoattack": lambda: autoattack.AutoAttack(epsilon=epsilon),
-    }[attack]()
+        "square": square.Square(**ball, n_queries=_QUERIES.value, spared=1),
+        "autoattack": suite,
+    }[attack]
     half = library.endswith("bfloat16")
     surrogate = None
     if half:
@@ -166,8 +187,15 @@ def theirs(library, attack, model, images, labels, context):
         parameter.requires_grad_(False)
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels, dtype=torch.int64)
-    make = {"torchattacks": _torchattacks, "foolbox": _foolbox, "art": _art}
-    run = make[library](attack, net, x, context)
+    make = {
+        "torchattacks": _torchattacks,
+        "foolbox": _foolbox,
+        "art": _art,
+        "pyautoattack": _pyautoattack,
+    }
+    run = None
+    if _NORM.value == "linf" or library == "pyautoattack":
+        run = make[library](attack, net, x, context)
     if run is None:
         return None
     size, parts = _BATCH_SIZE.value, []
@@ -279,6 +307,28 @@ def _art(attack, net, x, context):
     return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
 
 
+def _pyautoattack(attack, net, x, context):
+    import pyautoattack
+
+    if attack not in MEMBERS:
+        return None
+    names = {"l1": "L1", "l2": "L2", "linf": "Linf"}
+    suite = pyautoattack.AutoAttack(
+        net,
+        norm=names[_NORM.value],
+        eps=context["epsilon"],
+        seed=_SEED.value,
+        version="standard",
+    )
+    suite.attacks_to_run = MEMBERS[attack]
+    suite.square.n_queries = _QUERIES.value
+
+    def run(x, y):
+        return suite.run_standard_evaluation(x, y, batch_size=len(x))[0]
+
+    return run
+
+
 def job(name):
     """Runs one job and writes its result."""
     import numpy as np
@@ -316,14 +366,18 @@ def job(name):
         # Foolbox and others may round out of the ball by an ulp.
         right = metrics.predictions(crafting.logits(model, adversarial, 250))
         right = right == labels
-        moved = np.abs(adversarial.astype("float64") - images).max()
+        moved = adversarial.astype("float64") - images
+        norms = np.linalg.norm(
+            moved.reshape(len(moved), -1), ORDERS[_NORM.value], axis=-1
+        )
         result.update(
             clean_accuracy=float(clean.mean()),
             # An image that is wrong while clean is no success of a defence.
             robust_accuracy=float((right & clean).mean()),
             seconds=round(times[0], 2),
             warm_seconds=round(times[-1], 2),
-            largest_norm=float(moved),
+            norm=_NORM.value,
+            largest_norm=float(norms.max()),
             verdicts=(right & clean).astype(int).tolist(),
             indices=[int(i) for i in order],
             batch_size=_BATCH_SIZE.value,  # The seconds depend on it.
@@ -336,6 +390,8 @@ def job(name):
 
 def _place(name):
     settings = f"eps{_EPSILON.value.replace('/', '_')}-{_NUM_EXAMPLES.value}"
+    if _NORM.value != "linf":
+        settings = f"{_NORM.value}-{settings}"
     if _ONLY_RIGHT.value:
         settings += "-right"
     if _PGD_STEPS.value != 50 and name.endswith("/pgd"):
@@ -352,13 +408,15 @@ def check():
     """Raises a ValueError or an OSError, one line, if something is wrong."""
     if _RUN.value is None or _EPSILON.value is None:
         raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
+    command_line.require_known("norm", _NORM.value, ORDERS)
     epsilon = command_line.parsed(
         "epsilon", _EPSILON.value, command_line.parse_ratio
     )
-    if not 0 < epsilon <= 1:
+    if not 0 < epsilon <= (1 if _NORM.value == "linf" else math.inf):
         raise ValueError(
-            "Expected --epsilon above 0 and up to 1, in units of the pixel "
-            f"range. Received: --epsilon={_EPSILON.value}."
+            "Expected --epsilon above 0, in units of the pixel range, and up "
+            f"to 1 in linf. Received: --epsilon={_EPSILON.value} in "
+            f"{_NORM.value}."
         )
     for flag, known in ((_ATTACKS, ATTACKS), (_LIBRARIES, (*OURS, *PEERS))):
         for name in flag.value:
@@ -436,7 +494,8 @@ def table():
         console.width = 100
     some = next(iter(found.values()), {})
     console.print(
-        f"{_RUN.value}: linf {_EPSILON.value}, {_NUM_EXAMPLES.value} images, "
+        f"{_RUN.value}: {_NORM.value} {_EPSILON.value}, "
+        f"{_NUM_EXAMPLES.value} images, "
         f"clean {100 * some.get('clean_accuracy', float('nan')):.1f}%",
         highlight=False,
     )
