@@ -134,7 +134,7 @@ def _recipe(config, loop):
     attacked = config.robust_validation if loop.validate else 0
     return (
         f"{name}{recipe.optimizer}, learning rate {recipe.learning_rate:g} "
-        f"({recipe.schedule}), {loop.epochs} epochs of {loop.steps_per_epoch} "
+        f"({recipe.schedule}), epochs: {loop.epochs} of {loop.steps_per_epoch} "
         f"steps of {recipe.batch_size} images"
         + (f"; {attacked} validation images attacked" if attacked else "")
     )

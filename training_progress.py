@@ -58,7 +58,7 @@ class Progress(keras.callbacks.Callback):
             return ""
         whole = self._whole(rate)
         return (
-            f"{rate * self.batch_size:.3g} images/s, "
+            f"{_speed(rate * self.batch_size)}, "
             f"{progress.duration(self.shown.left())} left in the epoch and "
             f"{progress.duration(whole)} in the training, "
             f"{progress.ends(whole)}"
@@ -84,7 +84,7 @@ class Progress(keras.callbacks.Callback):
             f"estimate   {progress.duration(self.steps / rate)} for an epoch, "
             f"{progress.duration(left)} for the training without validation; "
             f"{progress.ends(left)} ({1 / rate:.3g} s a step, "
-            f"{rate * self.batch_size:.3g} images/s)"
+            f"{_speed(rate * self.batch_size)})"
         )
         self._warn(left)
 
@@ -122,3 +122,8 @@ class Progress(keras.callbacks.Callback):
         """Ends the display of an epoch that an error or a signal ended."""
         if self.shown is not None:
             self.shown.close()
+
+
+def _speed(rate):
+    """Images a second, with three digits at least."""
+    return f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"

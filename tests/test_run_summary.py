@@ -197,7 +197,7 @@ class TestTraining:
             "45 degrees)",
             "multi_gaze, 83 parameters (width=2)",
             "standard training on clean images",
-            "adam, learning rate 0.001 (steps), 10 epochs of 5 steps of 8 "
+            "adam, learning rate 0.001 (steps), epochs: 10 of 5 steps of 8 "
             "images",
             f"{keras.config.backend()} backend",
             "GB at the peak",
