@@ -721,12 +721,12 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
     Raises:
         FileNotFoundError: If there is none; the message names what there is.
     """
-    found = []
+    found, damaged = [], []
     for path in sorted(pathlib.Path(root).glob(f"*/{CONFIG}")):
         try:
             config = read_config(path.parent)
         except (OSError, ValueError) as error:
-            pass_over(error)
+            damaged.append(error)
             continue
         matches = model in (None, config.get("model")) and dataset in (
             None,
@@ -750,7 +750,10 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
             f"No trained run {'of ' + wanted + ' ' if wanted else ''}under "
             f"{root}/ (there: {', '.join(there) or 'nothing'}). Train one "
             f"first: python trainer.py {wanted}".rstrip()
+            + "".join(f" Left out: {error}" for error in damaged[:1])
         )
+    for error in damaged:
+        pass_over(error)
     return max(found)[1]
 
 

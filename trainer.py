@@ -304,7 +304,7 @@ def config_from_flags():
 
     _check_effect()
     row = model_backbone.entry(_MODEL.value)
-    run_folder.component(f"x{_TAG.value}", "--tag")  # May start with a dot.
+    run_folder.folder("", _DATASET.value, _MODEL.value, _TAG.value)  # Raises.
     if _DATASET.value not in datasets.names():
         datasets.load(_DATASET.value)  # Raises, with the near names.
     options = {

@@ -220,7 +220,7 @@ def test_logs_that_are_a_file_are_one_line(tmp_path, monkeypatch, capsys):
     assert outcome(capsys, chosen, overwrite=True) == (0, "")
 
 
-@pytest.mark.parametrize("tag", ["a/b", "../../x", "x" * 250])
+@pytest.mark.parametrize("tag", ["a/b", "../../x", ".x", "x" * 250])
 def test_a_tag_is_no_path(tmp_path, tag):
     with pytest.raises(ValueError, match="Expected --tag to be part of a file"):
         config(tmp_path, f"--tag={tag}")

@@ -267,6 +267,9 @@ class TestRead:
             (tmp_path / name / "last.weights.h5").write_text("")
         assert run_folder.newest(tmp_path).name == "x"
         assert len(capsys.readouterr().err.splitlines()) == 2
+        with pytest.raises(FileNotFoundError, match="Left out: .*json") as one:
+            run_folder.newest(tmp_path, "b")
+        assert "\n" not in str(one.value) and not capsys.readouterr().err
 
 
 class TestArrays:
