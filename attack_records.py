@@ -23,10 +23,16 @@ import visualize
 
 PICTURE_ROWS = 8
 _IMAGES = ("clean", "adversarial")
-_KEPT = (*_IMAGES, "labels", "clean_predictions", "adversarial_predictions")
+_LOGITS = ("clean_logits", "adversarial_logits")
+_KEPT = (
+    *_IMAGES,
+    *_LOGITS,
+    *("labels", "targets", "clean_predictions", "adversarial_predictions"),
+    *("all_labels", "all_clean_predictions", "all_adversarial_predictions"),
+)
+_MOST_CLASSES = 1000  # Of a record that does not name its classes.
 _VERDICTS = ("all_indices", "all_adversarial_predictions", "all_labels")
 _VERDICT_BYTES = 2**28  # Of three numbers an image: ten million images.
-_ARRAYS_BYTES = 2**33  # 5000 photographs at 256 pixels, before and after.
 # How a setting is written in a folder's name; others by name and value.
 _WORDS = {
     "steps": "{}steps",
@@ -239,25 +245,10 @@ def redraw(place, model, record, picture_rows):
         The record, which tells the new number.
     """
     record = {**record, "picture_rows": picture_rows}
-    _draw(place, model, record, load(place))
+    arrays = kept_images(place, tuple(model.input_shape[1:]))
+    _draw(place, model, record, arrays)
     run_folder.write_json(place / "results.json", record)
     return record
-
-
-def load(place):
-    """Returns the arrays of `adversarial.npz` in the folder of an evaluation.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged.
-    """
-    path = place / "adversarial.npz"
-    try:
-        return run_folder.read_npz(path, _ARRAYS_BYTES)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Make it again with --overwrite."
-        ) from error
 
 
 def _with_worst_case(place, record, arrays):
@@ -297,7 +288,7 @@ def _with_worst_case(place, record, arrays):
 
 
 def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
-    """Reads the images that an evaluation kept.
+    """Reads what an evaluation kept, images and predictions.
 
     Args:
         place: The folder of the evaluation.
@@ -305,16 +296,21 @@ def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
 
     Returns:
         Dict with "clean" and "adversarial", float32 `(k, height, width,
-        channels)`, "labels", "clean_predictions" and
-        "adversarial_predictions", `(k,)`.
+        channels)`, "clean_logits" and "adversarial_logits", `(k, classes)`,
+        "labels", "targets", "clean_predictions" and
+        "adversarial_predictions", `(k,)`; and for all images of the
+        evaluation "all_labels", "all_clean_predictions" and
+        "all_adversarial_predictions", `(n,)`.
 
     Raises:
         OSError: If a file is missing.
         ValueError: If a file is damaged, or holds more than the record says.
     """
-    count = run_folder.read_record(place / "results.json")["num_examples"]
-    size = 2 * math.prod(image_shape) + 3 * 2  # Numbers of four bytes.
-    found = _arrays(place, 4 * size * count, _KEPT)
+    record = run_folder.read_record(place / "results.json")
+    classes = len(class_names_of(record)) or _MOST_CLASSES
+    # Numbers of four bytes for each image.
+    size = 2 * (math.prod(image_shape) + classes) + len(_KEPT)
+    found = _arrays(place, 4 * size * record["num_examples"], _KEPT)
     images = (len(found["labels"]), *image_shape)
     if not found["clean"].shape == found["adversarial"].shape == images:
         raise ValueError(
@@ -324,14 +320,25 @@ def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
     return found
 
 
+def class_names_of(record):
+    """Returns the class names of a record, none in one that lacks them."""
+    return list(record.get("per_class", {}).get("class", ()))
+
+
 def _arrays(place, limit, names):
     """Reads arrays of an evaluation; those of one number an image match."""
     path = place / "adversarial.npz"
     try:
         found = run_folder.read_npz(path, limit, names)
-        flat = {v.shape for k, v in found.items() if k not in _IMAGES}
-        if len(flat) != 1 or len(min(flat)) != 1:
-            raise ValueError("its arrays are not one number an image")
+        for of_all in (True, False):
+            flat = {
+                value.shape
+                for name, value in found.items()
+                if name.startswith("all_") == of_all
+                and name not in (*_IMAGES, *_LOGITS)
+            }
+            if flat and (len(flat) != 1 or len(min(flat)) != 1):
+                raise ValueError("its arrays are not one number an image")
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}). Remove {place}, or make it again "
@@ -354,7 +361,7 @@ def saved(arrays):
     """Returns the arrays of the saved images, one entry an image.
 
     Args:
-        arrays: Those of `load`; what concerns all images is left out.
+        arrays: Those of `kept_images`; what concerns all images is left out.
     """
     return {
         key: value
@@ -370,7 +377,7 @@ def attacked(arrays):
     it made the model misclassify, then those that are still robust.
 
     Args:
-        arrays: Those of `load`.
+        arrays: Those of `kept_images`.
     """
     rows = saved(arrays)
     found = metrics.outcomes(
@@ -396,7 +403,7 @@ def _draw(folder, model, record, arrays):
         return
     look = model_backbone.glimpses(model)
     before, after = look(chosen["clean"]), look(chosen["adversarial"])
-    names = list(arrays.get("class_names", ()))
+    names = class_names_of(record)
     picture(
         chosen,
         before,
@@ -424,14 +431,14 @@ def headline(record, arrays):
 
     Args:
         record: The record.
-        arrays: Those of `load`.
+        arrays: Those of `kept_images`.
     """
     found = metrics.outcomes(
         arrays["all_labels"],
         arrays["all_clean_predictions"],
         arrays["all_adversarial_predictions"],
     )
-    caption = record_text.caption(record, arrays.get("class_names", ()))
+    caption = record_text.caption(record, class_names_of(record))
     return (
         f"{caption}\n{found.attacked.sum()} of {len(found.attacked)} images "
         f"correct before the attack, {found.robust.sum()} of them after it"
@@ -635,8 +642,7 @@ def _aim(record):
     """What an attack aims at, for the table; nothing if it is untargeted."""
     aim = record["target"]
     if isinstance(aim, int):
-        names = record.get("per_class", {}).get("class", ())
-        aim = record_text.class_name(names, aim)
+        aim = record_text.class_name(class_names_of(record), aim)
     return "" if aim == "none" else f" to {aim}"
 
 

@@ -32,10 +32,12 @@ command_line.load_keras()
 
 from keras import ops  # noqa: E402
 
+import attack_records  # noqa: E402
 import datasets  # noqa: E402
 import glimpse  # noqa: E402
 import model_backbone  # noqa: E402
 import robust_training  # noqa: E402
+import run_folder  # noqa: E402
 import transformer  # noqa: E402
 import visualize  # noqa: E402
 
@@ -121,23 +123,20 @@ def demo(folder):
         title="Where multi_gaze looks on cluttered digits, and what it sees",
         path=FIGURES / "glimpses.png",
     )
-    found = attacked(folder)
-    arrays = np.load(found)
-    before = model_backbone.glimpses(model)(arrays["clean"])
-    after = model_backbone.glimpses(model)(arrays["adversarial"])
-    visualize.attack_grid(
-        arrays["clean"],
-        arrays["adversarial"],
-        arrays["labels"],
-        arrays["clean_predictions"],
-        arrays["adversarial_predictions"],
+    place = attacked(folder)
+    record = run_folder.read_json(place.with_name("results.json"))
+    arrays = attack_records.kept_images(
+        place.parent, tuple(config["image_shape"])
+    )
+    chosen = attack_records.attacked(arrays)
+    look = model_backbone.glimpses(model)
+    attack_records.picture(
+        chosen,
+        look(chosen["clean"]),
+        look(chosen["adversarial"]),
         config["class_names"],
-        clean_gazes=before["gazes"],
-        adversarial_gazes=after["gazes"],
-        clean_boxes=before["boxes"],
-        adversarial_boxes=after["boxes"],
         max_rows=3,
-        title=found.parent.name,
+        title=attack_records.headline(record, arrays),
         path=FIGURES / "attack.png",
     )
 

@@ -644,6 +644,8 @@ class Experiment:
         """Accuracy against what varies: a line a row, bars over the seeds."""
         from matplotlib import figure
 
+        import visualize
+
         drawn = figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         axes = drawn.subplots()
         places = self.table.figure
@@ -671,7 +673,7 @@ class Experiment:
         axes.set_title(f"{self.dataset}: random targets", fontsize=10)
         if axes.lines:
             axes.legend(frameon=False)
-        drawn.savefig(self.out / f"{self.name}.png")
+        visualize.finish(drawn, self.out / f"{self.name}.png")
 
 
 def _seeds():
