@@ -796,22 +796,17 @@ def _attacked(config, data, progress, hashes):
     """Makes the records that are missing; see `run`."""
     with command_line.guard():  # Another process may have made some by now.
         found = _earlier(config, hashes)
+    pairs = list(zip(config.evaluations, found, strict=True))
+    new = [evaluation for evaluation, record in pairs if record is None]
     results = []
     loaded = None
-    for evaluation, record in zip(config.evaluations, found, strict=True):
+    for evaluation, record in pairs:
         reused = record is not None
         if not _complete(config, record):
             if loaded is None:
                 with command_line.guard():
                     loaded = _Loaded(config, data, hashes)
-                if progress:
-                    new = [
-                        e
-                        for e, earlier in zip(
-                            config.evaluations, found, strict=True
-                        )
-                        if earlier is None
-                    ]
+                if progress and new:
                     _show(loaded.context, new, len(loaded.split))
             with command_line.guard_disk():
                 if reused:
