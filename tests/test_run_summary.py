@@ -100,6 +100,8 @@ class TestMemory:
     def test_passes_of_an_objective(self, name, want):
         settings = {} if name == "noise" else {"epsilon": 0.1}
         objective = losses.AdversarialConfig(name, **settings).build(3, 0.0)
+        if name == "llr" and keras.config.backend() == "jax":
+            want = 4  # The slope is traced in a pass of its own.
         assert memory_estimate.passes(objective, 3) == want
 
     def test_standard_training_is_one_pass(self):
