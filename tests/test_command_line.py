@@ -162,3 +162,65 @@ def test_home_is_expanded_in_every_path(monkeypatch):
     command_line.expand_home(values)
     assert (values.run, values.out) == ("/home/x/run", "out/~x")
     assert (values.data_dir, values.tag) == (None, "~/tag")
+
+
+@pytest.fixture
+def values():
+    """The flags of a program, parsed from arguments."""
+    found = flags.FlagValues()
+    flags.DEFINE_string("tag", "", "", found)
+    flags.DEFINE_string("epsilon", None, "", found)
+    flags.DEFINE_float("rate", 0.1, "", flag_values=found)
+    flags.DEFINE_list("rows", ["a"], "", found)
+    flags.DEFINE_boolean("fast", False, "", found)
+
+    def parse(*arguments):
+        for name in found:
+            found[name].unparse()
+        found(["program", *arguments])
+        return found
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--epsilon=", "--epsilon= ", "--rows=", "--rows=a,"),
+        *("--rate=nan", "--rate=inf", "--rate=-inf"),
+    ],
+)
+def test_a_value_that_says_nothing_is_refused(values, argument):
+    name = argument.split("=")[0]
+    with pytest.raises(ValueError, match=f"^Expected .*{name}.*{argument}"):
+        command_line.check_given(values(argument))
+
+
+def test_values_that_say_something_are_taken(values):
+    for arguments in (
+        (),
+        ("--tag=",),  # It is the default.
+        ("--epsilon=0.1", "--rate=0", "--rows=a,b", "--fast"),
+    ):
+        command_line.check_given(values(*arguments))
+
+
+def test_flags_without_effect_are_refused(values):
+    def check(*arguments, idle=True):
+        found = values(*arguments)
+        holders = [flags.FlagHolder(found, found[n]) for n in ("fast", "rate")]
+        command_line.refuse_idle((idle, holders, "with --slow"))
+
+    check()
+    check("--rate=3", idle=False)
+    check("--fast=0")  # Switched off, as it would be anyway.
+    with pytest.raises(ValueError, match="^--rate has no effect with --slow"):
+        check("--rate=3")
+
+
+def test_a_backend_is_known_and_installed():
+    command_line.require_backend("tensorflow", "--backend")
+    with pytest.raises(ValueError, match="mean jax.*KERAS_BACKEND=Jax"):
+        command_line.require_backend("Jax", "KERAS_BACKEND")
+    with pytest.raises(ValueError, match="--x needs nonsense.*pip install"):
+        command_line.require_package("nonsense", "--x")

@@ -12,6 +12,7 @@ from toys import Jitter
 
 import attack_backbone
 import attack_rounds
+import autoattack
 import crafting
 import image_splits
 import objectives
@@ -708,3 +709,30 @@ def test_an_ensemble_attacks_what_still_stands(model):
         _, alone = evaluate(model, split, EvaluationConfig(member))
         either |= alone["all_adversarial_predictions"] != alone["all_labels"]
     assert fallen.sum() >= either.sum() > 0
+
+
+PGD_DLR = attack_backbone.PGD(loss="dlr")
+
+
+@pytest.mark.parametrize(
+    "fields,classes,match",
+    [
+        (dict(attack=PGD_DLR), 2, "at least 3 classes"),
+        (dict(attack=PGD_DLR, target="next"), 3, "at least 4 classes"),
+        (dict(attack=PGD_DLR, target=1), 2, "at least 4 classes"),
+        (dict(attack=autoattack.APGDT()), 3, "at least 4 classes"),
+        (dict(target=7), 3, "from 0 to 2. Received: 7"),
+    ],
+)
+def test_what_needs_more_classes_is_refused(fields, classes, match):
+    config = EvaluationConfig(**fields)
+    with pytest.raises(ValueError, match=match) as raised:
+        config.fit(classes)
+    assert "\n" not in str(raised.value)
+    assert config.fit(10) is config
+
+
+def test_autoattack_on_few_classes_says_which_it_is():
+    config = EvaluationConfig(autoattack.AutoAttack())
+    assert config.fit(2).describe()["version"] == "standard_2_classes"
+    assert config.fit(4) == config

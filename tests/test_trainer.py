@@ -421,6 +421,24 @@ class TestRun:
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, weights("--tag=c --seed=1"))
 
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_a_failure_before_the_first_save_leaves_no_new_folder(
+        self, tmp_path, monkeypatch, resume
+    ):
+        chosen = config(tmp_path)
+        if resume:
+            trainer.run(chosen, tiny())
+            (chosen.folder / "state.npz").unlink()
+
+        def fail(self):
+            raise ValueError("not so")
+
+        monkeypatch.setattr(robust_training.Loop, "_make_step", fail)
+        with pytest.raises(ValueError, match="not so"):
+            trainer.run(chosen, tiny(), resume=resume)
+        assert chosen.folder.exists() == resume
+        assert resume or not [*tmp_path.iterdir()]
+
     def test_exists_already(self, tmp_path, capsys):
         chosen = config(tmp_path)
         trainer.run(chosen, tiny())
