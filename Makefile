@@ -2,6 +2,7 @@
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
 # make lint      ruff's rules and its format
 # make notebook  run view_images.ipynb on the newest run, into runs/
+# make peers     install the attack libraries that parity.py compares with
 #
 # Everything is installed into .venv by the first of them.
 
@@ -22,7 +23,7 @@ RUN ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebook clean
+.PHONY: help demo test lint notebook peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -66,6 +67,9 @@ notebook: $(VENV)/.installed-notebook
 	$(BIN)/python -m nbconvert --to html --log-level=ERROR \
 	  runs/view_images.ipynb
 	@echo "Executed: runs/view_images.ipynb, and runs/view_images.html to read"
+
+peers: $(VENV)/.installed-peers
+	$(BIN)/python -m pip install --quiet --no-deps 'torchattacks>=3.5.1'
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

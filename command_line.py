@@ -211,7 +211,7 @@ _INSTALLED_BY = {
     **{name: f"pip install -e '.[{name}]'" for name in ("jax", "torch")},
     **dict.fromkeys(
         ("torchattacks", "foolbox", "art"),
-        "pip install -e '.[torch,peers]'",
+        "pip install -e '.[torch]' and make peers",
     ),
     "sklearn": "pip install scikit-learn",
 }

@@ -519,6 +519,7 @@ def _objective(config, data):
 def _loop(config, data, folder, callbacks):
     """Makes the training loop of a run."""
     import robust_training
+    import training_progress
 
     model, optimizer = build(config, data)
     recipe = config.recipe
@@ -541,7 +542,10 @@ def _loop(config, data, folder, callbacks):
         read_outs=recipe.read_outs,
         validate=_validation(config, data),
         on_collapse=config.on_collapse,
-        callbacks=(*_callbacks(folder), *callbacks),
+        callbacks=(
+            training_progress.TensorBoard(folder / "logs"),
+            *callbacks,
+        ),
         save_every=config.save_every,
     )
 
@@ -922,21 +926,6 @@ def _finished(config):
     record = run_folder.read_json(path)
     run_folder.check_fields(path, record, _RESULTS, tuple(_RESULTS))
     return record, run
-
-
-def _callbacks(folder):
-    import keras
-
-    found = []
-    try:
-        import tensorboard  # noqa: F401
-
-        found.append(
-            keras.callbacks.TensorBoard(folder / "logs", write_graph=False)
-        )
-    except ImportError:  # Optional where TensorFlow is not installed.
-        pass
-    return found
 
 
 def _nonfinite(count):

@@ -1,5 +1,7 @@
 """What is shown of a training run: its epochs, and how long it will take."""
 
+import pathlib
+
 import keras
 
 import progress
@@ -127,3 +129,36 @@ class Progress(keras.callbacks.Callback):
 def _speed(rate):
     """Images a second, with three digits at least."""
     return f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
+
+
+class TensorBoard(keras.callbacks.Callback):
+    """Writes the numbers of each epoch for TensorBoard, on every backend.
+
+    The callback of Keras of this name needs TensorFlow to write. This one
+    needs the package `tensorboard` alone, and does nothing without it.
+
+    Args:
+        folder: Where `train/` and `validation/` are written.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        super().__init__()
+        self.folder, self.writers = folder, {}
+
+    def on_epoch_end(self, epoch, logs=None):
+        try:
+            from tensorboard import summary
+        except ImportError:
+            return
+        for name, value in (logs or {}).items():
+            tag = name.removeprefix("validation_")
+            part = "train" if tag == name else "validation"
+            if part not in self.writers:
+                self.writers[part] = summary.Writer(str(self.folder / part))
+            self.writers[part].add_scalar(f"epoch_{tag}", value, step=epoch)
+        for writer in self.writers.values():
+            writer.flush()
+
+    def on_train_end(self, logs=None):
+        for writer in self.writers.values():
+            writer.close()

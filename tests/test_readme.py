@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+import robust_evaluation
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROGRAMS = ("trainer", "adversary", "benchmark", "parity")
@@ -104,3 +106,10 @@ def test_every_file_it_names_is_there():
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_attacks_names_each_of_them():
+    section = README.split("### Attacks")[1].split("\n### ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(robust_evaluation.ATTACKS)

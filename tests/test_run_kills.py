@@ -18,6 +18,7 @@ import command_line
 import robust_training
 import run_folder
 import trainer
+import training_progress
 
 tiny = test_trainer.tiny
 
@@ -36,7 +37,11 @@ def cheap(monkeypatch):
         )
 
     monkeypatch.setattr(trainer, "_model", model)
-    monkeypatch.setattr(trainer, "_callbacks", lambda folder: [])
+    monkeypatch.setattr(
+        training_progress,
+        "TensorBoard",
+        lambda folder: keras.callbacks.Callback(),
+    )
     with flagsaver.flagsaver():
         yield
 
