@@ -53,9 +53,9 @@ def strided(x, stride):
     """Returns every `stride`-th row and column of a map, from the first on.
 
     Before a 1x1 convolution this equals the stride of the convolution. The
-    kernel gradient of a strided 1x1 convolution writes outside of its memory
-    in TensorFlow 2.21 (oneDNN), for example on maps of 48 pixels with 8
-    channels.
+    kernel gradient of a 1x1 convolution of stride 2 with fewer than 16 input
+    channels writes outside of its memory in TensorFlow 2.21 (oneDNN's
+    `jit_1x1:avx512_core`), on maps of about 48 pixels and more.
 
     Args:
         x: Tensor of shape `(batch, height, width, channels)`.
