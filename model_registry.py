@@ -210,7 +210,7 @@ def shown(model):
     `(batch, steps, classes)`. Where two layers show the same, the first counts.
 
     Args:
-        model: A functional `keras.Model` made by `create`, or loaded again.
+        model: A functional or sequential `keras.Model` from images to logits.
 
     Returns:
         A `keras.Model` with the same weights, from images to a dict with
@@ -221,7 +221,9 @@ def shown(model):
         if hasattr(layer, "shown"):
             found = layer.shown(layer.input, layer.output)
             outputs = {**found, **outputs}
-    return keras.Model(model.input, {**outputs, "logits": model.output})
+    # A Sequential has `inputs` and `outputs`, but neither in the singular.
+    (images,), (logits,) = model.inputs, model.outputs
+    return keras.Model(images, {**outputs, "logits": logits})
 
 
 def generators(model):
