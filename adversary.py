@@ -376,7 +376,12 @@ class AdversaryConfig:
         }
 
     def request(self, evaluation, hashes):
-        """What a record answers; an equal one is not made again."""
+        """What a record answers; an equal one is not made again.
+
+        Args:
+            evaluation: A `robust_evaluation.EvaluationConfig`.
+            hashes: Those of `hashes`, and `"data_sha256"` of the images.
+        """
         return {
             **evaluation.describe(),
             "num_examples": evaluation.num_examples,
@@ -757,30 +762,56 @@ def run(config, data=None, progress=True):
     """
     with command_line.guard():
         hashes = config.hashes()
-        found = _earlier(config, hashes)
         places = [config.place(e) for e in config.evaluations]
+        # Before the records are looked at: they are of certain images.
+        data, split = _data(config, data)
+        images = _images(config, split)
+        found = _earlier(config, hashes, images)
     missing = [
         place
         for place, record in zip(places, found, strict=True)
         if not _complete(config, record)
     ]
     with trained_runs.owned(*dict.fromkeys(missing)):
-        results = _attacked(config, data, progress, hashes)
+        results = _attacked(config, data, progress, hashes, images)
     if len(results) > 1:
         with command_line.guard_disk():
             _write_curves(config, [record for record, _, _ in results])
     return results
 
 
-def _earlier(config, hashes):
+def _data(config, data=None):
+    """Returns the run's data set and the split that is attacked."""
+    run = run_folder.read_config(config.folder, _NEEDED)
+    if data is None:
+        data = trained_runs.load_data(
+            run, config.data_dir, test_only=config.split == "test"
+        )
+    return data, trained_runs.split_of(config.folder, run, data, config.split)
+
+
+def _images(config, split):
+    """Returns the identity of each evaluation's images, a dict."""
+    import robust_evaluation
+
+    orders = [robust_evaluation.choose(split, e) for e in config.evaluations]
+    # Evaluations of one command mostly share their images.
+    known = {order.tobytes(): order for order in orders}
+    known = {key: split.sha256(order) for key, order in known.items()}
+    return [{"data_sha256": known[order.tobytes()]} for order in orders]
+
+
+def _earlier(config, hashes, images):
     """Returns the earlier record of each evaluation, or None."""
     import attack_records
 
     return [
         attack_records.earlier(
-            config.place(e), config.request(e, hashes), config.overwrite
+            config.place(e),
+            config.request(e, {**hashes, **identity}),
+            config.overwrite,
         )
-        for e in config.evaluations
+        for e, identity in zip(config.evaluations, images, strict=True)
     ]
 
 
@@ -792,15 +823,15 @@ def _complete(config, record):
     return record.get("picture_rows", 8) == config.picture_rows
 
 
-def _attacked(config, data, progress, hashes):
+def _attacked(config, data, progress, hashes, images):
     """Makes the records that are missing; see `run`."""
     with command_line.guard():  # Another process may have made some by now.
-        found = _earlier(config, hashes)
-    pairs = list(zip(config.evaluations, found, strict=True))
-    new = [evaluation for evaluation, record in pairs if record is None]
+        found = _earlier(config, hashes, images)
+    wanted = list(zip(config.evaluations, found, images, strict=True))
+    new = [evaluation for evaluation, record, _ in wanted if record is None]
     results = []
     loaded = None
-    for evaluation, record in pairs:
+    for evaluation, record, identity in wanted:
         reused = record is not None
         if not _complete(config, record):
             if loaded is None:
@@ -812,7 +843,7 @@ def _attacked(config, data, progress, hashes):
                 if reused:
                     record = loaded.redraw(evaluation, record)
                 else:
-                    record = loaded.attack(evaluation, progress)
+                    record = loaded.attack(evaluation, identity, progress)
         results.append((record, config.place(evaluation), reused))
     return results
 
@@ -862,7 +893,7 @@ class _Loaded:
             )
         return self.surrogates[dtype]
 
-    def attack(self, evaluation, progress):
+    def attack(self, evaluation, identity, progress):
         """Runs one evaluation and writes its folder."""
         import attack_records
         import robust_evaluation
@@ -871,7 +902,7 @@ class _Loaded:
         place = config.place(evaluation)
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
-        request = config.request(evaluation, self.hashes)
+        request = config.request(evaluation, {**self.hashes, **identity})
         with attack_records.shown_progress(place.name, progress) as report:
             try:
                 return attack_records.attack(
@@ -880,7 +911,7 @@ class _Loaded:
                     self.split,
                     evaluation,
                     class_names=self.class_names,
-                    context={**self.context, "request": request},
+                    context={**self.context, **identity, "request": request},
                     surrogate=surrogate,
                     progress=report,
                     save_images=config.save_images,
@@ -939,11 +970,7 @@ def _load(config, data, hashes):
     import robust_training
 
     run = run_folder.read_config(config.folder, _NEEDED)
-    if data is None:
-        data = trained_runs.load_data(
-            run, config.data_dir, test_only=config.split == "test"
-        )
-    split = trained_runs.split_of(config.folder, run, data, config.split)
+    data, split = _data(config, data)
     model, _ = robust_training.load_run(
         config.folder, config.weights, options=config.options
     )
@@ -1112,6 +1139,7 @@ def _run_nonrobust(config):
             (settings["steps"],) = steps
         run = run_folder.read_config(config.folder, _NEEDED)
         data = trained_runs.load_data(run, config.data_dir, test_only=False)
+        trained_runs.split_of(config.folder, run, data, "train")
         settings |= {
             "weights": config.weights,
             "overwrite": config.overwrite,

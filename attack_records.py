@@ -32,7 +32,8 @@ _KEPT = (
 )
 _MOST_CLASSES = 1000  # Of a record that does not name its classes.
 _VERDICTS = ("all_indices", "all_adversarial_predictions", "all_labels")
-_VERDICT_BYTES = 2**28  # Of three numbers an image: ten million images.
+_VERDICTS = (*_VERDICTS, "all_digests")
+_VERDICT_BYTES = 2**28  # Of four numbers an image: ten million images.
 # How a setting is written in a folder's name; others by name and value.
 _WORDS = {
     "steps": "{}steps",
@@ -117,7 +118,8 @@ def earlier(place, request, overwrite=False):
 
     Args:
         place: The folder of the evaluation.
-        request: Dict of everything the answer depends on.
+        request: Dict of everything the answer depends on, the identity of the
+            images included.
         overwrite: Whether an answer that is there does not count.
 
     Raises:
@@ -128,7 +130,18 @@ def earlier(place, request, overwrite=False):
     if overwrite or not path.exists():
         return None
     record = run_folder.read_record(path)
-    changed = run_folder.changed(record.get("request", {}), request)
+    found = record.get("request", {})
+    changed = run_folder.changed(found, request)
+    if changed == ["data_sha256"]:
+        reason = (
+            "was made with other images or labels"
+            if "data_sha256" in found
+            else "is of an earlier version and does not tell its images"
+        )
+        raise FileExistsError(
+            f"Expected a record of these images in {place}. Received: one that "
+            f"{reason}. Check --data_dir, or replace it with --overwrite."
+        )
     if changed:
         raise FileExistsError(
             f"{place} holds a record with another {', '.join(changed)}. "
@@ -201,6 +214,8 @@ def attack(
         record, arrays = robust_evaluation.evaluate(
             model, split, evaluation, **run
         )
+    digests = split.digests(arrays["all_indices"])[:, :8]
+    arrays["all_digests"] = np.ascontiguousarray(digests).view("<u8")[:, 0]
     record, worst = _with_worst_case(place, record, arrays)
     arrays["all_worst_case"] = worst
     # Text, and not objects: it loads with allow_pickle=False.
@@ -255,9 +270,10 @@ def _with_worst_case(place, record, arrays):
     """Adds the worst case over this and all earlier attacks on the weights.
 
     An attack counts if its ball lies in this one's (same norm, radius no
-    larger), and if it saw all of these images. Damaged ones are passed over.
+    larger), and if it saw all of these images. Damaged ones are passed over,
+    like those of earlier versions, which do not tell their images.
     """
-    order = arrays["all_indices"]
+    order, digests = arrays["all_indices"], arrays["all_digests"]
     verdicts = [arrays["all_adversarial_predictions"] == arrays["all_labels"]]
     names = [place.name]
     for name, other in run_folder.records(place.parent.parent).items():
@@ -270,7 +286,7 @@ def _with_worst_case(place, record, arrays):
         if other["epsilon"] > record["epsilon"]:
             continue
         try:
-            right = _verdicts(place.with_name(name), order)
+            right = _verdicts(place.with_name(name), order, digests)
         except (OSError, ValueError) as error:
             run_folder.pass_over(error)
             continue
@@ -347,14 +363,17 @@ def _arrays(place, limit, names):
     return found
 
 
-def _verdicts(place, order):
+def _verdicts(place, order, digests):
     """Whether an evaluation left each image right; None if it saw not all."""
     found = _arrays(place, _VERDICT_BYTES, _VERDICTS)
-    indices, predictions, labels = (found[name] for name in _VERDICTS)
+    indices, predictions, labels, seen = (found[name] for name in _VERDICTS)
     rows = {int(index): row for row, index in enumerate(indices)}
     if any(int(index) not in rows for index in order):
         return None
-    return (predictions == labels)[[rows[int(index)] for index in order]]
+    chosen = [rows[int(index)] for index in order]
+    if not np.array_equal(seen[chosen], digests):
+        return None
+    return (predictions == labels)[chosen]
 
 
 def saved(arrays):

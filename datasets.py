@@ -15,13 +15,12 @@ files are read.
 import dataclasses
 import difflib
 import pathlib
-import zipfile
-import zlib
 from typing import Callable
 
 import numpy as np
 from PIL import Image
 
+import array_files
 import bounding_boxes
 import cluttered_digits
 import image_files
@@ -352,8 +351,8 @@ def _load_mnist(request, found):
     for split, prefix in (("train", "train"), ("test", "t10k")):
         image_path = _idx_file(request, folder, f"{prefix}-images*idx3-ubyte")
         label_path = _idx_file(request, folder, f"{prefix}-labels*idx1-ubyte")
-        images = image_files.read_idx(image_path, 3)[..., None]
-        labels = image_files.read_idx(label_path, 1)
+        images = array_files.read_idx(image_path, 3, (28, 28))[..., None]
+        labels = array_files.read_idx(label_path, 1)
         splits[split] = _labelled(split, images, labels, image_path)
     return _dataset(request, _DIGITS, splits, str(folder))
 
@@ -367,21 +366,15 @@ def _idx_file(request, folder, pattern):
 
 
 def _load_usps(request, found):
-    import h5py
-
     path = found[0]
     splits = {}
     for split in ("train", "test"):
-        try:
-            with h5py.File(path, "r") as file:
-                images = file[split]["data"][()]
-                labels = file[split]["target"][()]
-            images = _unit_range(images.reshape(-1, 16, 16), path)
-        except (KeyError, OSError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"Expected groups train and test with data (n, 256) and "
-                f"target in {path}. Received: {error}"
-            ) from None
+        images, labels = array_files.read_hdf5(
+            path,
+            {f"{split}/data": 256, f"{split}/target": None},
+            "groups train and test with data (n, 256) and target",
+        )
+        images = _unit_range(images.reshape(-1, 16, 16), path)
         if request.image_size != 16:
             images = np.stack([_as_mnist(image) for image in images])
         splits[split] = _labelled(split, images[..., None], labels, path)
@@ -401,14 +394,9 @@ def _as_mnist(digit):
 def _load_cluttered_mnist(request, found):
     wanted = {f"{a}_{s}" for a in "Xy" for s in ("train", "valid", "test")}
     for path in found:
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                if not wanted <= set(stored.files):
-                    continue
-                arrays = {key: stored[key] for key in wanted}
-                break
-        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"Cannot read {path} ({error}).") from None
+        arrays = array_files.read_npz(path, sorted(wanted))
+        if arrays is not None:
+            break
     else:
         raise _missing(request, _TABLE[request.name].begins_with)
     splits = {}
@@ -440,7 +428,7 @@ def _load_cifar10(request, found):
     # The binary version is read where there is one: it can hold no code.
     binary = any(folder.glob("data_batch_*.bin"))
     suffix = ".bin" if binary else ""
-    read = image_files.read_rows if binary else image_files.read_pickle
+    read = array_files.read_rows if binary else array_files.read_pickle
     files = {
         "train": [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)],
         "test": [folder / f"test_batch{suffix}"],
@@ -511,13 +499,20 @@ def _encoded_dataset(
             skip_corrupt=request.skip_corrupt,
             title=name,
         )
-        split = image_splits.scaled(name, read, images.labels)
+        split = image_splits.scaled(
+            name,
+            read,
+            images.labels,
+            content=image_files.content(images, size, resize, mode),
+        )
         # Validation images count with those they are trained beside.
         skipped["test" if name == "test" else "train"] += len(corrupt)
         if corrupt:
             split = split.subset(np.delete(np.arange(len(split)), corrupt))
         _check_classes(split, class_names, request)
         splits[name] = split
+    if "train" in encoded:
+        image_files.warn_of_shared(encoded["train"], encoded["test"])
     more |= {"skipped": skipped, "resize": resize}
     return _dataset(request, class_names, splits, source, **more)
 

@@ -3,33 +3,47 @@
 What reads files and knows no data set by name. Encoded images come from class
 folders (`class_files`, `wnid_files`, then `of_files`) or from TFRecord shards
 (`of_shards`); `reader` checks every one of them and returns how to read them.
-The formats of small sets (idx, pickled arrays) are read whole. A damaged file
-is always named, and nothing here runs code that a file asks for.
+A damaged file is always named. Only formats that hold pixels are opened, for
+Pillow starts other programs for some, and nothing is read that is larger than
+can be expected.
 """
 
-import codecs
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import gzip
+import errno
 import hashlib
 import io
+import math
 import mmap
 import os
 import pathlib
-import pickle
 import re
 import struct
-import zlib
+import sys
+import warnings
 from typing import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
+import array_files
 import progress
 
 _WNID = re.compile(r"n\d{8}")
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
+# Pillow runs Ghostscript for EPS, and has many more formats for which nobody
+# made a data set.
+_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP"),
+    *("TIFF", "PPM", "JPEG2000"),
+)
+_IMAGE_BYTES = 2**29  # Of a file.
+_END_BYTES = 4096  # At the end of a file, as told from others of its size.
+_BITS, _LARGEST_SAMPLE, _SAMPLE_FORMAT = 258, 281, 339  # Tags of TIFF.
+_LIST_BYTES = 2**24  # ImageNet's 1.3 million names would not fit; 50,000 do.
+_MAT_BYTES = 2**26  # What a MATLAB file may unpack to.
 # What Pillow raises for a file that is no image or not a whole one.
 _BROKEN = (
     OSError,
@@ -39,6 +53,8 @@ _BROKEN = (
     struct.error,
     Image.DecompressionBombError,
 )
+# It is an error here, see `_open`.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
@@ -64,8 +80,10 @@ class Encoded:
 
     Attributes:
         labels: Class ids, int32 of shape `(n,)`.
+        size: Callable from an index to the number of encoded bytes.
         describe: Callable from an index to text that names the image.
-        fetch: Callable from an index to the encoded bytes.
+        fetch: Callable from an index, and the number of bytes at the end that
+            are wanted (None for all), to the encoded bytes.
         check: Callable from an index; raises `CorruptImageError` if the head
             or the end of the image is not what it should be.
         box: None, or a callable from an index to the box that the image is
@@ -73,6 +91,7 @@ class Encoded:
     """
 
     labels: np.ndarray
+    size: Callable
     describe: Callable
     fetch: Callable
     check: Callable
@@ -92,6 +111,9 @@ def some(items):
 def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
     """Decodes an image of any mode, upright.
 
+    Transparent parts are white. More than 8 bits are scaled to 8, and floats
+    from [0, 1] to [0, 255].
+
     Args:
         encoded: The bytes of the file.
         described: What an error calls it.
@@ -107,18 +129,55 @@ def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
         uint8 array of shape `(height, width, channels)`.
 
     Raises:
-        CorruptImageError: If it is no image, or not a whole one.
+        CorruptImageError: If it is no image or not a whole one, is too large,
+            or does not tell which value is white.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _open(io.BytesIO(encoded)) as image:
+            white = _white(image)
             image.load()
             image = _cut(image, box)
-            image = _fit(_as_mode(_upright(image), mode), size, resize)
+            image = _as_mode(_upright(image), mode, white)
+            image = _fit(image, size, resize)
     except Image.UnidentifiedImageError:
         raise CorruptImageError(described, "not an image") from None
     except _BROKEN as error:
         raise CorruptImageError(described, error) from None
     return np.asarray(image).reshape(*image.size[::-1], -1)
+
+
+def _open(file):
+    """Opens an image of a known format and of a size that can be expected."""
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    image = Image.open(file, formats=formats)
+    pixels = math.prod(image.size)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        image.close()
+        raise ValueError(f"it has {pixels} pixels, more than {limit}")
+    return image
+
+
+def _white(image):
+    """The value that is white in an open image; None for 8 bits.
+
+    Raises:
+        ValueError: If the image does not tell it.
+    """
+    modes = {str(tile[0]) + str(tile[3]) for tile in image.tile}
+    deep = image.mode[0] in "IF" or any("16" in mode for mode in modes)
+    if not deep:
+        return None
+    if image.mode == "F":
+        return 1.0
+    if image.format != "TIFF":
+        return 65535  # Pillow brings PGM and JPEG 2000 to 16 bits.
+    tags = image.tag_v2
+    if 2 in tuple(tags.get(_SAMPLE_FORMAT, ())):
+        raise ValueError("its signed integers do not tell which is white")
+    largest = tags.get(_LARGEST_SAMPLE, 2 ** tags.get(_BITS, (16,))[0] - 1)
+    return max(largest) if isinstance(largest, tuple) else largest
 
 
 def _cut(image, box):
@@ -142,12 +201,52 @@ def _upright(image):
         return image
 
 
-def _as_mode(image, mode):
-    if image.mode.startswith("I"):
-        # 16 bits: Pillow would clip, not scale. 65535 / 257 = 255.
-        deep = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(np.clip(deep // 257, 0, 255).astype(np.uint8))
+def _as_mode(image, mode, white):
+    if white is not None:
+        image = _shallow(image, white)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
     return image.convert(mode)
+
+
+def _shallow(image, white):
+    """Brings pixels of more than 8 bits to 8.
+
+    Raises:
+        ValueError: If they are outside the range, or leave most of it unused:
+            12 bits in 16, say, would be almost black.
+    """
+    if image.mode[0] not in "IF":  # Pillow keeps the upper 8 of 16 bits.
+        bands = image.getbands()
+        values = np.asarray(image).reshape(-1, len(bands))
+        values = values[:, [i for i, band in enumerate(bands) if band != "A"]]
+        smallest, largest, white = 0, int(values.max()), 255
+        deep = None
+    else:
+        deep = np.asarray(image)
+        smallest, largest = deep.min(), deep.max()
+    if not (0 <= smallest and largest <= white):
+        raise ValueError(
+            f"its values from {smallest:g} to {largest:g} are not in the range "
+            f"[0, {white:g}]; write it with 8 bits"
+        )
+    if 0 < largest <= white / 16 and white != 1:
+        raise ValueError(
+            f"it has 16 bits and is almost black (at most {largest} of "
+            f"{white}), as 12 bits in 16 would be; write it with 8 bits"
+        )
+    if deep is None:
+        return image
+    levels = deep.astype(np.float64) * (255 / white)
+    # Floats are rounded; integers are cut, as Pillow does: 256 levels of 257.
+    levels = np.rint(levels) if white == 1 else np.floor(levels + 1e-6)
+    alpha = image.info.get("transparency")
+    image = Image.fromarray(levels.astype(np.uint8))
+    if isinstance(alpha, int):
+        image.putalpha(Image.fromarray(np.uint8(255) * (deep != alpha)))
+    return image
 
 
 def _fit(image, size, resize):
@@ -169,17 +268,69 @@ def _closed(tail, form):
 
 def _check_file(path):
     """Checks head and end; in doubt, decodes."""
-    with open(path, "rb") as stream:
+    size = _file_size(path)
+    with _readable(path), open(path, "rb") as stream:
         try:
-            form = Image.open(stream).format
-        except _BROKEN:
+            image = _open(stream)
+            # More than 8 bits can be refused for their values.
+            sure = _white(image) is None
+        except Image.UnidentifiedImageError:
             raise CorruptImageError(path, "not an image") from None
-        stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, stream.tell() - 64))
-        whole = _closed(stream.read(), form)
-    if not whole:
+        except _BROKEN as error:
+            raise CorruptImageError(path, error) from None
+        stream.seek(max(0, size - 64))
+        whole = _closed(stream.read(), image.format)
+    if not (whole and sure):
         # A comment after the end is harmless, a missing end is not.
-        decode(pathlib.Path(path).read_bytes(), path)
+        decode(_read_span(path), path)
+
+
+# What the system says of a file that cannot be read: not there (a link whose
+# target is gone), a loop of links, no permission, a broken disk, no file.
+_UNREADABLE = {
+    *(errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ESTALE),
+}
+
+
+@contextlib.contextmanager
+def _readable(path):
+    """Takes a file that cannot be read for a corrupt image.
+
+    Errors of the process, too many open files say, are not the file's.
+    """
+    try:
+        yield
+    except CorruptImageError:
+        raise
+    except ValueError as error:
+        raise CorruptImageError(path, error) from None
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        reason = error.strerror
+        if error.errno == errno.ENOENT and os.path.islink(path):
+            reason = "a link to a file that is not there"
+        raise CorruptImageError(path, reason) from None
+
+
+def _file_size(path):
+    with _readable(path):
+        return array_files.require_file(path, _IMAGE_BYTES)
+
+
+def _read_span(path, start=0, end=None, last=None):
+    """Reads bytes of a file; `end` is None for all of an image's file.
+
+    Of these only the `last` ones, if that is given.
+    """
+    if end is None:
+        end = _file_size(path)
+    if last is not None:
+        start = max(start, end - last)
+    with _readable(path), open(path, "rb") as file:
+        file.seek(start)
+        return file.read(end - start)
 
 
 # ---------------------------------------------------------------------------
@@ -209,11 +360,29 @@ def of_files(paths, labels, read_box=None):
 
     return Encoded(
         np.asarray(labels, np.int32),
+        lambda i: _file_size(paths[i]),
         lambda i: paths[i],
-        lambda i: pathlib.Path(paths[i]).read_bytes(),
+        lambda i, last=None: _read_span(paths[i], last=last),
         check,
         None if read_box is None else box,
     )
+
+
+def content(images: Encoded, size: int, resize: str | None, mode: str):
+    """Returns a callable from an index to bytes that determine an image.
+
+    They are the encoded image, its box, and how it is brought to size.
+
+    Args:
+        images: `Encoded`.
+        size, resize, mode: As for `decode`.
+    """
+
+    def of(i):
+        box = None if images.box is None else images.box(i)
+        return repr((size, resize, mode, box)).encode() + images.fetch(i)
+
+    return of
 
 
 def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
@@ -314,7 +483,7 @@ def common_size(encoded):
     paths = (e.describe(i) for e in encoded for i in range(len(e.labels)))
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with _open(path) as image:
                 sides = image.size
         except _BROKEN:
             continue  # Named, or skipped, when it is decoded.
@@ -355,7 +524,7 @@ def first_folder(root, names):
 
 
 def class_files(folder, classes):
-    """Lists `folder/<class>/*`.
+    """Lists `folder/<class>/*`, and the files in folders below them.
 
     Args:
         folder: Path of the folder.
@@ -376,14 +545,91 @@ def class_files(folder, classes):
         )
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = listing(folder / name, directories=False)
+        files = _files_below(folder / name)
         if not files:
             raise ValueError(
                 f"The class folder {folder / name} holds no image."
             )
-        paths += [os.path.join(folder, name, file) for file in files]
+        paths += files
         labels += [label] * len(files)
     return paths, labels
+
+
+def _files_below(folder):
+    """Returns the sorted paths of the files in a folder, at any depth.
+
+    Files come before folders. Links are followed, and a folder that contains
+    itself is read once.
+    """
+    paths, seen = [], set()
+
+    def visit(place):
+        real = os.path.realpath(place)
+        if real in seen:
+            return
+        seen.add(real)
+        names = listing(place, directories=False)
+        paths.extend(os.path.join(place, name) for name in names)
+        for name in listing(place, directories=True):
+            visit(os.path.join(place, name))
+
+    visit(folder)
+    return paths
+
+
+# ---------------------------------------------------------------------------
+# The same image in two splits
+
+
+def warn_of_shared(train: Encoded, test: Encoded) -> None:
+    """Says on standard error how many training images are test images too.
+
+    The same bytes are the same image. Only images of the same size are read,
+    and whole only if their ends are the same.
+    """
+    shared = _shared(train, test)
+    if shared:
+        ours, theirs = shared[0]
+        print(
+            f"Warning: {len(shared)} training images are also test images "
+            f"(same bytes), {train.describe(ours)} and {test.describe(theirs)} "
+            "for example. The test accuracy is too high by them.",
+            file=sys.stderr,
+        )
+
+
+def _shared(train, test):
+    """Returns pairs of indices of images with the same bytes."""
+    chosen = [range(len(images.labels)) for images in (train, test)]
+    for key in (
+        lambda images, i: images.size(i),
+        lambda images, i: images.fetch(i, _END_BYTES),
+        lambda images, i: hashlib.sha256(images.fetch(i)).digest(),
+    ):
+        ours = _grouped(train, key, chosen[0])
+        theirs = _grouped(test, key, chosen[1])
+        both = ours.keys() & theirs.keys()
+        chosen = [
+            sorted(i for k in both for i in found[k])
+            for found in (ours, theirs)
+        ]
+    return sorted((i, theirs[k][0]) for k in both for i in ours[k])
+
+
+def _grouped(images, key, chosen):
+    """Returns a dict from `key(images, i)` to those indices i of `chosen`."""
+    found = [None] * len(chosen)
+
+    def one(place):
+        found[place] = key(images, chosen[place])
+
+    # What cannot be read is the business of `reader`.
+    _each(one, len(chosen), "comparing splits", skip_corrupt=True)
+    groups = collections.defaultdict(list)
+    for i, value in zip(chosen, found, strict=True):
+        if value is not None:
+            groups[value].append(i)
+    return groups
 
 
 # ---------------------------------------------------------------------------
@@ -404,19 +650,17 @@ def read_wnids(path):
         ValueError: If a line does not begin with a wnid, or names one again,
             or there is none.
     """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"The class list {path} is not a text file.") from None
+    text = array_files.read_text(path, _LIST_BYTES)
     listed = {}
-    for line in text.splitlines():
+    for number, line in enumerate(text.splitlines(), 1):
         wnid, *rest = line.split(maxsplit=1) or "#"
         if wnid.startswith("#"):
             continue
         if not _WNID.fullmatch(wnid):
+            # What it is instead is not quoted: it can be any file.
             raise ValueError(
                 f"Expected a wnid like n01440764 in each line of {path}. "
-                f"Received: {line.strip()[:60]!r}"
+                f"Received: something else in line {number}"
             )
         if wnid in listed:
             raise ValueError(f"The class list {path} names {wnid} twice.")
@@ -516,14 +760,15 @@ def _truth(folder, stems, places):
 def _listed_truth(path):
     """Reads `<file> <wnid> ...` lines, also comma separated, with a head."""
     truth = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = array_files.read_text(path, _LIST_BYTES).splitlines()
+    for number, line in enumerate(lines, 1):
         words = line.replace(",", " ").split()
         if len(words) > 1 and _WNID.fullmatch(words[1]):
             truth[pathlib.PurePath(words[0]).stem] = words[1]
         elif words and words[0] != "ImageId":
             raise ValueError(
                 f"Expected lines '<file> <wnid>' in {path}. Received: "
-                f"{line.strip()[:60]!r}"
+                f"something else in line {number}"
             )
     return truth
 
@@ -532,14 +777,28 @@ def _official_truth(path, meta, stems):
     """The development kit numbers the classes in an order of its own."""
     import scipy.io
 
-    synsets = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
-    wnids = {
-        int(number): str(wnid)
-        for number, wnid in zip(
-            synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True
+    try:
+        content = io.BytesIO(array_files.read_mat(meta, _MAT_BYTES))
+        synsets = scipy.io.loadmat(content, squeeze_me=True)["synsets"]
+        wnids = {
+            int(number): str(wnid)
+            for number, wnid in zip(
+                synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True
+            )
+        }
+    except Exception as error:  # SciPy raises many kinds.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"Expected synsets with ILSVRC2012_ID and WNID in {meta}. "
+            f"Received: {reason}"
+        ) from None
+    lines = array_files.read_text(path, _LIST_BYTES).split()
+    if not all(line.isdecimal() and int(line) in wnids for line in lines):
+        raise ValueError(
+            f"Expected in each line of {path} a class number of {meta}. "
+            "Received: something else"
         )
-    }
-    numbers = [int(line) for line in path.read_text().split()]
+    numbers = [int(line) for line in lines]
     truth = {}
     for stem in stems:
         place = re.search(r"_(\d{8})$", stem)
@@ -582,17 +841,18 @@ def of_shards(paths, class_of, title):
     def describe(i):
         return f"at byte {table[i, 1]} of {paths[table[i, 0]]}"
 
-    def fetch(i):
+    def fetch(i, last=None):
         number, start, end = table[i, :3].tolist()
-        with open(paths[number], "rb") as file:
-            file.seek(start)
-            return file.read(end - start)
+        return _read_span(paths[number], start, end, last)
 
     def check(i):
         if not table[i, 4]:
             decode(fetch(i), describe(i))
 
-    return Encoded(labels, describe, fetch, check)
+    def size(i):
+        return int(table[i, 2] - table[i, 1])
+
+    return Encoded(labels, size, describe, fetch, check)
 
 
 def _index_shard(path):
@@ -667,97 +927,3 @@ def _varint(buffer, at):
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
-
-
-# ---------------------------------------------------------------------------
-# Files that hold a whole array
-
-
-def read_idx(path, rank):
-    """Reads an idx file of bytes: 4 of magic, the sides, the values.
-
-    Args:
-        path: Path of the file; ending in `.gz` if it is compressed.
-        rank: Number of axes it should have.
-
-    Returns:
-        uint8 array of that many axes.
-
-    Raises:
-        ValueError: If the file is cut short, or another.
-    """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}).") from None
-    start = 4 + 4 * rank
-    shape = np.frombuffer(content[4:start], ">u4").astype(np.int64)
-    if (
-        content[:4] != bytes([0, 0, 8, rank])
-        or len(content) - start != shape.prod()
-    ):
-        raise ValueError(f"{path} is not a whole idx file of {rank} axes.")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def read_rows(path, width):
-    """Reads rows of bytes: a label, then the pixels of one image.
-
-    Args:
-        path: Path of the file.
-        width: Pixel values in a row.
-
-    Returns:
-        `(images, labels)`: uint8 of shapes `(n, width)` and `(n,)`.
-
-    Raises:
-        ValueError: If the file does not hold whole rows.
-    """
-    content = np.fromfile(path, np.uint8)
-    if not len(content) or len(content) % (width + 1):
-        raise ValueError(
-            f"Expected rows of {width + 1} bytes in {path}. Received: "
-            f"{len(content)} bytes, so it is cut short or another file."
-        )
-    rows = content.reshape(-1, width + 1)
-    return rows[:, 1:], rows[:, 0]
-
-
-def read_pickle(path, width):
-    """Reads a pickle of arrays `data` and `labels`, and runs none of it.
-
-    Args:
-        path: Path of the file, written by Python 2.
-        width: Pixel values in a row of `data`.
-
-    Returns:
-        `(images, labels)`: uint8 `(n, width)` and int64 `(n,)`.
-
-    Raises:
-        ValueError: If it holds, or asks for, anything else.
-    """
-    try:
-        with open(path, "rb") as file:
-            batch = _ArrayUnpickler(file, encoding="bytes").load()
-        images = np.asarray(batch[b"data"], np.uint8).reshape(-1, width)
-        return images, np.asarray(batch[b"labels"], np.int64)
-    except Exception as error:  # A damaged pickle can raise anything.
-        raise ValueError(
-            f"{path} is not a pickle of data and labels: "
-            f"{' '.join(str(error).split())}. Get the file anew."
-        ) from None
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds NumPy arrays and plain containers, and calls nothing else."""
-
-    def find_class(self, module, name):
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) == ("numpy._core.multiarray", "_reconstruct"):
-            return np.empty(0).__reduce__()[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")

@@ -32,12 +32,15 @@ class Split:
             call `read`, which checks the indices.
         boxes: None, or float32 of shape `(n, 4)`: top, left, bottom, right of
             the object as fractions of the image, edge to edge.
+        content: None, or a callable from an index to bytes that determine the
+            image, such as those of its file; None for the pixels.
     """
 
     name: str
     labels: np.ndarray
     reader: Callable
     boxes: np.ndarray | None = None
+    content: Callable | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -69,8 +72,9 @@ class Split:
     def fingerprint(self):
         """Returns what tells this split from another, for a run's config.
 
-        The labels' SHA-256 and the mean brightness of 16 images: exact where
-        it can be, and deaf to decoders that differ by a grey level.
+        The labels' SHA-256 and the mean brightness of 16 images. Decoders
+        that differ by a grey level give the same; see `sha256` for an exact
+        identity.
         """
         chosen = np.linspace(0, len(self) - 1, min(16, len(self))).astype(int)
         means = self.read(chosen).mean((1, 2, 3), dtype=np.float64)
@@ -81,15 +85,56 @@ class Split:
             "means": [round(float(mean), 4) for mean in means],
         }
 
+    def sha256(self, indices: np.ndarray | None = None) -> str:
+        """Returns the identity of images and their labels, hexadecimal text.
+
+        It depends on every byte of the images and on their order, and not on
+        where the files lie. Images of files are hashed as they are stored,
+        without decoding them.
+
+        Args:
+            indices: Integers of shape `(k,)`, each in `[0, len(self))`; None
+                for all images.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        if indices is None:
+            indices = np.arange(len(self))
+        return hashlib.sha256(self.digests(indices).tobytes()).hexdigest()
+
+    def digests(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the identity of each image with its label.
+
+        Args:
+            indices: Integers of shape `(k,)`, each in `[0, len(self))`.
+
+        Returns:
+            uint8 array of shape `(k, 32)`, a SHA-256 an image.
+
+        Raises:
+            OSError: If a file cannot be read.
+        """
+        content = self.content or (lambda i: self.read([i]).tobytes())
+
+        def one(i):
+            label = int(self.labels[i]).to_bytes(4, "little")
+            return hashlib.sha256(label + content(i)).digest()
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = b"".join(pool.map(one, np.asarray(indices).tolist()))
+        return np.frombuffer(found, np.uint8).reshape(-1, 32)
+
     def subset(self, indices):
         """Returns the split that holds only `indices`, in that order."""
         indices = np.asarray(indices, np.int64).reshape(-1)
-        boxes = None if self.boxes is None else self.boxes[indices]
+        content = self.content
         return Split(
             self.name,
             self.labels[indices],
             lambda chosen: self.read(indices[chosen]),
-            boxes,
+            None if self.boxes is None else self.boxes[indices],
+            content and (lambda i: content(indices[i])),
         )
 
 
@@ -152,15 +197,15 @@ def _ahead(read, starts, prefetch):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def scaled(name, read, labels, boxes=None):
+def scaled(name, read, labels, boxes=None, content=None):
     """Returns a split that scales uint8 images to [0, 1]; floats are kept.
 
     Args:
-        name: See `Split`, like boxes.
+        name: See `Split`, like boxes and content.
         read: Callable from int64 indices of shape `(k,)` to images, uint8, or
             floats in [0, 1].
         labels: Integers of shape `(n,)`.
-        boxes: See `Split`.
+        boxes, content: See `Split`.
     """
 
     def scale(indices):
@@ -169,7 +214,7 @@ def scaled(name, read, labels, boxes=None):
             return images.astype(np.float32) / np.float32(255)
         return images.astype(np.float32)
 
-    return Split(name, np.asarray(labels, np.int32), scale, boxes)
+    return Split(name, np.asarray(labels, np.int32), scale, boxes, content)
 
 
 def hold_out(train, fraction, seed):

@@ -160,7 +160,7 @@ def build(
             **config.describe(),
             "count": len(indices),
             "rows": rows,
-            "labels_sha256": split.fingerprint()["labels_sha256"],
+            "data_sha256": split.sha256(indices),
             "weights_sha256": weights_sha256,
         },
     )
@@ -398,6 +398,10 @@ def run(
         "epochs": recipe.epochs,
         "weights": weights,
         "weights_sha256": sha256,
+        "data_sha256": [
+            data.train.sha256(_chosen(len(data.train), config)),
+            data.test.sha256(),
+        ],
     }
     with run_folder.own(place):
         if (record := _open(place, request, overwrite)) is not None:

@@ -296,7 +296,7 @@ def evaluate(
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     _check_outputs(model, split, config)
-    order = _choose(split, config)
+    order = choose(split, config)
     keep = len(order) if keep_images < 0 else keep_images
     work = _Evaluation(model, surrogate or model, config, len(order))
     tally = _Tally(config, keep, context or {})
@@ -631,11 +631,9 @@ def _identity(split, config, order, context):
         "examples": hashlib.sha256(
             np.asarray(order, "int64").tobytes()
         ).hexdigest(),
-        "labels": hashlib.sha256(
-            np.asarray(split.labels, "int64").tobytes()
-        ).hexdigest(),
         "weights_sha256": context.get("weights_sha256"),
         "surrogate_sha256": context.get("surrogate_sha256"),
+        "data_sha256": context.get("data_sha256") or split.sha256(order),
         "backend": keras.config.backend(),
         "state_format": _STATE,
     }
@@ -751,8 +749,19 @@ def check_shown(model, config):
         )
 
 
-def _choose(split, config):
-    """The images of an evaluation, in a random order that nests."""
+def choose(split, config: EvaluationConfig) -> np.ndarray:
+    """Returns the indices of an evaluation's images, in its order.
+
+    The order is random and nests: the first images of a larger evaluation are
+    those of a smaller one.
+
+    Args:
+        split: An `image_splits.Split`.
+        config: An `EvaluationConfig`.
+
+    Raises:
+        EvaluationError: If an index is outside the split.
+    """
     if config.indices is not None:
         outside = [i for i in config.indices if not 0 <= i < len(split)]
         if outside:

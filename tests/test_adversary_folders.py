@@ -1,11 +1,15 @@
 """The folders of evaluations: owners, damaged neighbours, links, Ctrl-C."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import second_process
 import test_adversary
 from test_adversary import adversary, cli, data, one_line, root  # noqa: F401
 
+import attack_records
+import datasets
 import robust_evaluation
 import robust_training
 import run_folder
@@ -256,3 +260,91 @@ def test_kept_images_are_read_within_bounds(call, shared):
         np.savez_compressed(path, **{**whole, **changes})
         with pytest.raises(ValueError, match=words):
             attack_records.kept_images(place, shape)
+
+
+def _one_pixel(split, index):
+    """The split with one grey level more at a pixel of one image."""
+
+    def read(indices):
+        images = split.read(indices).copy()
+        images[np.asarray(indices) == index, 0, 0] += 1 / 255
+        return images
+
+    return dataclasses.replace(split, reader=read)
+
+
+def test_a_record_answers_for_its_images(call, shared, data, monkeypatch):  # noqa: F811
+    arguments = ("--epsilon=0.1", *FAST)
+    status, _, err = call(*arguments)
+    assert status == 0, err
+    path = shared / "attacks" / NAME.format(0.1) / "results.json"
+    before = path.read_bytes()
+    index = _indices(path)[0]
+    # The same labels, and a brightness within what decoders may differ.
+    changed = _one_pixel(data.test, index)
+    other = dataclasses.replace(data, test=changed)
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: other)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "") and one_line(err)
+    assert "other images or labels" in err and "--overwrite" in err
+    assert path.read_bytes() == before
+    # Another record is made, and does not count the first one's images.
+    status, _, err = call("--epsilon=0.2", *FAST)
+    assert status == 0, err
+    place = path.parents[1] / NAME.format(0.2)
+    record = run_folder.read_record(place / "results.json")
+    assert record["worst_case"]["attacks"] == [place.name]
+    # An image that is not attacked does not matter.
+    unseen = np.setdiff1d(np.arange(len(data.test)), _indices(path))[0]
+    changed = _one_pixel(data.test, unseen)
+    other = dataclasses.replace(data, test=changed)
+    status, out, err = call(*arguments)
+    assert status == 0 and "there already" in out, err
+
+
+def _indices(path):
+    with np.load(path.with_name("adversarial.npz")) as file:
+        return file["all_indices"]
+
+
+def test_a_record_that_does_not_tell_its_images_is_refused(call, shared):
+    arguments = ("--epsilon=0.1", *FAST)
+    status, _, err = call(*arguments)
+    assert status == 0, err
+    path = shared / "attacks" / NAME.format(0.1) / "results.json"
+    record = run_folder.read_json(path)
+    del record["request"]["data_sha256"]
+    run_folder.write_json(path, record)
+    status, _, err = call(*arguments)
+    assert status == 2 and one_line(err)
+    assert "earlier version" in err and "--overwrite" in err
+
+
+def test_a_record_does_not_stand_for_a_missing_folder(
+    call, tmp_path, monkeypatch
+):
+    arguments = ("--epsilon=0.1", *FAST)
+    status, _, err = call(*arguments)
+    assert status == 0, err
+    monkeypatch.undo()  # The true `datasets.load`.
+    status, out, err = call(*arguments, f"--data_dir={tmp_path / 'none'}")
+    assert (status, out) == (2, "") and one_line(err)
+    assert "none does not exist" in err
+
+
+def test_a_state_is_of_certain_images(call, shared, data, monkeypatch):  # noqa: F811
+    arguments = ("--epsilon=0.1", *FAST)
+
+    def stopped(*_):
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attack_records, "_put", stopped)
+        assert call(*arguments)[0] == 2
+    shifted = dataclasses.replace(
+        data.test, reader=lambda i: data.test.read(i) * np.float32(0.999)
+    )
+    other = dataclasses.replace(data, test=shifted)
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: other)
+    status, _, err = call(*arguments)
+    assert status == 2 and one_line(err) and "another data_sha256" in err

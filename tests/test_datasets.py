@@ -330,13 +330,17 @@ def broken_folder(tmp_path, how):
             "cut": content[: len(content) * 2 // 3],
             "text": b"this is no picture",
             "empty": b"",
+            "link": b"",
         }[how]
     )
+    if how == "link":
+        path.unlink()
+        path.symlink_to("gone.jpg")
     return path
 
 
 @lazily
-@pytest.mark.parametrize("how", ["cut", "text", "empty"])
+@pytest.mark.parametrize("how", ["cut", "text", "empty", "link"])
 def test_a_broken_file_is_named_or_skipped(tmp_path, monkeypatch, lazy, how):
     path = broken_folder(tmp_path, how)
     if lazy:
@@ -530,13 +534,15 @@ def test_bad_class_lists_are_named(tmp_path):
     path = tmp_path / "list.txt"
     for text, expected in (
         ("", "names no wnid"),
-        ("n01440764\ncat\n", "'cat'"),
+        ("n01440764\nroot:secret\n", "wnid.*in line 2"),
+        ("n01440764\n" + " " * 2**24, "at most"),
         ("n01440764\nn01440764\n", "twice"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=expected) as error:
             datasets.load("imagenet100", data_dir=tmp_path, class_list=path)
         assert "list.txt" in one_line(error)
+        assert "secret" not in one_line(error)  # It can be any file.
     with pytest.raises(FileNotFoundError):
         datasets.load(
             "imagenet100", data_dir=tmp_path, class_list=tmp_path / "none"
@@ -729,6 +735,8 @@ def test_annotations_may_be_of_another_scale_and_stick_out(tmp_path):
         ("<annotation/>", "no annotation in"),
         ("<a><size><width>0</width><height>9</height></size></a>", "size of 0"),
         ("<a><size><width>9</width><height>9</height></size></a>", "no box"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><a/>', "declares entities"),
+        (" " * 2**20 + "<a/>", "at most"),
     ],
 )
 @lazily

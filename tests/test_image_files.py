@@ -1,6 +1,10 @@
 """Pictures of every kind, turned, cropped or broken, against their pixels."""
 
+import ast
+import os
+import pathlib
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -44,6 +48,12 @@ def test_cmyk(tmp_path, lazy):
         np.testing.assert_allclose(got[8 * row + 4, 16], colour, atol=4)
 
 
+def over_white(pixels):
+    """What is seen of transparent pixels on a white ground."""
+    colours, alpha = pixels[..., :-1], pixels[..., -1:] / 255
+    return colours * alpha + 255 * (1 - alpha)
+
+
 @lazily
 def test_greyscale_and_palette_and_alpha(tmp_path, lazy):
     grey = noise(1, (8, 8))
@@ -53,12 +63,137 @@ def test_greyscale_and_palette_and_alpha(tmp_path, lazy):
     alpha = np.dstack([noise(2), np.full((8, 8), 7, np.uint8)])
     save(path, alpha)
     got = read_one(path, lazy)
-    np.testing.assert_array_equal(got, alpha[..., :3])
+    np.testing.assert_allclose(got, over_white(alpha), atol=1)
     few = Image.fromarray(noise(3) // 128 * 255).quantize(8)
     save(path, few)
     got = read_one(path, lazy)
     table = np.array(few.getpalette()).reshape(-1, 3)
     np.testing.assert_array_equal(got, table[np.asarray(few)])
+
+
+@lazily
+def test_what_is_transparent_is_white(tmp_path, lazy):
+    pixels = noise(11, (8, 8, 4))
+    path = save(tmp_path / "some.png", pixels)
+    got = read_one(path, lazy)
+    np.testing.assert_allclose(got, over_white(pixels), atol=1)
+    save(path, pixels[..., 2:])  # Grey, with alpha.
+    got = read_one(path, lazy)[..., :1]
+    np.testing.assert_allclose(got, over_white(pixels[..., 2:]), atol=1)
+    # One colour of a palette, one grey and one colour are transparent.
+    grey, colours = pixels[..., 0] // 64 * 64, pixels[..., :3] // 128 * 128
+    few = Image.fromarray(colours).quantize(8)
+    table = np.array(few.getpalette()).reshape(-1, 3)
+    gone = np.asarray(few) == 3
+    save(path, few, transparency=3)
+    want = np.where(gone[..., None], 255, table[np.asarray(few)])
+    np.testing.assert_array_equal(read_one(path, lazy), want)
+    save(path, grey, transparency=64)
+    want = np.where(grey == 64, 255, grey)
+    np.testing.assert_array_equal(read_one(path, lazy)[..., 0], want)
+    deep = grey.astype(np.uint16) * 257
+    save(path, Image.fromarray(deep), transparency=64 * 257)
+    np.testing.assert_array_equal(read_one(path, lazy)[..., 0], want)
+    save(path, colours, transparency=(128, 0, 128))
+    gone = np.all(colours == (128, 0, 128), axis=-1, keepdims=True)
+    want = np.where(gone, 255, colours)
+    np.testing.assert_array_equal(read_one(path, lazy), want)
+
+
+@lazily
+def test_floats_and_twelve_bits_are_scaled(tmp_path, lazy):
+    grey = noise(12, (8, 8))
+    path = tmp_path / "deep.tif"
+    save(path, Image.fromarray((grey / 255).astype(np.float32)))
+    np.testing.assert_array_equal(read_one(path, lazy)[..., 0], grey)
+    # 12 bits of 16, which the file tells.
+    twelve = np.rint(grey / 255 * 4095).astype(np.uint16)
+    save(path, Image.fromarray(twelve), tiffinfo={281: 4095})
+    got = read_one(path, lazy)[..., 0]
+    np.testing.assert_allclose(got, grey, atol=1)
+    # A PGM of 12 bits: its head tells the largest value, too.
+    path = tmp_path / "deep.pgm"
+    path.write_bytes(b"P5 8 8 4095 " + twelve.astype(">u2").tobytes())
+    got = read_one(path, lazy)[..., 0]
+    np.testing.assert_allclose(got, grey, atol=1)
+
+
+@lazily
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.float32([[0, 255]]), "not in the range"),
+        (np.float32([[-1, 1]]), "not in the range"),
+        (np.float32([[np.nan, 1]]), "not in the range"),
+        (np.uint16([[0, 4095]]), "almost black"),
+        (np.int32([[0, 70000]]), "signed"),
+        (np.int16([[0, 4095]]), "signed"),
+    ],
+)
+def test_pixels_without_a_known_white_are_refused(
+    tmp_path, lazy, pixels, reason
+):
+    image = Image.fromarray(np.tile(pixels, (8, 4)))
+    path = save(tmp_path / "deep.tif", image)
+    with pytest.raises(image_files.CorruptImageError, match=reason) as error:
+        read_one(path, lazy)
+    assert str(path) in one_line(error)
+
+
+@lazily
+def test_no_image_starts_a_program(tmp_path, lazy, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("an image started a program")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    path = save(tmp_path / "3.JPEG", noise(1), format="EPS")
+    with pytest.raises(image_files.CorruptImageError, match="not an image"):
+        read_one(path, lazy)
+    with pytest.raises(ValueError, match="Not one file"):
+        image_files.common_size([image_files.of_files([path], [0])])
+
+
+def test_every_image_is_opened_with_a_list_of_formats():
+    """Of all files that the programs read, that is."""
+    root = pathlib.Path(__file__).parents[1]
+    for path in [*root.glob("*.py"), *root.glob("experiments/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                "Image.open"
+            ):
+                names = [keyword.arg for keyword in node.keywords]
+                assert "formats" in names, path.name
+
+
+@lazily
+def test_an_image_that_claims_to_be_huge(tmp_path, lazy, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+    path = save(tmp_path / "bomb.png", noise(1))
+    with pytest.raises(image_files.CorruptImageError, match="64 pixels"):
+        read_one(path, lazy)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # Pillow's own error.
+    with pytest.raises(image_files.CorruptImageError, match="64 pixels") as e:
+        read_one(path, lazy)
+    one_line(e)
+
+
+@lazily
+@pytest.mark.parametrize("kind", ["link", "loop", "pipe", "device", "sparse"])
+def test_what_cannot_be_read_is_named(tmp_path, lazy, kind):
+    path = tmp_path / "0.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "sparse":
+        with open(path, "wb") as file:
+            file.truncate(2**40)
+    else:
+        target = {"link": "gone.jpg", "loop": "0.jpg", "device": "/dev/zero"}
+        path.symlink_to(target[kind])
+    with pytest.raises(image_files.CorruptImageError) as error:
+        read_one(path, lazy)
+    assert str(path) in one_line(error)
+    if kind == "link":
+        assert "a link to a file that is not there" in one_line(error)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
@@ -222,3 +357,37 @@ def test_other_records_are_refused_in_one_line(tmp_path, record):
     with pytest.raises(ValueError, match="not a whole TFRecord") as error:
         image_files.of_shards([path], np.arange(10), "train")
     assert path in one_line(error)
+
+
+def test_files_in_folders_below_a_class_folder_are_read(tmp_path):
+    for place in ("a/0", "a/x/1", "a/x/y/2", "a/.hidden/3", "b/z/4"):
+        save(tmp_path / f"{place}.png", solid(int(place[-1])))
+    (tmp_path / "a" / "x" / "again").symlink_to(tmp_path / "a")
+    paths, labels = image_files.class_files(tmp_path, ["a", "b"])
+    names = [str(p.relative_to(tmp_path)) for p in map(pathlib.Path, paths)]
+    assert names == ["a/0.png", "a/x/1.png", "a/x/y/2.png", "b/z/4.png"]
+    assert labels == [0, 0, 0, 1]
+
+
+def test_the_same_image_in_two_splits_is_one_line(tmp_path, capsys):
+    for i in range(6):
+        save(tmp_path / "train" / f"{i}.png", noise(i))
+        save(tmp_path / "test" / f"{i}.bmp", noise(i))  # Other bytes.
+    images = [
+        image_files.of_files(sorted((tmp_path / s).iterdir()), [0] * 6)
+        for s in ("train", "test")
+    ]
+    image_files.warn_of_shared(*images)
+    assert capsys.readouterr().err == ""
+    for i in (2, 3):
+        path = tmp_path / "test" / f"{i}.bmp"
+        path.write_bytes((tmp_path / "train" / f"{i}.png").read_bytes())
+    # Of the same size, with the same end.
+    other = bytearray((tmp_path / "train" / "4.png").read_bytes())
+    other[20] ^= 1
+    (tmp_path / "test" / "4.bmp").write_bytes(other)
+    image_files.warn_of_shared(*images)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("Warning: 2 training")
+    assert str(tmp_path / "train" / "2.png") in err
+    assert str(tmp_path / "test" / "2.bmp") in err

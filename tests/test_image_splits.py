@@ -119,3 +119,27 @@ def test_fingerprint_tells_splits_apart():
     assert found["means"] != fingerprint(images * 0.9, labels)["means"]
     other = fingerprint(images, labels[::-1])
     assert found["labels_sha256"] != other["labels_sha256"]
+
+
+def test_the_identity_is_of_images_labels_and_order_alone():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 4, 4, 1), np.uint8)
+    labels = np.arange(6) % 3
+
+    def made(images=images, labels=labels, **more):
+        return image_splits.scaled("a", images.__getitem__, labels, **more)
+
+    split = made()
+    whole = split.sha256()
+    assert whole == made().sha256() == split.subset(range(6)).sha256()
+    assert split.sha256([4, 1]) == split.subset([4, 1]).sha256()
+    assert split.sha256([4, 1]) != split.sha256([1, 4])
+    changed = images.copy()
+    changed[5, 3, 3] ^= 1
+    assert made(changed).sha256() != whole
+    assert made(changed).sha256([0, 4]) == split.sha256([0, 4])
+    assert made(labels=labels[::-1]).sha256() != whole
+    # Bytes of files stand for the pixels, in a part of a split too.
+    files = made(content=lambda i: bytes([i]))
+    assert files.sha256() != whole
+    assert files.subset([3, 2]).sha256([1]) == files.sha256([2])
