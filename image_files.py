@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import math
@@ -146,11 +147,16 @@ def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
     return np.asarray(image).reshape(*image.size[::-1], -1)
 
 
+@functools.cache
+def _formats():
+    """The formats that this Pillow can read; AVIF is not in all of them."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def _open(file):
     """Opens an image of a known format and of a size that can be expected."""
-    Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
-    image = Image.open(file, formats=formats)
+    image = Image.open(file, formats=_formats())
     pixels = math.prod(image.size)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
