@@ -347,14 +347,14 @@ def _load_mnist(request, found):
     if not found:
         return _load_tfds(request, _DIGITS, "L")
     folder = found[0].parent
-    splits = {}
+    arrays = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         image_path = _idx_file(request, folder, f"{prefix}-images*idx3-ubyte")
         label_path = _idx_file(request, folder, f"{prefix}-labels*idx1-ubyte")
         images = array_files.read_idx(image_path, 3, (28, 28))[..., None]
         labels = array_files.read_idx(label_path, 1)
-        splits[split] = _labelled(split, images, labels, image_path)
-    return _dataset(request, _DIGITS, splits, str(folder))
+        arrays[split] = (images, labels, image_path)
+    return _array_dataset(request, _DIGITS, arrays, str(folder))
 
 
 def _idx_file(request, folder, pattern):
@@ -367,7 +367,7 @@ def _idx_file(request, folder, pattern):
 
 def _load_usps(request, found):
     path = found[0]
-    splits = {}
+    arrays = {}
     for split in ("train", "test"):
         images, labels = array_files.read_hdf5(
             path,
@@ -377,8 +377,8 @@ def _load_usps(request, found):
         images = _unit_range(images.reshape(-1, 16, 16), path)
         if request.image_size != 16:
             images = np.stack([_as_mnist(image) for image in images])
-        splits[split] = _labelled(split, images[..., None], labels, path)
-    return _dataset(request, _DIGITS, splits, str(path))
+        arrays[split] = (images[..., None], labels, path)
+    return _array_dataset(request, _DIGITS, arrays, str(path))
 
 
 def _as_mnist(digit):
@@ -394,15 +394,15 @@ def _as_mnist(digit):
 def _load_cluttered_mnist(request, found):
     wanted = {f"{a}_{s}" for a in "Xy" for s in ("train", "valid", "test")}
     for path in found:
-        arrays = array_files.read_npz(path, sorted(wanted))
-        if arrays is not None:
+        stored = array_files.read_npz(path, sorted(wanted))
+        if stored is not None:
             break
     else:
         raise _missing(request, _TABLE[request.name].begins_with)
-    splits = {}
+    arrays = {}
     keys = {"train": "train", "validation": "valid", "test": "test"}
     for split, key in keys.items():
-        images, labels = arrays[f"X_{key}"], arrays[f"y_{key}"]
+        images, labels = stored[f"X_{key}"], stored[f"y_{key}"]
         if images[:1].size != 1600:
             raise ValueError(
                 f"Expected images of 1600 values in {path}. Received: "
@@ -411,8 +411,8 @@ def _load_cluttered_mnist(request, found):
         images = _unit_range(images.reshape(-1, 40, 40, 1), path)
         if labels.ndim == 2 and labels.shape[1] > 1:
             labels = labels.argmax(axis=1)
-        splits[split] = _labelled(split, images, labels.reshape(-1), path)
-    return _dataset(request, _DIGITS, splits, str(path))
+        arrays[split] = (images, labels.reshape(-1), path)
+    return _array_dataset(request, _DIGITS, arrays, str(path))
 
 
 _CIFAR10 = (
@@ -433,20 +433,33 @@ def _load_cifar10(request, found):
         "train": [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)],
         "test": [folder / f"test_batch{suffix}"],
     }
-    splits = {}
+    arrays = {}
     for split, paths in files.items():
         for path in paths:
             if not path.is_file():
                 raise _missing(request, f"{path.name} in {folder}")
         images, labels = zip(*(read(p, 3072) for p in paths), strict=True)
         images = np.concatenate(images).reshape(-1, 3, 32, 32)
-        splits[split] = _labelled(
-            split,
-            np.ascontiguousarray(images.transpose(0, 2, 3, 1)),
-            np.concatenate(labels),
-            folder,
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        arrays[split] = (images, np.concatenate(labels), folder)
+    return _array_dataset(request, _CIFAR10, arrays, str(folder))
+
+
+def _array_dataset(request, class_names, arrays, source):
+    """A `Dataset` of arrays: a dict from splits to images, labels and path."""
+    splits = {name: _labelled(name, *found) for name, found in arrays.items()}
+    if not request.test_only:
+        # Bytes are hashed faster than arrays are compared.
+        pixels = {name: found[0] for name, found in arrays.items()}
+        seen = {image.tobytes(): i for i, image in enumerate(pixels["test"])}
+        image_files.warn_of_shared(
+            [
+                (f"training image {i}", f"test image {seen[content]}")
+                for i, image in enumerate(pixels["train"])
+                if (content := image.tobytes()) in seen
+            ]
         )
-    return _dataset(request, _CIFAR10, splits, str(folder))
+    return _dataset(request, class_names, splits, source)
 
 
 def _unit_range(images, path):
@@ -512,7 +525,8 @@ def _encoded_dataset(
         _check_classes(split, class_names, request)
         splits[name] = split
     if "train" in encoded:
-        image_files.warn_of_shared(encoded["train"], encoded["test"])
+        shared = image_files.shared(encoded["train"], encoded["test"])
+        image_files.warn_of_shared(shared)
     more |= {"skipped": skipped, "resize": resize}
     return _dataset(request, class_names, splits, source, **more)
 

@@ -587,25 +587,30 @@ def _files_below(folder):
 # The same image in two splits
 
 
-def warn_of_shared(train: Encoded, test: Encoded) -> None:
+def warn_of_shared(pairs: list[tuple[str, str]]) -> None:
     """Says on standard error how many training images are test images too.
 
-    The same bytes are the same image. Only images of the same size are read,
-    and whole only if their ends are the same.
+    Args:
+        pairs: What the training image and the test image are called.
     """
-    shared = _shared(train, test)
-    if shared:
-        ours, theirs = shared[0]
+    if pairs:
         print(
-            f"Warning: {len(shared)} training images are also test images "
-            f"(same bytes), {train.describe(ours)} and {test.describe(theirs)} "
-            "for example. The test accuracy is too high by them.",
+            f"Warning: training images that are also test images (same bytes): "
+            f"{len(pairs)}, {' and '.join(pairs[0])} for example. They make "
+            "the test accuracy too high.",
             file=sys.stderr,
         )
 
 
-def _shared(train, test):
-    """Returns pairs of indices of images with the same bytes."""
+def shared(train: Encoded, test: Encoded) -> list[tuple[str, str]]:
+    """Finds training images that are test images too, byte for byte.
+
+    Only images of the same size are read, and whole only if their ends are
+    the same.
+
+    Returns:
+        List of pairs of what the images are called, in the order of `train`.
+    """
     chosen = [range(len(images.labels)) for images in (train, test)]
     for key in (
         lambda images, i: images.size(i),
@@ -619,7 +624,8 @@ def _shared(train, test):
             sorted(i for k in both for i in found[k])
             for found in (ours, theirs)
         ]
-    return sorted((i, theirs[k][0]) for k in both for i in ours[k])
+    pairs = sorted((i, theirs[k][0]) for k in both for i in ours[k])
+    return [(str(train.describe(i)), str(test.describe(j))) for i, j in pairs]
 
 
 def _grouped(images, key, chosen):

@@ -151,6 +151,30 @@ def test_damaged_idx_files_are_named(tmp_path):
         datasets.load("mnist", data_dir=tmp_path)
 
 
+def test_training_images_that_are_test_images_are_counted(tmp_path, capsys):
+    images, _ = write_mnist(tmp_path)
+    datasets.load("mnist", data_dir=tmp_path)
+    assert capsys.readouterr().err == ""
+    images["train"][[3, 8]] = images["t10k"][5]
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images["train"])
+    datasets.load("mnist", data_dir=tmp_path)
+    err = capsys.readouterr().err
+    assert "bytes): 2, training image 3 and test image 5 for example" in err
+    assert err.count("\n") == 1
+    datasets.load("mnist", data_dir=tmp_path, test_only=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_image_of_both_splits_of_a_folder_is_counted(tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in "ab":
+            save(tmp_path / split / name / "same" / "x.png", noise(1))
+            save(tmp_path / split / name / f"{split}.png", noise(len(split)))
+    dataset = datasets.load("folder", data_dir=tmp_path, validation_fraction=0)
+    assert len(dataset.train) == len(dataset.test) == 4
+    assert "(same bytes): 2, " in capsys.readouterr().err
+
+
 def write_usps(path, low=0.0):
     random = np.random.default_rng(5)
     with h5py.File(path, "w") as file:

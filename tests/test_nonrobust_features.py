@@ -211,6 +211,11 @@ def test_another_set_and_a_damaged_one_are_refused(tmp_path, data, model):
     other = dataclasses.replace(config, epsilon=0.7)
     with pytest.raises(ValueError, match="another epsilon.*--overwrite"):
         build(model, data.train, other, tmp_path)
+    changed = dataclasses.replace(
+        data.train, reader=lambda i: data.train.read(i) * np.float32(0.999)
+    )
+    with pytest.raises(ValueError, match="another data_sha256.*--overwrite"):
+        build(model, changed, config, tmp_path)
     for name in ("00000.images.npy", "00000.npz"):
         kept = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(kept[: len(kept) // 2])
