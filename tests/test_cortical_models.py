@@ -435,7 +435,7 @@ def test_feedback_takes_the_downsampling_switches(downsampling, side):
         ("ecnn", {"pooling": "average"}, "pooling='average'"),
         ("ecnn", {"pooling": "maximum"}, "Did you mean max"),
         ("ecnn", {"test_gazes": "ten"}, "five, random"),
-        ("ecnn", {"gaze_range": -2.0}, "reach=-2"),
+        ("ecnn", {"gaze_range": -2.0}, "gaze_range=-2"),
         ("ecnn", {"single_scale": True, "auxiliary": True}, "with auxiliary"),
         ("ecnn", {"single_scale": True, "pooling": "max"}, "with pooling"),
         ("ecnn", {"single_scale": True, "scale4_freeze": True,

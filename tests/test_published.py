@@ -329,6 +329,9 @@ def test_the_run_tells_its_attack(tmp_path, monkeypatch, adversarial, line):
     run = {
         "model": "s3ta",
         "dataset": "imagenet",
+        "class_names": ["boa", "bee"],
+        "num_classes": 2,
+        "image_shape": [224, 224, 3],
         "model_options": {"vision_strides": ["1", "2", "1", "1"]},
         "adversarial": adversarial,
     }
