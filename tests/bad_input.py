@@ -322,7 +322,8 @@ def verdict(case, status, out, err, changed):
         return f"{len(lines)} lines on standard error: {err[:400]!r}"
     if not re.search(case.says, lines[0], re.IGNORECASE):
         return f"no {case.says!r} in: {lines[0]}"
-    return changed
+    # What an interrupted program goes on from is kept.
+    return changed if case.interrupt is None else ""
 
 
 def _hidden(packages):
