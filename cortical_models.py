@@ -206,13 +206,16 @@ class _Block:
     would be averages over inputs of different sizes (Liao and Poggio).
     """
 
-    def __init__(self, conv, filters, stride, project, name):
-        self.name, self.passes, self.stride = name, 0, stride
+    def __init__(self, conv, filters, stride, channels, name):
+        self.name, self.passes = name, 0
         self.first = conv(filters, 3, strides=stride, name=f"{name}_conv1")
         self.second = conv(filters, 3, name=f"{name}_conv2")
         self.project = None
-        if project:
-            self.project = conv(filters, 1, name=f"{name}_project")
+        if stride != 1 or channels != filters:
+            self.before, stride = resnet_backbone.split_stride(channels, stride)
+            self.project = conv(
+                filters, 1, strides=stride, name=f"{name}_project"
+            )
 
     def __call__(self, x, output):
         self.passes += 1
@@ -222,7 +225,7 @@ class _Block:
         x = layers.ReLU(name=f"{name}_relu1")(x)
         x = _norm(f"{name}_norm2")(self.second(x))
         if self.project is not None:
-            shortcut = resnet_backbone.strided(shortcut, self.stride)
+            shortcut = resnet_backbone.strided(shortcut, self.before)
             shortcut = _norm(f"{name}_project_norm")(self.project(shortcut))
         x = layers.Add(name=f"{name}_add")([x, shortcut])
         return layers.ReLU(name=output)(x)
@@ -302,9 +305,9 @@ def feedback_resnet20(
 
 def _feedback_stage(x, filters, stride, stage, conv):
     prefix = f"stage{stage}"
-    project = stride != 1 or x.shape[-1] != filters
-    first = _Block(conv, filters, stride, project, f"{prefix}_block1")
-    last = _Block(conv, filters, 1, False, f"{prefix}_block3")
+    channels = x.shape[-1]
+    first = _Block(conv, filters, stride, channels, f"{prefix}_block1")
+    last = _Block(conv, filters, 1, filters, f"{prefix}_block3")
     a = first(x, f"{prefix}_block1_relu")
     c = last(a, f"{prefix}_forward")
     back = conv(filters, 1, name=f"{prefix}_feedback_conv")(c)
