@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 
 # Read by TensorFlow when it is first imported: its banner would bury the
@@ -66,6 +67,30 @@ def _uncaught(kind, error, trace, report=sys.excepthook):
 
 
 sys.excepthook = _uncaught
+
+
+def deliver_again(unraisable, report=sys.unraisablehook):
+    """Repeats a Ctrl-C that came where no exception can be raised.
+
+    Python drops an exception inside a finalizer or a callback of the garbage
+    collector (JAX has one), and prints a traceback.
+
+    Args:
+        unraisable: What `sys.unraisablehook` gets.
+        report: Called for every other exception.
+    """
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        report(unraisable)
+        return
+    main = threading.main_thread().ident
+    # A moment later, when the finalizer has ended.
+    again = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+    again.daemon = True
+    again.start()
+
+
+if hasattr(signal, "pthread_kill"):  # Not on Windows.
+    sys.unraisablehook = deliver_again
 
 
 @contextlib.contextmanager

@@ -47,7 +47,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -360,8 +359,8 @@ def run_program(case):
         print(end.code, file=sys.stderr)
         return 1
     except BaseException:
-        traceback.print_exc()
-        return 130 if isinstance(sys.exception(), KeyboardInterrupt) else 1
+        sys.excepthook(*sys.exc_info())  # As at the top level of a program.
+        return 1
     return 0
 
 

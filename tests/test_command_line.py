@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 from absl import flags
@@ -224,3 +226,15 @@ def test_a_backend_is_known_and_installed():
         command_line.require_backend("Jax", "KERAS_BACKEND")
     with pytest.raises(ValueError, match="--x needs nonsense.*pip install"):
         command_line.require_package("nonsense", "--x")
+
+
+def test_ctrl_c_inside_a_finalizer_is_delivered_again():
+    seen = []
+    lost = types.SimpleNamespace(exc_type=KeyboardInterrupt)
+    other = types.SimpleNamespace(exc_type=ValueError)
+    with pytest.raises(KeyboardInterrupt):
+        command_line.deliver_again(lost, seen.append)
+        for _ in range(500):
+            time.sleep(0.01)
+    command_line.deliver_again(other, seen.append)
+    assert seen == [other]
