@@ -215,13 +215,12 @@ def accuracy(model, split, batch_size=256, class_names=None):
     check_fit(model, split)
     check_weights(model)
     batch_size = min(batch_size, len(split))
-    predictions, broken, losses = [], 0, []
+    predictions, losses = [], []
     order = np.arange(len(split))
     for images, labels, _ in image_splits.batches(split, order, batch_size):
         images = _checked(images, split.name)
         logits = crafting.logits(model, images, batch_size)
         predictions.append(metrics.predictions(logits))
-        broken += int(metrics.nonfinite(logits).sum())
         losses.append(_cross_entropy(logits, labels))
     found = np.concatenate(predictions)
     report = {}
@@ -230,7 +229,7 @@ def accuracy(model, split, batch_size=256, class_names=None):
     return {
         "accuracy": float(np.mean(found == split.labels)),
         "loss": float(np.mean(np.concatenate(losses))),
-        "nonfinite_answers": broken,
+        "nonfinite_answers": int(np.sum(found == metrics.NON_FINITE)),
         "num_examples": len(split),
         **report,
     }
@@ -692,7 +691,7 @@ class _Tally:
             "largest_norm": float(rows["norms"].max()),
             "pixel_range": [self.low, self.high],
             "nonfinite_answers": int(
-                np.sum(rows["adversarial_predictions"] < 0)
+                np.sum(rows["adversarial_predictions"] == metrics.NON_FINITE)
             ),
             "nonfinite_crafting": int(np.sum(rows["nonfinite_crafting"])),
             "very_sure": self._very_sure(rows),
