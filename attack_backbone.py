@@ -11,8 +11,8 @@ from typing import ClassVar
 from keras import ops
 
 import attack_rounds
+import losses
 import numerics
-import objectives
 
 STEP_RULES = ("fixed", "at_least", "decayed")
 KEEPS = ("first", "best", "last")
@@ -118,7 +118,7 @@ class FGSM(attack_rounds.Attack):
         norm: One of `"l1"`, `"l2"`, `"linf"`.
         epsilon: Radius of the ball and length of the step, in units of the
             pixel range [0, 1].
-        loss: One of `objectives.OBJECTIVES`.
+        loss: One of `losses.LOSSES`.
         l1_fraction: Part of the coordinates that share the L1 step.
 
     References:
@@ -132,7 +132,7 @@ class FGSM(attack_rounds.Attack):
 
     def __post_init__(self):
         super().__post_init__()
-        objectives.check_objective(self.loss)
+        losses.check_loss(self.loss)
         check_fraction(self.l1_fraction)
 
     @property
@@ -198,10 +198,10 @@ class Iterative(attack_rounds.Attack):
             success, after which an example is left in peace (so an evaluation
             need not attack it on); `"last"`: only the last iterate of each
             restart, as the published tables do.
-        loss: One of `objectives.OBJECTIVES`.
+        loss: One of `losses.LOSSES`.
         distraction: Weight of the distance by which the model's attention
             moves from where it was on the clean image
-            (`objectives.attention_distance`), added to the class loss. For
+            (`losses.attention_distance`), added to the class loss. For
             models that show gazes, boxes or maps.
     """
 
@@ -218,7 +218,7 @@ class Iterative(attack_rounds.Attack):
         _check_steps(self.steps, self.restarts)
         _check_start(self.random_start, self.restarts)
         _check_keep(self.keep)
-        objectives.check_objective(self.loss)
+        losses.check_loss(self.loss)
         if not (math.isfinite(self.distraction) and self.distraction >= 0):
             raise ValueError(
                 "Expected a finite distraction >= 0, the weight of the moved "
@@ -253,9 +253,9 @@ class Iterative(attack_rounds.Attack):
         shape = tuple(state["images"].shape[1:])
 
         def evaluate(images):
-            outputs = objectives.outputs_of(logits_fn(images))
+            outputs = losses.outputs_of(logits_fn(images))
             value = attack_rounds.mean_loss(self.loss, outputs, labels, targets)
-            distance = objectives.attention_distance(
+            distance = losses.attention_distance(
                 outputs.shown, reference, shape
             )
             return value + self.distraction * distance, outputs.logits
@@ -274,7 +274,7 @@ class Iterative(attack_rounds.Attack):
                 return state
             value, logits = self.objective(logits_fn, state)(state["images"])
             return self._offer(state, state["images"], value, logits)
-        outputs = objectives.outputs_of(logits_fn(state["images"]))
+        outputs = losses.outputs_of(logits_fn(state["images"]))
         state = {**state, **_attended(outputs)}
         value = attack_rounds.mean_loss(
             self.loss, outputs, state["labels"], state.get("targets")
@@ -312,7 +312,7 @@ class Iterative(attack_rounds.Attack):
         walk = self.bind({"keep": "last"})  # Whose steps judge nothing.
         state = walk._rows(images, labels, keys, targets)
         if walk.distraction:
-            outputs = objectives.outputs_of(logits_fn(state["images"]))
+            outputs = losses.outputs_of(logits_fn(state["images"]))
             state = {**state, **_attended(outputs)}
         if start is None:
             state = walk.begin(logits_fn, state, 0)
@@ -361,7 +361,12 @@ class PGD(Iterative):
     l1_fraction: float = 0.01
 
     name: ClassVar[str] = "pgd"
-    LATE: ClassVar[tuple] = ("epsilon", "step_length", "steps", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple] = (
+        "epsilon",
+        "step_length",
+        "steps",
+        "restarts",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -484,7 +489,7 @@ class PGDAdam(Iterative):
     boundaries: tuple = (100, 200)
 
     name: ClassVar[str] = "pgd_adam"
-    LATE: ClassVar[tuple] = ("epsilon", "steps", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "steps", "restarts")
 
     def __post_init__(self):
         super().__post_init__()

@@ -200,7 +200,7 @@ def attack(
         "surrogate": surrogate,
         "context": context,
         "progress": progress,
-        "keep_images": save_images,
+        "save_images": save_images,
         "state_dir": under_way,
     }
     try:

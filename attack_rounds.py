@@ -23,8 +23,8 @@ import keras
 import numpy as np
 from keras import ops
 
+import losses
 import numerics
-import objectives
 
 
 class AttackResult(NamedTuple):
@@ -66,7 +66,7 @@ class Attack:
     name: ClassVar[str] = ""
     # Numbers that a compiled attack takes as tensors, so that a scan over them
     # compiles once; see `bind`.
-    LATE: ClassVar[tuple] = ("epsilon",)
+    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon",)
     # Whether it draws noise, whether it can aim.
     random: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
@@ -105,7 +105,7 @@ class Attack:
         Raises:
             ValueError: If its objective needs more classes.
         """
-        objectives.check_objective(self._loss, num_classes, targeted)
+        losses.check_loss(self._loss, num_classes, targeted)
         return self
 
     def calls(self):
@@ -117,7 +117,7 @@ class Attack:
 
         Args:
             logits_fn: Callable from images to logits, `(batch, classes)`, or
-                to `objectives.Outputs`. It binds the mode (inference) and the
+                to `losses.Outputs`. It binds the mode (inference) and the
                 state of the model, so that a bare model, an ensemble and a
                 recurrent roll-out are attacked alike.
             images: Float32 in [0, 1], `(batch, height, width, channels)`.
@@ -152,7 +152,7 @@ class Attack:
         labels, targets = state["labels"], state.get("targets")
 
         def evaluate(images):
-            outputs = objectives.outputs_of(logits_fn(images))
+            outputs = losses.outputs_of(logits_fn(images))
             value = mean_loss(self._loss, outputs, labels, targets)
             return value, outputs.logits
 
@@ -204,7 +204,7 @@ class Attack:
 
         Args:
             logits_fn: See `open`, like the other arguments. It may name what
-                is ascended (`objectives.Outputs.ascended`).
+                is ascended (`losses.Outputs.ascended`).
             images, labels, keys, targets: See `open`.
             start: Optional perturbations, of the shape of `images`, to start
                 from (projected) in place of the attack's own start.
@@ -232,7 +232,7 @@ class Attack:
 
     def numbers(self):
         """Returns the numbers that may be tensors, by name; see `bind`."""
-        return {name: getattr(self, name) for name in self.LATE}
+        return {name: getattr(self, name) for name in self.RUNTIME_PARAMETERS}
 
     def bind(self, numbers):
         """Returns this attack with `numbers` in place of its own.
@@ -312,12 +312,12 @@ class Attack:
 
     def _offer(self, state, images, value, logits, allowed=True):
         """Puts forward candidates; those not `allowed` are never kept."""
-        success, wrong = objectives.judge(
+        success, wrong = losses.judge(
             logits, state["labels"], state.get("targets")
         )
-        value = objectives.comparable(value, logits)
-        state = mark(state, objectives.nonfinite(logits))
-        return objectives.offer(
+        value = losses.comparable(value, logits)
+        state = mark(state, losses.nonfinite(logits))
+        return losses.offer(
             state,
             images,
             ops.where(allowed, value, -math.inf),
@@ -347,20 +347,20 @@ def at(logits_fn, number, index):
 
 
 def mean_loss(name, outputs, labels, targets=None):
-    """The loss of `objectives.loss`, over all answers if there are several.
+    """The loss of `losses.loss`, over all answers if there are several.
 
     If the outputs say themselves what is ascended, it is that.
     """
     if outputs.ascended is not None:
         return outputs.ascended
     if outputs.answers is None:
-        return objectives.loss(name, outputs.logits, labels, targets)
+        return losses.loss(name, outputs.logits, labels, targets)
     count = outputs.answers.shape[1]
     flat = ops.reshape(outputs.answers, (-1, outputs.answers.shape[-1]))
     labels = ops.repeat(labels, count, axis=0)
     if targets is not None:
         targets = ops.repeat(targets, count, axis=0)
-    values = objectives.loss(name, flat, labels, targets)
+    values = losses.loss(name, flat, labels, targets)
     return ops.mean(ops.reshape(values, (-1, count)), axis=-1)
 
 
@@ -426,7 +426,7 @@ class _InClasses:
         return _InClasses(at(self.logits_fn, number, index), self.highest)
 
     def __call__(self, images):
-        outputs = objectives.outputs_of(self.logits_fn(images))
+        outputs = losses.outputs_of(self.logits_fn(images))
         classes = outputs.logits.shape[-1]
         if self.highest >= classes:
             raise ValueError(

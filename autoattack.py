@@ -21,8 +21,8 @@ from keras import ops
 
 import attack_rounds
 import fab
+import losses
 import numerics
-import objectives
 import square
 
 VERSIONS = ("standard", "plus", "rand")
@@ -100,7 +100,7 @@ class APGD(attack_rounds.Attack):
         epsilon: Radius of the ball, in units of the pixel range [0, 1].
         steps: Moves of one restart.
         restarts: Independent random starts.
-        loss: One of `objectives.OBJECTIVES`; `"cross_entropy"` is APGD-CE and
+        loss: One of `losses.LOSSES`; `"cross_entropy"` is APGD-CE and
             `"dlr"` APGD-DLR.
         rho: Part of the moves that have to go up.
         largereps: L1 only: the first 30% of the moves in a ball of 3 epsilon,
@@ -121,13 +121,13 @@ class APGD(attack_rounds.Attack):
     keep: str = "first"
 
     name: ClassVar[str] = "apgd"
-    LATE: ClassVar[tuple] = ("epsilon", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "restarts")
     random: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
         fab.check_rounds(self.steps, self.restarts, self.keep)
-        objectives.check_objective(self.loss)
+        losses.check_loss(self.loss)
         if not 0 <= self.rho <= 1:
             raise ValueError(
                 "Expected rho in [0, 1], a part of the moves. Received: "
@@ -213,7 +213,7 @@ class APGD(attack_rounds.Attack):
         state, value, logits, grad = self.gradient(logits_fn, state, here)
         worth = self._worth(value, logits, state)
         state = self._offer(state, here, worth, logits, allowed)
-        value = objectives.comparable(value, logits)
+        value = losses.comparable(value, logits)
         state = self._remember(state, row, delta, value, grad)
         return self._checkpoint(state, row)
 
@@ -387,7 +387,7 @@ class APGDT(APGD):
         """See `Attack.fit`; drops the targets that do not exist."""
         del targeted  # It chooses its targets by itself.
         try:
-            objectives.check_objective("dlr", num_classes, targeted=True)
+            losses.check_loss("dlr", num_classes, targeted=True)
         except ValueError as error:
             raise ValueError(
                 f"{error} Take apgd (or fab) for fewer classes."
@@ -399,7 +399,7 @@ class APGDT(APGD):
         """See `Attack.open`."""
         fab.check_untargeted(self.name, targets)
         state = self._rows(images, labels, keys, targets)
-        outputs = objectives.outputs_of(logits_fn(state["images"]))
+        outputs = losses.outputs_of(logits_fn(state["images"]))
         logits = ops.cast(outputs.logits, "float32")
         value = self._worth(None, logits, state)
         state = self._offer(state, state["images"], value, logits)
@@ -418,7 +418,7 @@ class APGDT(APGD):
 
     def _worth(self, value, logits, state):
         del value
-        return objectives.loss("dlr", logits, state["labels"])
+        return losses.loss("dlr", logits, state["labels"])
 
 
 # --- The ensembles -----------------------------------------------------------
@@ -489,7 +489,7 @@ class AutoAttack(attack_rounds.Attack):
         """
         del targeted  # It looks for any error.
         if num_classes < 2:
-            objectives.check_objective("cross_entropy", num_classes)
+            losses.check_loss("cross_entropy", num_classes)
         version = self._base
         if num_classes < _TARGETED_DLR_CLASSES:
             few = f"{version}_{num_classes}_classes"

@@ -298,9 +298,9 @@ def _one_full_size(name, config):
     import keras
 
     import attack_backbone
+    import losses
     import model_backbone
     import numerics
-    import objectives
     import training_step
 
     size = config.image_size
@@ -329,7 +329,7 @@ def _one_full_size(name, config):
             x,
             y,
             keys,
-            targets=objectives.next_targets(y, 10),
+            targets=losses.next_targets(y, 10),
         ),
         model.variables,
     )
@@ -368,8 +368,8 @@ def s3ta(config):
 
     import attack_backbone
     import image_splits
-    import losses
     import model_backbone
+    import objectives
     import robust_evaluation
     import training_step
 
@@ -387,7 +387,7 @@ def s3ta(config):
     row["parameters"] = int(model.count_params())
     images = np.random.default_rng(0).random((batch, *shape), "float32")
     labels = np.arange(batch, dtype="int32")
-    objective = losses.AdversarialConfig(
+    objective = objectives.AdversarialConfig(
         epsilon=16 / 255,
         steps=2,
         step_size=1 / 255,

@@ -30,9 +30,9 @@ from scipy import stats
 import attack_backbone
 import attack_rounds
 import crafting
+import losses
 import metrics
 import numerics
-import objectives
 import robust_evaluation
 import spsa
 import square
@@ -339,7 +339,7 @@ class _Subject:
                 self.split,
                 config,
                 surrogate=surrogate,
-                keep_images=-1,
+                save_images=-1,
             )
             place = np.searchsorted(self.indices, arrays["indices"])
             labels = arrays["labels"]
@@ -379,18 +379,18 @@ class _Subject:
             Dict of arrays `(count,)`, by the name of the loss; NaN where an
             entry of the gradient is NaN or infinite.
         """
-        losses = {
-            "cross_entropy": objectives.cross_entropy,
-            "margin": objectives.margin,
+        by_name = {
+            "cross_entropy": losses.cross_entropy,
+            "margin": losses.margin,
         }
         if self.logits.shape[-1] >= 3:
-            losses["dlr"] = objectives.dlr
+            by_name["dlr"] = losses.dlr
 
         def make(logits_fn):
             def peak(loss, images, labels):
                 _, grad, flags = numerics.value_and_grad(
                     lambda x: loss(
-                        objectives.outputs_of(logits_fn(x)).logits, labels
+                        losses.outputs_of(logits_fn(x)).logits, labels
                     ),
                     images,
                     with_flags=True,
@@ -399,7 +399,7 @@ class _Subject:
                 return ops.where(flags, math.nan, size)
 
             return lambda images, labels: ops.stack(
-                [peak(loss, images, labels) for loss in losses.values()], -1
+                [peak(loss, images, labels) for loss in by_name.values()], -1
             )
 
         fn = crafting.compiled(self.model, "peaks", make, self.reading)
@@ -411,7 +411,7 @@ class _Subject:
             found = fn(*(array[padded] for array in arrays))
             parts.append(ops.convert_to_numpy(found)[: len(rows)])
         found = np.concatenate(parts)
-        return dict(zip(losses, found.T, strict=True))
+        return dict(zip(by_name, found.T, strict=True))
 
 
 # --- The checks --------------------------------------------------------------

@@ -16,10 +16,10 @@ import weakref
 import numpy as np
 from keras import ops
 
+import losses
 import model_backbone
 import model_registry
 import numerics
-import objectives
 
 # Compiled functions by model; none of them keeps its model alive.
 _COMPILED = weakref.WeakKeyDictionary()
@@ -73,7 +73,7 @@ class _LogitsFn:
         )
         # One call a draw: a layer may draw once a batch.
         outputs = [
-            objectives.outputs_of(self._outputs(images))
+            losses.outputs_of(self._outputs(images))
             for _ in range(reading.draws)
         ]
         stacked = ops.stack([o.logits for o in outputs], axis=1)
@@ -85,7 +85,7 @@ class _LogitsFn:
             key: sum(o.shown[key] for o in outputs) / len(outputs)
             for key in outputs[0].shown
         }
-        return objectives.Outputs(
+        return losses.Outputs(
             ops.mean(stacked, axis=1), ops.concatenate(answers, axis=1), shown
         )
 
@@ -97,7 +97,7 @@ class _LogitsFn:
         values = {k: ops.cast(v, "float32") for k, v in values.items()}
         logits = values.pop("logits")
         steps = values.pop("step_logits", None)
-        return objectives.Outputs(
+        return losses.Outputs(
             logits,
             steps if reading.read_outs == "all" else None,
             values if reading.shown else {},
@@ -142,7 +142,7 @@ def logits(model, images, size, reading=None):
     forward = compiled(
         model,
         "logits",
-        lambda fn: lambda x: objectives.outputs_of(fn(x)).logits,
+        lambda fn: lambda x: losses.outputs_of(fn(x)).logits,
         reading,
     )
     parts = [
@@ -188,7 +188,7 @@ class Crafter:
         self.reading = dataclasses.replace(
             reading, shown=bool(getattr(attack, "distraction", 0))
         )
-        late = {*attack.LATE, "step_size"}
+        late = {*attack.RUNTIME_PARAMETERS, "step_size"}
         self.key = (
             type(attack),
             *(

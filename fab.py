@@ -15,8 +15,8 @@ from typing import ClassVar
 from keras import ops
 
 import attack_rounds
+import losses
 import numerics
-import objectives
 
 _TINY = 1e-30
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
@@ -64,7 +64,7 @@ def aim(state, rank):
     """
     scores = state["scores"]
     rank = ops.mod(rank, max(scores.shape[-1] - 1, 1))
-    return objectives.likely_targets(scores, state["labels"], rank)
+    return losses.likely_targets(scores, state["labels"], rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class FAB(attack_rounds.Attack):
     def fit(self, num_classes, targeted=False):
         """See `Attack.fit`; drops the targets that do not exist."""
         del targeted  # It chooses its targets by itself.
-        objectives.check_objective("margin", num_classes)
+        losses.check_loss("margin", num_classes)
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
 
@@ -149,7 +149,7 @@ class FAB(attack_rounds.Attack):
         labels = state["labels"]
 
         def evaluate(images):
-            outputs = objectives.outputs_of(logits_fn(images))
+            outputs = losses.outputs_of(logits_fn(images))
             value = attack_rounds.mean_loss("margin", outputs, labels)
             return value, outputs.logits
 
@@ -220,9 +220,9 @@ class FAB(attack_rounds.Attack):
         )
         point = ops.clip(point, 0.0, 1.0)
         value, logits = self.objective(logits_fn, state)(point)
-        _, wrong = objectives.judge(logits, state["labels"])
-        value = objectives.comparable(value, logits)
-        state = attack_rounds.mark(state, objectives.nonfinite(logits))
+        _, wrong = losses.judge(logits, state["labels"])
+        value = losses.comparable(value, logits)
+        state = attack_rounds.mark(state, losses.nonfinite(logits))
         state = self._take(state, point, value, wrong)
         back = images + self.beta * (point - images)
         wrong = numerics.per_example(wrong, point)
@@ -262,7 +262,7 @@ class FAB(attack_rounds.Attack):
 
         def gap_to(classes):
             def gap(images):
-                outputs = objectives.outputs_of(logits_fn(images))
+                outputs = losses.outputs_of(logits_fn(images))
                 logits = outputs.logits
                 if outputs.answers is not None:
                     logits = ops.mean(outputs.answers, axis=1)

@@ -82,7 +82,7 @@ def passes(objective, num_classes: int) -> float:
     free again.
 
     Args:
-        objective: An object of `losses`.
+        objective: An object of `objectives`.
         num_classes: Number of logits.
     """
     rows = []

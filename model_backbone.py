@@ -13,9 +13,9 @@ import attention
 import command_line
 import cortical_models
 import glimpse
+import losses
 import model_parts
 import model_registry
-import objectives
 import resnet_backbone
 import s3ta_models  # noqa: F401  It registers its models.
 import transformer
@@ -55,7 +55,7 @@ def in_training(model):
 
     Returns:
         Callable from images to logits, `(batch, classes)`; for a model with
-        auxiliary heads to `objectives.Outputs`, whose `answers`, `(batch,
+        auxiliary heads to `losses.Outputs`, whose `answers`, `(batch,
         heads, classes)`, are those of all the heads, the verdict's first. An
         objective trains each of them with the label of the image.
     """
@@ -66,7 +66,7 @@ def in_training(model):
 
     def answer(images):
         logits, *heads = reader(images, training=True)
-        return objectives.Outputs(logits, ops.stack(heads, axis=1))
+        return losses.Outputs(logits, ops.stack(heads, axis=1))
 
     return answer
 

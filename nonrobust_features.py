@@ -254,7 +254,7 @@ def _craft(model, split, config, indices):
         def craft(images, labels, indices):
             keys = numerics.example_keys(config.seed, indices)
             if config.target == "next":
-                targets = objectives.next_targets(labels, classes)
+                targets = losses.next_targets(labels, classes)
             else:
                 targets = numerics.integers(
                     numerics.fold_in(keys, 0), (), classes
@@ -517,7 +517,7 @@ def _fresh(described, recipe, split, place, seed, **settings):
     return robust_training.Loop(
         model=model,
         optimizer=recipes.make_optimizer(recipe, steps),
-        objective=losses.Standard(label_smoothing=recipe.label_smoothing),
+        objective=objectives.Standard(label_smoothing=recipe.label_smoothing),
         l2=recipe.l2,
         read_outs=recipe.read_outs,
         split=split,

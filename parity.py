@@ -155,7 +155,7 @@ def ours(library, attack, model, split, order, context):
     for _ in range(2 if attack.name in ("fgsm", "pgd") else 1):
         started = time.perf_counter()
         _, arrays = robust_evaluation.evaluate(
-            model, split, config, surrogate=surrogate, keep_images=-1
+            model, split, config, surrogate=surrogate, save_images=-1
         )
         times.append(time.perf_counter() - started)
     return arrays["adversarial"], times

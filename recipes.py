@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 import glimpse
-import losses
+import objectives
 
 OPTIMIZERS = ("adam", "sgd")
 SCHEDULES = ("steps", "cosine", "constant", "cyclic")
@@ -369,7 +369,7 @@ NAMED = {
 # Targeted at a random class, 16/255 in steps of 1/255, a start at the image
 # for one in five. S3TA trains with 10 steps, and with 30 in its "-30" models,
 # as DENOISE does.
-_TARGETED = losses.AdversarialConfig(
+_TARGETED = objectives.AdversarialConfig(
     epsilon=16 / 255,
     steps=10,
     step_size=1 / 255,
@@ -377,7 +377,7 @@ _TARGETED = losses.AdversarialConfig(
     target="random",
 )
 # Madry et al.'s attack on CIFAR-10, in proportion to the radius.
-_SEVEN_STEPS = losses.AdversarialConfig(
+_SEVEN_STEPS = objectives.AdversarialConfig(
     epsilon=8 / 255, steps=7, step_size=2 / 255
 )
 # The adversarial settings of each named recipe. An --adv_epsilon makes AT-eps
@@ -394,13 +394,17 @@ ADVERSARIAL = {
         random_start=1.0,
         epsilon_per_image=True,
     ),
-    "at_mnist": losses.AdversarialConfig(epsilon=0.3, steps=40, step_size=0.01),
+    "at_mnist": objectives.AdversarialConfig(
+        epsilon=0.3, steps=40, step_size=0.01
+    ),
     "at_svhn": _SEVEN_STEPS,
     "at_cifar10": _SEVEN_STEPS,
     # ResNet-50 at eps = 2 is the text's one example; the unit is taken to be
     # the pixel step, as for the other sets.
     "at_imagenet": _SEVEN_STEPS.override(epsilon=2 / 255),
-    "fast_cifar10": losses.AdversarialConfig(objective="fast", epsilon=8 / 255),
+    "fast_cifar10": objectives.AdversarialConfig(
+        objective="fast", epsilon=8 / 255
+    ),
 }
 # What a model trains by on a data set if no recipe is named.
 BY_MODEL = {

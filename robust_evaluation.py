@@ -22,11 +22,11 @@ import autoattack
 import crafting
 import fab
 import image_splits
+import losses
 import metrics
 import model_backbone
 import model_registry
 import numerics
-import objectives
 import run_folder
 import spsa
 import square
@@ -243,7 +243,7 @@ def evaluate(
     surrogate=None,
     context=None,
     progress=None,
-    keep_images=64,
+    save_images=64,
     state_dir=None,
 ):
     """Attacks a model over a split.
@@ -262,7 +262,7 @@ def evaluate(
         progress: Callable `(done, total, record)`, called now and then with
             the examples that are decided; the record is None before the first
             ones are all done.
-        keep_images: How many images are returned, the first in the order of
+        save_images: How many images are returned, the first in the order of
             the evaluation, which is a random one; -1 for all.
         state_dir: Folder in which what is under way is kept, and from which an
             evaluation that was killed goes on; the caller removes it when the
@@ -296,7 +296,7 @@ def evaluate(
         raise EvaluationError(str(error)) from error
     _check_outputs(model, split, config)
     order = choose(split, config)
-    keep = len(order) if keep_images < 0 else keep_images
+    keep = len(order) if save_images < 0 else save_images
     work = _Evaluation(model, surrogate or model, config, len(order))
     tally = _Tally(config, keep, context or {})
     sizes = work.group_size(split)
@@ -459,13 +459,13 @@ class _Evaluation:
             return None
         if target == "random":
             keys = numerics.fold_in(keys, 2**30)
-            found = objectives.random_targets(keys, labels, self.classes)
+            found = losses.random_targets(keys, labels, self.classes)
         elif target == "next":
-            found = objectives.next_targets(labels, self.classes)
+            found = losses.next_targets(labels, self.classes)
         elif target == "least_likely":
-            found = objectives.least_likely_targets(clean_logits, labels)
+            found = losses.least_likely_targets(clean_logits, labels)
         else:
-            found = objectives.fixed_targets(labels, target, self.classes)
+            found = losses.fixed_targets(labels, target, self.classes)
         return _array(found)
 
     def _results(

@@ -11,8 +11,8 @@ from keras import ops
 
 import attack_backbone
 import attack_rounds
+import losses
 import numerics
-import objectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,12 @@ class SPSA(attack_backbone.Iterative):
 
     name: ClassVar[str] = "spsa"
     random: ClassVar[bool] = True
-    LATE: ClassVar[tuple] = ("epsilon", "step_length", "steps", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple] = (
+        "epsilon",
+        "step_length",
+        "steps",
+        "restarts",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +124,7 @@ class SPSA(attack_backbone.Iterative):
             used = ops.cast(wanted < self.samples, "float32")
             both = ops.stack([self.radius * v, -self.radius * v], axis=2)
             probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + both
-            values = objectives.comparable(
+            values = losses.comparable(
                 *objective(ops.reshape(probes, (-1, *shape)))
             )
             values = ops.reshape(values, (-1, chunk, 2))

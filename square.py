@@ -17,8 +17,8 @@ import numpy as np
 from keras import ops
 
 import attack_rounds
+import losses
 import numerics
-import objectives
 
 # The last of 10000 queries with each size; the area is halved after it.
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -43,7 +43,7 @@ class Square(attack_rounds.Attack):
         p_init: Part of the pixels that a square covers at first. It is halved
             along the published schedule, rescaled to `n_queries`.
         restarts: Independent runs.
-        loss: One of `objectives.OBJECTIVES`, with targets in its targeted
+        loss: One of `losses.LOSSES`, with targets in its targeted
             form. AutoAttack takes the margin, and with targets the
             cross-entropy.
         spared: Last rows and columns that no square reaches. In the text, and
@@ -63,7 +63,7 @@ class Square(attack_rounds.Attack):
     spared: int = 0
 
     name: ClassVar[str] = "square"
-    LATE: ClassVar[tuple] = ("epsilon", "n_queries", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "n_queries", "restarts")
     random: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -83,7 +83,7 @@ class Square(attack_rounds.Attack):
                 "Expected spared >= 0, the rows and columns without squares. "
                 f"Received: spared={self.spared}."
             )
-        objectives.check_objective(self.loss)
+        losses.check_loss(self.loss)
 
     @property
     def rounds(self):
@@ -118,10 +118,8 @@ class Square(attack_rounds.Attack):
         proposed = propose(state, self, keys, self.stage(index))
         proposed = ops.where(ops.equal(index, 0), state["current"], proposed)
         value, logits = self.objective(logits_fn, state)(proposed)
-        success, _ = objectives.judge(
-            logits, state["labels"], state.get("targets")
-        )
-        value = objectives.comparable(value, logits)
+        success, _ = losses.judge(logits, state["labels"], state.get("targets"))
+        value = losses.comparable(value, logits)
         taken = ops.logical_or(value > state["value"], success)
         mask = numerics.per_example(taken, proposed)
         state = self._offer(state, proposed, value, logits)

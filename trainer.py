@@ -244,7 +244,8 @@ class RunConfig:
     Attributes:
         model: Name in the registry.
         model_options: Options of `model_backbone.create`.
-        adversarial: A `losses.AdversarialConfig`; None for standard training.
+        adversarial: An `objectives.AdversarialConfig`; None for standard
+            training.
         dataset: Name of the data set.
         recipe: A `recipes.Recipe`.
         recipe_name: Its name in `recipes.NAMED`; None for the data set's.
@@ -415,7 +416,7 @@ def _recipe_from_flags(name, adversarial, replays):
 
 
 def _adversarial_from_flags(recipe_name):
-    import losses
+    import objectives
     import recipes
 
     given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
@@ -441,7 +442,7 @@ def _adversarial_from_flags(recipe_name):
         given[name] = command_line.parsed(
             f"adv_{name}", given[name], command_line.parse_ratio
         )
-    found = (base or losses.CONFIGS[_DATASET.value]).override(**given)
+    found = (base or objectives.CONFIGS[_DATASET.value]).override(**given)
     if found.objective == "fast" and _STEP["replays"].value:
         raise ValueError(
             "Expected --adv_objective=madry or alp with --adv_replays, which "
@@ -500,11 +501,11 @@ def _objective(config, data):
     """What the run minimizes, an object of `losses`."""
     import keras
 
-    import losses
+    import objectives
 
     smoothing = config.recipe.label_smoothing
     if not config.adversarial:
-        return losses.Standard(label_smoothing=smoothing)
+        return objectives.Standard(label_smoothing=smoothing)
     backend = keras.config.backend()
     twice = config.adversarial.objective == "llr"
     if twice and config.model_options.get("remat") and backend == "tensorflow":
@@ -767,15 +768,15 @@ def _validation(config, data):
     attacked at that of the data set's adversarial training.
     """
     import attack_backbone
-    import losses
     import model_backbone
+    import objectives
     import robust_evaluation
 
     if data.validation is None:
         return None
     threat = config.adversarial
     if threat is None or threat.epsilon is None:
-        threat = losses.CONFIGS[config.dataset]
+        threat = objectives.CONFIGS[config.dataset]
     attacked = min(config.robust_validation, len(data.validation))
 
     def validate(model):
@@ -798,7 +799,7 @@ def _validation(config, data):
             eot=1 if model_backbone.is_stochastic(model) else None,
         )
         record, _ = robust_evaluation.evaluate(
-            model, data.validation, evaluation, keep_images=0
+            model, data.validation, evaluation, save_images=0
         )
         return {**found, "robust_accuracy": record["robust_accuracy"]}
 

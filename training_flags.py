@@ -1,8 +1,8 @@
 """The flags of the settings of a training run, by what they override.
 
 An option is the name of a field: of `recipes.Recipe`, of
-`training_step.StepConfig`, of `losses.AdversarialConfig`. A flag that is not
-given keeps what the recipe, or the data set's adversarial training, has.
+`training_step.StepConfig` or of `objectives.AdversarialConfig`. A flag that is
+not given keeps what the recipe, or the data set's adversarial training, has.
 """
 
 from model_flags import Row

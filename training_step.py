@@ -54,7 +54,7 @@ class Objective:
     craft: Callable | None = None
 
 
-STANDARD = losses.Standard()
+STANDARD = objectives.Standard()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class StepConfig:
                 "Expected an objective that crafts images for epsilon_warmup. "
                 f"Received: epsilon_warmup={self.epsilon_warmup:g}."
             )
-        if self.replays and not isinstance(objective, losses.Madry):
+        if self.replays and not isinstance(objective, objectives.Madry):
             raise ValueError(
                 "Expected the objective madry or alp with replays, which climb "
                 "the loss that is trained on. Received: "
@@ -400,7 +400,7 @@ class _Step:
         replicas; so are the losses of the weights, which each replica has.
         """
         mean, logits = self.mean_loss(clean, crafted, labels)
-        predicted = objectives.predictions(logits)
+        predicted = losses.predictions(logits)
         right = ops.equal(predicted, ops.cast(labels, "int32"))
         share = mean + sum(self.model.losses, ops.zeros(()))
         if self.l2:

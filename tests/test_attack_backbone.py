@@ -20,8 +20,8 @@ from toys import (
 
 import attack_backbone
 import attack_rounds
+import losses
 import numerics
-import objectives
 import spsa
 from attack_backbone import BIM, FGSM, MIM, PGD, PGDAdam
 from spsa import SPSA
@@ -76,7 +76,7 @@ def attack(name, net, images, labels, targets=None, keys=None, **fields):
     """Attacks a net, compiled."""
     fields = {**FIELDS.get(name, {}), **fields}
     known = ATTACKS[name](**fields)
-    late = {*known.LATE, "step_size"}
+    late = {*known.RUNTIME_PARAMETERS, "step_size"}
     frozen = tuple((k, v) for k, v in fields.items() if k not in late)
     keys = keys_for(len(labels)) if keys is None else keys
     aims = labels if targets is None else targets
@@ -604,7 +604,7 @@ def test_several_answers_average_the_loss():
 
     def both(x):
         answers = ops.stack([first(x), second(x)], axis=1)
-        return objectives.Outputs(first(x), answers)
+        return losses.Outputs(first(x), answers)
 
     known = PGD(
         norm="l2", epsilon=0.1, steps=1, step_size=0.1, random_start=0,
@@ -628,21 +628,20 @@ def test_several_answers_average_the_loss():
     )
 
 
-@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+@pytest.mark.parametrize("name", losses.LOSSES)
 def test_mean_loss(name):
     rng = np.random.default_rng(0)
     answers = rng.normal(size=(5, 3, 4)).astype("float32")
     labels, targets = np.arange(5) % 4, (np.arange(5) + 1) % 4
 
-    def losses(answers, labels, *targets):
-        outputs = objectives.Outputs(answers[:, 0], answers)
+    def mean_losses(answers, labels, *targets):
+        outputs = losses.Outputs(answers[:, 0], answers)
         return attack_rounds.mean_loss(name, outputs, labels, *targets), [
-            objectives.loss(name, answers[:, i], labels, *targets)
-            for i in range(3)
+            losses.loss(name, answers[:, i], labels, *targets) for i in range(3)
         ]
 
     for more in ((), (targets,)):
-        got, parts = numerics.compile_call(losses)(answers, labels, *more)
+        got, parts = numerics.compile_call(mean_losses)(answers, labels, *more)
         want = np.mean([array(part) for part in parts], axis=0)
         np.testing.assert_allclose(array(got), want, rtol=1e-5)
 
@@ -702,7 +701,7 @@ def test_distraction_moves_the_attention(name):
         logits = ops.zeros_like(x[:, 0, 0, :]) + ops.convert_to_tensor(
             np.array([3, 0, 0], "float32")
         )
-        return objectives.Outputs(logits, None, shown)
+        return losses.Outputs(logits, None, shown)
 
     images = np.random.default_rng(0).uniform(0.3, 0.7, (8, *SHAPE))
     images = images.astype("float32")
@@ -722,7 +721,7 @@ def test_distraction_moves_the_attention(name):
     noise = np.random.default_rng(1).uniform(-0.1, 0.1, images.shape)
     distance = {
         key: array(
-            objectives.attention_distance(shown(x), shown(images), SHAPE)
+            losses.attention_distance(shown(x), shown(images), SHAPE)
         )
         for key, x in (
             ("attack", out), ("noise", (images + noise).astype("float32")),

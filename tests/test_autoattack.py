@@ -12,8 +12,8 @@ from norms import array, norm_of
 
 import autoattack
 import fab
+import losses
 import numerics
-import objectives
 from autoattack import APGD, APGDT, AutoAttack
 from fab import FAB
 
@@ -120,7 +120,7 @@ class TestEveryAttack:
         )
         name = {"apgd": "cross_entropy", "apgd_t": "dlr"}.get(kind, "margin")
         logits = curved(ops.convert_to_tensor(out))
-        want = array(objectives.loss(name, logits, labels))
+        want = array(losses.loss(name, logits, labels))
         np.testing.assert_allclose(loss, want, atol=1e-4)
         # What was wrong stays as it was.
         assert success[0]
@@ -227,7 +227,7 @@ def test_plain_equals_compiled_and_equal_answers_are_one(kind, norm):
 
     def twice(x):
         logits = curved(x)
-        return objectives.Outputs(logits, ops.stack([logits] * 2, axis=1))
+        return losses.Outputs(logits, ops.stack([logits] * 2, axis=1))
 
     images, labels = make_data()
     config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])

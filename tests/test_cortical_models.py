@@ -10,8 +10,8 @@ from keras import ops
 import attack_backbone
 import glimpse
 import image_splits
-import losses
 import model_backbone
+import objectives
 import resnet_backbone
 import robust_evaluation
 import training_step
@@ -122,7 +122,7 @@ def test_an_evaluation_in_expectation_does_not_depend_on_the_batch():
             model,
             split,
             robust_evaluation.EvaluationConfig(attack, eot=2, batch_size=size),
-            keep_images=-1,
+            save_images=-1,
         )[1]
         for size in (3, 7)
     ]
@@ -271,8 +271,8 @@ class TestHeads:
         clean, crafted = pictures(), 1.0 - pictures()
         attack = attack_backbone.FGSM(epsilon=0.1)
         objective = {
-            "standard": losses.Standard(),
-            "pairs": losses.Madry(attack=attack, clean_weight=0.25),
+            "standard": objectives.Standard(),
+            "pairs": objectives.Madry(attack=attack, clean_weight=0.25),
         }[name]
         both = crafted
         if name == "pairs":
@@ -303,7 +303,7 @@ class TestHeads:
         before = [numpy(kernel).copy() for kernel in kernels]
         optimizer = keras.optimizers.SGD(0.5)
         optimizer.build(model.trainable_variables)
-        step = training_step.make_step(model, optimizer, losses.Standard())
+        step = training_step.make_step(model, optimizer, objectives.Standard())
         logits = values(model, images, [layer.output for layer in dense])
         features = values(model, images, [layer.input for layer in dense])
         step(images, self.labels, np.arange(3, dtype="int32"), 0)

@@ -12,8 +12,8 @@ from absl import flags
 import catalogue
 import command_line
 import datasets
-import losses
 import model_backbone
+import objectives
 import protocols
 import recipes
 import robust_evaluation
@@ -92,7 +92,7 @@ def test_help_names_every_flag_and_fits_the_width(program):
         (catalogue.MODELS, model_backbone.names()),
         (catalogue.DATA_SETS, datasets.names()),
         (catalogue.RECIPES, recipes.NAMED),
-        (catalogue.OBJECTIVES, losses.OBJECTIVES),
+        (catalogue.OBJECTIVES, objectives.OBJECTIVES),
         (catalogue.ATTACKS, robust_evaluation.ATTACKS),
         (catalogue.PROTOCOLS, protocols.PROTOCOLS),
     ],

@@ -1,323 +1,439 @@
-"""Objectives of robust training, against NumPy and their promises."""
+"""Losses, targets, verdicts and preferences against NumPy and by cases."""
 
-import functools
-import math
+import itertools
 
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
-from norms import array, norm_of
+from keras import ops
+from norms import array
+from scipy import special, stats
+from toys import keys_for
 
-import attack_rounds
-import datasets
 import losses
+import metrics
 import numerics
-import objectives
-import training_step
-from attack_backbone import FGSM, PGD, PGDAdam
-from losses import AdversarialConfig, Madry
-
-SHAPE = (4, 4, 2)
-SIZE = math.prod(SHAPE)
-CLASSES = 3
-WALKS = {
-    "fgsm": FGSM(epsilon=0.1),
-    "fgsm-l2": FGSM("l2", 0.7),
-    "linf": PGD(epsilon=0.1, steps=3, keep="last"),
-    "l2": PGD("l2", 0.7, steps=3, keep="last", momentum=0.9),
-    "l1": PGD("l1", 3.0, steps=3, keep="last", random_start=0.5),
-    "from_the_image": PGD(epsilon=0.1, steps=3, keep="last", random_start=0),
-    "best": PGD(epsilon=0.1, steps=3, keep="best", restarts=2),
-    "adam": PGDAdam(epsilon=0.1, steps=3, keep="last"),
-}
+from attack_backbone import FGSM, MIM, PGD, PGDAdam
 
 
-def keys_for(indices, seed=0):
-    return numerics.example_keys(seed, np.asarray(indices, "int32"))
+def tensor(x):
+    return ops.convert_to_tensor(np.asarray(x))
 
 
-def make_data(count=12):
-    rng = np.random.default_rng(0)
-    images = np.clip(rng.normal(0.5, 0.4, (count, *SHAPE)), 0, 1)
-    labels = np.arange(count, dtype="int32") % CLASSES
-    return images.astype("float32"), labels
+def draw(count=40, classes=7, seed=0):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 5, (count, classes)).astype("float32")
+    labels = rng.integers(0, classes, count).astype("int32")
+    targets = (labels + rng.integers(1, classes, count)) % classes
+    return logits, labels, targets.astype("int32")
 
 
-@functools.cache
-def weights():
-    rng = np.random.default_rng(1)
-    return rng.normal(0, 0.3, (SIZE, CLASSES)).astype("float32")
-
-
-def linear(images):
-    flat = ops.reshape(images, (-1, SIZE))
-    return ops.matmul(flat, ops.convert_to_tensor(weights()))
-
-
-def probabilities(images):
-    logits = np.asarray(images, "float64").reshape(len(images), -1) @ weights()
-    e = np.exp(logits - logits.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
-
-
-def slope(images, labels):
-    """The gradient of the cross-entropy of `linear`, by the formula."""
-    gap = probabilities(images) - np.eye(CLASSES)[labels]
-    return (gap @ weights().T).reshape(images.shape)
-
-
-class TestPerturb:
-    @pytest.mark.parametrize("targeted", [False, True])
-    @pytest.mark.parametrize("name", WALKS)
-    def test_is_where_the_steps_end(self, name, targeted):
-        attack = WALKS[name]
-        images, labels = make_data()
-        keys = keys_for(range(12))
-        targets = (labels + 1) % CLASSES if targeted else None
-        batch = images, labels, keys, targets
-        run = numerics.compile_call(
-            lambda *batch: attack.perturb(linear, *batch)
-        )
-        out = array(run(*batch[: 4 if targeted else 3]))
-        if isinstance(attack, FGSM):
-            sign = 1 if targets is None else -1
-            step = sign * slope(images, labels if sign > 0 else targets)
-            step = (
-                np.sign(step)
-                if attack.norm == "linf"
-                else step / norm_of(step, "l2")[:, None, None, None]
-            )
-            want = np.clip(images + attack.epsilon * step, 0, 1)
+def oracle(name, logits, classes):
+    """Loss of a class in float64, one example at a time."""
+    out = []
+    for row, own in zip(logits.astype("float64"), classes, strict=True):
+        others = np.delete(row, own)
+        if name == "cross_entropy":
+            out.append(np.log(np.exp(row - row[own]).sum()))
+        elif name == "margin":
+            out.append(others.max() - row[own])
         else:
-            state = attack.open(linear, *batch)
-            state = attack.begin(linear, state, 0)
-            state = attack.advance(linear, state, 0, 0, attack.steps)
-            want = np.clip(images + array(state["delta"]), 0, 1)
-        np.testing.assert_allclose(out, want, atol=2e-6)
-        assert out.min() >= 0 and out.max() <= 1
-        norms = norm_of(out - images, attack.norm)
-        assert norms.max() <= attack.epsilon * (1 + 1e-5)
-        assert np.all(norms > 0)
-
-    def test_is_signed_gradient_ascent(self):
-        """The reference: NumPy on a linear model, by the formula."""
-        images, labels = make_data()
-        attack = PGD(epsilon=0.1, steps=4, step_size=0.04, random_start=0)
-        x = images.astype("float64")
-        for _ in range(4):
-            x = x + 0.04 * np.sign(slope(x, labels))
-            x = np.clip(np.clip(x, images - 0.1, images + 0.1), 0, 1)
-        out = array(attack.perturb(linear, images, labels))
-        np.testing.assert_allclose(out, x, atol=1e-6)
-
-    @pytest.mark.parametrize("name,judged", [("linf", 2), ("fgsm", 1)])
-    def test_calls_the_model_for_the_steps_alone(self, name, judged):
-        calls = []
-
-        def counting(images):
-            calls.append(1)
-            return linear(images)
-
-        images, labels = make_data()
-        batch = images, labels, keys_for(range(12))
-        WALKS[name](counting, *batch)
-        whole = len(calls)
-        WALKS[name].perturb(counting, *batch)
-        assert len(calls) - whole == whole - judged > 0
-
-    def test_moves_the_attention_it_is_told_to(self):
-        images, labels = make_data()
-
-        def looking(images):
-            gazes = ops.reshape(ops.mean(images, axis=(1, 2)), (-1, 1, 2))
-            return objectives.Outputs(linear(images), shown={"gazes": gazes})
-
-        def moved(distraction):
-            attack = PGD(epsilon=0.1, steps=3, distraction=distraction)
-            out = attack.perturb(looking, images, labels, keys_for(range(12)))
-            gazes = array(out).mean((1, 2)) - images.mean((1, 2))
-            return np.hypot(*gazes.T)
-
-        assert np.all(moved(1e4) > moved(1e-4) + 0.01)
-
-    def test_an_attack_that_cannot_says_so(self):
-        with pytest.raises(NotImplementedError, match="Attack does not"):
-            attack_rounds.Attack().perturb(linear, *make_data())
+            top = np.sort(row)[::-1]
+            out.append((others.max() - row[own]) / (top[0] - top[2]))
+    return np.array(out)
 
 
-class TestMadry:
-    @pytest.mark.parametrize("weight", [0.0, 0.3])
-    def test_is_the_mixture_of_cross_entropies(self, weight):
-        clean, labels = make_data()
-        objective = Madry(WALKS["linf"], clean_weight=weight)
-        keys = keys_for(range(12))
-        crafted = array(objective.craft(linear, clean, labels, keys))
-        calls = []
-
-        def counting(images):
-            calls.append(images.shape[0])
-            return linear(images)
-
-        found, logits = objective.loss(counting, clean, crafted, labels)
-        rows = np.arange(12), labels
-        want = -(1 - weight) * np.log(probabilities(crafted)[rows])
-        want -= weight * np.log(probabilities(clean)[rows])
-        np.testing.assert_allclose(array(found), want, rtol=1e-4)
+@pytest.mark.parametrize("name", losses.LOSSES)
+class TestLosses:
+    def test_value(self, name):
+        logits, labels, targets = draw()
+        got = array(losses.loss(name, tensor(logits), tensor(labels)))
         np.testing.assert_allclose(
-            array(logits), array(linear(crafted)), rtol=1e-5
+            got, oracle(name, logits, labels), rtol=1e-4, atol=1e-5
         )
-        assert calls == [24 if weight else 12]
+        got = losses.loss(name, tensor(logits), tensor(labels), tensor(targets))
+        if name == "dlr":
+            rows = np.arange(len(logits))
+            top = np.sort(logits.astype("float64"))[:, ::-1]
+            want = logits[rows, targets] - logits[rows, labels]
+            want = want / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+        else:
+            want = -oracle(name, logits, targets)
+        np.testing.assert_allclose(array(got), want, rtol=1e-4, atol=1e-5)
 
-    def test_adversarial_images_are_worse_and_in_the_ball(self):
-        clean, labels = make_data()
-        objective = Madry(WALKS["linf"])
-        crafted = array(
-            objective.craft(linear, clean, labels, keys_for(range(12)))
-        )
-        rows = np.arange(12), labels
-        assert np.all(probabilities(crafted)[rows] < probabilities(clean)[rows])
-        assert norm_of(crafted - clean, "linf").max() <= 0.1 + 1e-6
+    def test_it_rises_where_the_model_errs(self, name):
+        logits, labels, targets = draw()
+        loss = array(losses.loss(name, tensor(logits), tensor(labels)))
+        wrong = logits.argmax(-1) != labels
+        assert wrong.any() and not wrong.all()
+        assert loss[wrong].min() >= (0 if name != "cross_entropy" else 0.6)
+        if name != "cross_entropy":
+            assert loss[~wrong].max() <= 0
+        # The target's loss is highest where the target is what it says.
+        hit = np.eye(7, dtype="float32")[targets] * 30
+        high = losses.loss(name, tensor(hit), tensor(labels), tensor(targets))
+        low = losses.loss(name, tensor(-hit), tensor(labels), tensor(targets))
+        assert np.all(array(high) > array(low))
 
-    def test_random_targets_are_the_other_classes(self):
-        clean, labels = make_data()
-        labels = np.zeros_like(labels)
-        attack = PGD(epsilon=0.1, steps=2, random_start=0)
-        aimed = [
-            array(attack.perturb(linear, clean, labels, None, labels + target))
-            for target in (1, 2)
+    def test_half_precision_logits_give_a_float32_loss(self, name):
+        logits, labels, _ = draw()
+        half = ops.cast(tensor(logits), "float16")
+        got = losses.loss(name, half, tensor(labels))
+        assert keras.backend.standardize_dtype(got.dtype) == "float32"
+        want = oracle(name, array(half).astype("float32"), labels)
+        np.testing.assert_allclose(array(got), want, rtol=1e-3, atol=1e-3)
+
+
+def test_cross_entropy_equals_keras():
+    logits, labels, _ = draw()
+    want = keras.losses.sparse_categorical_crossentropy(
+        labels, logits, from_logits=True
+    )
+    got = losses.cross_entropy(tensor(logits), tensor(labels))
+    np.testing.assert_allclose(array(got), array(want), atol=1e-5)
+
+
+def test_its_gradient_lives_where_the_probability_rounds_to_one():
+    logits = tensor(np.array([[60.0, 0.0, 1.0]], "float32"))
+    labels = tensor([0])
+    _, grad = numerics.value_and_grad(
+        lambda z: losses.cross_entropy(z, labels), logits
+    )
+    exact = np.exp([-60.0, -59.0])  # In float64, to first order.
+    np.testing.assert_allclose(
+        array(grad)[0], [-exact.sum(), *exact], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_its_gradient_has_the_direction_of_the_log_odds(scale):
+    """For logits of any scale, so that no attack can stop for want of one."""
+    logits, labels, _ = draw()
+    logits = logits * np.float32(scale)
+    logits[np.arange(len(labels)), labels] += 50 * scale  # Sure of them all.
+
+    def direction(loss):
+        _, grad = numerics.value_and_grad(loss, tensor(logits))
+        grad = array(grad).astype("float64")
+        return grad / np.abs(grad).max(-1, keepdims=True)
+
+    got = direction(lambda z: losses.cross_entropy(z, tensor(labels)))
+    want = direction(lambda z: -losses.log_odds(z, tensor(labels)))
+    assert np.all(np.abs(want).sum(-1) > 1)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_it_falls_with_the_log_odds_and_never_rests():
+    odds = np.linspace(-200, 1000, 2401).astype("float32")
+    logits = np.stack([odds, np.zeros_like(odds)], -1)
+    labels = np.zeros(len(odds), "int32")
+    loss = array(losses.cross_entropy(tensor(logits), tensor(labels)))
+    assert np.all(np.diff(loss) < 0)
+    exact = np.logaddexp(0, -odds.astype("float64"))
+    np.testing.assert_allclose(loss, exact, rtol=1e-5, atol=1e-23)
+
+
+def test_an_infinite_logit_of_another_class_is_no_nan():
+    logits = tensor(np.array([[1.0, -np.inf, 0.5]], "float32"))
+    assert array(losses.margin(logits, tensor([0])))[0] == -0.5
+    assert np.isfinite(array(losses.cross_entropy(logits, tensor([0]))))[0]
+
+
+def test_log_odds_and_what_is_made_of_them():
+    """To full relative precision where 1 - p rounds to zero, in float64."""
+    logits, labels, _ = draw()
+    logits[0] = np.eye(7)[labels[0]] * 40  # A confidence of 1 - 6 e**-40.
+    p = np.exp(-oracle("cross_entropy", logits, labels))
+    odds = losses.log_odds(tensor(logits), tensor(labels))
+    want = np.log(p[1:] / (1 - p[1:]))
+    np.testing.assert_allclose(array(odds)[1:], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(array(odds)[0], 40 - np.log(6), rtol=1e-6)
+    rest = array(ops.exp(-ops.softplus(odds)))
+    np.testing.assert_allclose(rest[1:], 1 - p[1:], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(rest[0], 6 * np.exp(-40.0), rtol=1e-5)
+
+
+def test_divergence_is_scipys():
+    p, q = draw(seed=0)[0], draw(seed=1)[0]
+    want = stats.entropy(
+        special.softmax(p.astype("float64"), 1),
+        special.softmax(q.astype("float64"), 1),
+        axis=1,
+    )
+    got = array(losses.divergence(tensor(p), tensor(q)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    same = array(losses.divergence(tensor(p), tensor(p)))
+    np.testing.assert_allclose(same, 0, atol=1e-6)
+
+
+def test_the_verdict_on_several_heads_is_that_of_their_mean():
+    heads = np.random.default_rng(0).normal(size=(5, 3, 4)).astype("float32")
+    outputs = losses.outputs_of(tensor(heads))
+    np.testing.assert_allclose(array(outputs.logits), heads.mean(1), rtol=1e-5)
+    assert outputs.answers is None
+    assert losses.outputs_of(outputs) is outputs
+    one = tensor(heads[:, 0])
+    assert losses.outputs_of(one).logits is one
+
+
+@pytest.mark.parametrize("attack", [FGSM, PGD, MIM, PGDAdam])
+def test_an_attack_ascends_what_the_outputs_name(attack):
+    """Away from a grey image the first pixel's mean rises, whatever a label."""
+    images = np.full((4, 2, 2, 1), 0.5, "float32")
+
+    def logits_fn(images):
+        pixels = ops.reshape(images, (-1, 4))
+        return losses.Outputs(pixels, ascended=2 * pixels[:, 0])
+
+    out = attack(epsilon=0.1).perturb(
+        logits_fn, images, np.arange(4), keys_for(4)
+    )
+    np.testing.assert_allclose(array(out)[:, 0, 0, 0], 0.6, atol=1e-5)
+    if attack in (FGSM, MIM):  # The others start at random elsewhere.
+        rest = array(out).reshape(4, 4)[:, 1:]
+        np.testing.assert_allclose(rest, 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_dlr_is_blind_to_shift_and_scale(targeted):
+    logits, labels, targets = draw()
+    more = (tensor(targets),) if targeted else ()
+
+    def values(logits):
+        return array(losses.loss("dlr", tensor(logits), tensor(labels), *more))
+
+    want = values(logits)
+    np.testing.assert_allclose(values(logits * 100), want, rtol=1e-4)
+    np.testing.assert_allclose(values(logits + 3), want, rtol=1e-3, atol=1e-4)
+    if not targeted:
+        place = np.sum(logits.T > logits[np.arange(len(labels)), labels], 0)
+        assert want[place == 0].min() >= -1 and want[place == 0].max() <= 0
+        assert want[place > 0].min() > 0 and want[place > 2].min() > 1
+
+
+@pytest.mark.parametrize(
+    "args,match",
+    [
+        (("hinge",), "Received: objective='hinge'"),
+        (("dlr", 2), "at least 3 classes for the objective dlr"),
+        (("dlr", 3, True), "at least 4 classes for the targeted objective dlr"),
+        (("margin", 1), "at least 2 classes.*Received: num_classes=1"),
+    ],
+)
+def test_an_objective_that_cannot_be_used_is_refused(args, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        losses.check_loss(*args)
+    assert "\n" not in str(caught.value)
+    losses.check_loss("dlr", 4, True)
+
+
+class TestTargets:
+    LABELS = np.arange(4000, dtype="int32") % 5
+
+    def test_random_targets_are_uniform_over_the_others(self):
+        from scipy import stats
+
+        out = array(losses.random_targets(keys_for(4000), self.LABELS, 5))
+        assert np.all(out != self.LABELS)
+        shift = np.bincount((out - self.LABELS) % 5, minlength=5)[1:]
+        assert stats.chisquare(shift).pvalue > 1e-4
+
+    def test_next_and_fixed_targets(self):
+        out = array(losses.next_targets(self.LABELS, 5))
+        np.testing.assert_array_equal(out, (self.LABELS + 1) % 5)
+        out = array(losses.fixed_targets(self.LABELS, 4, 5))
+        assert np.all(out != self.LABELS)
+        np.testing.assert_array_equal(out[self.LABELS != 4], 4)
+
+    def test_targets_by_likelihood(self):
+        logits, labels, _ = draw()
+        order = [
+            [c for c in np.argsort(-row) if c != own]
+            for row, own in zip(logits, labels, strict=True)
         ]
-        objective = Madry(attack, target="random", num_classes=CLASSES)
-        found = set()
-        for seed in range(3):
-            keys = keys_for(range(12), seed)
-            crafted = array(objective.craft(linear, clean, labels, keys))
-            near = [
-                [np.abs(crafted[i] - to[i]).max() < 1e-6 for to in aimed]
-                for i in range(12)
-            ]
-            assert np.all(np.sum(near, 1) == 1)
-            found.add(tuple(np.argmax(near, 1)))
-        assert {t for drawn in found for t in drawn} == {0, 1}
-        assert len(found) == 3  # Drawn anew by the key.
+        for rank, want in enumerate(np.transpose(order)):
+            for number in (rank, ops.convert_to_tensor(rank)):
+                got = array(
+                    losses.likely_targets(
+                        tensor(logits), tensor(labels), number
+                    )
+                )
+                np.testing.assert_array_equal(got, want)
+        # The last of them is the least likely, also where the label is.
+        got = losses.least_likely_targets(tensor(logits), tensor(labels))
+        np.testing.assert_array_equal(array(got), want)
+        assert np.any(logits.argmin(-1) == labels)
 
-    def test_neighbours_change_nothing(self):
-        clean, labels = make_data()
-        objective = Madry(WALKS["linf"], target="random", num_classes=CLASSES)
+    def test_bad_targets_are_refused(self):
+        with pytest.raises(ValueError, match="from 0 to 4.*Received: 5"):
+            losses.fixed_targets(self.LABELS, 5, 5)
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            losses.next_targets(self.LABELS, 1)
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            losses.least_likely_targets(np.zeros((3, 1)), [0, 0, 0])
 
-        def craft(rows):
-            return array(
-                objective.craft(linear, clean[rows], labels[rows],
-                                keys_for(rows))
-            )  # fmt: skip
 
-        rows = [7, 2, 5]
+class TestVerdict:
+    LOGITS = np.array(
+        [
+            *([3, 1, 2], [1, 3, 2], [1, 2, 3]),
+            *([np.nan, 3, 2], [np.inf, 3, 2], [3, -np.inf, 2], [3, 1, 2]),
+        ],
+        "f4",
+    )
+    # The label's logit is the largest one in the last three rows.
+    LABELS = np.array([0, 0, 0, 1, 0, 0, 0])
+    PREDICTIONS = [0, 1, 2, -1, -1, -1, 0]
+
+    def test_predictions_match_numpy(self):
+        got = array(losses.predictions(tensor(self.LOGITS)))
+        np.testing.assert_array_equal(got, self.PREDICTIONS)
+        np.testing.assert_array_equal(
+            metrics.predictions(self.LOGITS), self.PREDICTIONS
+        )
+
+    def test_logits_that_are_not_finite_are_an_error(self):
+        success, wrong = losses.judge(tensor(self.LOGITS), tensor(self.LABELS))
+        want = [False, True, True, True, True, True, False]
+        np.testing.assert_array_equal(array(success), want)
+        np.testing.assert_array_equal(array(wrong), want)
+
+    def test_logits_that_are_not_finite_reach_any_target(self):
+        targets = np.array([2, 2, 2, 2, 2, 2, 2])
+        success, wrong = losses.judge(
+            tensor(self.LOGITS), tensor(self.LABELS), tensor(targets)
+        )
+        np.testing.assert_array_equal(array(success), [0, 0, 1, 1, 1, 1, 0])
+        np.testing.assert_array_equal(array(wrong), [0, 1, 1, 1, 1, 1, 0])
+        np.testing.assert_array_equal(
+            metrics.succeeded(self.LABELS, np.array(self.PREDICTIONS), targets),
+            array(success),
+        )
+
+    def test_losses_of_candidates_can_be_compared(self):
+        values = np.array([1, np.nan, 2, 3, np.nan, -np.inf, np.inf], "f4")
+        got = losses.comparable(tensor(values), tensor(self.LOGITS))
+        inf = np.inf
+        np.testing.assert_array_equal(
+            array(got), [1, -inf, 2, inf, inf, inf, inf]
+        )
+
+
+@pytest.mark.parametrize("keep", ["best", "first"])
+def test_the_order_of_preference(keep):
+    """Every old candidate against every new one, a row each."""
+    kinds = [
+        (success, wrong, loss)
+        for success, wrong in ((0, 0), (0, 1), (1, 1))
+        for loss in (-np.inf, -1.0, 2.0)
+    ]
+    kinds.append((0, 0, np.nan))
+    old, new = zip(*itertools.product(kinds[:-1], kinds), strict=True)
+    old, new = np.array(old), np.array(new)
+    shape = (len(old), 1, 1, 1)
+    state = {
+        "best": tensor(np.zeros(shape, "f4")),
+        "success": tensor(old[:, 0] > 0),
+        "wrong": tensor(old[:, 1] > 0),
+        "loss": tensor(old[:, 2].astype("f4")),
+        "other": tensor(np.arange(len(old))),
+    }
+    after = losses.offer(
+        state,
+        tensor(np.ones(shape, "f4")),
+        tensor(new[:, 2].astype("f4")),
+        tensor(new[:, 0] > 0),
+        tensor(new[:, 1] > 0),
+        keep,
+    )
+    better = np.array(
+        [
+            (not (keep == "first" and a[0])) and tuple(b) > tuple(a)
+            for a, b in zip(old, new, strict=True)
+        ]
+    )
+    want = np.where(better[:, None], new, old)
+    np.testing.assert_array_equal(array(after["best"]).ravel(), better)
+    np.testing.assert_array_equal(array(after["success"]), want[:, 0])
+    np.testing.assert_array_equal(array(after["wrong"]), want[:, 1])
+    np.testing.assert_array_equal(array(after["loss"]), want[:, 2])
+    np.testing.assert_array_equal(array(after["other"]), np.arange(len(old)))
+
+
+class TestAttentionDistance:
+    SHAPE = (20, 10, 3)
+
+    def shown(self, seed):
+        rng = np.random.default_rng(seed)
+        maps = rng.random((6, 2, 4, 3))
+        maps /= maps.sum((2, 3), keepdims=True)
+        found = {
+            "gazes": rng.normal(0, 5, (6, 3, 2)),
+            "boxes": rng.random((6, 3, 4)),
+            "maps": maps,
+        }
+        return {name: value.astype("float32") for name, value in found.items()}
+
+    def distance(self, before, after):
+        return array(
+            losses.attention_distance(
+                {name: tensor(value) for name, value in after.items()},
+                {name: tensor(value) for name, value in before.items()},
+                self.SHAPE,
+            )
+        )
+
+    def test_value(self):
+        before, after = self.shown(0), self.shown(1)
+        apart = after["gazes"] - before["gazes"]
+        want = {
+            "gazes": np.linalg.norm(apart, axis=-1).mean(-1) / 10,
+            "boxes": np.abs(after["boxes"] - before["boxes"]).mean((1, 2)),
+            "maps": np.abs(after["maps"] - before["maps"]).sum((2, 3)).mean(-1)
+            / 2,
+        }
+        for name, value in want.items():
+            got = self.distance({name: before[name]}, after)
+            np.testing.assert_allclose(got, value, rtol=1e-4)
         np.testing.assert_allclose(
-            craft(rows), craft(list(range(12)))[rows], atol=1e-6
+            self.distance(before, after),
+            np.mean(list(want.values()), axis=0),
+            rtol=1e-4,
         )
 
-    def test_trained_on_it_a_model_leaves_fragile_features_alone(self):
-        """One pixel is right 4 times of 5 and robust; 15 are right and weak.
-
-        Standard training takes the weak ones, which epsilon overturns: the
-        example of Tsipras et al., 2019 (https://arxiv.org/abs/1805.12152).
-        """
-        rng = np.random.default_rng(0)
-        labels = rng.integers(0, 2, 512).astype("int32")
-        sign = 2.0 * labels - 1
-        flipped = np.where(rng.random(512) < 0.2, -sign, sign)
-        images = 0.5 + 0.03 * sign[:, None] + rng.normal(0, 0.01, (512, 16))
-        images[:, 0] = 0.5 + 0.4 * flipped
-        images = images.reshape(512, 4, 4, 1).astype("float32")
-        attack = PGD(epsilon=0.1, steps=3, keep="last")
-
-        def accuracies(objective):
-            inputs = keras.Input((4, 4, 1))
-            x = layers.Rescaling(2.0, offset=-1.0)(inputs)
-            x = layers.Dense(2, kernel_initializer="zeros")(layers.Flatten()(x))
-            model = keras.Model(inputs, x)
-            optimizer = keras.optimizers.SGD(2.0)
-            optimizer.build(model.trainable_variables)
-            step_fn = training_step.make_step(model, optimizer, objective)
-            indices = np.arange(512, dtype="int32")
-            for step in range(60):
-                step_fn(images, labels, indices, step)
-            crafted = attack.perturb(model, images, labels, keys_for(indices))
-            return [
-                np.mean(array(model(x)).argmax(1) == labels)
-                for x in (images, crafted)
-            ]
-
-        standard = accuracies(training_step.STANDARD)
-        madry = Madry(attack)
-        robust = accuracies(training_step.Objective(madry.loss, madry.craft))
-        assert standard[0] > 0.95 and standard[1] < 0.1
-        assert min(robust) == pytest.approx(0.8, abs=0.06)
-
-    @pytest.mark.parametrize(
-        "fields,match",
-        [
-            ({"attack": PGD(epsilon=0.0)}, "Expected epsilon > 0"),
-            ({"clean_weight": 1.0}, "Received: clean_weight=1"),
-            ({"clean_weight": -0.1}, "Received: clean_weight=-0.1"),
-            ({"target": "nxt"}, "next, least_likely. Received: target='nxt'"),
-            ({"target": "random"}, "Expected num_classes with random"),
-            ({"target": "next"}, "Expected num_classes with next"),
-        ],
-    )
-    def test_bad_settings_are_one_line(self, fields, match):
-        with pytest.raises(ValueError, match=match) as caught:
-            Madry(**{"attack": WALKS["linf"], **fields})
-        assert "\n" not in str(caught.value)
-
-
-class TestConfig:
-    def test_every_data_set_has_one(self):
-        assert set(losses.CONFIGS) == set(datasets.names())
-
-    def test_is_the_attack_it_names(self):
-        cifar = losses.CONFIGS["cifar10"].build(10)
-        size = cifar.attack.step_length
-        assert size == pytest.approx(8 / 255 / 3)
-        assert cifar.attack == PGD(
-            epsilon=8 / 255, steps=5, step_size=size, keep="last"
+    def test_it_is_a_distance(self):
+        before, after = self.shown(0), self.shown(1)
+        np.testing.assert_allclose(self.distance(before, before), 0, atol=1e-6)
+        np.testing.assert_allclose(
+            self.distance(before, after),
+            self.distance(after, before),
+            rtol=1e-5,
         )
-        mnist = losses.CONFIGS["mnist"].override(
-            target="random", clean_weight=0.5, random_start=0.8
-        )
-        assert mnist.build(10) == Madry(
-            PGD(epsilon=0.3, steps=7, keep="last", random_start=0.8),
-            clean_weight=0.5,
-            target="random",
-            num_classes=10,
-        )
-        fgsm = AdversarialConfig().override(attack="fgsm", epsilon=0.1)
-        assert fgsm.build(10) == Madry(FGSM(epsilon=0.1), num_classes=10)
 
-    def test_the_step_moves_with_epsilon(self):
-        cifar = losses.CONFIGS["cifar10"]
-        assert cifar.override(epsilon=4 / 255).step_size == pytest.approx(
-            4 / 255 / 3
-        )
-        assert cifar.override(epsilon=0.1, step_size=0.01).step_size == 0.01
-        assert AdversarialConfig().override(epsilon=0.1).step_size is None
-        assert cifar.override(steps=None) == cifar
+    def test_maps_without_overlap_are_one_apart(self):
+        maps = np.zeros((1, 1, 2, 2), "float32")
+        other = maps.copy()
+        maps[..., 0, 0], other[..., 1, 1] = 1, 1
+        assert self.distance({"maps": maps}, {"maps": other})[0] == 1
 
-    @pytest.mark.parametrize(
-        "changes,match",
-        [
-            ({"attack": "pdg"}, "mim, pgd_adam. Received: attack='pdg'"),
-            ({"norm": "l2"}, "Expected an epsilon with the norm l2"),
-            ({"norm": "l3", "epsilon": 1.0}, "l3"),
-            ({"epsilon": 0.0}, "Expected epsilon > 0"),
-            ({"epsilon": 8.0}, "Write 8/255"),
-            ({"attack": "fgsm", "steps": 3}, "Received: steps=3"),
-            ({"attack": "fgsm", "random_start": 1.0}, "random_start=1.0"),
-            ({"random_start": 2.0}, "random_start=2"),
-            ({"target": "nxt"}, "target='nxt'"),
-        ],
-    )
-    def test_bad_settings_are_one_line(self, changes, match):
-        with pytest.raises(ValueError, match=match) as caught:
-            losses.CONFIGS["cifar10"].override(**changes)
-        assert "\n" not in str(caught.value)
+    def test_its_gradient_at_rest_is_finite(self):
+        before = {n: tensor(v) for n, v in self.shown(0).items()}
+        _, grad = numerics.value_and_grad(
+            lambda gazes: losses.attention_distance(
+                {**before, "gazes": gazes}, before, self.SHAPE
+            ),
+            before["gazes"],
+        )
+        assert np.all(np.isfinite(array(grad)))
+
+    def test_nothing_to_distract_is_refused(self):
+        with pytest.raises(ValueError, match="no gazes, boxes or attention"):
+            self.distance({}, {})
+
+
+def test_outputs_are_made_of_bare_logits_and_left_alone():
+    logits = tensor(np.zeros((2, 3), "f4"))
+    outputs = losses.outputs_of(logits)
+    assert outputs.logits is logits
+    assert outputs.answers is None and outputs.shown == {}
+    assert losses.outputs_of(outputs) is outputs

@@ -107,7 +107,7 @@ def made(name, norm, **fields):
 def test_no_answer_off_the_clean_images_is_no_robustness(split, name, bad):
     attack = made(name, "linf", **QUICK.get(name, {}))
     record, arrays = evaluate(
-        wrapped(OffGrid(bad)), split, EvaluationConfig(attack), keep_images=-1
+        wrapped(OffGrid(bad)), split, EvaluationConfig(attack), save_images=-1
     )
     assert record["clean_accuracy"] == (COUNT - 2) / COUNT
     assert record["robust_accuracy"] == 0.0

@@ -9,7 +9,7 @@ import pytest
 from keras import layers, ops
 
 import datasets
-import losses
+import objectives
 import recipes
 
 
@@ -204,7 +204,7 @@ class TestNamed:
     def test_every_one_has_an_attack(self):
         assert set(recipes.ADVERSARIAL) == set(recipes.NAMED)
         for config in recipes.ADVERSARIAL.values():
-            assert isinstance(config, losses.AdversarialConfig)
+            assert isinstance(config, objectives.AdversarialConfig)
 
     @pytest.mark.parametrize(
         "model,dataset,options,want",

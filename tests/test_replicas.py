@@ -28,7 +28,7 @@ strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
 
 import attack_backbone
 import keras
-import losses
+import objectives
 import model_backbone
 import robust_training
 import test_robust_training as case
@@ -49,7 +49,7 @@ def plain():
         layers.Flatten(), layers.Dense(3)])
 
 def train(build, attack, **settings):
-    objective = losses.Madry(attack)
+    objective = objectives.Madry(attack)
     with strategy.scope():
         keras.utils.set_random_seed(0)
         model = build()

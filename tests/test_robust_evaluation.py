@@ -15,7 +15,7 @@ import attack_rounds
 import autoattack
 import crafting
 import image_splits
-import objectives
+import losses
 import robust_evaluation
 import square
 from robust_evaluation import EvaluationConfig, accuracy, evaluate
@@ -87,7 +87,7 @@ def test_the_record_can_be_recomputed_from_the_images(
     split, images = make_split()
     attack = attack_backbone.PGD(norm=norm, epsilon=epsilon, steps=3)
     config = EvaluationConfig(attack, target=target, batch_size=16)
-    record, arrays = evaluate(model, split, config, keep_images=-1)
+    record, arrays = evaluate(model, split, config, save_images=-1)
     labels, out = arrays["labels"], arrays["adversarial"]
     np.testing.assert_array_equal(np.sort(arrays["indices"]), np.arange(37))
     np.testing.assert_array_equal(arrays["clean"], images[arrays["indices"]])
@@ -117,7 +117,7 @@ def test_batch_size_and_order_change_nothing(model):
 
     def run(split, **fields):
         config = EvaluationConfig(attack, target="random", **fields)
-        record, arrays = evaluate(model, split, config, keep_images=-1)
+        record, arrays = evaluate(model, split, config, save_images=-1)
         back = np.argsort(arrays["indices"])
         return record, arrays["adversarial"][back], arrays["targets"][back]
 
@@ -167,7 +167,7 @@ def test_square_finds_the_same_images_in_batches_of_one(summing, norm, epsilon):
     found = {}
     for size in (1, 12):
         config = EvaluationConfig(attack, batch_size=size)
-        record, arrays = evaluate(summing, split, config, keep_images=-1)
+        record, arrays = evaluate(summing, split, config, save_images=-1)
         found[size] = record["robust_accuracy"], arrays
     assert found[1][0] == found[12][0]
     for name, values in found[12][1].items():
@@ -179,7 +179,7 @@ def test_another_seed_is_another_noise(model):
     found = []
     for seed in (0, 0, 1):
         config = EvaluationConfig(PGD, batch_size=37, seed=seed)
-        _, arrays = evaluate(model, split, config, keep_images=-1)
+        _, arrays = evaluate(model, split, config, save_images=-1)
         found.append(arrays["adversarial"][np.argsort(arrays["indices"])])
     np.testing.assert_array_equal(found[0], found[1])
     assert np.any(found[0] != found[2])
@@ -200,9 +200,9 @@ def test_a_subset_nests_and_is_not_the_first_images(model):
 def test_keep_images_limits_the_images_alone(model):
     split, _ = make_split()
     config = EvaluationConfig(PGD, batch_size=8)
-    whole_record, whole = evaluate(model, split, config, keep_images=-1)
-    record, arrays = evaluate(model, split, config, keep_images=11)
-    none, empty = evaluate(model, split, config, keep_images=0)
+    whole_record, whole = evaluate(model, split, config, save_images=-1)
+    record, arrays = evaluate(model, split, config, save_images=11)
+    none, empty = evaluate(model, split, config, save_images=0)
     for name, values in arrays.items():
         kept = 37 if name.startswith("all_") else 11
         np.testing.assert_array_equal(values, whole[name][:kept])
@@ -371,7 +371,7 @@ def test_dropping_the_fallen_changes_no_example(
             rows.append(len(active)) or apply(self, piece, state, active, *n)
         ),
     )
-    _, arrays = evaluate(model, split, config, keep_images=-1)
+    _, arrays = evaluate(model, split, config, save_images=-1)
     order = arrays["indices"]
     if target == "none":
         assert rows[-1] < rows[0] < 37  # The clean errors, then the fallen.
@@ -414,7 +414,7 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(
     monkeypatch.setattr(robust_evaluation, "_GROUP_BYTES", 20_000)
     monkeypatch.setattr(robust_evaluation._State, "PAUSE", 0.0)
     monkeypatch.setattr(robust_evaluation._State, "SHARE", 1e9)
-    want, arrays = evaluate(model, split, config, keep_images=-1)
+    want, arrays = evaluate(model, split, config, save_images=-1)
     write, left = robust_evaluation._State._write, [after]
 
     def die(self, name, arrays):
@@ -435,7 +435,7 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(
         lambda self, *args: steps.append(args[0]) or advance(self, *args),
     )
     got, again = evaluate(
-        model, split, config, state_dir=tmp_path, keep_images=-1
+        model, split, config, state_dir=tmp_path, save_images=-1
     )
     assert steps[0] != "open"  # It went on, it did not begin again.
     for name, values in arrays.items():
@@ -539,8 +539,8 @@ def test_draws_are_averaged_and_repeatable(noisy, model):
     split, images = make_split()
     before = [array(v).copy() for v in noisy.variables]
     config = EvaluationConfig(PGD, eot=8, batch_size=37)
-    record, arrays = evaluate(noisy, split, config, keep_images=-1)
-    _, again = evaluate(noisy, split, config, keep_images=-1)
+    record, arrays = evaluate(noisy, split, config, save_images=-1)
+    _, again = evaluate(noisy, split, config, save_images=-1)
     np.testing.assert_array_equal(arrays["adversarial"], again["adversarial"])
     for variable, value in zip(noisy.variables, before, strict=True):
         np.testing.assert_array_equal(array(variable), value)
@@ -587,7 +587,7 @@ def test_a_surrogate_is_attacked_and_the_model_judges(model):
     config = EvaluationConfig(attack_backbone.PGD(epsilon=0.04, steps=5))
     own, _ = evaluate(model, split, config)
     other, arrays = evaluate(
-        model, split, config, surrogate=blind, keep_images=-1
+        model, split, config, surrogate=blind, save_images=-1
     )
     verdicts = forward(model, arrays["adversarial"]).argmax(-1)
     np.testing.assert_array_equal(verdicts, arrays["adversarial_predictions"])
@@ -602,7 +602,7 @@ def test_a_success_that_only_the_surrogate_sees_is_attacked_on(model):
     shifted = keras.Sequential([sure, Roll()])
     config = EvaluationConfig(FAST[0], batch_size=37)
     record, arrays = evaluate(
-        model, split, config, surrogate=shifted, keep_images=-1
+        model, split, config, surrogate=shifted, save_images=-1
     )
     right = arrays["clean_predictions"] == arrays["labels"]
     moved = np.abs(arrays["adversarial"] - arrays["clean"]).max((1, 2, 3))
@@ -676,7 +676,7 @@ def test_all_read_outs_are_attacked():
             "loss",
             lambda f: (
                 lambda x, y: attack_rounds.mean_loss(
-                    "cross_entropy", objectives.outputs_of(f(x)), y
+                    "cross_entropy", losses.outputs_of(f(x)), y
                 )
             ),
             reading,
@@ -684,7 +684,7 @@ def test_all_read_outs_are_attacked():
         seen[read_outs] = array(fn(x, split.labels))
     z = forward(model, x)
     parts = [
-        array(objectives.cross_entropy(ops.convert_to_tensor(k * z),
+        array(losses.cross_entropy(ops.convert_to_tensor(k * z),
                                        split.labels))
         for k in (-1, 2, 1)
     ]  # fmt: skip

@@ -15,10 +15,10 @@ from toys import Unrolled
 import attack_backbone
 import glimpse
 import image_splits
-import losses
 import model_backbone
 import model_registry
 import numerics
+import objectives
 import recipes
 import robust_evaluation
 import robust_training
@@ -39,7 +39,7 @@ def fgsm(logits_fn, images, labels, keys):
 
 STANDARD = training_step.STANDARD
 FREE = {
-    "objective": losses.Madry(attack_backbone.FGSM(epsilon=0.1)),
+    "objective": objectives.Madry(attack_backbone.FGSM(epsilon=0.1)),
     "step_config": training_step.StepConfig(replays=2),
 }
 THRICE = training_step.StepConfig(replays=3)

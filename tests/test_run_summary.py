@@ -11,10 +11,10 @@ from keras import layers
 import attack_backbone
 import datasets
 import image_splits
-import losses
 import memory_estimate
 import model_backbone
 import model_parts
+import objectives
 import recipes
 import robust_evaluation
 import robust_training
@@ -99,26 +99,26 @@ class TestMemory:
     )
     def test_passes_of_an_objective(self, name, want):
         settings = {} if name == "noise" else {"epsilon": 0.1}
-        objective = losses.AdversarialConfig(name, **settings).build(3, 0.0)
+        objective = objectives.AdversarialConfig(name, **settings).build(3, 0.0)
         if name == "llr" and keras.config.backend() == "jax":
             want = 4  # The slope is traced in a pass of its own.
         assert memory_estimate.passes(objective, 3) == want
 
     def test_standard_training_is_one_pass(self):
-        assert memory_estimate.passes(losses.Standard(), 3) == 1
+        assert memory_estimate.passes(objectives.Standard(), 3) == 1
 
     def test_a_step_grows_with_batch_and_weights(self):
         model = model_of_two_views()
         need = memory_estimate.step_bytes
-        small = need(model, 10, losses.Standard())
+        small = need(model, 10, objectives.Standard())
         kept = memory_estimate.kept_bytes(model, 10)
-        assert need(model, 20, losses.Standard()) - small == pytest.approx(
+        assert need(model, 20, objectives.Standard()) - small == pytest.approx(
             memory_estimate._FRAGMENTS * kept, abs=1
         )
         weights = 4 * (9 * 4 + 4 + 8 + 8 * 3 + 3)
-        assert need(model, 10, losses.Standard(), awp=True) == pytest.approx(
-            small + 2 * weights, abs=1
-        )
+        assert need(
+            model, 10, objectives.Standard(), awp=True
+        ) == pytest.approx(small + 2 * weights, abs=1)
 
     def test_the_container_counts(self, tmp_path):
         assert list(memory_estimate._of_container(tmp_path)) == []
@@ -181,7 +181,7 @@ def run_of(tmp_path, model="multi_gaze", **changes):
         seed=0,
         batch_size=config.recipe.batch_size,
         epochs=config.recipe.epochs,
-        objective=losses.Standard(),
+        objective=objectives.Standard(),
     )
     return config, tiny(), loop
 
@@ -207,7 +207,7 @@ class TestTraining:
             assert part in text, (part, text)
 
     def test_it_says_how_it_is_attacked(self, tmp_path):
-        attacked = losses.AdversarialConfig(
+        attacked = objectives.AdversarialConfig(
             epsilon=8 / 255, steps=5, step_size=0.01, target="random"
         )
         lines = run_summary.of_training(*run_of(tmp_path, adversarial=attacked))

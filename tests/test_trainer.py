@@ -21,8 +21,8 @@ import attack_backbone
 import command_line
 import datasets
 import image_splits
-import losses
 import model_backbone
+import objectives
 import recipes
 import robust_evaluation
 import robust_training
@@ -192,7 +192,7 @@ class TestFlags:
         line = f"--dataset={dataset} --data_dir=somewhere"
         assert parse(line).adversarial is None
         found = parse(f"{line} --adv_train=1")
-        assert found.adversarial == losses.CONFIGS[dataset]
+        assert found.adversarial == objectives.CONFIGS[dataset]
         assert found.recipe == recipes.ADVERSARIAL_RECIPES[dataset]
 
     def test_adversarial_training_on_cifar_is_the_handovers(self):
@@ -212,7 +212,7 @@ class TestFlags:
         assert attack.step_length == pytest.approx(8 / 255 / 3)
 
     def test_every_setting_of_adversarial_training_has_a_flag(self):
-        fields = dataclasses.fields(losses.AdversarialConfig)
+        fields = dataclasses.fields(objectives.AdversarialConfig)
         assert set(trainer._ADVERSARIAL) == {field.name for field in fields}
         found = parse(
             "--adv_objective=alp --adv_attack=pgd --adv_norm=l2 "
@@ -222,7 +222,7 @@ class TestFlags:
             "--adv_target=random --adv_loss=margin --adv_train_mode=1 "
             "--adv_clean_weight=0.4 --adv_weight=0.3"
         )
-        assert found.adversarial == losses.AdversarialConfig(
+        assert found.adversarial == objectives.AdversarialConfig(
             objective="alp",
             attack="pgd",
             norm="l2",
@@ -249,13 +249,13 @@ class TestFlags:
         found = parse("--adv_objective=noise --adv_sigma=16/255").adversarial
         assert found.sigma == 16 / 255 and found.epsilon is None
 
-    @pytest.mark.parametrize("name", losses.OBJECTIVES)
+    @pytest.mark.parametrize("name", objectives.OBJECTIVES)
     def test_an_objective_implies_adversarial_training(self, name):
         """And keeps the radius of the data set; noise makes it its sigma."""
         found = parse(f"--dataset=mnist --data_dir=x --adv_objective={name}")
         assert found.adversarial.objective == name
         radius = found.adversarial.epsilon or found.adversarial.sigma
-        assert radius == losses.CONFIGS["mnist"].epsilon
+        assert radius == objectives.CONFIGS["mnist"].epsilon
         assert found.recipe == recipes.ADVERSARIAL_RECIPES["mnist"]
 
     @pytest.mark.parametrize("name", ["trades", "llr", "noise"])
@@ -268,7 +268,7 @@ class TestFlags:
             "--label_smoothing=0.1 --robust_validation=4"
         )
         objective = trainer._objective(chosen, tiny())
-        assert type(objective) is losses.OBJECTIVES[name]
+        assert type(objective) is objectives.OBJECTIVES[name]
         assert objective.label_smoothing == 0.1
         record = trainer.run(chosen, tiny())
         assert record["best_validation_robust_accuracy"] is not None

@@ -125,21 +125,21 @@ def mixture(weights, amount):
 
 
 OBJECTIVES = {
-    "standard": (losses.Standard, lambda w, a: smooth(w, CRAFTED, a)),
-    "noise": (losses.GaussianNoise, lambda w, a: smooth(w, CRAFTED, a)),
-    "madry": (losses.Madry, lambda w, a: smooth(w, CRAFTED, a)),
-    "mixture": (losses.Madry, mixture),
-    "trades": (losses.TRADES, trades),
-    "mart": (losses.MART, mart),
-    "alp": (losses.LogitPairing, pairing),
-    "llr": (losses.LocalLinearity, local_linearity),
+    "standard": (objectives.Standard, lambda w, a: smooth(w, CRAFTED, a)),
+    "noise": (objectives.GaussianNoise, lambda w, a: smooth(w, CRAFTED, a)),
+    "madry": (objectives.Madry, lambda w, a: smooth(w, CRAFTED, a)),
+    "mixture": (objectives.Madry, mixture),
+    "trades": (objectives.TRADES, trades),
+    "mart": (objectives.MART, mart),
+    "alp": (objectives.LogitPairing, pairing),
+    "llr": (objectives.LocalLinearity, local_linearity),
 }
 
 
 def make(name, smoothing=0.0):
     kind = OBJECTIVES[name][0]
     fields = {"label_smoothing": smoothing}
-    if issubclass(kind, losses.Adversarial):
+    if issubclass(kind, objectives.Adversarial):
         fields["attack"] = WALK
     if name == "mixture":
         fields["clean_weight"] = 0.3
@@ -234,7 +234,7 @@ def test_outputs_with_answers_are_several_heads():
 
     def logits_fn(images):
         answers = heads(images)
-        return objectives.Outputs(answers[:, 1], answers)
+        return losses.Outputs(answers[:, 1], answers)
 
     found, logits = objective.loss(logits_fn, CLEAN, CRAFTED, LABELS)
     want, _ = objective.loss(heads, CLEAN, CRAFTED, LABELS)
@@ -260,9 +260,9 @@ class TestCrafting:
     def test_of_trades_ascends_the_divergence(self):
         """From 0.001 N(0, I), which the test takes from the keys itself."""
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
-        objective = losses.TRADES(attack)
+        objective = objectives.TRADES(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
-        keys = numerics.fold_in(keys_for(), losses._START_STREAM)
+        keys = numerics.fold_in(keys_for(), objectives._START_STREAM)
         start = 1e-3 * array(numerics.normal(keys, SHAPE)).astype("float64")
         assert 0.8e-3 < start.std() < 1.2e-3
         p = np.exp(log_p(WEIGHTS, CLEAN))
@@ -279,9 +279,9 @@ class TestCrafting:
 
     def test_of_local_linearity_ascends_the_gap(self):
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
-        objective = losses.LocalLinearity(attack)
+        objective = objectives.LocalLinearity(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
-        keys = numerics.fold_in(keys_for(), losses._START_STREAM)
+        keys = numerics.fold_in(keys_for(), objectives._START_STREAM)
         start = numerics.random_in_ball(keys, SHAPE, EPSILON, "linf")
         here, grad = hard(WEIGHTS, CLEAN), slope_of(WEIGHTS, CLEAN)
 
@@ -298,7 +298,9 @@ class TestCrafting:
         found, best = np.abs(gap(out)), np.abs(gap(want))
         np.testing.assert_allclose(found, best, rtol=0.1, atol=1e-5)
 
-    @pytest.mark.parametrize("kind", [losses.TRADES, losses.LocalLinearity])
+    @pytest.mark.parametrize(
+        "kind", [objectives.TRADES, objectives.LocalLinearity]
+    )
     def test_of_their_own_takes_fgsm_too(self, kind):
         """At the image itself it would have no gradient to step along."""
         objective = kind(FGSM(epsilon=EPSILON))
@@ -311,7 +313,7 @@ class TestCrafting:
     def test_of_noise_adds_it(self):
         """Kolmogorov-Smirnov on grey images, which are hardly clipped."""
         images = np.full((500, *SHAPE), 0.5, "float32")
-        objective = losses.GaussianNoise(0.1)
+        objective = objectives.GaussianNoise(0.1)
         out = array(objective.craft(None, images, None, keys_for(500)))
         noise = (out - 0.5).ravel() / 0.1
         assert stats.kstest(noise, "norm").pvalue > 1e-3
@@ -320,7 +322,7 @@ class TestCrafting:
 
     @pytest.mark.parametrize("target", ["next", "least_likely"])
     def test_towards_the_class_it_names(self, target):
-        objective = losses.Madry(
+        objective = objectives.Madry(
             PGD(epsilon=EPSILON, steps=3, random_start=0),
             target=target,
             num_classes=CLASSES,
@@ -339,17 +341,17 @@ class TestCrafting:
         )
         np.testing.assert_allclose(out, array(want), atol=1e-6)
 
-    @pytest.mark.parametrize("name", [n for n in losses.ATTACKS])
+    @pytest.mark.parametrize("name", [n for n in objectives.ATTACKS])
     @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
     def test_each_image_has_its_radius(self, name, norm):
         radius = {"linf": EPSILON, "l2": 0.3, "l1": 1.0}[norm]
-        attack = losses.AdversarialConfig(
+        attack = objectives.AdversarialConfig(
             attack=name, norm=norm, epsilon=radius, epsilon_per_image=True
         ).build(CLASSES)
         keys = keys_for()
         own = radius * (
             1 - array(numerics.uniform(
-                numerics.fold_in(keys, losses._RADIUS_STREAM), ()
+                numerics.fold_in(keys, objectives._RADIUS_STREAM), ()
             ))
         )  # fmt: skip
         out = array(attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys))
@@ -366,7 +368,7 @@ class TestCrafting:
         count = 600
         images = np.full((count, *SHAPE), 0.5, "float32")
         labels = np.zeros(count, "int32")
-        objective = losses.Madry(FGSM(epsilon=0.2), epsilon_per_image=True)
+        objective = objectives.Madry(FGSM(epsilon=0.2), epsilon_per_image=True)
         out = array(
             objective.craft(linear(WEIGHTS), images, labels, keys_for(count))
         )
@@ -406,7 +408,7 @@ def small_model():
     return keras.Model(inputs, layers.Dense(CLASSES)(x))
 
 
-@pytest.mark.parametrize("name", losses.OBJECTIVES)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_trains_and_moves_the_batch_statistics_once(name):
     """One step on every backend; the statistics are those of both images."""
     keras.utils.set_random_seed(0)
@@ -414,7 +416,9 @@ def test_trains_and_moves_the_batch_statistics_once(name):
     optimizer = keras.optimizers.SGD(0.05)
     optimizer.build(model.trainable_variables)
     changes = {"steps": 2} if name not in ("fast", "noise") else {}
-    objective = losses.AdversarialConfig(name, **changes).build(CLASSES, 0.1)
+    objective = objectives.AdversarialConfig(name, **changes).build(
+        CLASSES, 0.1
+    )
     seen = []
 
     def craft(*batch):
@@ -449,30 +453,30 @@ def test_trains_and_moves_the_batch_statistics_once(name):
 
 class TestConfig:
     def test_the_texts_defaults(self):
-        cifar = losses.CONFIGS["cifar10"]
+        cifar = objectives.CONFIGS["cifar10"]
         found = {
             name: cifar.override(objective=name).build(10)
-            for name in losses.OBJECTIVES
+            for name in objectives.OBJECTIVES
         }
         attack = {"norm": "linf", "epsilon": 8 / 255, "keep": "last"}
-        assert found["trades"] == losses.TRADES(
+        assert found["trades"] == objectives.TRADES(
             PGD(**attack, steps=10, step_size=found["trades"].attack.step_size),
             num_classes=10,
             weight=6.0,
         )
         assert found["trades"].attack.step_size == pytest.approx(0.007)
-        assert found["mart"] == losses.MART(
+        assert found["mart"] == objectives.MART(
             PGD(**attack, steps=10, step_size=2 / 255),
             num_classes=10,
             weight=5.0,
         )
-        assert found["alp"] == losses.LogitPairing(
+        assert found["alp"] == objectives.LogitPairing(
             cifar.build(10).attack,
             num_classes=10,
             clean_weight=0.5,
             weight=0.5,
         )
-        assert found["llr"] == losses.LocalLinearity(
+        assert found["llr"] == objectives.LocalLinearity(
             PGD(**attack, steps=10),
             num_classes=10,
             weight=4.0,
@@ -481,18 +485,18 @@ class TestConfig:
         fast = found["fast"].attack
         assert (fast.steps, fast.random_start) == (1, 1.0)
         assert fast.step_length == pytest.approx(1.25 * 8 / 255)
-        assert found["noise"] == losses.GaussianNoise(8 / 255)
+        assert found["noise"] == objectives.GaussianNoise(8 / 255)
 
     def test_steps_move_with_epsilon(self):
         for name, length in (("trades", 0.0035), ("fast", 5 / 255)):
-            config = losses.AdversarialConfig(name)
+            config = objectives.AdversarialConfig(name)
             moved = config.override(epsilon=4 / 255)
             assert moved.step_size == pytest.approx(length)
-            fresh = losses.AdversarialConfig(name, epsilon=4 / 255)
+            fresh = objectives.AdversarialConfig(name, epsilon=4 / 255)
             assert fresh.step_size == pytest.approx(length)
 
     def test_the_recipe_of_s3ta(self):
-        config = losses.AdversarialConfig(
+        config = objectives.AdversarialConfig(
             epsilon=16 / 255,
             steps=30,
             step_size=1 / 255,
@@ -500,7 +504,7 @@ class TestConfig:
             target="random",
         )
         found = config.build(1000, 0.1)
-        assert found == losses.Madry(
+        assert found == objectives.Madry(
             PGD(
                 epsilon=16 / 255,
                 steps=30,
@@ -516,9 +520,9 @@ class TestConfig:
         assert paired.build(1000).attack == found.attack
         assert paired.target == "random" and paired.weight == 0.5
 
-    @pytest.mark.parametrize("attack", losses.ATTACKS)
+    @pytest.mark.parametrize("attack", objectives.ATTACKS)
     def test_takes_any_attack(self, attack):
-        config = losses.CONFIGS["cifar10"].override(attack=attack)
+        config = objectives.CONFIGS["cifar10"].override(attack=attack)
         found = config.build(10).attack
         assert type(found) is ATTACKS[attack]
         assert found.epsilon == 8 / 255
@@ -536,7 +540,7 @@ class TestConfig:
             assert found.boundaries == ()
 
     def test_details_of_the_attack_reach_it(self):
-        found = losses.AdversarialConfig(
+        found = objectives.AdversarialConfig(
             steps=8,
             step_rule="decayed",
             momentum=0.5,
@@ -559,12 +563,12 @@ class TestConfig:
         )
 
     def test_another_attack_drops_what_it_lacks(self):
-        config = losses.AdversarialConfig(momentum=0.5, step_size=0.01)
+        config = objectives.AdversarialConfig(momentum=0.5, step_size=0.01)
         assert config.override(attack="fgsm").steps is None
         mim = config.override(attack="mim")
         assert (mim.steps, mim.momentum, mim.step_size) == (7, 1.0, None)
         back = config.override(objective="noise").override(objective="madry")
-        assert back == losses.AdversarialConfig()
+        assert back == objectives.AdversarialConfig()
 
     @pytest.mark.parametrize(
         "changes,match",
@@ -589,15 +593,15 @@ class TestConfig:
     )
     def test_bad_settings_are_one_line(self, changes, match):
         with pytest.raises(ValueError, match=match) as caught:
-            losses.CONFIGS["cifar10"].override(**changes)
+            objectives.CONFIGS["cifar10"].override(**changes)
         assert "\n" not in str(caught.value)
 
     def test_objectives_of_their_own_have_no_target(self):
-        for kind in (losses.TRADES, losses.LocalLinearity):
+        for kind in (objectives.TRADES, objectives.LocalLinearity):
             with pytest.raises(ValueError, match="without a target"):
                 kind(WALK, target="least_likely")
 
     @pytest.mark.parametrize("amount", [-0.1, 1.0])
     def test_smoothing_is_a_part(self, amount):
         with pytest.raises(ValueError, match="label_smoothing in"):
-            losses.Standard(label_smoothing=amount)
+            objectives.Standard(label_smoothing=amount)

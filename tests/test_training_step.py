@@ -7,8 +7,8 @@ from keras import layers, ops
 from toys import Jitter
 
 import attack_backbone
-import losses
 import model_parts
+import objectives
 import recipes
 import robust_training
 import training_step
@@ -73,7 +73,7 @@ class Linear:
 
 
 def madry(attack, **settings):
-    return losses.Madry(attack, num_classes=CLASSES, **settings)
+    return objectives.Madry(attack, num_classes=CLASSES, **settings)
 
 
 FAST = madry(attack_backbone.FGSM(epsilon=EPSILON))
@@ -165,7 +165,7 @@ def test_every_objective_teaches_every_head(objective, settings):
     model = keras.Model(inputs, model_parts.MainHead()(heads))
     optimizer = keras.optimizers.SGD(RATE)
     optimizer.build(model.trainable_variables)
-    config = losses.AdversarialConfig(objective=objective)
+    config = objectives.AdversarialConfig(objective=objective)
     config = config.override(
         **({"sigma": 0.1} if objective == "noise" else {"epsilon": 0.1})
     )
