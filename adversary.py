@@ -870,7 +870,7 @@ class _Loaded:
         for evaluation in config.evaluations:
             _check_draws(self.context["model"], drawn, evaluation.eot)
             if not config.surrogate:
-                robust_evaluation.check_shown(self.model, evaluation)
+                robust_evaluation.check_model_outputs(self.model, evaluation)
         self.surrogates = {}
 
     def surrogate(self, evaluation):

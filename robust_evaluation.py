@@ -1,11 +1,12 @@
-"""Accuracy, and accuracy under attack, over a data set.
+"""Clean and robust accuracy of a model over a data set.
 
-Every image is counted exactly once, and a verdict is a fresh forward pass on
-the float32 images that an attack returned. The noise of an image comes from
-the run's seed and its index in the split, so neither the batch size nor the
-order changes a result; batches are padded so that the sums of a forward pass
-do not change with their size either. What is under way can be kept in a folder,
-from which a killed evaluation goes on.
+Every image is counted exactly once. Whether the model is robust on an image is
+decided by a new forward pass on the float32 image that the attack returned.
+The noise of an image depends on the seed and on the image's index in the
+split, so results depend neither on the batch size nor on the order. Batches
+are padded so that floating-point sums do not depend on the batch size either.
+The intermediate state can be saved in a folder, from which a killed evaluation
+resumes.
 """
 
 import dataclasses
@@ -41,46 +42,53 @@ ATTACKS = {
 TARGETS = ("none", "random", "next", "least_likely")
 CRAFT_DTYPES = ("float32", "bfloat16")
 READ_OUTS = ("last", "all")
-_SUBSET = 0x5ACC  # Tells the choice of images from other uses of the seed.
+# Separates the random choice of images from other uses of the seed.
+_SUBSET_STREAM = 0x5ACC
 _GROUP_BYTES = 2**30  # Memory for the states of the examples under attack.
-_ROW_IMAGES = 10  # Image-sized arrays in one example's state, about.
-# What else a state may hold at most: arrays of logits and bytes an example,
-# and bytes in all.
-_ROW_LOGITS, _ROW_BYTES, _STATE_BYTES = 16, 2**12, 2**24
-_STATE = 2  # Format of what is kept of an evaluation under way.
-# The odds of exp(-87) are the smallest normal number of float32: the
-# probabilities of the other classes, which are the usual gradient, are zero.
+_IMAGES_PER_ROW = 10  # About how many image-sized arrays a state has.
+# Upper bounds for the rest of a state: logit arrays and bytes for each
+# example, and bytes in total.
+_LOGITS_PER_ROW, _BYTES_PER_ROW, _STATE_BYTES = 16, 2**12, 2**24
+_STATE_FORMAT = 2  # Version of the saved state's format.
+# exp(-87) is about the smallest normal float32 number. Where the log-odds
+# exceed this, the probabilities of the other classes underflow to zero, and so
+# does the gradient of the cross-entropy.
 UNDERFLOW = 87.0
-_LOOKED_AT = 32  # Images on which the outputs are looked at beforehand.
+_PROBE_IMAGES = 32  # Images on which the model's outputs are checked first.
 
 
 class EvaluationError(ValueError):
-    """Model, data or state are not what an evaluation needs; one line."""
+    """The model, data or saved state cannot be evaluated.
+
+    The message is one line.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What an evaluation under attack depends on, but model and data.
+    """The settings of an evaluation under attack.
 
     Attributes:
         attack: One of the attacks in `ATTACKS`, with its settings.
         target: `"none"` for an untargeted attack; `"random"` (uniform over the
-            other classes), `"next"` (label + 1), `"least_likely"` (of the
-            clean image), or a class id for all images (those of that class
-            are sent to the class after it).
-        num_examples: How many images, drawn from the split by `seed`; a larger
-            number holds the smaller one's images. None for all.
-        indices: The images themselves, by their place in the split, instead.
-        batch_size: Most images attacked at a time, rounded up to a multiple of
-            `numerics.row_multiple`; changes the speed alone.
-        seed: Integer from which all randomness comes.
-        eot: Draws of a stochastic model over which verdict and gradient are
-            averaged; None is for deterministic models.
+            other classes), `"next"` (label + 1), `"least_likely"` (the class
+            of the smallest clean logit), or a class id for all images (images
+            of that class get the next class as their target).
+        num_examples: Number of images, drawn from the split by `seed`. A
+            larger number includes the images of a smaller one. None for all.
+        indices: Indices of the images in the split, instead of
+            `num_examples`.
+        batch_size: Largest number of images attacked at a time, rounded up to
+            a multiple of `numerics.row_multiple`. It affects only the speed.
+        seed: Integer from which all randomness is derived.
+        eot: Number of random draws of a stochastic model over which logits
+            and gradients are averaged (expectation over transformation). None
+            for deterministic models.
         read_outs: `"last"`, or `"all"` to attack every read-out step of a
-            recurrent model; the verdict is that of the last.
-        craft_dtype: `"float32"` or `"bfloat16"`: in what the model computes
-            while an attack is made. Perturbations, projections and verdicts
-            are float32 always.
+            recurrent model. Predictions always come from the last step.
+        craft_dtype: `"float32"` or `"bfloat16"`: the data type in which the
+            model computes during the attack. Perturbations, projections and
+            final predictions are always float32.
     """
 
     attack: object = attack_backbone.PGD(keep="first")
@@ -103,7 +111,7 @@ class EvaluationConfig:
             )
         if self.target != "none" and not self.attack.can_target:
             raise ValueError(
-                f"The attack {self.name} chooses its targets by itself. "
+                f"The attack {self.name} chooses its own targets. "
                 f"Received: target={self.target!r}. Leave it out."
             )
         for name, known in (
@@ -135,13 +143,14 @@ class EvaluationConfig:
             )
 
     def fit(self, num_classes):
-        """Returns the config for a model of so many classes.
+        """Returns the config for a model with `num_classes` classes.
 
-        An AutoAttack whose members are not all defined becomes one of those
-        that are, which its version says.
+        If some members of an AutoAttack are not defined for that many classes,
+        they are left out, and the version of the attack is changed to say so.
 
         Raises:
-            ValueError: If attack, loss or target needs more classes.
+            ValueError: If the attack, its loss or the target needs more
+                classes.
         """
         if isinstance(self.target, int) and self.target >= num_classes:
             raise ValueError(
@@ -150,7 +159,9 @@ class EvaluationConfig:
             )
         fitted = self.attack.fit(num_classes, targeted=self.target != "none")
         if len(self.attack.members()) == 1:
-            return self  # How many targets fit is found again in the end.
+            # The record shows the settings as given; a single attack is
+            # fitted again when it runs.
+            return self
         return dataclasses.replace(self, attack=fitted)
 
     @property
@@ -159,9 +170,9 @@ class EvaluationConfig:
         return self.attack.name
 
     def describe(self):
-        """Returns every setting as a JSON-able dict."""
+        """Returns every setting as a dict that can be written as JSON."""
         settings = dataclasses.asdict(self.attack)
-        # The loss that is ascended; "loss" is a result.
+        # In a record, "loss" is a result, and "objective" the attack loss.
         if "loss" in settings:
             settings["objective"] = settings.pop("loss")
         if "step_size" in settings:
@@ -180,10 +191,13 @@ class EvaluationConfig:
 
 
 def check_counts(config):
-    """Raises a ValueError if a number of a config is out of range.
+    """Checks the numbers of a config.
 
     Args:
-        config: Anything with `batch_size`, `num_examples`, `eot` and `seed`.
+        config: Any object with `batch_size`, `num_examples`, `eot` and `seed`.
+
+    Raises:
+        ValueError: If one of them is out of range.
     """
     for name in ("batch_size", "num_examples", "eot"):
         value = getattr(config, name)
@@ -194,19 +208,20 @@ def check_counts(config):
 
 
 def accuracy(model, split, batch_size=256, class_names=None):
-    """Counts a model's right answers on a split, every image exactly once.
+    """Computes a model's accuracy on a split; every image counts once.
 
     Args:
         model: A `keras.Model` from images in [0, 1] to logits.
         split: An `image_splits.Split`.
-        batch_size: Images at a time.
+        batch_size: Number of images in a batch.
         class_names: Optional names of the classes, for a report by class.
 
     Returns:
         Dict with "accuracy", "loss" (mean cross-entropy in nats, infinite if a
-        logit is not finite), "nonfinite_answers" (images with such logits,
-        which count as misclassified) and "num_examples"; with `class_names`
-        also "per_class" and "confusion", see `metrics.class_report`.
+        logit is not finite), "nonfinite_answers" (number of images with such
+        logits, which count as misclassified) and "num_examples". With
+        `class_names` also "per_class" and "confusion", see
+        `metrics.class_report`.
 
     Raises:
         ValueError: If the split is empty or does not fit the model, if
@@ -215,21 +230,21 @@ def accuracy(model, split, batch_size=256, class_names=None):
     check_fit(model, split)
     check_weights(model)
     batch_size = min(batch_size, len(split))
-    predictions, losses = [], []
+    predicted, cross_entropies = [], []
     order = np.arange(len(split))
     for images, labels, _ in image_splits.batches(split, order, batch_size):
         images = _checked(images, split.name)
         logits = crafting.logits(model, images, batch_size)
-        predictions.append(metrics.predictions(logits))
-        losses.append(_cross_entropy(logits, labels))
-    found = np.concatenate(predictions)
+        predicted.append(metrics.predictions(logits))
+        cross_entropies.append(_cross_entropy(logits, labels))
+    predictions = np.concatenate(predicted)
     report = {}
     if class_names is not None:
-        report = metrics.class_report(split.labels, class_names, found)
+        report = metrics.class_report(split.labels, class_names, predictions)
     return {
-        "accuracy": float(np.mean(found == split.labels)),
-        "loss": float(np.mean(np.concatenate(losses))),
-        "nonfinite_answers": int(np.sum(found == metrics.NON_FINITE)),
+        "accuracy": float(np.mean(predictions == split.labels)),
+        "loss": float(np.mean(np.concatenate(cross_entropies))),
+        "nonfinite_answers": int(np.sum(predictions == metrics.NON_FINITE)),
         "num_examples": len(split),
         **report,
     }
@@ -250,27 +265,26 @@ def evaluate(
 
     Args:
         model: A `keras.Model` from images in [0, 1] to logits. Its variables
-            are left as they are.
+            do not change.
         split: An `image_splits.Split`.
         config: An `EvaluationConfig`.
-        surrogate: Another model with the same classes on which the attack is
-            made; `model` gives the verdicts. The same weights in bfloat16 or
-            behind a straight-through sampler, say, or a model whose examples
-            are transferred.
-        context: JSON-able dict (data set, weights, provenance) that opens the
-            record.
-        progress: Callable `(done, total, record)`, called now and then with
-            the examples that are decided; the record is None before the first
-            ones are all done.
-        save_images: How many images are returned, the first in the order of
-            the evaluation, which is a random one; -1 for all.
-        state_dir: Folder in which what is under way is kept, and from which an
-            evaluation that was killed goes on; the caller removes it when the
-            record is safe.
+        surrogate: Another model with the same classes, on which the attack is
+            made; `model` decides whether it succeeds. For example the same
+            weights in bfloat16, or a different model for a transfer attack.
+        context: Dict (data set, weights, provenance) with which the record
+            begins; it must be possible to write it as JSON.
+        progress: Callable `(done, total, record)`, called from time to time
+            with the number of decided examples. The record is None until the
+            first group of examples is finished.
+        save_images: Number of images to return: the first ones in the random
+            order of the evaluation. -1 for all.
+        state_dir: Folder in which the intermediate state is saved, and from
+            which a killed evaluation resumes. The caller removes it after
+            saving the record.
 
     Returns:
-        Tuple (record, arrays). The record is a JSON-able dict. The arrays, for
-        the kept images: "clean" and "adversarial" float32
+        Tuple (record, arrays). The record is a dict that can be written as
+        JSON. Arrays of the saved images: "clean" and "adversarial" float32
         `(k, height, width, channels)`, "indices" (into the split), "labels",
         "targets" (-1 without), "clean_predictions", "adversarial_predictions"
         int32 `(k,)`, "clean_logits", "adversarial_logits" float32
@@ -280,10 +294,10 @@ def evaluate(
 
     Raises:
         EvaluationError: If the split is empty or does not fit the model, if
-            pixels are outside [0, 1], outputs are no logits, weights or the
-            logits of a clean image are not finite, the model is stochastic
-            and `config.eot` is None, or the state is another evaluation's or
-            damaged. It is a ValueError.
+            pixels are outside [0, 1], if the outputs are not logits, if
+            weights or the logits of a clean image are not finite, if the model
+            is stochastic and `config.eot` is None, or if the saved state is
+            damaged or belongs to another evaluation. It is a `ValueError`.
     """
     check_fit(model, split)
     check_weights(model)
@@ -291,22 +305,22 @@ def evaluate(
         check_fit(surrogate, split)
     try:
         config = config.fit(model.output_shape[-1])
-        check_shown(surrogate or model, config)
+        check_model_outputs(surrogate or model, config)
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     _check_outputs(model, split, config)
     order = choose(split, config)
     keep = len(order) if save_images < 0 else save_images
-    work = _Evaluation(model, surrogate or model, config, len(order))
+    evaluation = _Evaluation(model, surrogate or model, config, len(order))
     tally = _Tally(config, keep, context or {})
-    sizes = work.group_size(split)
+    group_size = evaluation.group_size(split)
     state = _State(
         state_dir,
         _identity(split, config, order, context),
-        work.state_bytes(split, min(sizes, len(order))),
+        evaluation.state_bytes(split, min(group_size, len(order))),
     )
-    for number, start in enumerate(range(0, len(order), sizes)):
-        indices = order[start : start + sizes]
+    for number, start in enumerate(range(0, len(order), group_size)):
+        indices = order[start : start + group_size]
         results = state.finished(number, indices)
         if results is None:
             images = _checked(split.read(indices), split.name)
@@ -316,7 +330,7 @@ def evaluate(
                     record = tally.record() if tally.count else None
                     progress(start + done, len(order), record)
 
-            results = work.attack(
+            results = evaluation.attack(
                 images, split.labels[indices], indices, state, number, report
             )
             state.finish(number, results)
@@ -327,72 +341,78 @@ def evaluate(
 
 
 class _Evaluation:
-    """Attacks groups of images; their arrays are all in memory at once."""
+    """Attacks groups of images; a group's arrays fit into memory at once."""
 
     def __init__(self, model, surrogate, config, total):
         self.model, self.surrogate, self.config = model, surrogate, config
         classes = model.output_shape[-1]
         self.classes = classes
         self.members = tuple(m.fit(classes) for m in config.attack.members())
-        # As even as can be: little is padded.
-        parts = math.ceil(total / config.batch_size)
-        self.size = math.ceil(total / parts)
+        # Batches of about equal size need little padding.
+        batches = math.ceil(total / config.batch_size)
+        self.size = math.ceil(total / batches)
         self.verdicts = crafting.Reading(config.eot, seed=config.seed)
         self.reading = dataclasses.replace(
             self.verdicts, read_outs=config.read_outs
         )
 
     def group_size(self, split):
-        """How many examples fit into memory with their states."""
-        row = split.read([0]).nbytes * _ROW_IMAGES
-        return max(1, _GROUP_BYTES // (row * self.size)) * self.size
+        """Returns how many examples fit into memory with their states."""
+        row_bytes = split.read([0]).nbytes * _IMAGES_PER_ROW
+        return max(1, _GROUP_BYTES // (row_bytes * self.size)) * self.size
 
     def state_bytes(self, split, count):
-        """Returns how many bytes the state of a group has at most."""
-        row = 2 * _ROW_IMAGES * split.read([0]).nbytes
-        row += _ROW_LOGITS * self.classes * 4 + _ROW_BYTES
-        return row * count + _STATE_BYTES
+        """Returns the largest possible size of a group's state in bytes."""
+        row_bytes = 2 * _IMAGES_PER_ROW * split.read([0]).nbytes
+        row_bytes += _LOGITS_PER_ROW * self.classes * 4 + _BYTES_PER_ROW
+        return row_bytes * count + _STATE_BYTES
 
     def attack(self, images, labels, indices, state, number, report):
-        """Attacks one group; returns its results, an array each, by name."""
+        """Attacks one group; returns a dict of arrays with its results."""
         started = time.perf_counter()
         labels = np.asarray(labels, "int32")
         clean_logits = self._logits(images)
         _check_finite(clean_logits, indices)
         keys = _array(numerics.example_keys(self.config.seed, indices))
         targets = self._targets(keys, labels, clean_logits)
-        best, earlier = images.copy(), 0.0
+        best, earlier_seconds = images.copy(), 0.0
         logits = clean_logits.copy()
-        met = np.zeros(len(labels), bool)
-        member, saved, seconds = state.underway(number, best, logits, met)
-        earlier += seconds
-        for rank, attack in enumerate(self.members):
-            if rank < member:
+        nonfinite = np.zeros(len(labels), bool)
+        first, saved, seconds = state.resume(number, best, logits, nonfinite)
+        earlier_seconds += seconds
+        for member, attack in enumerate(self.members):
+            if member < first:
                 continue
-            left = np.flatnonzero(~self._hit(logits, labels, targets))
+            remaining = np.flatnonzero(
+                ~self._succeeded(logits, labels, targets)
+            )
             if attack.keep == "best" and len(self.members) == 1:
-                left = np.arange(len(labels))
-            if not len(left):
+                remaining = np.arange(len(labels))
+            if not len(remaining):
                 break
 
-            def save(rows, rank=rank):
+            def save(rows, member=member):
                 done = len(labels) - int(np.sum(~rows["success"]))
                 report(done)
-                passed = earlier + time.perf_counter() - started
-                state.save(number, rank, rows, best, logits, met, passed)
+                elapsed = earlier_seconds + time.perf_counter() - started
+                state.save(
+                    number, member, rows, best, logits, nonfinite, elapsed
+                )
 
             rows = {
-                "images": images[left],
-                "labels": labels[left],
-                "keys": _array(numerics.fold_in(keys[left], rank)),
+                "images": images[remaining],
+                "labels": labels[remaining],
+                "keys": _array(numerics.fold_in(keys[remaining], member)),
             }
             if targets is not None:
-                rows["targets"] = targets[left]
+                rows["targets"] = targets[remaining]
             found = self._crafter(attack).run(rows, saved, save)
             saved = None
-            met[left] |= found["nonfinite"]
-            self._take(best, logits, left, found["best"], labels, targets)
-        seconds = earlier + time.perf_counter() - started
+            nonfinite[remaining] |= found["nonfinite"]
+            self._keep_stronger(
+                best, logits, remaining, found["best"], labels, targets
+            )
+        seconds = earlier_seconds + time.perf_counter() - started
         return self._results(
             images,
             best,
@@ -401,7 +421,7 @@ class _Evaluation:
             indices,
             clean_logits,
             logits,
-            met,
+            nonfinite,
             seconds,
         )
 
@@ -415,43 +435,56 @@ class _Evaluation:
         )
 
     def _confirm(self, images, labels, targets):
-        return self._hit(self._logits(images), labels, targets)
+        return self._succeeded(self._logits(images), labels, targets)
 
     def _logits(self, images):
         return crafting.logits(self.model, images, self.size, self.verdicts)
 
-    def _hit(self, logits, labels, targets):
+    def _succeeded(self, logits, labels, targets):
         predicted = metrics.predictions(logits)
         return metrics.succeeded(labels, predicted, targets)
 
-    def _take(self, best, logits, left, found, labels, targets):
-        """Keeps the worse of what an example has and what was found."""
+    def _keep_stronger(self, best, logits, rows, candidates, labels, targets):
+        """Replaces `best` where an attack found a stronger example.
+
+        Args:
+            best: The strongest examples so far, changed in place.
+            logits: Their logits, changed in place.
+            rows: Indices of the attacked rows.
+            candidates: What the attack returned for these rows.
+            labels: Labels of all rows.
+            targets: Targets of all rows, or None.
+        """
         if self.config.eot is None:
-            new = self._logits(found)
-        else:  # Noise may go by rows: each in that of its clean verdict.
+            new = self._logits(candidates)
+        else:
+            # Noise may depend on the row, so that each image is judged in the
+            # row of its clean image.
             whole = best.copy()
-            whole[left] = found
-            new = self._logits(whole)[left]
-        goal = None if targets is None else targets[left]
-        rank = [
-            2 * self._hit(values, labels[left], goal)
-            + (metrics.predictions(values) != labels[left])
-            for values in (logits[left], new)
+            whole[rows] = candidates
+            new = self._logits(whole)[rows]
+        row_targets = None if targets is None else targets[rows]
+        strength = [
+            2 * self._succeeded(values, labels[rows], row_targets)
+            + (metrics.predictions(values) != labels[rows])
+            for values in (logits[rows], new)
         ]
-        goals = labels if targets is None else targets
-        losses = [
-            _cross_entropy(values, goals[left])
-            for values in (logits[left], new)
+        classes = labels if targets is None else targets
+        cross_entropies = [
+            _cross_entropy(values, classes[rows])
+            for values in (logits[rows], new)
         ]
-        worse = losses[1] >= losses[0]
+        tie_break = cross_entropies[1] >= cross_entropies[0]
         if targets is not None:
-            worse = losses[1] <= losses[0]
-        better = (rank[1] > rank[0]) | ((rank[1] == rank[0]) & worse)
+            tie_break = cross_entropies[1] <= cross_entropies[0]
+        stronger = (strength[1] > strength[0]) | (
+            (strength[1] == strength[0]) & tie_break
+        )
         if len(self.members) == 1:
-            # Which candidate counts was the attack's to say.
-            better = np.ones_like(better)
-        best[left[better]] = found[better]
-        logits[left[better]] = new[better]
+            # A single attack has already chosen which iterate it returns.
+            stronger = np.ones_like(stronger)
+        best[rows[stronger]] = candidates[stronger]
+        logits[rows[stronger]] = new[stronger]
 
     def _targets(self, keys, labels, clean_logits):
         target = self.config.target
@@ -459,14 +492,14 @@ class _Evaluation:
             return None
         if target == "random":
             keys = numerics.fold_in(keys, 2**30)
-            found = losses.random_targets(keys, labels, self.classes)
+            targets = losses.random_targets(keys, labels, self.classes)
         elif target == "next":
-            found = losses.next_targets(labels, self.classes)
+            targets = losses.next_targets(labels, self.classes)
         elif target == "least_likely":
-            found = losses.least_likely_targets(clean_logits, labels)
+            targets = losses.least_likely_targets(clean_logits, labels)
         else:
-            found = losses.fixed_targets(labels, target, self.classes)
-        return _array(found)
+            targets = losses.fixed_targets(labels, target, self.classes)
+        return _array(targets)
 
     def _results(
         self,
@@ -477,48 +510,48 @@ class _Evaluation:
         indices,
         clean,
         logits,
-        met,
+        nonfinite,
         seconds,
     ):
-        none = np.full(len(labels), -1, "int32")
-        moved = best.astype("float64") - images
+        untargeted = np.full(len(labels), -1, "int32")
+        perturbation = best.astype("float64") - images
         return {
             "indices": np.asarray(indices, "int64"),
             "labels": labels,
-            "targets": none if targets is None else targets,
+            "targets": untargeted if targets is None else targets,
             "clean": images,
             "adversarial": best,
             "clean_logits": clean,
             "adversarial_logits": logits,
             "clean_predictions": metrics.predictions(clean),
             "adversarial_predictions": metrics.predictions(logits),
-            "nonfinite_crafting": met,
+            "nonfinite_crafting": nonfinite,
             "clean_gaps": metrics.log_odds_against(clean, labels),
             "clean_loss": _cross_entropy(clean, labels),
             "loss": _cross_entropy(logits, labels),
-            "norms": _norm(moved, self.config.attack.norm),
+            "norms": _norm(perturbation, self.config.attack.norm),
             "seconds": np.array([seconds]),
         }
 
 
 class StateError(EvaluationError):
-    """The state of an evaluation is another one's, or damaged."""
+    """A saved state is damaged or belongs to another evaluation."""
 
 
 class _State:
-    """What is under way, in a folder; nothing if there is none.
+    """The intermediate state of an evaluation in a folder.
 
-    One file for each group that is done, and one for the group under way,
-    which is written anew between chunks of steps, but never so often that more
-    than a few hundredths of the time go into it.
+    There is one file for each finished group, and one for the group in
+    progress, which is rewritten between chunks of steps. Writing takes only a
+    small share of the run time. Without a folder nothing is saved.
     """
 
-    SHARE = 0.03  # Of the time, at most, for writing.
-    PAUSE = 1.0  # Seconds between two writes, at least.
+    SHARE = 0.03  # Largest share of the run time that is spent on writing.
+    PAUSE = 1.0  # Smallest number of seconds between two writes.
 
     def __init__(self, folder, identity, limit=_GROUP_BYTES):
         self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
-        self.limit = limit  # Bytes of a file, at most.
+        self.limit = limit  # Largest size of a file in bytes.
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -533,24 +566,24 @@ class _State:
         if changed:
             raise StateError(
                 f"{folder} holds the state of an evaluation with another "
-                f"{', '.join(changed)}. Remove it, or write --overwrite."
+                f"{', '.join(changed)}. Remove it, or use --overwrite."
             )
 
     def finished(self, number, indices):
-        """Returns the results of a group that is done, or None."""
+        """Returns the results of a finished group, or None."""
         name = f"group-{number:05d}.npz"
         results = self._read(name)
         if results is None:
             return None
         needed = {*_Tally.IMAGES, *_Tally.EXAMPLES, "seconds"}
-        rows = [v for k, v in results.items() if k != "seconds"]
+        row_arrays = [v for k, v in results.items() if k != "seconds"]
         if (
             not needed <= results.keys()
-            or any(np.shape(v)[:1] != (len(indices),) for v in rows)
+            or any(np.shape(v)[:1] != (len(indices),) for v in row_arrays)
             or not np.array_equal(results["indices"], indices)
             or results["seconds"].shape != (1,)
         ):
-            raise self._damaged(name, "it is not of these images")
+            raise self._damaged(name, "it belongs to other images")
         return results
 
     def finish(self, number, results):
@@ -560,22 +593,30 @@ class _State:
         self._write(f"group-{number:05d}.npz", results)
         (self.folder / "underway.npz").unlink(missing_ok=True)
 
-    def underway(self, number, best, logits, met):
-        """Returns (member, its state, seconds) and fills the arrays."""
+    def resume(self, number, best, logits, nonfinite):
+        """Restores the group in progress, if it is group `number`.
+
+        Args:
+            number: Number of the group.
+            best, logits, nonfinite: Arrays of the group, filled in place.
+
+        Returns:
+            Tuple (index of the attack in progress, its state, seconds spent).
+        """
         found = self._read("underway.npz")
         if found is None or found.get("group") != number:
             return 0, None, 0.0
         try:
             best[:], logits[:] = found["best"], found["logits"]
-            met[:] = found["met"]
+            nonfinite[:] = found["met"]
             member, seconds = int(found["member"]), float(found["seconds"])
         except (LookupError, TypeError, ValueError) as error:
             raise self._damaged("underway.npz", error) from error
         rows = {k[4:]: v for k, v in found.items() if k.startswith("row_")}
         return member, rows, seconds
 
-    def save(self, number, member, rows, best, logits, met, seconds):
-        """Writes the group under way, if it is time."""
+    def save(self, number, member, rows, best, logits, nonfinite, seconds):
+        """Writes the group in progress, unless the last write is recent."""
         since = time.perf_counter() - self.saved_at
         if self.folder is None or since < max(
             self.PAUSE, self.cost / self.SHARE
@@ -590,7 +631,7 @@ class _State:
                 "seconds": seconds,
                 "best": best,
                 "logits": logits,
-                "met": met,
+                "met": nonfinite,
                 **{f"row_{k}": v for k, v in rows.items()},
             },
         )
@@ -616,13 +657,13 @@ class _State:
     def _damaged(self, name, reason):
         return StateError(
             f"{self.folder / name} is damaged and cannot be read ({reason}). "
-            "Remove it, and its images are attacked again, the others are not; "
-            "or write --overwrite."
+            "Remove it to attack only its images again, or use --overwrite to "
+            "attack all images again."
         )
 
 
 def _identity(split, config, order, context):
-    """What must be the same for a state to be gone on with."""
+    """Returns what must be equal for an evaluation to resume from a state."""
     context = context or {}
     return {
         **config.describe(),
@@ -634,12 +675,12 @@ def _identity(split, config, order, context):
         "surrogate_sha256": context.get("surrogate_sha256"),
         "data_sha256": context.get("data_sha256") or split.sha256(order),
         "backend": keras.config.backend(),
-        "state_format": _STATE,
+        "state_format": _STATE_FORMAT,
     }
 
 
 class _Tally:
-    """Adds up groups; keeps one number an example, and the first images."""
+    """Accumulates groups: one number per example, and the first images."""
 
     IMAGES = ("clean", "adversarial", "clean_logits", "adversarial_logits")
     EXAMPLES = (
@@ -658,7 +699,7 @@ class _Tally:
         self.all = {}
 
     def add(self, results):
-        """Adds the results of a group, as `_Evaluation.attack` gives them."""
+        """Adds the results of a group, as `_Evaluation.attack` returns them."""
         for name in self.IMAGES:
             self.kept[name].append(results[name][: max(self.keep, 0)])
         self.keep -= len(self.kept["clean"][-1])
@@ -672,7 +713,7 @@ class _Tally:
                 self.all.setdefault(name, []).append(values)
 
     def record(self):
-        """Returns the record of the examples so far."""
+        """Returns the record of the examples added so far."""
         rows = {name: np.concatenate(v) for name, v in self.all.items()}
         counted = metrics.robustness(
             rows["labels"],
@@ -694,20 +735,20 @@ class _Tally:
                 np.sum(rows["adversarial_predictions"] == metrics.NON_FINITE)
             ),
             "nonfinite_crafting": int(np.sum(rows["nonfinite_crafting"])),
-            "very_sure": self._very_sure(rows),
+            "very_sure": self._count_underflowing(rows),
             "seconds": round(self.seconds, 3),
             "device": device(),
             "backend": keras.config.backend(),
         }
 
     @staticmethod
-    def _very_sure(rows):
-        """How many clean images are right with odds beyond float32."""
-        right = rows["clean_predictions"] == rows["labels"]
-        return int(np.sum(right & (rows["clean_gaps"] < -UNDERFLOW)))
+    def _count_underflowing(rows):
+        """Counts correct clean images whose softmax underflows in float32."""
+        correct = rows["clean_predictions"] == rows["labels"]
+        return int(np.sum(correct & (rows["clean_gaps"] < -UNDERFLOW)))
 
     def arrays(self):
-        """Returns the arrays of `evaluate`."""
+        """Returns the arrays that `evaluate` returns."""
         out = {k: np.concatenate(v) for k, v in self.kept.items()}
         rows = {k: np.concatenate(self.all[k]) for k in self.EXAMPLES}
         count = len(out["clean"])
@@ -718,20 +759,20 @@ class _Tally:
 
 
 def device():
-    """Returns where tensors live, in the backend's words: `cpu`, `GPU:0`."""
+    """Returns the device of new tensors as the backend names it: `GPU:0`."""
     return str(getattr(ops.zeros(()), "device", "")).rsplit("device:")[-1]
 
 
-def check_shown(model, config):
-    """Checks that a model has what an attack asks of it.
+def check_model_outputs(model, config):
+    """Checks that a model has the outputs that an attack uses.
 
     Args:
         model: The `keras.Model` on which the attack is made.
         config: An `EvaluationConfig`.
 
     Raises:
-        ValueError: If the model has no read-out steps, or no gazes, boxes or
-            attention maps, that the attack could use.
+        ValueError: If the attack uses read-out steps, gazes, boxes or
+            attention maps, and the model has none.
     """
     shown = set(model_registry.shown(model).output)
     if config.read_outs == "all" and "step_logits" not in shown:
@@ -749,10 +790,9 @@ def check_shown(model, config):
 
 
 def choose(split, config: EvaluationConfig) -> np.ndarray:
-    """Returns the indices of an evaluation's images, in its order.
+    """Returns the indices of an evaluation's images in their random order.
 
-    The order is random and nests: the first images of a larger evaluation are
-    those of a smaller one.
+    Subsets nest: a larger evaluation begins with the images of a smaller one.
 
     Args:
         split: An `image_splits.Split`.
@@ -769,20 +809,20 @@ def choose(split, config: EvaluationConfig) -> np.ndarray:
                 f"Received: {outside[0]} in the list of examples."
             )
         return np.array(config.indices)
-    rng = np.random.default_rng([config.seed, _SUBSET])
+    rng = np.random.default_rng([config.seed, _SUBSET_STREAM])
     return rng.permutation(len(split))[: config.num_examples]
 
 
 def check_fit(model, split):
-    """Checks that a model can have been made for a split.
+    """Checks that images and labels of a split fit a model.
 
     Args:
         model: A built `keras.Model` from images to logits.
         split: An `image_splits.Split`.
 
     Raises:
-        ValueError: If the split is empty, has labels that are no classes of
-            the model, or images of another shape.
+        EvaluationError: If the split is empty, has labels outside the classes
+            of the model, or images of another shape.
     """
     if len(split) == 0:
         raise EvaluationError(
@@ -798,23 +838,23 @@ def check_fit(model, split):
         )
     if largest >= classes:
         raise EvaluationError(
-            f"The model tells {classes} classes apart, the {split.name} split "
-            f"has the label {largest}: the model is of another data set."
+            f"The model has {classes} classes, but the {split.name} split has "
+            f"the label {largest}: the model is of another data set."
         )
-    wanted = tuple(model.input_shape[1:])
+    expected = tuple(model.input_shape[1:])
     found = tuple(split.read([0]).shape[1:])
-    if any(w not in (None, f) for w, f in zip(wanted, found, strict=True)):
+    if any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
         raise EvaluationError(
-            f"The model takes images of shape {wanted}, the {split.name} split "
-            f"holds {found}: the model is of another data set, or of another "
-            "--image_size."
+            f"The model takes images of shape {expected}, but the {split.name} "
+            f"split holds {found}: the model is of another data set, or of "
+            "another --image_size."
         )
 
 
 def check_weights(model):
     """Raises an `EvaluationError` if a weight of a model is not finite.
 
-    Logits alone do not tell: a ReLU may turn NaN into 0.
+    Finite logits do not prove it: a ReLU may turn NaN into 0.
     """
     try:
         model_backbone.check_weights(model)
@@ -823,7 +863,7 @@ def check_weights(model):
 
 
 def _check_finite(logits, indices):
-    """Refuses clean images on which the model gives no finite answer."""
+    """Raises an `EvaluationError` if clean images have non-finite logits."""
     broken = metrics.nonfinite(logits)
     if broken.any():
         raise EvaluationError(
@@ -835,26 +875,25 @@ def _check_finite(logits, indices):
 
 
 def _checked(images, name):
-    """Returns images if they are pixels in [0, 1], and complains otherwise."""
+    """Returns the images as float32; raises if pixels are outside [0, 1]."""
     images = np.asarray(images, "float32")
     low, high = float(images.min()), float(images.max())
-    # A NaN fails every comparison.
+    # NaN fails every comparison, so it is refused too.
     if not (low >= 0 and high <= 1):
         raise EvaluationError(
             f"Expected images in [0, 1]. Received: the {name} split has pixels "
-            f"from {low:g} to {high:g}. Divide 8-bit pixels by 255, and leave "
-            "mean and standard deviation to the model."
+            f"from {low:g} to {high:g}. Divide 8-bit pixels by 255; the model "
+            "subtracts the mean and divides by the standard deviation itself."
         )
     return images
 
 
 def _check_outputs(model, split, config):
-    """Refuses a model whose logits cannot be what an attack needs.
+    """Raises if outputs are probabilities, or random without `config.eot`.
 
-    Two calls on the first images tell whether the outputs are probabilities
-    and whether they are the same twice.
+    It calls the model twice on the first images.
     """
-    images = split.read(np.arange(min(_LOOKED_AT, len(split))))
+    images = split.read(np.arange(min(_PROBE_IMAGES, len(split))))
     first, second = _two_calls(model, images)
     kind = probabilities(first)
     if kind:
@@ -865,28 +904,28 @@ def _check_outputs(model, split, config):
     if config.eot is None and _differ(first, second):
         raise EvaluationError(
             "The model is stochastic: two calls on the same images differ. "
-            "Attack it in expectation, with --eot=20 say (--eot=1 insists on "
-            "one draw)."
+            "Attack its average over random draws, for example with --eot=20 "
+            "(--eot=1 uses a single draw)."
         )
 
 
 def probabilities(outputs: np.ndarray) -> str:
-    """Tells whether outputs look like probabilities.
+    """Describes outputs that look like probabilities.
 
     Args:
         outputs: Array of shape `(n, classes)`.
 
     Returns:
-        What they look like, `"softmax probabilities (...)"` or `"sigmoid
-        probabilities (...)"`; an empty string for logits. Outputs that are
-        all the same (of a head that starts at zero) count as logits.
+        `"softmax probabilities (...)"` or `"sigmoid probabilities (...)"`; an
+        empty string for logits. Constant outputs count as logits: a dense
+        layer that is initialized with zeros returns them.
     """
     inside = bool(outputs.min() >= 0 and outputs.max() <= 1)
-    if not inside:  # Also if one is NaN.
+    if not inside:  # This includes NaN.
         return ""
     if np.abs(outputs.sum(-1) - 1).max() < 1e-3:
         return "softmax probabilities (they lie in [0, 1] and sum to 1)"
-    # Small rectified logits are inside as well, but with exact zeros.
+    # Small logits after a ReLU lie in [0, 1] too, but some are exactly zero.
     sigmoid = outputs.min() > 0 or outputs.max() > 0.9
     if sigmoid and np.ptp(outputs) > 0:
         return "sigmoid probabilities (they all lie between 0 and 1)"
@@ -894,12 +933,13 @@ def probabilities(outputs: np.ndarray) -> str:
 
 
 def varies(model, images):
-    """Tells whether two calls in inference mode differ on the same images.
+    """Tests whether two calls in inference mode differ on the same images.
 
-    By more than 1e-4, AutoAttack's bound: sums may come out in another order.
+    Differences up to 1e-4 (AutoAttack's tolerance) are ignored, because sums
+    may be computed in another order.
 
     Args:
-        model: A `keras.Model`; its seed generators are put back.
+        model: A `keras.Model`; its seed generators are restored.
         images: `(batch, height, width, channels)`.
     """
     return _differ(*_two_calls(model, images))
@@ -910,7 +950,7 @@ def _differ(first, second):
 
 
 def _two_calls(model, images):
-    """Calls a model twice and puts its seed generators back."""
+    """Calls a model twice and restores its seed generators."""
     states = [g.state for g in model_backbone.generators(model)]
     before = [_array(state).copy() for state in states]
     first, second = (_array(model(images, training=False)) for _ in range(2))
@@ -924,17 +964,21 @@ def _array(values):
 
 
 def _cross_entropy(logits, labels):
-    """Cross-entropy in float64, `(batch,)`; infinite without finite logits."""
+    """Cross-entropy in float64, `(batch,)`; infinite for non-finite logits."""
     return np.logaddexp(0.0, metrics.log_odds_against(logits, labels))
 
 
 def _finite_mean(values):
-    """Mean of the finite values; None if there is none."""
+    """Mean of the finite values; None if there are none."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 
 
 def _norm(delta, norm):
-    """The Lp norm of every row in float64: a witness besides `numerics`."""
+    """The Lp norm of every row in float64.
+
+    It does not use `numerics`, so that a record checks the attacks' own
+    projections independently.
+    """
     order = {"l1": 1, "l2": 2, "linf": np.inf}[norm]
     return np.linalg.norm(delta.reshape(len(delta), -1), order, axis=-1)

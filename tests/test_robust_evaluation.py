@@ -1,4 +1,4 @@
-"""An evaluation counts every image once, whatever the batch and the order."""
+"""Evaluations count every image once and do not depend on batches or order."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ import square
 from robust_evaluation import EvaluationConfig, accuracy, evaluate
 
 SHAPE = (6, 6, 1)
-CLASSES = 4
+NUM_CLASSES = 4
 PGD = attack_backbone.PGD(epsilon=0.05, steps=4)
 
 
@@ -30,9 +30,9 @@ def array(x):
 
 
 def make_split(count=37, seed=0):
-    """Images whose class is a bright quadrant, in noise."""
+    """Noisy images with one bright quadrant, which is their class."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, CLASSES, count).astype("int32")
+    labels = rng.integers(0, NUM_CLASSES, count).astype("int32")
     images = rng.random((count, *SHAPE)) * 0.7
     for image, label in zip(images, labels, strict=True):
         row, column = divmod(int(label), 2)
@@ -43,14 +43,14 @@ def make_split(count=37, seed=0):
 
 @pytest.fixture(scope="module")
 def model():
-    """Looks at the quadrants, through batch statistics of its own."""
+    """Classifies by the brightest quadrant, after batch normalization."""
     model = keras.Sequential(
         [
             keras.Input(SHAPE),
             layers.BatchNormalization(),
             layers.AveragePooling2D(3),
             layers.Flatten(),
-            layers.Dense(CLASSES),
+            layers.Dense(NUM_CLASSES),
         ]
     )
     gamma, beta, mean, variance, kernel, bias = model.get_weights()
@@ -75,15 +75,13 @@ def test_accuracy_counts_every_image_once(model, batch_size):
     assert found["num_examples"] == 37
     assert found["accuracy"] == np.mean(logits.argmax(-1) == split.labels)
     assert found["loss"] == pytest.approx(float(array(want).mean()), abs=1e-4)
-    assert 0.5 < found["accuracy"] < 1.0  # The task is neither lost nor free.
+    assert 0.5 < found["accuracy"] < 1.0  # Some images are misclassified.
 
 
 @pytest.mark.parametrize("norm,epsilon", [("linf", 0.05), ("l2", 0.4),
                                           ("l1", 2.0)])  # fmt: skip
 @pytest.mark.parametrize("target", ["none", "random", "next", 2])
-def test_the_record_can_be_recomputed_from_the_images(
-    model, norm, epsilon, target
-):
+def test_record_agrees_with_the_returned_images(model, norm, epsilon, target):
     split, images = make_split()
     attack = attack_backbone.PGD(norm=norm, epsilon=epsilon, steps=3)
     config = EvaluationConfig(attack, target=target, batch_size=16)
@@ -95,12 +93,12 @@ def test_the_record_can_be_recomputed_from_the_images(
     clean = forward(model, arrays["clean"]).argmax(-1) == labels
     predicted = forward(model, out).argmax(-1)
     robust = predicted == labels
-    hit = ~robust if target == "none" else predicted == arrays["targets"]
+    success = ~robust if target == "none" else predicted == arrays["targets"]
     assert record["num_examples"] == 37
     assert record["clean_accuracy"] == clean.mean()
     assert record["robust_accuracy"] == robust.mean() < clean.mean()
-    assert record["attack_success"] == hit.mean()
-    assert record["attack_success_on_correct"] == hit[clean].mean()
+    assert record["attack_success"] == success.mean()
+    assert record["attack_success_on_correct"] == success[clean].mean()
     assert record["pixel_range"] == [out.min(), out.max()]
     assert record["nonfinite_answers"] == record["nonfinite_crafting"] == 0
     assert 0.5 * epsilon < record["largest_norm"] <= epsilon * (1 + 1e-5)
@@ -111,20 +109,20 @@ def test_the_record_can_be_recomputed_from_the_images(
     json.dumps(record)
 
 
-def test_batch_size_and_order_change_nothing(model):
+def test_batch_size_and_order_do_not_change_results(model):
     split, images = make_split()
     attack = attack_backbone.PGD(epsilon=0.05, steps=3, restarts=2)
 
     def run(split, **fields):
         config = EvaluationConfig(attack, target="random", **fields)
         record, arrays = evaluate(model, split, config, save_images=-1)
-        back = np.argsort(arrays["indices"])
-        return record, arrays["adversarial"][back], arrays["targets"][back]
+        order = np.argsort(arrays["indices"])
+        return record, arrays["adversarial"][order], arrays["targets"][order]
 
     record, want, targets = run(split, batch_size=37)
     for size in (1, 10):
-        other, got, aims = run(split, batch_size=size)
-        np.testing.assert_array_equal(aims, targets)
+        other, got, targets_again = run(split, batch_size=size)
+        np.testing.assert_array_equal(targets_again, targets)
         np.testing.assert_allclose(got, want, atol=1e-6)
         for key in ("robust_accuracy", "attack_success", "largest_norm"):
             assert other[key] == pytest.approx(record[key], abs=1e-6)
@@ -132,7 +130,7 @@ def test_batch_size_and_order_change_nothing(model):
 
 @pytest.fixture(scope="module")
 def summing():
-    """A net whose dense layers sum many terms: their order shows."""
+    """A net with long sums, whose rounding depends on the order of terms."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
@@ -140,12 +138,12 @@ def summing():
             layers.Conv2D(16, 3, padding="same", activation="relu"),
             layers.Flatten(),
             layers.Dense(67, activation="relu"),
-            layers.Dense(CLASSES),
+            layers.Dense(NUM_CLASSES),
         ]
     )
 
 
-def test_logits_are_the_same_bits_in_batches_of_any_size(summing):
+def test_logits_are_bitwise_equal_for_every_batch_size(summing):
     # Up to 32 rows: XLA shares the sums of larger batches among threads.
     _, images = make_split(32)
     want = crafting.logits(summing, images, 32)
@@ -158,9 +156,10 @@ def test_logits_are_the_same_bits_in_batches_of_any_size(summing):
 
 
 @pytest.mark.parametrize("norm,epsilon", [("linf", 0.05), ("l1", 2.0)])
-def test_square_finds_the_same_images_in_batches_of_one(summing, norm, epsilon):
+def test_square_attack_does_not_depend_on_batch_size(summing, norm, epsilon):
     split, _ = make_split(12)
-    # The net's own answers: all are right, and some stand to the end.
+    # With the net's own predictions as labels, all clean images are correct
+    # and some remain robust.
     labels = crafting.logits(summing, split.read(range(12)), 12).argmax(-1)
     split = image_splits.Split("test", labels.astype("int32"), split.read)
     attack = square.Square(norm=norm, epsilon=epsilon, n_queries=30)
@@ -174,7 +173,7 @@ def test_square_finds_the_same_images_in_batches_of_one(summing, norm, epsilon):
         np.testing.assert_array_equal(found[1][1][name], values, err_msg=name)
 
 
-def test_another_seed_is_another_noise(model):
+def test_seed_determines_the_adversarial_images(model):
     split, _ = make_split()
     found = []
     for seed in (0, 0, 1):
@@ -185,7 +184,7 @@ def test_another_seed_is_another_noise(model):
     assert np.any(found[0] != found[2])
 
 
-def test_a_subset_nests_and_is_not_the_first_images(model):
+def test_subsets_are_random_and_nested(model):
     split, _ = make_split()
     chosen = []
     for count in (5, 12):
@@ -197,7 +196,7 @@ def test_a_subset_nests_and_is_not_the_first_images(model):
     assert sorted(chosen[0]) != list(range(5))
 
 
-def test_keep_images_limits_the_images_alone(model):
+def test_save_images_limits_only_the_returned_images(model):
     split, _ = make_split()
     config = EvaluationConfig(PGD, batch_size=8)
     whole_record, whole = evaluate(model, split, config, save_images=-1)
@@ -211,7 +210,7 @@ def test_keep_images_limits_the_images_alone(model):
         assert record[key] == whole_record[key] == none[key]
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_evaluation_does_not_change_model_variables(model):
     split, _ = make_split()
     before = [array(v).copy() for v in model.variables]
     evaluate(model, split, EvaluationConfig(PGD, batch_size=10))
@@ -220,7 +219,9 @@ def test_the_model_is_left_as_it_was(model):
         np.testing.assert_array_equal(array(variable), value)
 
 
-def test_a_scan_is_compiled_once(model, monkeypatch):
+def test_attacks_with_other_settings_share_compiled_functions(
+    model, monkeypatch
+):
     """Radius, steps and restarts are arguments of one compiled function."""
     split, _ = make_split(8)
     made = []
@@ -239,10 +240,10 @@ def test_a_scan_is_compiled_once(model, monkeypatch):
         record, arrays = evaluate(model, split, EvaluationConfig(attack))
         norms.append(record["largest_norm"])
     assert norms == pytest.approx([0.1, 0.2, 0.2], rel=1e-5)
-    assert len(made) == 5  # Four pieces of the attack, the forward pass.
+    assert len(made) == 5  # Four parts of the attack and the forward pass.
 
 
-def test_a_scan_equals_its_parts_run_alone(model):
+def test_attack_result_does_not_depend_on_earlier_attacks(model):
     split, _ = make_split()
     fresh = keras.models.clone_model(model)
     fresh.set_weights(model.get_weights())
@@ -256,7 +257,7 @@ def test_a_scan_equals_its_parts_run_alone(model):
     assert settings == (5, 3, pytest.approx(0.015))
 
 
-def test_weights_that_change_are_seen(model):
+def test_accuracy_uses_the_current_weights(model):
     split, _ = make_split()
     model = keras.models.clone_model(model)
     first = accuracy(model, split)
@@ -264,7 +265,7 @@ def test_weights_that_change_are_seen(model):
     assert accuracy(model, split) != first
 
 
-def test_no_compiled_function_keeps_its_model(model):
+def test_compiled_functions_do_not_keep_the_model_alive(model):
     split, _ = make_split(4)
     model = keras.models.clone_model(model)
     accuracy(model, split)
@@ -275,7 +276,7 @@ def test_no_compiled_function_keeps_its_model(model):
     assert reference() is None
 
 
-def test_progress_and_context(model, monkeypatch):
+def test_progress_is_reported_and_context_is_in_the_record(model, monkeypatch):
     split, _ = make_split()
     monkeypatch.setattr(robust_evaluation, "_GROUP_BYTES", 1)
     calls = []
@@ -296,7 +297,7 @@ def test_progress_and_context(model, monkeypatch):
     assert record["dataset"] == "quadrants"
 
 
-def test_fgsm_has_its_record(model):
+def test_fgsm_record(model):
     split, _ = make_split()
     config = EvaluationConfig(attack_backbone.FGSM(epsilon=0.1))
     record, _ = evaluate(model, split, config)
@@ -304,7 +305,7 @@ def test_fgsm_has_its_record(model):
     assert record["robust_accuracy"] < record["clean_accuracy"]
 
 
-def test_a_model_of_another_data_set_is_refused(model):
+def test_split_that_does_not_fit_the_model_is_refused(model):
     labels = np.array([0, 7], "int32")
     many = image_splits.Split(
         "test", labels, lambda i: np.zeros((len(i), *SHAPE))
@@ -337,7 +338,7 @@ def test_a_model_of_another_data_set_is_refused(model):
         dict(craft_dtype="float16"),
     ],
 )
-def test_bad_settings_are_named(fields):
+def test_invalid_settings_are_named_in_the_error(fields):
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=name) as caught:
         EvaluationConfig(PGD, **fields)
@@ -356,10 +357,10 @@ FAST = [
 
 @pytest.mark.parametrize("attack", FAST, ids=lambda a: a.name)
 @pytest.mark.parametrize("target", ["none", "least_likely"])
-def test_dropping_the_fallen_changes_no_example(
+def test_dropping_successful_rows_does_not_change_results(
     model, attack, target, monkeypatch
 ):
-    """Compaction against one uninterrupted call that keeps every row."""
+    """Compares with a single call of the attack that keeps every row."""
     split, images = make_split()
     config = EvaluationConfig(attack, target=target, batch_size=8)
     rows = []
@@ -374,10 +375,11 @@ def test_dropping_the_fallen_changes_no_example(
     _, arrays = evaluate(model, split, config, save_images=-1)
     order = arrays["indices"]
     if target == "none":
-        assert rows[-1] < rows[0] < 37  # The clean errors, then the fallen.
+        # Clean errors are dropped first, then successful rows.
+        assert rows[-1] < rows[0] < 37
     numerics = crafting.numerics
     keys = numerics.fold_in(numerics.example_keys(0, order), 0)
-    aims = None if target == "none" else arrays["targets"]
+    targets = None if target == "none" else arrays["targets"]
 
     def logits_fn(x):
         return model(x, training=False)
@@ -386,8 +388,8 @@ def test_dropping_the_fallen_changes_no_example(
         lambda x, y, k, t=None: attack(logits_fn, x, y, k, t), model.variables
     )
     given = (images[order], split.labels[order], keys)
-    result = whole(*given, *(() if aims is None else (aims,)))
-    want, fallen = array(result.images), array(result.success)
+    result = whole(*given, *(() if targets is None else (targets,)))
+    want, success = array(result.images), array(result.success)
     wrong = arrays["clean_predictions"] != arrays["labels"]
     untouched = wrong if target == "none" else np.zeros_like(wrong)
     np.testing.assert_array_equal(
@@ -396,9 +398,9 @@ def test_dropping_the_fallen_changes_no_example(
     np.testing.assert_allclose(
         arrays["adversarial"][~untouched], want[~untouched], atol=1e-6
     )
-    goals = arrays["labels"] if aims is None else aims
-    hit = arrays["adversarial_predictions"] == goals
-    np.testing.assert_array_equal(hit ^ (aims is None), fallen)
+    classes = arrays["labels"] if targets is None else targets
+    equal = arrays["adversarial_predictions"] == classes
+    np.testing.assert_array_equal(equal ^ (targets is None), success)
 
 
 class Killed(Exception):
@@ -406,7 +408,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_killed_evaluation_goes_on_bit_for_bit(
+def test_killed_evaluation_resumes_with_identical_results(
     model, tmp_path, monkeypatch, after
 ):
     split, _ = make_split()
@@ -437,24 +439,24 @@ def test_a_killed_evaluation_goes_on_bit_for_bit(
     got, again = evaluate(
         model, split, config, state_dir=tmp_path, save_images=-1
     )
-    assert steps[0] != "open"  # It went on, it did not begin again.
+    assert steps[0] != "open"  # It resumed instead of starting again.
     for name, values in arrays.items():
         np.testing.assert_array_equal(again[name], values)
     assert {**got, "seconds": 0} == {**want, "seconds": 0}
     steps.clear()
     evaluate(model, split, config, state_dir=tmp_path)
-    assert not steps  # All groups are done.
+    assert not steps  # All groups are finished, so nothing is attacked.
 
 
 @pytest.mark.parametrize("name", robust_evaluation.ATTACKS)
-def test_every_attack_knows_its_own_state_again(name, tmp_path):
-    """Also those whose settings are tuples, which JSON makes lists of."""
+def test_state_of_every_attack_is_recognized(name, tmp_path):
+    """JSON turns settings that are tuples into lists; they still compare."""
     config = EvaluationConfig(robust_evaluation.ATTACKS[name]())
     for _ in range(2):
         robust_evaluation._State(tmp_path / "state", config.describe())
 
 
-def test_a_state_belongs_to_the_weights_of_the_surrogate(model, tmp_path):
+def test_state_of_another_surrogate_is_refused(model, tmp_path):
     split, _ = make_split()
     config = EvaluationConfig(PGD)
     for digest in ("first", "first", "then"):
@@ -470,7 +472,7 @@ def test_a_state_belongs_to_the_weights_of_the_surrogate(model, tmp_path):
             evaluate(model, split, config, context=context, state_dir=tmp_path)
 
 
-def test_a_state_of_another_evaluation_is_refused(model, tmp_path):
+def test_state_of_another_evaluation_or_damaged_is_refused(model, tmp_path):
     split, _ = make_split()
     evaluate(model, split, EvaluationConfig(PGD), state_dir=tmp_path)
     other = EvaluationConfig(PGD, seed=1)
@@ -483,7 +485,7 @@ def test_a_state_of_another_evaluation_is_refused(model, tmp_path):
     assert "\n" not in str(e.value) and path.name in str(e.value)
 
 
-def test_a_list_of_examples(model):
+def test_indices_select_images_and_are_checked(model):
     split, _ = make_split()
     config = EvaluationConfig(PGD, indices=(7, 3, 30))
     record, arrays = evaluate(model, split, config)
@@ -498,7 +500,7 @@ def test_a_list_of_examples(model):
         EvaluationConfig(PGD, indices=(1,), num_examples=1)
 
 
-def test_pixels_outside_the_range_are_refused(model):
+def test_pixels_outside_0_to_1_are_refused(model):
     split, images = make_split()
     for wrong in (images * 255, images - 1, images * np.nan):
         bad = image_splits.Split("test", split.labels, lambda i, w=wrong: w[i])
@@ -508,14 +510,14 @@ def test_pixels_outside_the_range_are_refused(model):
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-def test_probabilities_are_refused(model, activation):
+def test_model_that_returns_probabilities_is_refused(model, activation):
     split, _ = make_split()
     last = layers.Activation(activation)
     with pytest.raises(ValueError, match=f"Remove the {activation}"):
         evaluate(keras.Sequential([model, last]), split, EvaluationConfig(PGD))
 
 
-def test_a_head_that_starts_at_zero_is_no_probability(model):
+def test_constant_zero_outputs_count_as_logits(model):
     split, _ = make_split()
     zero = keras.Sequential(
         [model, layers.Dense(4, kernel_initializer="zeros")]
@@ -529,13 +531,13 @@ def noisy(model):
     return keras.Sequential([keras.Input(SHAPE), Jitter(), *model.layers])
 
 
-def test_a_stochastic_model_needs_its_draws(noisy):
+def test_stochastic_model_without_eot_is_refused(noisy):
     split, _ = make_split()
     with pytest.raises(ValueError, match="stochastic.*--eot=20"):
         evaluate(noisy, split, EvaluationConfig(PGD))
 
 
-def test_draws_are_averaged_and_repeatable(noisy, model):
+def test_eot_averages_draws_and_is_repeatable(noisy, model):
     split, images = make_split()
     before = [array(v).copy() for v in noisy.variables]
     config = EvaluationConfig(PGD, eot=8, batch_size=37)
@@ -553,18 +555,18 @@ def test_draws_are_averaged_and_repeatable(noisy, model):
     assert record["eot"] == 8
 
 
-def test_nothing_falls_to_the_noise_alone(noisy):
-    """Clean and attacked images are judged under the same noise."""
+def test_clean_and_adversarial_images_share_their_noise(noisy):
+    """With epsilon 0, noise alone must not change any prediction."""
     split, _ = make_split()
-    still = attack_backbone.PGD(epsilon=0.0, steps=1, keep="last")
-    config = EvaluationConfig(still, eot=2, batch_size=12)
+    no_change = attack_backbone.PGD(epsilon=0.0, steps=1, keep="last")
+    config = EvaluationConfig(no_change, eot=2, batch_size=12)
     record, _ = evaluate(noisy, split, config)
     assert 0 < record["clean_accuracy"] < 1
     assert record["robust_accuracy"] == record["clean_accuracy"]
 
 
-def test_one_draw_is_another_at_every_step(noisy):
-    """An attack on the very noise of the verdict would be too strong."""
+def test_noise_differs_between_steps_and_from_the_final_check(noisy):
+    """An attack that knows the noise of the final check would be too strong."""
     _, images = make_split(5)
     whole = crafting.compiled(
         noisy,
@@ -580,7 +582,7 @@ def test_one_draw_is_another_at_every_step(noisy):
     np.testing.assert_array_equal(first, again)
 
 
-def test_a_surrogate_is_attacked_and_the_model_judges(model):
+def test_surrogate_is_attacked_and_model_decides_success(model):
     split, _ = make_split()
     blind = keras.models.clone_model(model)
     blind.set_weights([0 * w for w in model.get_weights()])
@@ -594,29 +596,29 @@ def test_a_surrogate_is_attacked_and_the_model_judges(model):
     assert own["robust_accuracy"] < other["robust_accuracy"]
 
 
-def test_a_success_that_only_the_surrogate_sees_is_attacked_on(model):
-    """The surrogate calls everything wrong; the attack must not stop there."""
+def test_attack_continues_after_success_on_the_surrogate_only(model):
+    """The surrogate misclassifies every image, the model does not."""
     split, _ = make_split()
-    sure = keras.models.clone_model(model)
-    sure.set_weights(model.get_weights())
-    shifted = keras.Sequential([sure, Roll()])
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    shifted = keras.Sequential([copy, RotateClasses()])
     config = EvaluationConfig(FAST[0], batch_size=37)
     record, arrays = evaluate(
         model, split, config, surrogate=shifted, save_images=-1
     )
-    right = arrays["clean_predictions"] == arrays["labels"]
-    moved = np.abs(arrays["adversarial"] - arrays["clean"]).max((1, 2, 3))
-    assert np.all(moved[right] > 0.02)
+    correct = arrays["clean_predictions"] == arrays["labels"]
+    norms = np.abs(arrays["adversarial"] - arrays["clean"]).max((1, 2, 3))
+    assert np.all(norms[correct] > 0.02)
 
 
-class Roll(layers.Layer):
-    """Moves every class by one."""
+class RotateClasses(layers.Layer):
+    """Shifts all logits by one class."""
 
     def call(self, x):
         return ops.roll(x, 1, axis=-1)
 
 
-def test_bfloat16_crafts_and_float32_judges():
+def test_bfloat16_attack_is_verified_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         half = make_small()
@@ -645,7 +647,7 @@ def make_small():
             keras.Input(SHAPE),
             layers.AveragePooling2D(3),
             layers.Flatten(),
-            layers.Dense(CLASSES, use_bias=False),
+            layers.Dense(NUM_CLASSES, use_bias=False),
         ]
     )
     model.set_weights([20 * np.eye(4, dtype="float32")])
@@ -653,7 +655,7 @@ def make_small():
 
 
 class ReadOuts(layers.Layer):
-    """Shows three read-outs; the last one is what the model answers."""
+    """Reports three read-out steps; the last one is the model's output."""
 
     def call(self, logits):
         return logits, ops.stack([-logits, 2 * logits, logits], axis=1)
@@ -662,7 +664,7 @@ class ReadOuts(layers.Layer):
         return {"step_logits": outputs[1]}
 
 
-def test_all_read_outs_are_attacked():
+def test_all_read_outs_are_averaged_in_the_loss():
     base = make_small()
     images = keras.Input(SHAPE)
     logits, _ = ReadOuts()(base(images))
@@ -695,20 +697,22 @@ def test_all_read_outs_are_attacked():
     assert record["read_outs"] == "all"
 
 
-def test_an_ensemble_attacks_what_still_stands(model):
-    """Its result is the worst case over its members, example for example."""
+def test_ensemble_is_at_least_as_strong_as_its_members(model):
+    """It misclassifies at least the images of the union of its members."""
     import autoattack
 
     split, _ = make_split(20)
     ensemble = autoattack.AutoAttack(epsilon=0.03, version="rand")
     assert len(ensemble.members()) == 2
     _, arrays = evaluate(model, split, EvaluationConfig(ensemble))
-    fallen = arrays["all_adversarial_predictions"] != arrays["all_labels"]
-    either = np.zeros_like(fallen)
+    misclassified = (
+        arrays["all_adversarial_predictions"] != arrays["all_labels"]
+    )
+    either = np.zeros_like(misclassified)
     for member in ensemble.members():
         _, alone = evaluate(model, split, EvaluationConfig(member))
         either |= alone["all_adversarial_predictions"] != alone["all_labels"]
-    assert fallen.sum() >= either.sum() > 0
+    assert misclassified.sum() >= either.sum() > 0
 
 
 PGD_DLR = attack_backbone.PGD(loss="dlr")
@@ -724,7 +728,7 @@ PGD_DLR = attack_backbone.PGD(loss="dlr")
         (dict(target=7), 3, "from 0 to 2. Received: 7"),
     ],
 )
-def test_what_needs_more_classes_is_refused(fields, classes, match):
+def test_settings_that_need_more_classes_are_refused(fields, classes, match):
     config = EvaluationConfig(**fields)
     with pytest.raises(ValueError, match=match) as raised:
         config.fit(classes)
@@ -732,7 +736,7 @@ def test_what_needs_more_classes_is_refused(fields, classes, match):
     assert config.fit(10) is config
 
 
-def test_autoattack_on_few_classes_says_which_it_is():
+def test_autoattack_version_names_its_restriction_to_few_classes():
     config = EvaluationConfig(autoattack.AutoAttack())
     assert config.fit(2).describe()["version"] == "standard_2_classes"
     assert config.fit(4) == config
