@@ -153,7 +153,7 @@ class FGSM(attack_rounds.Attack):
         state = self._offer(state, images, value, logits)
         changed = self._move(images, ops.zeros_like(images), grad)
         return self._offer(
-            state, changed, *self.objective(logits_fn, state)(changed)
+            state, changed, *self.ascended_loss(logits_fn, state)(changed)
         )
 
     def perturb(
@@ -240,10 +240,10 @@ class Iterative(attack_rounds.Attack):
         """See `Attack.steps_a_round`."""
         return self.steps
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`; with the distance of the attention."""
+    def ascended_loss(self, logits_fn, state):
+        """See `Attack.ascended_loss`; with the distance of the attention."""
         if not self.distraction:
-            return super().objective(logits_fn, state)
+            return super().ascended_loss(logits_fn, state)
         labels, targets = state["labels"], state.get("targets")
         reference = {
             key[6:]: value
@@ -272,7 +272,9 @@ class Iterative(attack_rounds.Attack):
                 # The first iterate is the clean image: no need to judge it
                 # twice.
                 return state
-            value, logits = self.objective(logits_fn, state)(state["images"])
+            value, logits = self.ascended_loss(logits_fn, state)(
+                state["images"]
+            )
             return self._offer(state, state["images"], value, logits)
         outputs = losses.outputs_of(logits_fn(state["images"]))
         state = {**state, **_attended(outputs)}
@@ -327,7 +329,9 @@ class Iterative(attack_rounds.Attack):
         """See `Attack.end`: judges the last iterate."""
         del number
         here = attack_rounds.perturbed(state["images"], state["delta"])
-        return self._offer(state, here, *self.objective(logits_fn, state)(here))
+        return self._offer(
+            state, here, *self.ascended_loss(logits_fn, state)(here)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Attack:
             The state, a dict.
         """
         state = self._rows(images, labels, keys, targets)
-        value, logits = self.objective(logits_fn, state)(state["images"])
+        value, logits = self.ascended_loss(logits_fn, state)(state["images"])
         return self._offer(state, state["images"], value, logits)
 
     def begin(self, logits_fn, state, number):
@@ -147,7 +147,7 @@ class Attack:
         del logits_fn, number
         return state
 
-    def objective(self, logits_fn, state):
+    def ascended_loss(self, logits_fn, state):
         """Returns a callable from images to (what is ascended, the logits)."""
         labels, targets = state["labels"], state.get("targets")
 
@@ -303,7 +303,7 @@ class Attack:
             the gradient, finite and of the shape of the images.
         """
         (value, logits), grad, flags = numerics.value_and_grad(
-            self.objective(logits_fn, state),
+            self.ascended_loss(logits_fn, state),
             here,
             has_aux=True,
             with_flags=True,
@@ -353,10 +353,10 @@ def mean_loss(name, outputs, labels, targets=None):
     """
     if outputs.ascended is not None:
         return outputs.ascended
-    if outputs.answers is None:
+    if outputs.head_logits is None:
         return losses.loss(name, outputs.logits, labels, targets)
-    count = outputs.answers.shape[1]
-    flat = ops.reshape(outputs.answers, (-1, outputs.answers.shape[-1]))
+    count = outputs.head_logits.shape[1]
+    flat = ops.reshape(outputs.head_logits, (-1, outputs.head_logits.shape[-1]))
     labels = ops.repeat(labels, count, axis=0)
     if targets is not None:
         targets = ops.repeat(targets, count, axis=0)

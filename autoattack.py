@@ -412,9 +412,11 @@ class APGDT(APGD):
         rank = number // self.restarts
         return {**state, "aim": fab.aim(state, rank)}
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`."""
-        return super().objective(logits_fn, {**state, "targets": state["aim"]})
+    def ascended_loss(self, logits_fn, state):
+        """See `Attack.ascended_loss`."""
+        return super().ascended_loss(
+            logits_fn, {**state, "targets": state["aim"]}
+        )
 
     def _worth(self, value, logits, state):
         del value

@@ -78,7 +78,9 @@ class _LogitsFn:
         ]
         stacked = ops.stack([o.logits for o in outputs], axis=1)
         answers = [
-            ops.expand_dims(o.logits, 1) if o.answers is None else o.answers
+            ops.expand_dims(o.logits, 1)
+            if o.head_logits is None
+            else o.head_logits
             for o in outputs
         ]
         shown = {

@@ -144,8 +144,8 @@ class FAB(attack_rounds.Attack):
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
 
-    def objective(self, logits_fn, state):
-        """See `Attack.objective`: the margin, by which it is reported."""
+    def ascended_loss(self, logits_fn, state):
+        """See `Attack.ascended_loss`: the margin, by which it is reported."""
         labels = state["labels"]
 
         def evaluate(images):
@@ -160,7 +160,7 @@ class FAB(attack_rounds.Attack):
         check_untargeted(self.name, targets)
         state = self._rows(images, labels, keys, targets)
         images = state["images"]
-        value, logits = self.objective(logits_fn, state)(images)
+        value, logits = self.ascended_loss(logits_fn, state)(images)
         state = self._offer(state, images, value, logits)
         distance = ops.where(state["success"], 0.0, math.inf)
         return {
@@ -219,7 +219,7 @@ class FAB(attack_rounds.Attack):
             images + self.eta * to_image
         )
         point = ops.clip(point, 0.0, 1.0)
-        value, logits = self.objective(logits_fn, state)(point)
+        value, logits = self.ascended_loss(logits_fn, state)(point)
         _, wrong = losses.judge(logits, state["labels"])
         value = losses.comparable(value, logits)
         state = attack_rounds.mark(state, losses.nonfinite(logits))
@@ -264,8 +264,8 @@ class FAB(attack_rounds.Attack):
             def gap(images):
                 outputs = losses.outputs_of(logits_fn(images))
                 logits = outputs.logits
-                if outputs.answers is not None:
-                    logits = ops.mean(outputs.answers, axis=1)
+                if outputs.head_logits is not None:
+                    logits = ops.mean(outputs.head_logits, axis=1)
                 logits = ops.cast(logits, "float32")
                 return _pick(logits, classes) - _pick(logits, labels)
 

@@ -22,9 +22,10 @@ class Outputs(NamedTuple):
 
     Attributes:
         logits: `(batch, classes)`: what the verdict is read from.
-        answers: Optional `(batch, n, classes)`: several answers to one image
-            (draws of a stochastic model, read-outs of a recurrent one); the
-            loss is the mean of theirs. None means the logits alone.
+        head_logits: Optional `(batch, n, classes)`: several logits for one
+            image (auxiliary heads, draws of a stochastic model, read-outs of a
+            recurrent one). The attack loss is the mean of their losses. None:
+            the loss is that of `logits`.
         shown: Dict of tensors `(batch, ...)` that tell where the model looks
             ("gazes", "boxes", "maps"), for attacks on the attention.
         ascended: Optional `(batch,)`: what an attack ascends in place of a
@@ -32,7 +33,7 @@ class Outputs(NamedTuple):
     """
 
     logits: object
-    answers: object = None
+    head_logits: object = None
     shown: dict = {}  # noqa: RUF012 -- never written to.
     ascended: object = None
 

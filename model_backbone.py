@@ -55,7 +55,7 @@ def in_training(model):
 
     Returns:
         Callable from images to logits, `(batch, classes)`; for a model with
-        auxiliary heads to `losses.Outputs`, whose `answers`, `(batch,
+        auxiliary heads to `losses.Outputs`, whose `head_logits`, `(batch,
         heads, classes)`, are those of all the heads, the verdict's first. An
         objective trains each of them with the label of the image.
     """

@@ -90,7 +90,7 @@ def _answers(value):
         value: What a `logits_fn` returned.
     """
     outputs = losses.outputs_of(value)
-    heads = outputs.answers
+    heads = outputs.head_logits
     if heads is None:
         bare = not isinstance(value, losses.Outputs)
         several = bare and len(value.shape) == 3

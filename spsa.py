@@ -76,9 +76,9 @@ class SPSA(attack_backbone.Iterative):
     def step(self, logits_fn, state, number, index):
         """See `Attack.step`."""
         here = attack_rounds.perturbed(state["images"], state["delta"])
-        objective = self.objective(logits_fn, state)
+        ascended_loss = self.ascended_loss(logits_fn, state)
         if self.keep != "last":
-            state = self._offer(state, here, *objective(here))
+            state = self._offer(state, here, *ascended_loss(here))
         keys = numerics.fold_in(state["keys"], 2)
         keys = numerics.fold_in(numerics.fold_in(keys, number), index)
         grad, flags = self.estimate(logits_fn, state, here, keys)
@@ -111,7 +111,7 @@ class SPSA(attack_backbone.Iterative):
             if key in ("images", "labels", "targets")
             or key.startswith("clean_")
         }
-        objective = self.objective(logits_fn, rows)
+        ascended_loss = self.ascended_loss(logits_fn, rows)
 
         def add(part, sums):
             total, flags = sums
@@ -125,7 +125,7 @@ class SPSA(attack_backbone.Iterative):
             both = ops.stack([self.radius * v, -self.radius * v], axis=2)
             probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + both
             values = losses.comparable(
-                *objective(ops.reshape(probes, (-1, *shape)))
+                *ascended_loss(ops.reshape(probes, (-1, *shape)))
             )
             values = ops.reshape(values, (-1, chunk, 2))
             slopes = (values[..., 0] - values[..., 1]) * used

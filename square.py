@@ -117,7 +117,7 @@ class Square(attack_rounds.Attack):
         propose = _repaint if self.norm == "linf" else _reshape
         proposed = propose(state, self, keys, self.stage(index))
         proposed = ops.where(ops.equal(index, 0), state["current"], proposed)
-        value, logits = self.objective(logits_fn, state)(proposed)
+        value, logits = self.ascended_loss(logits_fn, state)(proposed)
         success, _ = losses.judge(logits, state["labels"], state.get("targets"))
         value = losses.comparable(value, logits)
         taken = ops.logical_or(value > state["value"], success)

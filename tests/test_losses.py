@@ -170,7 +170,7 @@ def test_the_verdict_on_several_heads_is_that_of_their_mean():
     heads = np.random.default_rng(0).normal(size=(5, 3, 4)).astype("float32")
     outputs = losses.outputs_of(tensor(heads))
     np.testing.assert_allclose(array(outputs.logits), heads.mean(1), rtol=1e-5)
-    assert outputs.answers is None
+    assert outputs.head_logits is None
     assert losses.outputs_of(outputs) is outputs
     one = tensor(heads[:, 0])
     assert losses.outputs_of(one).logits is one
@@ -435,5 +435,5 @@ def test_outputs_are_made_of_bare_logits_and_left_alone():
     logits = tensor(np.zeros((2, 3), "f4"))
     outputs = losses.outputs_of(logits)
     assert outputs.logits is logits
-    assert outputs.answers is None and outputs.shown == {}
+    assert outputs.head_logits is None and outputs.shown == {}
     assert losses.outputs_of(outputs) is outputs
