@@ -414,7 +414,7 @@ class AdversaryConfig:
         )
         name = run_folder.component(name, "the name of the evaluation")
         place = run_folder.inside(self.folder, "attacks", name)
-        attack_records.partial(place)
+        attack_records.partial_folder(place)
         return place
 
 
@@ -806,7 +806,7 @@ def _earlier(config, hashes, images):
     import attack_records
 
     return [
-        attack_records.earlier(
+        attack_records.existing_record(
             config.place(e),
             config.request(e, {**hashes, **identity}),
             config.overwrite,
@@ -903,7 +903,7 @@ class _Loaded:
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
         request = config.request(evaluation, {**self.hashes, **identity})
-        with attack_records.shown_progress(place.name, progress) as report:
+        with attack_records.show_progress(place.name, progress) as report:
             try:
                 return attack_records.attack(
                     place,

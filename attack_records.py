@@ -1,9 +1,9 @@
-"""The folder of an evaluation: its name, its record, its arrays, its picture.
+"""The folder of an evaluation: its name, record, arrays and pictures.
 
 `<run>/attacks/<name>/` holds `results.json`, `adversarial.npz` and
-`pictures.png` (`attention.png` too for a recurrent model), put in place all at
-once. What is under way lies beside it, in
-`.<name>.partial/`, until then.
+`pictures.png` (and `attention.png` for a recurrent model). The whole folder
+appears at once when the evaluation is finished. Until then the intermediate
+state is in the folder `.<name>.partial/` beside it.
 """
 
 import contextlib
@@ -24,17 +24,23 @@ import visualize
 PICTURE_ROWS = 8
 _IMAGES = ("clean", "adversarial")
 _LOGITS = ("clean_logits", "adversarial_logits")
-_KEPT = (
+_SAVED = (
     *_IMAGES,
     *_LOGITS,
     *("labels", "targets", "clean_predictions", "adversarial_predictions"),
     *("all_labels", "all_clean_predictions", "all_adversarial_predictions"),
 )
-_MOST_CLASSES = 1000  # Of a record that does not name its classes.
-_VERDICTS = ("all_indices", "all_adversarial_predictions", "all_labels")
-_VERDICTS = (*_VERDICTS, "all_digests")
-_VERDICT_BYTES = 2**28  # Of four numbers an image: ten million images.
-# How a setting is written in a folder's name; others by name and value.
+_MOST_CLASSES = 1000  # Assumed where a record does not name its classes.
+_PREDICTIONS = (
+    "all_indices",
+    "all_adversarial_predictions",
+    "all_labels",
+    "all_digests",
+)
+# Size limit of these four arrays; enough for ten million images.
+_PREDICTION_BYTES = 2**28
+# How a setting is written in a folder's name. Other settings are written as
+# their name followed by their value.
 _WORDS = {
     "steps": "{}steps",
     "step_size": "step{}",
@@ -51,11 +57,11 @@ _WORDS = {
 
 
 def name(evaluation, *parts):
-    """Names an evaluation by its settings, the usual ones left out.
+    """Names an evaluation by its settings, without those at their default.
 
     Args:
         evaluation: A `robust_evaluation.EvaluationConfig`.
-        *parts: What else tells it from others; empty parts are left out.
+        *parts: Strings to append to the name; empty ones are left out.
 
     Returns:
         The name of its folder.
@@ -64,9 +70,9 @@ def name(evaluation, *parts):
     words = [attack.name, attack.norm, f"eps{short(attack.epsilon)}"]
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)
-        usual = "first" if field.name == "keep" else field.default
+        default = "first" if field.name == "keep" else field.default
         if field.name in ("norm", "epsilon") or (
-            value == usual and field.name != "steps"
+            value == default and field.name != "steps"
         ):
             continue
         if isinstance(value, tuple):
@@ -92,41 +98,41 @@ def name(evaluation, *parts):
 
 
 def short(value):
-    """A radius as it is best read in a file name: 0.05, 8_255."""
+    """Formats a radius for a file name: 0.05, 8_255."""
     text = f"{value:.6g}"
     levels = _levels(value)
     return f"{levels}_255" if len(text) > 5 and levels else text
 
 
 def radius(epsilon):
-    """A radius for people: 0.0313725 (8/255)."""
+    """Formats a radius for a table: 0.03137 (8/255)."""
     levels = _levels(epsilon)
     text = f"{epsilon:.4g}"
-    # A radius chosen as a decimal, 0.2, happens to be 51/255.
+    # Short decimals stay as they are, although 0.2, for example, is 51/255.
     return f"{text} ({levels}/255)" if levels and len(text) > 5 else text
 
 
 def _levels(value):
-    """k if the value is k/255, between 0 and 1, else None."""
+    """Returns k if the value is k/255 with 0 < k < 255, otherwise None."""
     levels = round(value * 255)
     exact = abs(value * 255 - levels) < 1e-9
     return levels if exact and 0 < levels < 255 else None
 
 
-def earlier(place, request, overwrite=False):
-    """Returns the record that answers the same request, or None.
+def existing_record(folder, request, overwrite=False):
+    """Returns the record of an earlier run of the same evaluation, or None.
 
     Args:
-        place: The folder of the evaluation.
-        request: Dict of everything the answer depends on, the identity of the
-            images included.
-        overwrite: Whether an answer that is there does not count.
+        folder: The folder of the evaluation.
+        request: Dict of everything the result depends on, including the
+            identity of the images.
+        overwrite: Whether to ignore an existing record.
 
     Raises:
-        FileExistsError: If the folder holds the answer to another request.
+        FileExistsError: If the folder holds the record of another request.
         ValueError: If the record is damaged.
     """
-    path = place / "results.json"
+    path = folder / "results.json"
     if overwrite or not path.exists():
         return None
     record = run_folder.read_record(path)
@@ -136,31 +142,31 @@ def earlier(place, request, overwrite=False):
         reason = (
             "was made with other images or labels"
             if "data_sha256" in found
-            else "is of an earlier version and does not tell its images"
+            else "is of an earlier version and does not identify its images"
         )
         raise FileExistsError(
-            f"Expected a record of these images in {place}. Received: one that "
-            f"{reason}. Check --data_dir, or replace it with --overwrite."
+            f"Expected a record of these images in {folder}. Received: one "
+            f"that {reason}. Check --data_dir, or replace it with --overwrite."
         )
     if changed:
         raise FileExistsError(
-            f"{place} holds a record with another {', '.join(changed)}. "
+            f"{folder} holds a record with another {', '.join(changed)}. "
             "Replace it with --overwrite."
         )
     return record
 
 
-def partial(place) -> pathlib.Path:
-    """Returns the folder of what is under way of an evaluation.
+def partial_folder(folder) -> pathlib.Path:
+    """Returns the folder of an evaluation's intermediate state.
 
     Raises:
-        ValueError: If it is a link or a file.
+        ValueError: If this path is a link or a file.
     """
-    return run_folder.inside(place.parent, f".{place.name}.partial")
+    return run_folder.inside(folder.parent, f".{folder.name}.partial")
 
 
 def attack(
-    place,
+    folder,
     model,
     split,
     evaluation,
@@ -173,52 +179,52 @@ def attack(
     picture_rows=PICTURE_ROWS,
     overwrite=False,
 ):
-    """Runs one evaluation and puts its folder in place, all or nothing.
+    """Runs one evaluation and creates its folder, completely or not at all.
 
-    The caller owns the folder; see `run_folder.own`.
+    The caller must own the folder; see `run_folder.own`.
 
     Args:
-        place: The folder of the evaluation.
+        folder: The folder of the evaluation.
         model: The model.
         split: The `image_splits.Split`.
         evaluation: A `robust_evaluation.EvaluationConfig`.
         class_names: Names of the classes.
-        context: What opens the record.
+        context: Dict with which the record begins.
         surrogate: See `robust_evaluation.evaluate`.
-        progress: See there.
-        save_images: How many images are kept, -1 for all.
-        picture_rows: Most images in the picture.
-        overwrite: Whether what is under way may be thrown away, if it is
-            another evaluation's or damaged.
+        progress: See `robust_evaluation.evaluate`.
+        save_images: Number of images to save, -1 for all.
+        picture_rows: Largest number of images in the picture.
+        overwrite: Whether to discard an intermediate state that is damaged or
+            belongs to another evaluation.
 
     Returns:
         The record.
     """
-    under_way = partial(place)
-    run_folder.recover(under_way)
-    run = {
+    partial = partial_folder(folder)
+    run_folder.recover(partial)
+    arguments = {
         "surrogate": surrogate,
         "context": context,
         "progress": progress,
         "save_images": save_images,
-        "state_dir": under_way,
+        "state_dir": partial,
     }
     try:
         record, arrays = robust_evaluation.evaluate(
-            model, split, evaluation, **run
+            model, split, evaluation, **arguments
         )
     except robust_evaluation.StateError:
         if not overwrite:
             raise
-        run_folder.discard(under_way)
+        run_folder.discard(partial)
         record, arrays = robust_evaluation.evaluate(
-            model, split, evaluation, **run
+            model, split, evaluation, **arguments
         )
     digests = split.digests(arrays["all_indices"])[:, :8]
     arrays["all_digests"] = np.ascontiguousarray(digests).view("<u8")[:, 0]
-    record, worst = _with_worst_case(place, record, arrays)
+    record, worst = _with_worst_case(folder, record, arrays)
     arrays["all_worst_case"] = worst
-    # Text, and not objects: it loads with allow_pickle=False.
+    # A string array, unlike an object array, loads with allow_pickle=False.
     arrays["class_names"] = np.array(list(map(str, class_names)), np.str_)
     record = {
         **record,
@@ -230,84 +236,89 @@ def attack(
             arrays["all_adversarial_predictions"],
         ),
     }
-    _put(place, model, record, arrays)
-    run_folder.discard(under_way)
+    _write(folder, model, record, arrays)
+    run_folder.discard(partial)
     return record
 
 
-def _put(place, model, record, arrays):
-    def write(folder):
+def _write(folder, model, record, arrays):
+    def write(temporary):
         run_folder.atomic_write(
-            folder / "adversarial.npz",
+            temporary / "adversarial.npz",
             lambda path: np.savez_compressed(path, **arrays),
         )
-        _draw(folder, model, record, arrays)
-        run_folder.write_json(folder / "results.json", record)
+        _draw(temporary, model, record, arrays)
+        run_folder.write_json(temporary / "results.json", record)
 
-    run_folder.replace_folder(place, write)
+    run_folder.replace_folder(folder, write)
 
 
-def redraw(place, model, record, picture_rows):
-    """Draws the pictures of a record again, with another number of rows.
+def redraw(folder, model, record, picture_rows):
+    """Draws the pictures of a record again with another number of rows.
 
     Args:
-        place: The folder of the evaluation.
+        folder: The folder of the evaluation.
         model: The model that was attacked.
         record: The record.
-        picture_rows: Most images in the picture.
+        picture_rows: Largest number of images in the picture.
 
     Returns:
-        The record, which tells the new number.
+        The record with the new number of rows.
     """
     record = {**record, "picture_rows": picture_rows}
-    arrays = kept_images(place, tuple(model.input_shape[1:]))
-    _draw(place, model, record, arrays)
-    run_folder.write_json(place / "results.json", record)
+    arrays = saved_images(folder, tuple(model.input_shape[1:]))
+    _draw(folder, model, record, arrays)
+    run_folder.write_json(folder / "results.json", record)
     return record
 
 
-def _with_worst_case(place, record, arrays):
+def _with_worst_case(folder, record, arrays):
     """Adds the worst case over this and all earlier attacks on the weights.
 
-    An attack counts if its ball lies in this one's (same norm, radius no
-    larger), and if it saw all of these images. Damaged ones are passed over,
-    like those of earlier versions, which do not tell their images.
+    An earlier attack is included if it has the same norm and no larger radius,
+    and if it attacked all of these images. Damaged records are skipped, and so
+    are those of earlier versions, which do not identify their images.
+
+    Returns:
+        Tuple (record, booleans `(n,)`: whether each image is robust).
     """
     order, digests = arrays["all_indices"], arrays["all_digests"]
-    verdicts = [arrays["all_adversarial_predictions"] == arrays["all_labels"]]
-    names = [place.name]
-    for name, other in run_folder.records(place.parent.parent).items():
+    correct = [arrays["all_adversarial_predictions"] == arrays["all_labels"]]
+    names = [folder.name]
+    for name, other in run_folder.records(folder.parent.parent).items():
         same = all(
             other.get(key) == record.get(key)
             for key in ("weights_sha256", "split", "dataset", "norm", "options")
         )
-        if name == place.name or not same:
+        if name == folder.name or not same:
             continue
         if other["epsilon"] > record["epsilon"]:
             continue
         try:
-            right = _verdicts(place.with_name(name), order, digests)
+            other_correct = _correct_predictions(
+                folder.with_name(name), order, digests
+            )
         except (OSError, ValueError) as error:
             run_folder.pass_over(error)
             continue
-        if right is not None:
-            verdicts.append(right)
+        if other_correct is not None:
+            correct.append(other_correct)
             names.append(name)
-    stands = metrics.worst_case(verdicts)
-    low, high = metrics.proportion_interval(stands.sum(), len(stands))
+    robust = metrics.worst_case(correct)
+    low, high = metrics.proportion_interval(robust.sum(), len(robust))
     worst = {
-        "robust_accuracy": float(stands.mean()),
+        "robust_accuracy": float(robust.mean()),
         "robust_accuracy_interval": [low, high],
         "attacks": names,
     }
-    return {**record, "worst_case": worst}, stands
+    return {**record, "worst_case": worst}, robust
 
 
-def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
-    """Reads what an evaluation kept, images and predictions.
+def saved_images(folder, image_shape: tuple) -> dict[str, np.ndarray]:
+    """Reads the saved images and predictions of an evaluation.
 
     Args:
-        place: The folder of the evaluation.
+        folder: The folder of the evaluation.
         image_shape: Height, width and channels of the run's images.
 
     Returns:
@@ -320,67 +331,82 @@ def kept_images(place, image_shape: tuple) -> dict[str, np.ndarray]:
 
     Raises:
         OSError: If a file is missing.
-        ValueError: If a file is damaged, or holds more than the record says.
+        ValueError: If a file is damaged, or larger than the record implies.
     """
-    record = run_folder.read_record(place / "results.json")
+    record = run_folder.read_record(folder / "results.json")
     classes = len(class_names_of(record)) or _MOST_CLASSES
-    # Numbers of four bytes for each image.
-    size = 2 * (math.prod(image_shape) + classes) + len(_KEPT)
-    found = _arrays(place, 4 * size * record["num_examples"], _KEPT)
-    images = (len(found["labels"]), *image_shape)
-    if not found["clean"].shape == found["adversarial"].shape == images:
+    # Each image needs this many numbers of four bytes.
+    numbers = 2 * (math.prod(image_shape) + classes) + len(_SAVED)
+    found = _arrays(folder, 4 * numbers * record["num_examples"], _SAVED)
+    expected = (len(found["labels"]), *image_shape)
+    if not found["clean"].shape == found["adversarial"].shape == expected:
         raise ValueError(
-            f"Expected images of shape {tuple(image_shape)} in {place}. "
+            f"Expected images of shape {tuple(image_shape)} in {folder}. "
             f"Received: {found['clean'].shape[1:]}."
         )
     return found
 
 
 def class_names_of(record):
-    """Returns the class names of a record, none in one that lacks them."""
+    """Returns the class names of a record; an empty list if it has none."""
     return list(record.get("per_class", {}).get("class", ()))
 
 
-def _arrays(place, limit, names):
-    """Reads arrays of an evaluation; those of one number an image match."""
-    path = place / "adversarial.npz"
+def _arrays(folder, limit, names):
+    """Reads arrays of an evaluation and checks that their lengths agree.
+
+    Arrays other than images and logits hold one number per image. Those named
+    "all_..." cover all images, the others only the saved ones.
+    """
+    path = folder / "adversarial.npz"
     try:
         found = run_folder.read_npz(path, limit, names)
         for of_all in (True, False):
-            flat = {
+            shapes = {
                 value.shape
                 for name, value in found.items()
                 if name.startswith("all_") == of_all
                 and name not in (*_IMAGES, *_LOGITS)
             }
-            if flat and (len(flat) != 1 or len(min(flat)) != 1):
-                raise ValueError("its arrays are not one number an image")
+            if shapes and (len(shapes) != 1 or len(min(shapes)) != 1):
+                raise ValueError("an array is not one number per image")
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Remove {place}, or make it again "
-            "with --overwrite."
+            f"{path} is damaged ({error}). Remove {folder}, or run the "
+            "evaluation again with --overwrite."
         ) from error
     return found
 
 
-def _verdicts(place, order, digests):
-    """Whether an evaluation left each image right; None if it saw not all."""
-    found = _arrays(place, _VERDICT_BYTES, _VERDICTS)
-    indices, predictions, labels, seen = (found[name] for name in _VERDICTS)
+def _correct_predictions(folder, order, digests):
+    """Tells which images an evaluation's attack left correctly classified.
+
+    Args:
+        folder: The folder of the evaluation.
+        order: Indices of the images in the split, `(n,)`.
+        digests: Digests of these images, `(n,)`.
+
+    Returns:
+        Booleans `(n,)`; None unless the evaluation attacked all these images.
+    """
+    found = _arrays(folder, _PREDICTION_BYTES, _PREDICTIONS)
+    indices, predictions, labels, found_digests = (
+        found[name] for name in _PREDICTIONS
+    )
     rows = {int(index): row for row, index in enumerate(indices)}
     if any(int(index) not in rows for index in order):
         return None
     chosen = [rows[int(index)] for index in order]
-    if not np.array_equal(seen[chosen], digests):
+    if not np.array_equal(found_digests[chosen], digests):
         return None
     return (predictions == labels)[chosen]
 
 
 def saved(arrays):
-    """Returns the arrays of the saved images, one entry an image.
+    """Returns the arrays that have one entry per saved image.
 
     Args:
-        arrays: Those of `kept_images`; what concerns all images is left out.
+        arrays: The arrays of `saved_images`.
     """
     return {
         key: value
@@ -390,13 +416,14 @@ def saved(arrays):
 
 
 def attacked(arrays):
-    """Returns the arrays of the saved images that show what the attack did.
+    """Returns the arrays of the saved images that were correct before.
 
-    Those are the images that were correct before the attack: first those that
-    it made the model misclassify, then those that are still robust.
+    Images that are misclassified after the attack come first, robust ones
+    follow. Images that were already misclassified without an attack do not
+    show what it did.
 
     Args:
-        arrays: Those of `kept_images`.
+        arrays: The arrays of `saved_images`.
     """
     rows = saved(arrays)
     found = metrics.outcomes(
@@ -411,11 +438,11 @@ def attacked(arrays):
 
 
 def _draw(folder, model, record, arrays):
-    """Draws what there is to draw into the folder of an evaluation."""
+    """Draws the pictures of an evaluation into its folder."""
     rows = record["picture_rows"]
     chosen = attacked(arrays)
     if not len(chosen["clean"]):
-        # Nothing was attacked: each row says that it was wrong before.
+        # No saved image was correct before the attack; each row says so.
         chosen = saved(arrays)
     chosen = {key: value[:rows] for key, value in chosen.items()}
     if not len(chosen["clean"]):
@@ -446,11 +473,11 @@ def _draw(folder, model, record, arrays):
 
 
 def headline(record, arrays):
-    """Describes an attack and what it did, in two lines, for a picture.
+    """Describes an attack and its result in two lines, for a picture.
 
     Args:
         record: The record.
-        arrays: Those of `kept_images`.
+        arrays: The arrays of `saved_images`.
     """
     found = metrics.outcomes(
         arrays["all_labels"],
@@ -467,11 +494,11 @@ def headline(record, arrays):
 def picture(
     chosen, before, after, class_names, *, max_rows, title=None, path=None
 ):
-    """Draws saved images clean and adversarial, one row an image.
+    """Draws saved images, clean and adversarial, with one row per image.
 
     Args:
-        chosen: Arrays by name, as `attacked` gives them.
-        before: What the model looks at in the clean images, a dict; see
+        chosen: Dict of arrays, as `attacked` returns them.
+        before: Dict of what the model looks at in the clean images; see
             `model_backbone.glimpses`.
         after: The same for the adversarial images.
         class_names: Names of the classes.
@@ -503,24 +530,26 @@ def picture(
 
 
 def attention_picture(chosen, before, after, num_steps, class_names, **options):
-    """Draws attention maps, a clean image and below it the attacked one.
+    """Draws attention maps: each clean image above its adversarial image.
 
     Args:
         chosen, before, after, class_names: See `picture`; `before` and `after`
             hold "maps".
-        num_steps: Steps that are in the maps.
-        **options: Others of `visualize.attention_grid`.
+        num_steps: Number of steps in the maps.
+        **options: Further arguments of `visualize.attention_grid`.
 
     Returns:
         A matplotlib `Figure`.
     """
 
     def both(name):
-        return _in_turn(chosen[f"clean_{name}"], chosen[f"adversarial_{name}"])
+        return _interleave(
+            chosen[f"clean_{name}"], chosen[f"adversarial_{name}"]
+        )
 
     return visualize.attention_grid(
-        _in_turn(chosen["clean"], chosen["adversarial"]),
-        _in_turn(before["maps"], after["maps"]),
+        _interleave(chosen["clean"], chosen["adversarial"]),
+        _interleave(before["maps"], after["maps"]),
         num_steps,
         np.repeat(chosen["labels"], 2),
         both("predictions"),
@@ -531,44 +560,52 @@ def attention_picture(chosen, before, after, num_steps, class_names, **options):
     )
 
 
-def _in_turn(clean, attacked):
-    """Returns clean and attacked entries in turn: `(2 * n, ...)`."""
-    pairs = np.stack([clean, attacked], axis=1)
+def _interleave(clean, adversarial):
+    """Returns clean and adversarial entries alternately: `(2 * n, ...)`."""
+    pairs = np.stack([clean, adversarial], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
 @contextlib.contextmanager
-def shown_progress(name, wanted):
-    """Shows how many images are decided: those misclassified, or finished.
+def show_progress(name, wanted):
+    """Shows a progress bar that counts the images that are decided.
+
+    An image is decided when it is misclassified or the attack on it ends.
 
     Args:
         name: Name of the evaluation.
         wanted: Whether to show anything.
 
     Yields:
-        Callable `(done, total, record)` as `robust_evaluation.evaluate` takes
-        it; None if nothing is wanted.
+        Callable `(done, total, record)` for `robust_evaluation.evaluate`; None
+        if `wanted` is false.
     """
     if not wanted:
         yield None
         return
-    # Images that are misclassified early come first: the others take longer.
+    # The rate is not constant: images that are misclassified early are counted
+    # first, the others take longer.
     with progress.Progress(name, unit="images", least=True) as shown:
 
         def report(done, total, record):
-            found = ""
+            accuracies = ""
             if record is not None:
-                found = (
+                accuracies = (
                     f"clean {record['clean_accuracy']:.1%}, "
                     f"robust {record['robust_accuracy']:.1%}"
                 )
-            shown.update(done, total, found)
+            shown.update(done, total, accuracies)
 
         yield report
 
 
 def show(results, file=None):
-    """Prints the table of the results, and where their records are."""
+    """Prints the table of the results and the paths of their records.
+
+    Args:
+        results: Sequence of tuples (record, folder, whether it was reused).
+        file: Where to print; standard output by default.
+    """
     import rich.box
     import rich.console
     import rich.table
@@ -576,7 +613,7 @@ def show(results, file=None):
 
     console = rich.console.Console(file=file, soft_wrap=True)
     if not console.is_terminal:
-        console.width = 160  # A log has no width; do not cut the table off.
+        console.width = 160  # A log file has no width that could limit it.
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     # Success counts the images that were correct before the attack.
     heads = "# attack norm eps steps restarts images clean attacked success"
@@ -589,7 +626,7 @@ def show(results, file=None):
     for number, (record, _, _) in enumerate(results, 1):
         table.add_row(
             str(number),
-            rich.text.Text(f"{_attack(record)}{_aim(record)}"),
+            rich.text.Text(f"{_attack(record)}{_target(record)}"),
             record["norm"],
             radius(record["epsilon"]),
             _steps(record),
@@ -613,17 +650,17 @@ def show(results, file=None):
     for number, (record, _, _) in enumerate(results, 1):
         for warning in warnings(record):
             console.print(f"{number}: {warning}", highlight=False)
-    for number, (_, place, reused) in enumerate(results, 1):
-        note = "  (there already; --overwrite runs it again)" if reused else ""
+    for number, (_, folder, reused) in enumerate(results, 1):
+        note = "  (already there; --overwrite runs it again)" if reused else ""
         console.print(
-            f"{number}: {place / 'results.json'}{note}",
+            f"{number}: {folder / 'results.json'}{note}",
             highlight=False,
             markup=False,
         )
 
 
 def warnings(record: dict) -> list[str]:
-    """Returns what a reader of a record's accuracy has to know, a line each."""
+    """Returns warnings about the accuracies of a record, one line each."""
     count, found = record["num_examples"], []
     for name, what in (
         ("nonfinite_answers", "logits under attack are NaN or infinite"),
@@ -639,40 +676,40 @@ def warnings(record: dict) -> list[str]:
     if record.get("very_sure"):
         found.append(
             f"{record['very_sure']} of {count} images: the logits are so large "
-            "that softmax gradients vanish in float32. The attacks here allow "
-            "for it, other programs may not; see the check logit_scale."
+            "that softmax gradients vanish in float32. The attacks here handle "
+            "this, other programs may not; see the check logit_scale."
         )
     if record.get("version", "").endswith("_classes"):
         found.append(
             f"{record['attack']} {record['version']} lacks the members that "
-            "are not defined for so few classes (no DLR loss for 2, none with "
-            "targets for 3)."
+            "are not defined for so few classes (the DLR loss needs 3 classes, "
+            "the targeted DLR loss 4)."
         )
     return found
 
 
 def success(record):
-    """The attack's success on the images that were correct before it."""
-    found = record["attack_success_on_correct"]
-    return "-" if found is None else f"{found:.1%}"
+    """Formats the success rate on the images that were correct before."""
+    rate = record["attack_success_on_correct"]
+    return "-" if rate is None else f"{rate:.1%}"
 
 
-def _aim(record):
-    """What an attack aims at, for the table; nothing if it is untargeted."""
-    aim = record["target"]
-    if isinstance(aim, int):
-        aim = record_text.class_name(class_names_of(record), aim)
-    return "" if aim == "none" else f" to {aim}"
+def _target(record):
+    """The target of an attack for the table; empty if it is untargeted."""
+    target = record["target"]
+    if isinstance(target, int):
+        target = record_text.class_name(class_names_of(record), target)
+    return "" if target == "none" else f" to {target}"
 
 
 def _attack(record):
-    """The attack, with the version of an ensemble that is not the usual."""
+    """The attack, with the version of an ensemble if it is not "standard"."""
     name, version = record["attack"], record.get("version", "standard")
     return name if version == "standard" else f"{name} {version}"
 
 
 def _steps(record):
-    """Steps of a restart, or queries; an ensemble has no one number of them."""
+    """Steps per restart, or queries; "-" for an ensemble, which has several."""
     if record["attack"] == "autoattack":
         return "-"
     return str(record.get("steps", record.get("n_queries", 1)))

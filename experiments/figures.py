@@ -125,7 +125,7 @@ def demo(folder):
     )
     place = attacked(folder)
     record = run_folder.read_json(place.with_name("results.json"))
-    arrays = attack_records.kept_images(
+    arrays = attack_records.saved_images(
         place.parent, tuple(config["image_shape"])
     )
     chosen = attack_records.attacked(arrays)

@@ -280,10 +280,10 @@ class TestAScan:
         path = self.attacks / self.names[0] / "results.json"
         before = path.read_bytes(), path.stat().st_mtime_ns
         status, out, _ = cli(*SCAN)
-        assert status == 0 and out.count("there already") == 4
+        assert status == 0 and out.count("already there") == 4
         assert (path.read_bytes(), path.stat().st_mtime_ns) == before
         status, out, _ = cli(*SCAN, "--overwrite")
-        assert status == 0 and "there already" not in out
+        assert status == 0 and "already there" not in out
         assert path.stat().st_mtime_ns != before[1]
         again, earlier = json.loads(path.read_text()), json.loads(before[0])
         for key in ("robust_accuracy", "loss", "largest_norm"):
@@ -393,7 +393,7 @@ class TestPictures:
         monkeypatch.setattr(robust_evaluation, "evaluate", None)
         for rows, calls in ((1, 1), (2, 2), (2, 2)):
             status, out, err = cli(*self.FAST, f"--picture_rows={rows}")
-            assert status == 0 and "there already" in out, err
+            assert status == 0 and "already there" in out, err
             assert len(drawn) == calls
             assert drawn[-1][1]["max_rows"] == rows
         (place,) = root.glob("*/attacks/pgd-linf-eps0.12-1steps-8images")

@@ -212,7 +212,7 @@ def test_a_moved_surrogate_is_the_same(call, shared, data, tmp_path):  # noqa: F
     first.parent.rename(tmp_path / "b")
     moved = tmp_path / "b" / "." / "other" / ".." / "other"
     status, out, err = call(f"--surrogate={moved}", "--epsilon=0.1", *FAST)
-    assert status == 0 and "there already" in out, err
+    assert status == 0 and "already there" in out, err
 
 
 def test_paths_of_flags_may_begin_at_home(call, shared, monkeypatch):
@@ -245,21 +245,21 @@ def test_kept_images_are_read_within_bounds(call, shared):
     place = shared / "attacks" / NAME.format(0.1)
     path = place / "adversarial.npz"
     shape = tuple(run_folder.read_config(shared)["image_shape"])
-    found = attack_records.kept_images(place, shape)
+    found = attack_records.saved_images(place, shape)
     with np.load(path) as file:
         whole = dict(file)
     for name, values in found.items():
         np.testing.assert_array_equal(values, whole[name])
     with pytest.raises(ValueError, match="Expected images of shape"):
-        attack_records.kept_images(place, (2 * shape[0], *shape[1:]))
+        attack_records.saved_images(place, (2 * shape[0], *shape[1:]))
     for changes, words in (
         ({"clean": np.zeros(2**27, "uint8")}, "claims 134217728 bytes"),
-        ({"labels": whole["labels"][:2]}, "not one number an image"),
-        ({"labels": np.zeros((4, 2))}, "not one number an image"),
+        ({"labels": whole["labels"][:2]}, "not one number per image"),
+        ({"labels": np.zeros((4, 2))}, "not one number per image"),
     ):
         np.savez_compressed(path, **{**whole, **changes})
         with pytest.raises(ValueError, match=words):
-            attack_records.kept_images(place, shape)
+            attack_records.saved_images(place, shape)
 
 
 def _one_pixel(split, index):
@@ -299,7 +299,7 @@ def test_a_record_answers_for_its_images(call, shared, data, monkeypatch):  # no
     changed = _one_pixel(data.test, unseen)
     other = dataclasses.replace(data, test=changed)
     status, out, err = call(*arguments)
-    assert status == 0 and "there already" in out, err
+    assert status == 0 and "already there" in out, err
 
 
 def _indices(path):
@@ -339,7 +339,7 @@ def test_a_state_is_of_certain_images(call, shared, data, monkeypatch):  # noqa:
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attack_records, "_put", stopped)
+        patch.setattr(attack_records, "_write", stopped)
         assert call(*arguments)[0] == 2
     shifted = dataclasses.replace(
         data.test, reader=lambda i: data.test.read(i) * np.float32(0.999)
