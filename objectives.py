@@ -1,17 +1,19 @@
-"""What robust training minimizes: the loss, and the images it is taken on.
+"""Training objectives: which images a training step uses, and which loss.
 
-An objective has two parts that `training_step.Objective` takes: `craft`,
-which makes the images before the weights are differentiated (None for the
-clean ones), and `loss`, on those images. Neither knows of optimizers, loops or
-replicas. Where a loss compares an image with its adversarial version, both go
-through the model in one batch: so both are normalized by the same batch
-statistics, the difference is that of the images alone, and the moving averages
-that the evaluation uses are those of the mixture that was trained on.
+An objective has two parts (see `training_step.Objective`). `craft` makes the
+images before the loss is differentiated by the weights; it is None if the
+objective trains on clean images. `loss` computes the loss on those images.
+Neither depends on the optimizer, the training loop or the number of replicas.
 
-A model in training mode may answer with several heads, `(batch, heads,
-classes)`, or with `losses.Outputs` whose answers they are: each loss is
-then the mean of those of its heads, and the accuracy that of their mean, or of
-the logits that the outputs name.
+If a loss compares a clean image with its adversarial version, both go through
+the model in one batch. Batch normalization then uses the same statistics for
+both, so that only the images differ. Its moving averages, which evaluation
+uses, are those of the mixture of both.
+
+A model in training mode may have several heads. It then returns logits of
+shape `(batch, heads, classes)`, or `losses.Outputs` with `head_logits`. The
+loss is the mean of the losses of the heads. The accuracy is that of the mean of
+the head logits, or of `Outputs.logits`.
 """
 
 import dataclasses
@@ -27,22 +29,23 @@ import losses
 import numerics
 
 TARGETS = ("none", "random", "next", "least_likely")
-# Tell apart what else is drawn from an example's key than by the attack.
+# Each independent draw from an example's key has its own stream; the attack
+# uses the key itself.
 _TARGET_STREAM = 0x7A67
 _START_STREAM = 0x57A7
 _RADIUS_STREAM = 0x3AD1
 _NOISE_STREAM = 0x2015
-_TRADES_START = 1e-3  # Standard deviation of the published program's start.
+_TRADES_START = 1e-3  # Standard deviation of the start in the authors' code.
 
 
 # --- Losses of logits --------------------------------------------------------
 
 
 def cross_entropy(labels, logits, smoothing=0.0):
-    """Cross-entropy to labels of which a part is spread over all classes.
+    """Cross-entropy with label smoothing.
 
-    The wanted distribution is 1 - smoothing on the label plus smoothing /
-    classes on every class, the label's included.
+    The target distribution is 1 - smoothing on the label plus smoothing /
+    classes on every class, the label included.
 
     Args:
         labels: Integers of shape `(batch,)`.
@@ -70,7 +73,7 @@ def boosted_cross_entropy(labels, logits, smoothing=0.0):
     Args:
         labels: Integers of shape `(batch,)`.
         logits: Tensor of shape `(batch, classes)`, at least 2 classes.
-        smoothing: Of the cross-entropy, in [0, 1).
+        smoothing: Label smoothing of the cross-entropy, in [0, 1).
 
     Returns:
         Tensor of shape `(batch,)`, in nats.
@@ -83,53 +86,53 @@ def boosted_cross_entropy(labels, logits, smoothing=0.0):
     return cross_entropy(labels, logits, smoothing) + hard
 
 
-def _answers(value):
-    """Returns the logits, and those of every head, `(batch, heads, classes)`.
+def _logits(value):
+    """Returns the logits and the head logits, `(batch, heads, classes)`.
 
     Args:
         value: What a `logits_fn` returned.
     """
     outputs = losses.outputs_of(value)
-    heads = outputs.head_logits
-    if heads is None:
-        bare = not isinstance(value, losses.Outputs)
-        several = bare and len(value.shape) == 3
-        heads = value if several else ops.expand_dims(outputs.logits, 1)
+    head_logits = outputs.head_logits
+    if head_logits is None:
+        is_tensor = not isinstance(value, losses.Outputs)
+        has_heads = is_tensor and len(value.shape) == 3
+        head_logits = value if has_heads else ops.expand_dims(outputs.logits, 1)
     logits = ops.cast(outputs.logits, "float32")
-    return logits, ops.cast(heads, "float32")
+    return logits, ops.cast(head_logits, "float32")
 
 
 def _pair(logits_fn, crafted, clean):
-    """Calls the model once for both; see the module for why.
+    """Calls the model once on both batches; see the module docstring.
 
     Returns:
-        The logits of the crafted images, the answers of all heads to them, and
-        those to the clean images.
+        Tuple of the logits of the crafted images, the head logits of the
+        crafted images, and the head logits of the clean images.
     """
     count = ops.shape(crafted)[0]
     both = logits_fn(ops.concatenate([crafted, clean], axis=0))
-    logits, heads = _answers(both)
-    return logits[:count], heads[:count], heads[count:]
+    logits, head_logits = _logits(both)
+    return logits[:count], head_logits[:count], head_logits[count:]
 
 
-def _over_heads(function, labels, *heads):
-    """The mean over the heads of a loss of labels and logits.
+def _mean_over_heads(function, labels, *head_logits):
+    """Averages a loss over the heads.
 
     Args:
-        function: Callable from labels, `(n,)`, and logits, `(n, classes)`
-            each, to losses, `(n,)`.
+        function: Callable from labels, `(n,)`, and one or more logits, each
+            `(n, classes)`, to losses, `(n,)`.
         labels: Integers of shape `(batch,)`.
-        *heads: Tensors of shape `(batch, heads, classes)`.
+        *head_logits: Tensors of shape `(batch, heads, classes)`.
 
     Returns:
         Tensor of shape `(batch,)`.
     """
-    count, classes = heads[0].shape[1:]
-    flat = [ops.reshape(answers, (-1, classes)) for answers in heads]
+    count, classes = head_logits[0].shape[1:]
+    flat = [ops.reshape(logits, (-1, classes)) for logits in head_logits]
     if count == 1:
         return function(labels, *flat)
-    losses = function(ops.repeat(labels, count, axis=0), *flat)
-    return ops.mean(ops.reshape(losses, (-1, count)), axis=-1)
+    values = function(ops.repeat(labels, count, axis=0), *flat)
+    return ops.mean(ops.reshape(values, (-1, count)), axis=-1)
 
 
 # --- Objectives --------------------------------------------------------------
@@ -137,17 +140,17 @@ def _over_heads(function, labels, *heads):
 
 @dataclasses.dataclass(frozen=True)
 class Standard:
-    """Cross-entropy on the images as they are.
+    """Standard training: cross-entropy on the clean images.
 
     Attributes:
         label_smoothing: Part of the label that is spread over all classes, in
-            [0, 1). Losses alone are smoothed: an attack ascends the loss of
-            the hard label.
+            [0, 1). Only the training loss is smoothed; an attack ascends the
+            loss of the hard label.
     """
 
     label_smoothing: float = dataclasses.field(default=0.0, kw_only=True)
 
-    # What validation attacks with, and what crafts; there is nothing here.
+    # Standard training has no attack and crafts no images.
     attack = None
     craft = None
 
@@ -164,12 +167,13 @@ class Standard:
         Args:
             logits_fn: Callable from images to logits, in training mode.
             clean: Images, `(batch, height, width, channels)`.
-            crafted: What `craft` made of them; the same without it.
+            crafted: What `craft` returned; the clean images without `craft`.
             labels: True labels, integers of shape `(batch,)`.
         """
         del clean
-        logits, heads = _answers(logits_fn(crafted))
-        return _over_heads(self._cross_entropy, labels, heads), logits
+        logits, head_logits = _logits(logits_fn(crafted))
+        losses = _mean_over_heads(self._cross_entropy, labels, head_logits)
+        return losses, logits
 
     def _cross_entropy(self, labels, logits):
         return cross_entropy(labels, logits, self.label_smoothing)
@@ -180,8 +184,8 @@ class GaussianNoise(Standard):
     """Cross-entropy on images with Gaussian noise, clipped to [0, 1].
 
     Attributes:
-        sigma: Standard deviation of the noise, in units of the pixel range:
-            8/255 is N-8.
+        sigma: Standard deviation of the noise, in units of the pixel range.
+            8/255 is the paper's N-8.
 
     References:
         - [Kaur et al., 2019](https://arxiv.org/abs/1910.08640)
@@ -208,29 +212,29 @@ class GaussianNoise(Standard):
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial(Standard):
-    """What all objectives on adversarial images share: how they are made.
+    """Base class of objectives on adversarial images: how those are made.
 
     Attributes:
         attack: An `attack_rounds.Attack` with a method `perturb`.
-        target: `"none"` for an untargeted attack, or towards a class: drawn
-            anew at every step, uniform over the others (`"random"`), label + 1
-            (`"next"`), or that of the smallest logit (`"least_likely"`).
-        num_classes: How many classes there are; random and next targets need
-            it.
-        epsilon_per_image: Whether each image draws its radius, uniform in
-            (0, epsilon], the steps in proportion.
-        train_mode: Whether the attack is to see the model in training mode
-            (batch statistics of the attacked images); the loop's to heed.
+        target: Target class of the attack. `"none"`: untargeted. `"random"`:
+            drawn at every step, uniform over the other classes. `"next"`:
+            label + 1. `"least_likely"`: the class of the smallest logit.
+        num_classes: Number of classes; required for random and next targets.
+        epsilon_per_image: Whether each image draws its own radius, uniform in
+            (0, epsilon]. The step size scales with it.
+        train_mode: Whether the attack sees the model in training mode (batch
+            statistics of the attacked images). The training step reads it.
     """
 
-    # A field of its own: no default, in spite of the None above.
+    # Declared again as a field without a default: the base class has None.
     attack: attack_rounds.Attack = dataclasses.field()
     target: str = "none"
     num_classes: int | None = None
     epsilon_per_image: bool = False
     train_mode: bool = False
 
-    # Whether the attack can aim; not where it ascends something of its own.
+    # Whether the attack can be targeted. False if the objective defines its
+    # own attack loss.
     can_target: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -252,8 +256,9 @@ class Adversarial(Standard):
             )
         if self.target != "none" and not self.can_target:
             raise ValueError(
-                f"{type(self).__name__} crafts by an objective of its own, "
-                f"without a target. Received: target={self.target!r}."
+                f"Expected target='none' with {type(self).__name__}, whose "
+                "attack loss has no target. Received: "
+                f"target={self.target!r}."
             )
         if getattr(self.attack, "step_length", 1.0) <= 0:
             raise ValueError(
@@ -262,7 +267,7 @@ class Adversarial(Standard):
             )
         if self.num_classes is not None:
             self.attack.fit(self.num_classes, self.target != "none")
-        for name in ("weight", "slope_weight"):  # Of further terms, if any.
+        for name in ("weight", "slope_weight"):  # Subclasses may have them.
             value = getattr(self, name, 0.0)
             if not 0 <= value < math.inf:
                 raise ValueError(
@@ -279,26 +284,35 @@ class Adversarial(Standard):
             images: Float32 in [0, 1], `(batch, height, width, channels)`.
             labels: True labels, integers of shape `(batch,)`.
             keys: Int32 `(batch, 2)` from `numerics.example_keys`.
-            scale: Part of the radius that is in use, with the steps in
-                proportion: a float or a scalar tensor in (0, 1].
+            scale: Factor of the radius and the step size: a float or a
+                scalar tensor in (0, 1].
 
         Returns:
-            Float32 of the shape of `images`, in the ball and in [0, 1].
+            Float32 of the shape of `images`, in the norm ball and in [0, 1].
         """
         targets = self._targets(logits_fn, images, labels, keys)
-        attack = self._sized(keys, scale)
+        attack = self._scaled_attack(keys, scale)
         return attack.perturb(logits_fn, images, labels, keys, targets)
 
     def loss(self, logits_fn, clean, crafted, labels):
         """See `Standard.loss`."""
-        logits, moved, still = _pair(logits_fn, crafted, clean)
-        return _over_heads(self._pair_loss, labels, moved, still), logits
+        logits, *pair = _pair(logits_fn, crafted, clean)
+        return _mean_over_heads(self._pair_loss, labels, *pair), logits
 
-    def _pair_loss(self, labels, moved, still):
-        """The loss of logits on the crafted and on the clean images."""
+    def _pair_loss(self, labels, adversarial, clean):
+        """The loss, given the logits of adversarial and of clean images.
+
+        Args:
+            labels: Integers of shape `(n,)`.
+            adversarial: Logits of the adversarial images, `(n, classes)`.
+            clean: Logits of the clean images, `(n, classes)`.
+
+        Returns:
+            Losses of shape `(n,)`.
+        """
         raise NotImplementedError(type(self).__name__)
 
-    def _sized(self, keys, scale):
+    def _scaled_attack(self, keys, scale):
         if self.epsilon_per_image:
             keys = numerics.fold_in(keys, _RADIUS_STREAM)
             scale = scale * (1.0 - numerics.uniform(keys, ()))
@@ -320,12 +334,12 @@ class Adversarial(Standard):
 
 @dataclasses.dataclass(frozen=True)
 class Madry(Adversarial):
-    """Adversarial training: cross-entropy on images made against the model.
+    """Adversarial training: cross-entropy on adversarial images.
 
-    With `clean_weight` w the loss of an example is (1 - w) times that on the
-    adversarial image plus w times that on the clean one. The accuracy is that
-    on the adversarial images. With one step of 1.25 epsilon from a uniform
-    start it is fast adversarial training.
+    With `clean_weight` w the loss of an example is (1 - w) times the loss on
+    the adversarial image plus w times the loss on the clean image. The accuracy
+    is that on the adversarial images. An attack of one step of 1.25 epsilon
+    from a uniform start makes it fast adversarial training.
 
     Attributes:
         clean_weight: Weight w of the clean images, in [0, 1).
@@ -333,8 +347,9 @@ class Madry(Adversarial):
     References:
         - [Madry et al., 2018](https://arxiv.org/abs/1706.06083)
         - [Kurakin et al., 2017](https://arxiv.org/abs/1611.01236), the mixture
-          and random targets at scale
+          with clean images, and random targets
         - [Wong et al., 2020](https://arxiv.org/abs/2001.03994), fast
+          adversarial training
     """
 
     clean_weight: float = 0.0
@@ -349,58 +364,62 @@ class Madry(Adversarial):
 
     def loss(self, logits_fn, clean, crafted, labels):
         """See `Standard.loss`."""
-        if self._alone:
+        if self._ignores_clean:
             return Standard.loss(self, logits_fn, clean, crafted, labels)
         return super().loss(logits_fn, clean, crafted, labels)
 
     @property
-    def _alone(self):
-        """Whether the loss asks for nothing on the clean images."""
+    def _ignores_clean(self):
+        """Whether the loss does not depend on the clean images."""
         return not self.clean_weight
 
-    def _pair_loss(self, labels, moved, still):
-        losses = (1.0 - self.clean_weight) * self._cross_entropy(labels, moved)
-        return losses + self.clean_weight * self._cross_entropy(labels, still)
+    def _pair_loss(self, labels, adversarial, clean):
+        weight = self.clean_weight
+        losses = (1.0 - weight) * self._cross_entropy(labels, adversarial)
+        return losses + weight * self._cross_entropy(labels, clean)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitPairing(Madry):
-    """Adversarial logit pairing (ALP), on top of the even mixture of `Madry`.
+    """Adversarial logit pairing (ALP).
 
-    `weight` times the mean square over the classes of the difference between
-    the logits on the clean and on the adversarial image.
+    Adds a term to the loss of `Madry`: `weight` times the mean over the classes
+    of the squared difference between the logits of the clean and of the
+    adversarial image.
 
     Attributes:
-        weight: Of the pairing, the text's lambda: 0.5 on ImageNet.
+        weight: Weight of that term, the paper's lambda: 0.5 on ImageNet.
 
     References:
-        - [Kannan et al., 2018](https://arxiv.org/abs/1803.06373), section 4;
-          the mean over the classes is that of the authors' program
+        - [Kannan et al., 2018](https://arxiv.org/abs/1803.06373), section 4.
+          The mean over the classes follows the authors' code.
     """
 
     clean_weight: float = 0.5
     weight: float = 0.5
 
     @property
-    def _alone(self):
+    def _ignores_clean(self):
         return not self.clean_weight and not self.weight
 
-    def _pair_loss(self, labels, moved, still):
-        pairing = ops.mean(ops.square(moved - still), axis=-1)
-        return super()._pair_loss(labels, moved, still) + self.weight * pairing
+    def _pair_loss(self, labels, adversarial, clean):
+        losses = super()._pair_loss(labels, adversarial, clean)
+        pairing = ops.mean(ops.square(adversarial - clean), axis=-1)
+        return losses + self.weight * pairing
 
 
 @dataclasses.dataclass(frozen=True)
 class TRADES(Adversarial):
-    """Cross-entropy on clean images, and a divergence that attacks raise.
+    """TRADES: cross-entropy on clean images plus a divergence.
 
-    The loss of an example is CE(x) + weight * KL(p(x) || p(x')), with x' made
-    by ascending that divergence from x + 0.001 N(0, I), whatever start the
-    attack would take (at x itself the divergence has no gradient).
+    The loss of an example is CE(x) + weight * KL(p(x) || p(x')). The attack
+    finds x' by ascending that divergence. It always starts at
+    x + 0.001 N(0, I): at x the divergence has no gradient.
 
     Attributes:
-        weight: Of the divergence, 1 / lambda in the text and beta in its
-            program: 6, the more robust of the two it reports for CIFAR-10.
+        weight: Weight of the divergence, 1 / lambda in the paper and beta in
+            the authors' code. 6 is the more robust of the two values that the
+            paper reports for CIFAR-10.
 
     References:
         - [Zhang et al., 2019](https://arxiv.org/abs/1901.08573), algorithm 1
@@ -414,34 +433,34 @@ class TRADES(Adversarial):
         """See `Adversarial.craft`."""
         clean = losses.outputs_of(logits_fn(images)).logits
 
-        def diverging(images):
+        def outputs_with_divergence(images):
             outputs = losses.outputs_of(logits_fn(images))
-            raised = losses.divergence(clean, outputs.logits)
-            return outputs._replace(ascended=raised)
+            divergence = losses.divergence(clean, outputs.logits)
+            return outputs._replace(ascended=divergence)
 
         start = _TRADES_START * numerics.normal(
             numerics.fold_in(keys, _START_STREAM), tuple(images.shape[1:])
         )
-        return self._sized(keys, scale).perturb(
-            diverging, images, labels, keys, start=start
+        return self._scaled_attack(keys, scale).perturb(
+            outputs_with_divergence, images, labels, keys, start=start
         )
 
-    def _pair_loss(self, labels, moved, still):
-        raised = losses.divergence(still, moved)
-        return self._cross_entropy(labels, still) + self.weight * raised
+    def _pair_loss(self, labels, adversarial, clean):
+        divergence = losses.divergence(clean, adversarial)
+        return self._cross_entropy(labels, clean) + self.weight * divergence
 
 
 @dataclasses.dataclass(frozen=True)
 class MART(Adversarial):
-    """Adversarial training that is aware of what the clean image is taken for.
+    """Misclassification-aware adversarial training (MART).
 
     The loss of an example is BCE(x') + weight * KL(p(x) || p(x')) * (1 -
-    p_y(x)), with BCE the `boosted_cross_entropy` (whose first term alone is
-    smoothed) and x' made by ascending the cross-entropy.
+    p_y(x)). BCE is the `boosted_cross_entropy`; label smoothing applies to its
+    first term only. The attack finds x' by ascending the cross-entropy.
 
     Attributes:
-        weight: Of the divergence, the text's lambda: 5, which the authors'
-            program takes for ResNet-18; it takes 6 for WideResNet-34-10.
+        weight: Weight of the divergence, the paper's lambda. The authors' code
+            uses 5 for ResNet-18 and 6 for WideResNet-34-10.
 
     References:
         - [Wang et al., 2020](https://openreview.net/forum?id=rklOg6EFwS)
@@ -449,26 +468,29 @@ class MART(Adversarial):
 
     weight: float = 5.0
 
-    def _pair_loss(self, labels, moved, still):
-        boosted = boosted_cross_entropy(labels, moved, self.label_smoothing)
-        doubt = ops.sigmoid(-losses.log_odds(still, labels))
-        raised = losses.divergence(still, moved)
-        return boosted + self.weight * doubt * raised
+    def _pair_loss(self, labels, adversarial, clean):
+        boosted = boosted_cross_entropy(
+            labels, adversarial, self.label_smoothing
+        )
+        error_probability = ops.sigmoid(-losses.log_odds(clean, labels))
+        divergence = losses.divergence(clean, adversarial)
+        return boosted + self.weight * error_probability * divergence
 
 
 @dataclasses.dataclass(frozen=True)
 class LocalLinearity(Adversarial):
-    """Local linearity regularization (LLR): no adversarial loss, a flat one.
+    """Local linearity regularization (LLR).
 
-    With l the cross-entropy, s = delta . grad l(x) its slope along the
-    perturbation and gap = |l(x + delta) - l(x) - s|, the loss of an example is
-    l(x) + weight * gap + slope_weight * |s|. delta ascends the gap from a
-    uniform start, whatever start the attack would take (at 0 the gap has no
-    gradient). The accuracy is that on x + delta.
+    Let l be the cross-entropy, s = delta . grad l(x) its slope along the
+    perturbation, and gap = |l(x + delta) - l(x) - s|. The loss of an example is
+    l(x) + weight * gap + slope_weight * |s|. The attack finds delta by
+    ascending the gap. It always starts at a uniform random point: at 0 the gap
+    has no gradient. The accuracy is that on x + delta.
 
     Attributes:
-        weight: Of the gap, the text's lambda: 4 on CIFAR-10, 3 on ImageNet.
-        slope_weight: Of the slope, the text's mu: 3 on CIFAR-10, 6 on
+        weight: Weight of the gap, the paper's lambda: 4 on CIFAR-10, 3 on
+            ImageNet.
+        slope_weight: Weight of the slope, the paper's mu: 3 on CIFAR-10, 6 on
             ImageNet.
 
     References:
@@ -484,52 +506,58 @@ class LocalLinearity(Adversarial):
         """See `Adversarial.craft`."""
         images = ops.convert_to_tensor(images, dtype="float32")
 
-        def answer(images):
+        def loss_and_outputs(images):
             outputs = losses.outputs_of(logits_fn(images))
             return losses.cross_entropy(outputs.logits, labels), outputs
 
-        here, grad = numerics.value_and_grad(lambda x: answer(x)[0], images)
+        clean_loss, grad = numerics.value_and_grad(
+            lambda x: loss_and_outputs(x)[0], images
+        )
 
-        def bending(moved):
-            losses, outputs = answer(moved)
-            slope = _inner(moved - images, grad)
-            return outputs._replace(ascended=ops.abs(losses - here - slope))
+        def outputs_with_gap(adversarial):
+            loss, outputs = loss_and_outputs(adversarial)
+            slope = _inner_product(adversarial - images, grad)
+            gap = ops.abs(loss - clean_loss - slope)
+            return outputs._replace(ascended=gap)
 
-        attack = self._sized(keys, scale)
+        attack = self._scaled_attack(keys, scale)
         start = numerics.random_in_ball(
             numerics.fold_in(keys, _START_STREAM),
             tuple(images.shape[1:]),
             attack.epsilon,
             attack.norm,
         )
-        return attack.perturb(bending, images, labels, keys, start=start)
+        return attack.perturb(
+            outputs_with_gap, images, labels, keys, start=start
+        )
 
     def loss(self, logits_fn, clean, crafted, labels):
         """See `Standard.loss`."""
         count = ops.shape(crafted)[0]
         both = ops.concatenate([crafted, clean], axis=0)
 
-        def of_clean(both):
-            logits, heads = _answers(logits_fn(both))
-            moved, still = (
-                _over_heads(self._cross_entropy, labels, part)
-                for part in (heads[:count], heads[count:])
+        def clean_losses(both):
+            logits, head_logits = _logits(logits_fn(both))
+            adversarial_loss, clean_loss = (
+                _mean_over_heads(self._cross_entropy, labels, part)
+                for part in (head_logits[:count], head_logits[count:])
             )
-            return still, (moved, logits[:count])
+            return clean_loss, (adversarial_loss, logits[:count])
 
-        # The gradient of the sum: with batch statistics it has, besides each
-        # example's own part, what an image does to its neighbours.
-        (still, (moved, logits)), grad = numerics.value_and_grad(
-            of_clean, both, has_aux=True, differentiable=True
+        # This is the gradient of the sum over the batch. With batch statistics
+        # the loss of an example also depends on the other images.
+        results, grad = numerics.value_and_grad(
+            clean_losses, both, has_aux=True, differentiable=True
         )
-        slope = _inner(both[:count] - both[count:], grad[count:])
-        gap = ops.abs(moved - still - slope)
-        losses = still + self.weight * gap
+        clean_loss, (adversarial_loss, logits) = results
+        slope = _inner_product(both[:count] - both[count:], grad[count:])
+        gap = ops.abs(adversarial_loss - clean_loss - slope)
+        losses = clean_loss + self.weight * gap
         return losses + self.slope_weight * ops.abs(slope), logits
 
 
-def _inner(a, b):
-    """Inner product of images, an example each; `(batch,)`."""
+def _inner_product(a, b):
+    """Inner products of two batches of images, shape `(batch,)`."""
     return ops.sum(a * b, axis=(1, 2, 3))
 
 
@@ -544,7 +572,8 @@ OBJECTIVES = {
     "llr": LocalLinearity,
     "noise": GaussianNoise,
 }
-# One that estimates its gradient from thousands of calls does not train.
+# Only gradient attacks: one that estimates gradients from thousands of calls is
+# too slow for training.
 ATTACKS = tuple(attack_backbone.ATTACKS)
 
 _THREAT_MODEL = ("norm", "epsilon", "epsilon_per_image", "train_mode")
@@ -557,7 +586,7 @@ _STEPS = (
     "l1_fraction",
 )
 _TARGET = ("random_start", "target", "loss")
-# Which settings an objective has; one that it lacks is refused.
+# The settings of each objective; any other setting is refused.
 SETTINGS = {
     "madry": (*_THREAT_MODEL, *_STEPS, *_TARGET, "clean_weight"),
     "fast": (
@@ -570,10 +599,10 @@ SETTINGS = {
     "llr": (*_THREAT_MODEL, *_STEPS, "weight", "slope_weight"),
     "noise": ("sigma",),
 }
-# Steps, and their length in units of epsilon (None: the attack's own rule).
-# The text of LLR names no length for its 10 steps; its authors' program takes
-# them by Adam, as --adv_attack=pgd_adam does, and weighs the terms otherwise.
-_STEPS_OF = {
+# Number of steps, and step size in units of epsilon (None: the default of the
+# attack). The LLR paper gives no step size for its 10 steps. The authors' code
+# uses Adam, like --adv_attack=pgd_adam, and other weights of the terms.
+_DEFAULT_STEPS = {
     "madry": (7, None),
     "alp": (7, None),
     "fast": (1, 1.25),
@@ -593,37 +622,39 @@ _DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialConfig:
-    """How a run trains robustly, but for the model and data.
+    """Settings of adversarial training, apart from the model and the data.
 
-    A setting that the objective or its attack lacks is None; one that it has
-    and that is not given is filled in.
+    A setting that the objective or its attack does not have is None. A setting
+    that it has and that is not given takes its default.
 
     Attributes:
         objective: One of `OBJECTIVES`. `"fast"` is `Madry` with one step of
             1.25 epsilon from a uniform start.
         attack: One of `ATTACKS`.
         norm: One of `"linf"`, `"l2"`, `"l1"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        steps: Gradient steps; by default 7 (the number of Madry et al. on
-            CIFAR-10), and 10 for trades, mart and llr.
-        step_size: Length of one step, in the units of epsilon; the rate of
-            PGD with Adam at all its steps. None is the rule of the attack: for
-            `attack_backbone.PGD` and for the rate, 2.5 * epsilon / steps. By
-            default 0.007 at 8/255 for trades and epsilon / 4 for mart, in
-            proportion to epsilon.
-        step_rule: See `attack_backbone.PGD`, like momentum and l1_fraction.
-        momentum: Decay of the running mean of gradients.
-        l1_fraction: Part of the coordinates that share an L1 step.
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
+        steps: Gradient steps. By default 7, as Madry et al. use on CIFAR-10,
+            and 10 for trades, mart and llr.
+        step_size: Length of one step, in the units of epsilon. For PGD with
+            Adam it is the learning rate of all steps. None is the default of
+            the attack: 2.5 * epsilon / steps for `attack_backbone.PGD` and for
+            the learning rate. The default for trades is 0.007 at 8/255, in
+            proportion to epsilon, and for mart epsilon / 4.
+        step_rule: See `attack_backbone.PGD`.
+        momentum: Decay of the running mean of gradients; see
+            `attack_backbone.PGD`.
+        l1_fraction: Part of the coordinates that share an L1 step; see
+            `attack_backbone.PGD`.
         random_start: Probability that an example starts at a random point of
-            the ball.
+            the norm ball.
         target: One of `TARGETS`; see `Adversarial`.
-        loss: What the attack ascends, one of `losses.LOSSES`.
+        loss: Attack loss, one of `losses.LOSSES`.
         epsilon_per_image: Whether each image draws its radius; see
             `Adversarial`.
         train_mode: Whether the attack sees the model in training mode.
         clean_weight: Weight of the clean images, in [0, 1).
-        weight: Of the second term; see `TRADES`, `MART`, `LogitPairing` and
-            `LocalLinearity`.
+        weight: Weight of the second term; see `TRADES`, `MART`,
+            `LogitPairing` and `LocalLinearity`.
         slope_weight: See `LocalLinearity`.
         sigma: See `GaussianNoise`.
     """
@@ -660,7 +691,8 @@ class AdversarialConfig:
         for name in known:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self._default(name))
-        # Raises for what does not fit, whatever the number of classes.
+        # Raises now if settings do not fit each other. The number of classes is
+        # not known yet.
         self.build(num_classes=_MANY_CLASSES)
 
     def _given(self):
@@ -672,14 +704,14 @@ class AdversarialConfig:
     def _default(self, name):
         if name in _DEFAULTS:
             return _DEFAULTS[name]
-        steps, length = _STEPS_OF.get(self.objective, (None, None))
+        steps, length = _DEFAULT_STEPS.get(self.objective, (None, None))
         if name == "steps":
             return steps
         if name == "step_size":
             if length is None or self.attack not in (None, "pgd"):
                 return None
             return length * self.epsilon
-        kinds = OBJECTIVES[self.objective], self._kind()
+        kinds = OBJECTIVES[self.objective], self._attack_class()
         return next(
             field.default
             for kind in kinds
@@ -687,33 +719,35 @@ class AdversarialConfig:
             if field.name == name
         )
 
-    def _kind(self):
+    def _attack_class(self):
         return attack_backbone.ATTACKS[self.attack or "pgd"]
 
     def override(self, **changes):
-        """Returns the config with other settings; None keeps one.
+        """Returns the config with some settings changed; None keeps a setting.
 
-        The step size moves in proportion to epsilon. Another attack keeps the
-        number of steps, another objective the ball (noise takes epsilon for
-        its sigma, as N-sigma stands beside AT-epsilon), and the rest is theirs
-        by default; madry and alp keep each other's attack too.
+        - A new epsilon changes the step size in proportion.
+        - A new attack keeps the target and the number of steps.
+        - A new objective keeps the threat model. Between madry and alp the
+          attack is kept too. Noise uses epsilon as its sigma.
+
+        All other settings of a new attack or objective take their defaults.
 
         Raises:
-            ValueError: If a setting does not fit, or epsilon is left out with
-                another norm, in which the old one means something else.
+            ValueError: If a setting does not fit, or if the norm is changed
+                without epsilon: a radius in one norm has no meaning in another.
         """
         changes = {k: v for k, v in changes.items() if v is not None}
         norm = changes.get("norm", self.norm)
         if self.norm and norm != self.norm and "epsilon" not in changes:
             raise ValueError(
                 f"Expected an epsilon with the norm {norm}; the default, "
-                f"{self.epsilon:g}, is one of {self.norm}."
+                f"{self.epsilon:g}, is a radius in {self.norm}."
             )
         objective = changes.get("objective", self.objective)
         _check_name("objective", objective, OBJECTIVES)
         kept = self._given()
         if objective != self.objective:
-            kept = self._kept(objective)
+            kept = self._shared_with(objective)
         attack = changes.get("attack", kept.get("attack"))
         if attack != kept.get("attack"):
             own = _settings(objective, attack)
@@ -730,8 +764,8 @@ class AdversarialConfig:
             kept["step_size"] *= changes["epsilon"] / self.epsilon
         return AdversarialConfig(**{"objective": objective, **kept, **changes})
 
-    def _kept(self, objective):
-        """What another objective takes over of this one's settings."""
+    def _shared_with(self, objective):
+        """The settings that another objective keeps, a dict."""
         if objective == "noise":
             return {"sigma": self.epsilon}
         shared = _THREAT_MODEL
@@ -740,10 +774,10 @@ class AdversarialConfig:
         return {k: v for k, v in self._given().items() if k in shared}
 
     def build(self, num_classes, label_smoothing=0.0):
-        """Returns the objective for a model of so many classes.
+        """Returns the objective for a model with `num_classes` classes.
 
         Args:
-            num_classes: How many classes there are.
+            num_classes: Number of classes.
             label_smoothing: See `Standard`.
         """
         kind = OBJECTIVES[self.objective]
@@ -754,15 +788,16 @@ class AdversarialConfig:
             if name in known and name != "attack"
         }
         if "attack" in known:
-            settings.update(attack=self._attack(), num_classes=num_classes)
+            attack = self._build_attack()
+            settings.update(attack=attack, num_classes=num_classes)
         return kind(**settings, label_smoothing=label_smoothing)
 
-    def _attack(self):
-        kind = self._kind()
+    def _build_attack(self):
+        kind = self._attack_class()
         known = {field.name for field in dataclasses.fields(kind)}
         settings = {k: v for k, v in self._given().items() if k in known}
         if self.objective == "fast":
-            settings["steps"] = _STEPS_OF["fast"][0]
+            settings["steps"] = _DEFAULT_STEPS["fast"][0]
         if "keep" in known:
             settings["keep"] = "last"
         if "rates" in known:
@@ -777,7 +812,7 @@ _MANY_CLASSES = 1000  # Enough for every loss and target.
 
 
 def _settings(objective, attack=None):
-    """Which settings an objective has with an attack; None is PGD."""
+    """The settings of an objective with an attack; None is PGD."""
     names = SETTINGS[objective]
     if "attack" not in names:
         return names
@@ -788,8 +823,8 @@ def _settings(objective, attack=None):
     known = {field.name for field in dataclasses.fields(kind)}
     if "rates" in known:
         known.add("step_size")
-    lacking = {*_STEPS, *_TARGET} - {"attack", "target"} - known
-    return tuple(name for name in names if name not in lacking)
+    missing = {*_STEPS, *_TARGET} - {"attack", "target"} - known
+    return tuple(name for name in names if name not in missing)
 
 
 def _check_name(field, name, known):
@@ -800,9 +835,10 @@ def _check_name(field, name, known):
         )
 
 
-# The handover's.
+# The settings of the handover.
 _CIFAR = AdversarialConfig(epsilon=8 / 255, steps=5, step_size=8 / 255 / 3)
-# Seven steps as Madry et al. take on CIFAR-10; their 40 on MNIST are slow.
+# Seven steps, as Madry et al. use on CIFAR-10. They use 40 on MNIST, which is
+# slow.
 _DIGITS = AdversarialConfig(epsilon=0.3)
 _CLUTTERED = AdversarialConfig(epsilon=0.1)
 _PHOTOGRAPHS = AdversarialConfig(epsilon=4 / 255)

@@ -1,4 +1,4 @@
-"""Objectives of robust training, against NumPy and their promises."""
+"""Adversarial training: crafting, the Madry objective and its settings."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from objectives import AdversarialConfig, Madry
 SHAPE = (4, 4, 2)
 SIZE = math.prod(SHAPE)
 CLASSES = 3
-WALKS = {
+ATTACKS = {
     "fgsm": FGSM(epsilon=0.1),
     "fgsm-l2": FGSM("l2", 0.7),
     "linf": PGD(epsilon=0.1, steps=3, keep="last"),
@@ -63,15 +63,15 @@ def probabilities(images):
 
 def slope(images, labels):
     """The gradient of the cross-entropy of `linear`, by the formula."""
-    gap = probabilities(images) - np.eye(CLASSES)[labels]
-    return (gap @ weights().T).reshape(images.shape)
+    error = probabilities(images) - np.eye(CLASSES)[labels]
+    return (error @ weights().T).reshape(images.shape)
 
 
 class TestPerturb:
     @pytest.mark.parametrize("targeted", [False, True])
-    @pytest.mark.parametrize("name", WALKS)
-    def test_is_where_the_steps_end(self, name, targeted):
-        attack = WALKS[name]
+    @pytest.mark.parametrize("name", ATTACKS)
+    def test_returns_the_images_after_the_last_step(self, name, targeted):
+        attack = ATTACKS[name]
         images, labels = make_data()
         keys = keys_for(range(12))
         targets = (labels + 1) % CLASSES if targeted else None
@@ -100,8 +100,8 @@ class TestPerturb:
         assert norms.max() <= attack.epsilon * (1 + 1e-5)
         assert np.all(norms > 0)
 
-    def test_is_signed_gradient_ascent(self):
-        """The reference: NumPy on a linear model, by the formula."""
+    def test_pgd_is_signed_gradient_ascent(self):
+        """Compares with NumPy on a linear model."""
         images, labels = make_data()
         attack = PGD(epsilon=0.1, steps=4, step_size=0.04, random_start=0)
         x = images.astype("float64")
@@ -111,8 +111,8 @@ class TestPerturb:
         out = array(attack.perturb(linear, images, labels))
         np.testing.assert_allclose(out, x, atol=1e-6)
 
-    @pytest.mark.parametrize("name,judged", [("linf", 2), ("fgsm", 1)])
-    def test_calls_the_model_for_the_steps_alone(self, name, judged):
+    @pytest.mark.parametrize("name,judging_calls", [("linf", 2), ("fgsm", 1)])
+    def test_calls_the_model_only_for_the_steps(self, name, judging_calls):
         calls = []
 
         def counting(images):
@@ -121,36 +121,38 @@ class TestPerturb:
 
         images, labels = make_data()
         batch = images, labels, keys_for(range(12))
-        WALKS[name](counting, *batch)
-        whole = len(calls)
-        WALKS[name].perturb(counting, *batch)
-        assert len(calls) - whole == whole - judged > 0
+        ATTACKS[name](counting, *batch)
+        full = len(calls)
+        ATTACKS[name].perturb(counting, *batch)
+        assert len(calls) - full == full - judging_calls > 0
 
-    def test_moves_the_attention_it_is_told_to(self):
+    def test_distraction_moves_the_gazes(self):
         images, labels = make_data()
 
-        def looking(images):
+        def with_gazes(images):
             gazes = ops.reshape(ops.mean(images, axis=(1, 2)), (-1, 1, 2))
             return losses.Outputs(linear(images), shown={"gazes": gazes})
 
-        def moved(distraction):
+        def distance(distraction):
             attack = PGD(epsilon=0.1, steps=3, distraction=distraction)
-            out = attack.perturb(looking, images, labels, keys_for(range(12)))
+            out = attack.perturb(
+                with_gazes, images, labels, keys_for(range(12))
+            )
             gazes = array(out).mean((1, 2)) - images.mean((1, 2))
             return np.hypot(*gazes.T)
 
-        assert np.all(moved(1e4) > moved(1e-4) + 0.01)
+        assert np.all(distance(1e4) > distance(1e-4) + 0.01)
 
-    def test_an_attack_that_cannot_says_so(self):
+    def test_an_attack_without_perturb_raises(self):
         with pytest.raises(NotImplementedError, match="Attack does not"):
             attack_rounds.Attack().perturb(linear, *make_data())
 
 
 class TestMadry:
     @pytest.mark.parametrize("weight", [0.0, 0.3])
-    def test_is_the_mixture_of_cross_entropies(self, weight):
+    def test_loss_is_the_mixture_of_cross_entropies(self, weight):
         clean, labels = make_data()
-        objective = Madry(WALKS["linf"], clean_weight=weight)
+        objective = Madry(ATTACKS["linf"], clean_weight=weight)
         keys = keys_for(range(12))
         crafted = array(objective.craft(linear, clean, labels, keys))
         calls = []
@@ -169,9 +171,9 @@ class TestMadry:
         )
         assert calls == [24 if weight else 12]
 
-    def test_adversarial_images_are_worse_and_in_the_ball(self):
+    def test_adversarial_images_lower_the_probability_within_epsilon(self):
         clean, labels = make_data()
-        objective = Madry(WALKS["linf"])
+        objective = Madry(ATTACKS["linf"])
         crafted = array(
             objective.craft(linear, clean, labels, keys_for(range(12)))
         )
@@ -183,7 +185,7 @@ class TestMadry:
         clean, labels = make_data()
         labels = np.zeros_like(labels)
         attack = PGD(epsilon=0.1, steps=2, random_start=0)
-        aimed = [
+        expected = [
             array(attack.perturb(linear, clean, labels, None, labels + target))
             for target in (1, 2)
         ]
@@ -193,17 +195,17 @@ class TestMadry:
             keys = keys_for(range(12), seed)
             crafted = array(objective.craft(linear, clean, labels, keys))
             near = [
-                [np.abs(crafted[i] - to[i]).max() < 1e-6 for to in aimed]
+                [np.abs(crafted[i] - to[i]).max() < 1e-6 for to in expected]
                 for i in range(12)
             ]
             assert np.all(np.sum(near, 1) == 1)
             found.add(tuple(np.argmax(near, 1)))
         assert {t for drawn in found for t in drawn} == {0, 1}
-        assert len(found) == 3  # Drawn anew by the key.
+        assert len(found) == 3  # Each key draws other targets.
 
-    def test_neighbours_change_nothing(self):
+    def test_results_do_not_depend_on_the_rest_of_the_batch(self):
         clean, labels = make_data()
-        objective = Madry(WALKS["linf"], target="random", num_classes=CLASSES)
+        objective = Madry(ATTACKS["linf"], target="random", num_classes=CLASSES)
 
         def craft(rows):
             return array(
@@ -216,11 +218,12 @@ class TestMadry:
             craft(rows), craft(list(range(12)))[rows], atol=1e-6
         )
 
-    def test_trained_on_it_a_model_leaves_fragile_features_alone(self):
-        """One pixel is right 4 times of 5 and robust; 15 are right and weak.
+    def test_training_ignores_fragile_features(self):
+        """One pixel is robust and 80% accurate; 15 are accurate and fragile.
 
-        Standard training takes the weak ones, which epsilon overturns: the
-        example of Tsipras et al., 2019 (https://arxiv.org/abs/1805.12152).
+        Standard training uses the fragile ones, whose sign an attack of size
+        epsilon flips. This is the example of Tsipras et al., 2019
+        (https://arxiv.org/abs/1805.12152).
         """
         rng = np.random.default_rng(0)
         labels = rng.integers(0, 2, 512).astype("int32")
@@ -265,17 +268,17 @@ class TestMadry:
             ({"target": "next"}, "Expected num_classes with next"),
         ],
     )
-    def test_bad_settings_are_one_line(self, fields, match):
+    def test_bad_settings_raise_one_line_errors(self, fields, match):
         with pytest.raises(ValueError, match=match) as caught:
-            Madry(**{"attack": WALKS["linf"], **fields})
+            Madry(**{"attack": ATTACKS["linf"], **fields})
         assert "\n" not in str(caught.value)
 
 
 class TestConfig:
-    def test_every_data_set_has_one(self):
+    def test_every_data_set_has_a_config(self):
         assert set(objectives.CONFIGS) == set(datasets.names())
 
-    def test_is_the_attack_it_names(self):
+    def test_builds_the_attack_it_names(self):
         cifar = objectives.CONFIGS["cifar10"].build(10)
         size = cifar.attack.step_length
         assert size == pytest.approx(8 / 255 / 3)
@@ -294,7 +297,7 @@ class TestConfig:
         fgsm = AdversarialConfig().override(attack="fgsm", epsilon=0.1)
         assert fgsm.build(10) == Madry(FGSM(epsilon=0.1), num_classes=10)
 
-    def test_the_step_moves_with_epsilon(self):
+    def test_step_size_changes_in_proportion_to_epsilon(self):
         cifar = objectives.CONFIGS["cifar10"]
         assert cifar.override(epsilon=4 / 255).step_size == pytest.approx(
             4 / 255 / 3
@@ -317,7 +320,7 @@ class TestConfig:
             ({"target": "nxt"}, "target='nxt'"),
         ],
     )
-    def test_bad_settings_are_one_line(self, changes, match):
+    def test_bad_settings_raise_one_line_errors(self, changes, match):
         with pytest.raises(ValueError, match=match) as caught:
             objectives.CONFIGS["cifar10"].override(**changes)
         assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
-"""What robust training minimizes, against NumPy in float64.
+"""Training objectives, compared with NumPy in float64.
 
-The model is linear where an oracle writes out gradients, so that every
-perturbation, loss and weight gradient has a formula.
+Where the oracle needs gradients the model is linear: every perturbation, loss
+and weight gradient then has a closed form.
 """
 
 import keras
@@ -23,7 +23,7 @@ CLASSES = 4
 COUNT = 8
 EPSILON = 0.1
 LABELS = (np.arange(COUNT) % CLASSES).astype("int32")
-WALK = PGD(epsilon=EPSILON, steps=3, keep="last")
+ATTACK = PGD(epsilon=EPSILON, steps=3, keep="last")
 
 
 def draw(seed, *shape):
@@ -46,7 +46,7 @@ TWO_HEADS = (0.5 * draw(3, SIZE, 2 * CLASSES)).astype("float32")
 
 
 def linear(weights):
-    """The `logits_fn` of a linear model; twice the columns are two heads."""
+    """The `logits_fn` of a linear model; `2 * CLASSES` columns are 2 heads."""
     weights = ops.convert_to_tensor(weights)
     heads = weights.shape[1] // CLASSES
 
@@ -82,8 +82,8 @@ def smooth(weights, images, amount):
 def slope_of(weights, images, amount=0.0):
     """The gradient of the cross-entropy to the images."""
     q = np.eye(CLASSES)[LABELS] * (1 - amount) + amount / CLASSES
-    gap = np.exp(log_p(weights, images)) - q
-    return (gap @ np.asarray(weights, "float64").T).reshape(images.shape)
+    error = np.exp(log_p(weights, images)) - q
+    return (error @ np.asarray(weights, "float64").T).reshape(images.shape)
 
 
 def kl(weights, p_images, q_images):
@@ -92,22 +92,22 @@ def kl(weights, p_images, q_images):
 
 
 def trades(weights, amount):
-    raised = kl(weights, CLEAN, CRAFTED)
-    return smooth(weights, CLEAN, amount) + 6 * raised
+    divergence = kl(weights, CLEAN, CRAFTED)
+    return smooth(weights, CLEAN, amount) + 6 * divergence
 
 
 def mart(weights, amount):
     p = np.exp(log_p(weights, CRAFTED))
     wrong = np.where(np.eye(CLASSES)[LABELS] > 0, 0, p).max(1)
-    doubt = 1 - np.exp(-hard(weights, CLEAN))
+    error = 1 - np.exp(-hard(weights, CLEAN))
     boosted = smooth(weights, CRAFTED, amount) - np.log(1 - wrong)
-    return boosted + 5 * kl(weights, CLEAN, CRAFTED) * doubt
+    return boosted + 5 * kl(weights, CLEAN, CRAFTED) * error
 
 
 def pairing(weights, amount):
     gap = logits_of(weights, CLEAN) - logits_of(weights, CRAFTED)
-    both = [smooth(weights, x, amount) for x in (CLEAN, CRAFTED)]
-    return sum(both) / 2 + 0.5 * np.mean(gap**2, axis=1)
+    terms = [smooth(weights, x, amount) for x in (CLEAN, CRAFTED)]
+    return sum(terms) / 2 + 0.5 * np.mean(gap**2, axis=1)
 
 
 def local_linearity(weights, amount):
@@ -140,7 +140,7 @@ def make(name, smoothing=0.0):
     kind = OBJECTIVES[name][0]
     fields = {"label_smoothing": smoothing}
     if issubclass(kind, objectives.Adversarial):
-        fields["attack"] = WALK
+        fields["attack"] = ATTACK
     if name == "mixture":
         fields["clean_weight"] = 0.3
     return kind(**fields)
@@ -149,7 +149,7 @@ def make(name, smoothing=0.0):
 @pytest.mark.parametrize("name", OBJECTIVES)
 class TestLosses:
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-    def test_are_the_formula_of_the_text(self, name, smoothing):
+    def test_equal_the_formula_of_the_paper(self, name, smoothing):
         found, logits = make(name, smoothing).loss(
             linear(WEIGHTS), CLEAN, CRAFTED, LABELS
         )
@@ -159,17 +159,17 @@ class TestLosses:
             array(logits), logits_of(WEIGHTS, CRAFTED), rtol=1e-4, atol=1e-5
         )
 
-    def test_have_the_gradient_of_the_formula(self, name):
-        """Central differences along random directions of the weights.
+    def test_gradient_equals_that_of_the_formula(self, name):
+        """Compares with central differences along random weight directions.
 
-        For local linearity it is a second derivative.
+        Local linearity needs a second derivative.
         """
         objective = make(name, 0.1)
 
-        def of_weights(weights):
+        def losses_at(weights):
             return objective.loss(linear(weights), CLEAN, CRAFTED, LABELS)[0]
 
-        _, grad = numerics.value_and_grad(of_weights, WEIGHTS)
+        _, grad = numerics.value_and_grad(losses_at, WEIGHTS)
         for seed in range(3):
             step = 1e-5 * draw(10 + seed, SIZE, CLASSES)
             up, down = (
@@ -179,36 +179,36 @@ class TestLosses:
             found = np.sum(array(grad) * step / 1e-5)
             assert found == pytest.approx((up - down) / 2e-5, rel=2e-3)
 
-    def test_of_several_heads_are_their_mean(self, name):
+    def test_loss_of_several_heads_is_the_mean_over_heads(self, name):
         objective = make(name, 0.1)
         parts = [TWO_HEADS[:, :CLASSES], TWO_HEADS[:, CLASSES:]]
         found, logits = objective.loss(
             linear(TWO_HEADS), CLEAN, CRAFTED, LABELS
         )
-        alone = [
+        single = [
             array(objective.loss(linear(w), CLEAN, CRAFTED, LABELS)[0])
             for w in parts
         ]
-        if name == "llr":  # The mean loss is what is to be linear.
-            clean, moved = (
+        if name == "llr":  # It regularizes the mean loss.
+            clean, adversarial = (
                 np.mean([smooth(w, x, 0.1) for w in parts], 0)
                 for x in (CLEAN, CRAFTED)
             )
             delta = CRAFTED.astype("float64") - CLEAN
             grad = np.mean([slope_of(w, CLEAN, 0.1) for w in parts], 0)
             slope = np.sum(delta * grad, axis=(1, 2, 3))
-            gap = np.abs(moved - clean - slope)
-            alone = [clean + 4 * gap + 3 * np.abs(slope)]
+            gap = np.abs(adversarial - clean - slope)
+            single = [clean + 4 * gap + 3 * np.abs(slope)]
         np.testing.assert_allclose(
-            array(found), np.mean(alone, 0), rtol=1e-4, atol=1e-5
+            array(found), np.mean(single, 0), rtol=1e-4, atol=1e-5
         )
         mean = np.mean([logits_of(w, CRAFTED) for w in parts], 0)
         np.testing.assert_allclose(array(logits), mean, rtol=1e-4, atol=1e-5)
 
-    def test_take_one_call_of_the_model(self, name):
-        """Clean and crafted images share their batch statistics.
+    def test_call_the_model_once(self, name):
+        """One call, so that clean and crafted images share batch statistics.
 
-        JAX calls once more, for the gradient inside of local linearity.
+        JAX calls the model once more for the gradient in local linearity.
         """
         calls = []
 
@@ -217,24 +217,24 @@ class TestLosses:
             return linear(WEIGHTS)(images)
 
         make(name).loss(counting, CLEAN, CRAFTED, LABELS)
-        alone = name in ("standard", "noise", "madry")
+        one_batch = name in ("standard", "noise", "madry")
         again = name == "llr" and keras.config.backend() == "jax"
-        assert calls == [COUNT if alone else 2 * COUNT] * (1 + again)
+        assert calls == [COUNT if one_batch else 2 * COUNT] * (1 + again)
 
-    def test_stay_finite_where_the_model_is_sure(self, name):
+    def test_stay_finite_for_confident_models(self, name):
         found, _ = make(name, 0.1).loss(
             linear(200 * WEIGHTS), CLEAN, CRAFTED, LABELS
         )
         assert np.all(np.isfinite(array(found)))
 
 
-def test_outputs_with_answers_are_several_heads():
+def test_outputs_with_head_logits_are_treated_as_several_heads():
     objective = make("trades")
     heads = linear(TWO_HEADS)
 
     def logits_fn(images):
-        answers = heads(images)
-        return losses.Outputs(answers[:, 1], answers)
+        head_logits = heads(images)
+        return losses.Outputs(head_logits[:, 1], head_logits)
 
     found, logits = objective.loss(logits_fn, CLEAN, CRAFTED, LABELS)
     want, _ = objective.loss(heads, CLEAN, CRAFTED, LABELS)
@@ -247,7 +247,7 @@ def test_outputs_with_answers_are_several_heads():
 
 
 def ascend(gradient, start, steps, length):
-    """Signed gradient ascent in the ball and the box, float64."""
+    """Signed gradient ascent in the norm ball and in [0, 1], float64."""
     clean = CLEAN.astype("float64")
     x = np.clip(clean + np.clip(start, -EPSILON, EPSILON), 0, 1)
     for _ in range(steps):
@@ -257,8 +257,8 @@ def ascend(gradient, start, steps, length):
 
 
 class TestCrafting:
-    def test_of_trades_ascends_the_divergence(self):
-        """From 0.001 N(0, I), which the test takes from the keys itself."""
+    def test_trades_ascends_the_divergence(self):
+        """The start is 0.001 N(0, I); the test draws it from the same keys."""
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
         objective = objectives.TRADES(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
@@ -273,21 +273,21 @@ class TestCrafting:
             )
 
         want = ascend(gradient, start, 4, 0.04)
-        # A sign near zero may fall to either side in float32.
+        # In float32 a gradient near zero can have either sign.
         assert np.mean(np.abs(out - want) < 1e-5) > 0.99
         assert np.all(kl(WEIGHTS, CLEAN, out) > 0.9 * kl(WEIGHTS, CLEAN, want))
 
-    def test_of_local_linearity_ascends_the_gap(self):
+    def test_local_linearity_ascends_the_gap(self):
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
         objective = objectives.LocalLinearity(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
         keys = numerics.fold_in(keys_for(), objectives._START_STREAM)
         start = numerics.random_in_ball(keys, SHAPE, EPSILON, "linf")
-        here, grad = hard(WEIGHTS, CLEAN), slope_of(WEIGHTS, CLEAN)
+        clean_loss, grad = hard(WEIGHTS, CLEAN), slope_of(WEIGHTS, CLEAN)
 
         def gap(x):
             linear_part = np.sum((x - CLEAN) * grad, axis=(1, 2, 3))
-            return hard(WEIGHTS, x) - here - linear_part
+            return hard(WEIGHTS, x) - clean_loss - linear_part
 
         def gradient(x):
             sign = np.sign(gap(x)).reshape(-1, 1, 1, 1)
@@ -301,17 +301,17 @@ class TestCrafting:
     @pytest.mark.parametrize(
         "kind", [objectives.TRADES, objectives.LocalLinearity]
     )
-    def test_of_their_own_takes_fgsm_too(self, kind):
-        """At the image itself it would have no gradient to step along."""
+    def test_objectives_with_their_own_start_work_with_fgsm(self, kind):
+        """At the clean image their attack loss has no gradient."""
         objective = kind(FGSM(epsilon=EPSILON))
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
         inside = (CLEAN > EPSILON) & (CLEAN < 1 - EPSILON)
-        moved = np.abs(out - CLEAN)[inside]
-        assert np.mean(moved > 0.9 * EPSILON) > 0.4
-        assert moved.max() <= EPSILON + 1e-6
+        change = np.abs(out - CLEAN)[inside]
+        assert np.mean(change > 0.9 * EPSILON) > 0.4
+        assert change.max() <= EPSILON + 1e-6
 
-    def test_of_noise_adds_it(self):
-        """Kolmogorov-Smirnov on grey images, which are hardly clipped."""
+    def test_noise_adds_gaussian_noise(self):
+        """Kolmogorov-Smirnov test on grey images, which are rarely clipped."""
         images = np.full((500, *SHAPE), 0.5, "float32")
         objective = objectives.GaussianNoise(0.1)
         out = array(objective.craft(None, images, None, keys_for(500)))
@@ -321,7 +321,7 @@ class TestCrafting:
         assert edge.min() == 0 and 0.45 < np.mean(edge > 0) < 0.55
 
     @pytest.mark.parametrize("target", ["next", "least_likely"])
-    def test_towards_the_class_it_names(self, target):
+    def test_targeted_attack_raises_the_target_class(self, target):
         objective = objectives.Madry(
             PGD(epsilon=EPSILON, steps=3, random_start=0),
             target=target,
@@ -330,20 +330,20 @@ class TestCrafting:
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
         scores = logits_of(WEIGHTS, CLEAN)
         scores[np.arange(COUNT), LABELS] = np.inf
-        aimed = {
+        targets = {
             "next": (LABELS + 1) % CLASSES,
             "least_likely": scores.argmin(1),
         }[target]
-        rows = np.arange(COUNT), aimed
+        rows = np.arange(COUNT), targets
         assert np.all(log_p(WEIGHTS, out)[rows] > log_p(WEIGHTS, CLEAN)[rows])
         want = objective.attack.perturb(
-            linear(WEIGHTS), CLEAN, LABELS, None, aimed
+            linear(WEIGHTS), CLEAN, LABELS, None, targets
         )
         np.testing.assert_allclose(out, array(want), atol=1e-6)
 
     @pytest.mark.parametrize("name", [n for n in objectives.ATTACKS])
     @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-    def test_each_image_has_its_radius(self, name, norm):
+    def test_each_image_stays_within_its_own_radius(self, name, norm):
         radius = {"linf": EPSILON, "l2": 0.3, "l1": 1.0}[norm]
         attack = objectives.AdversarialConfig(
             attack=name, norm=norm, epsilon=radius, epsilon_per_image=True
@@ -355,16 +355,16 @@ class TestCrafting:
             ))
         )  # fmt: skip
         out = array(attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys))
-        far = norm_of(out - CLEAN, norm)
-        assert np.all(far <= own * (1 + 1e-4) + 1e-6)
-        assert np.all(far > 0.2 * own)
+        distance = norm_of(out - CLEAN, norm)
+        assert np.all(distance <= own * (1 + 1e-4) + 1e-6)
+        assert np.all(distance > 0.2 * own)
         half = array(
             attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys, scale=0.5)
         )
         assert np.all(norm_of(half - CLEAN, norm) <= 0.5 * own * 1.0001 + 1e-6)
 
-    def test_radii_are_uniform(self):
-        """One FGSM step on grey images goes exactly the radius."""
+    def test_radii_per_image_are_uniform(self):
+        """On grey images the length of one FGSM step is the radius."""
         count = 600
         images = np.full((count, *SHAPE), 0.5, "float32")
         labels = np.zeros(count, "int32")
@@ -379,7 +379,9 @@ class TestCrafting:
         "attack",
         [PGD(epsilon=0.2, steps=3), PGDAdam(epsilon=0.2, steps=3), MIM()],
     )
-    def test_a_scaled_attack_is_that_of_the_smaller_ball(self, attack):
+    def test_scaled_attack_equals_the_attack_with_the_smaller_radius(
+        self, attack
+    ):
         numbers = {"epsilon": 0.5 * attack.epsilon}
         if hasattr(attack, "rates"):
             numbers["rates"] = tuple(0.5 * rate for rate in attack.rates)
@@ -409,8 +411,8 @@ def small_model():
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-def test_trains_and_moves_the_batch_statistics_once(name):
-    """One step on every backend; the statistics are those of both images."""
+def test_training_step_updates_the_batch_statistics_once(name):
+    """The statistics are those of clean and crafted images together."""
     keras.utils.set_random_seed(0)
     model = small_model()
     optimizer = keras.optimizers.SGD(0.05)
@@ -422,10 +424,11 @@ def test_trains_and_moves_the_batch_statistics_once(name):
     seen = []
 
     def craft(*batch):
-        made = objective.craft(*batch)
-        seen.append(made)
-        # What was made is taken in and has no say, so that it is known.
-        return ops.minimum(ops.maximum(made, CRAFTED), CRAFTED)
+        crafted = objective.craft(*batch)
+        seen.append(crafted)
+        # The result is CRAFTED whatever the attack finds, so that the expected
+        # statistics are known; the attack stays part of the graph.
+        return ops.minimum(ops.maximum(crafted, CRAFTED), CRAFTED)
 
     step_fn = training_step.make_step(
         model, optimizer, training_step.Objective(objective.loss, craft)
@@ -439,8 +442,8 @@ def test_trains_and_moves_the_batch_statistics_once(name):
     assert any(
         np.abs(a - b).max() > 0 for a, b in zip(after, before, strict=True)
     )
-    alone = name in ("madry", "fast", "noise")
-    batch = CRAFTED if alone else np.concatenate([CRAFTED, CLEAN])
+    one_batch = name in ("madry", "fast", "noise")
+    batch = CRAFTED if one_batch else np.concatenate([CRAFTED, CLEAN])
     np.testing.assert_allclose(
         array(model.layers[1].moving_mean),
         0.1 * batch.mean((0, 1, 2)),
@@ -452,7 +455,7 @@ def test_trains_and_moves_the_batch_statistics_once(name):
 
 
 class TestConfig:
-    def test_the_texts_defaults(self):
+    def test_defaults_are_those_of_the_papers(self):
         cifar = objectives.CONFIGS["cifar10"]
         found = {
             name: cifar.override(objective=name).build(10)
@@ -487,15 +490,15 @@ class TestConfig:
         assert fast.step_length == pytest.approx(1.25 * 8 / 255)
         assert found["noise"] == objectives.GaussianNoise(8 / 255)
 
-    def test_steps_move_with_epsilon(self):
+    def test_step_size_changes_in_proportion_to_epsilon(self):
         for name, length in (("trades", 0.0035), ("fast", 5 / 255)):
             config = objectives.AdversarialConfig(name)
-            moved = config.override(epsilon=4 / 255)
-            assert moved.step_size == pytest.approx(length)
+            changed = config.override(epsilon=4 / 255)
+            assert changed.step_size == pytest.approx(length)
             fresh = objectives.AdversarialConfig(name, epsilon=4 / 255)
             assert fresh.step_size == pytest.approx(length)
 
-    def test_the_recipe_of_s3ta(self):
+    def test_settings_of_s3ta_build_its_attack(self):
         config = objectives.AdversarialConfig(
             epsilon=16 / 255,
             steps=30,
@@ -521,7 +524,7 @@ class TestConfig:
         assert paired.target == "random" and paired.weight == 0.5
 
     @pytest.mark.parametrize("attack", objectives.ATTACKS)
-    def test_takes_any_attack(self, attack):
+    def test_builds_with_every_attack(self, attack):
         config = objectives.CONFIGS["cifar10"].override(attack=attack)
         found = config.build(10).attack
         assert type(found) is ATTACKS[attack]
@@ -539,7 +542,7 @@ class TestConfig:
             assert found.rates == (pytest.approx(4 / 255),)
             assert found.boundaries == ()
 
-    def test_details_of_the_attack_reach_it(self):
+    def test_attack_settings_are_passed_to_the_attack(self):
         found = objectives.AdversarialConfig(
             steps=8,
             step_rule="decayed",
@@ -562,7 +565,7 @@ class TestConfig:
             keep="last",
         )
 
-    def test_another_attack_drops_what_it_lacks(self):
+    def test_changing_the_attack_drops_settings_it_does_not_have(self):
         config = objectives.AdversarialConfig(momentum=0.5, step_size=0.01)
         assert config.override(attack="fgsm").steps is None
         mim = config.override(attack="mim")
@@ -591,17 +594,17 @@ class TestConfig:
             ({"loss": "dlrr"}, "cross_entropy, margin, dlr"),
         ],
     )
-    def test_bad_settings_are_one_line(self, changes, match):
+    def test_bad_settings_raise_one_line_errors(self, changes, match):
         with pytest.raises(ValueError, match=match) as caught:
             objectives.CONFIGS["cifar10"].override(**changes)
         assert "\n" not in str(caught.value)
 
-    def test_objectives_of_their_own_have_no_target(self):
+    def test_objectives_with_their_own_attack_loss_refuse_targets(self):
         for kind in (objectives.TRADES, objectives.LocalLinearity):
-            with pytest.raises(ValueError, match="without a target"):
-                kind(WALK, target="least_likely")
+            with pytest.raises(ValueError, match="attack loss has no target"):
+                kind(ATTACK, target="least_likely")
 
     @pytest.mark.parametrize("amount", [-0.1, 1.0])
-    def test_smoothing_is_a_part(self, amount):
+    def test_label_smoothing_outside_zero_to_one_is_refused(self, amount):
         with pytest.raises(ValueError, match="label_smoothing in"):
             objectives.Standard(label_smoothing=amount)
