@@ -4,11 +4,12 @@
 
 Without flags it attacks the newest run. Every combination of radius, steps and
 restarts is one evaluation, whose record, images and picture go to the folder
-<run>/attacks/<name>/. An evaluation that was stopped continues when the same
-command is given again.
+<run>/attacks/<name>/. To continue an evaluation that was stopped, run the same
+command again.
 """
 
-# This file holds flags and the order of things, and no formula.
+# This file declares flags and calls other modules. Attacks and metrics are
+# implemented there.
 
 import contextlib
 import dataclasses
@@ -27,8 +28,8 @@ import progress
 import run_folder
 import trained_runs
 
-# Keras and what needs it is imported when it is needed: a wrong name must be
-# said before TensorFlow has taken its seconds to load.
+# Modules that need Keras are imported inside functions, so that a wrong flag is
+# reported at once and not after the seconds that TensorFlow needs to load.
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Attack the newest run of this model. By default any model."
@@ -54,8 +55,9 @@ _DATA_DIR = flags.DEFINE_string(
     "Folder of the data set's files. By default the one that the run was "
     "trained with.",
 )
-# The handover's program built its model from these; here they choose a run.
-_MADE_WITH = model_flags.define(model_flags.ROWS, ("test_gazes",))
+# Model options select the run: only runs with these options are attacked. (An
+# earlier version of this program built the model from these flags.)
+_MODEL_OPTIONS = model_flags.define(model_flags.ROWS, ("test_gazes",))
 flags.adopt_module_key_flags(model_flags)  # For --helpfull.
 _PROTOCOL = flags.DEFINE_string(
     "protocol",
@@ -66,26 +68,25 @@ _PROTOCOL = flags.DEFINE_string(
 _CHECKLIST = flags.DEFINE_boolean(
     "checklist",
     False,
-    "Whether to look for signs that the model only impedes attacks, in place "
-    "of an evaluation.",
+    "Whether to check for gradient masking, in place of an evaluation.",
 )
 _NONROBUST = flags.DEFINE_boolean(
     "nonrobust_features",
     False,
-    "Whether to train a fresh model on adversarial images with their target "
+    "Whether to train a new model on adversarial images with their target "
     "classes as labels, in place of an evaluation.",
 )
 _EPOCHS = flags.DEFINE_integer(
     "epochs",
     None,
-    "Epochs of the fresh model of --nonrobust_features. By default those of "
+    "Epochs of the new model of --nonrobust_features. By default those of "
     "the run's recipe.",
     lower_bound=1,
 )
 _ATTACK = flags.DEFINE_string(
     "attack",
     None,
-    "Attacks, one or several separated by commas, of those listed below. By "
+    "One or several of the attacks listed below, separated by commas. By "
     "default pgd.",
 )
 _VERSION = flags.DEFINE_string(
@@ -95,13 +96,15 @@ _VERSION = flags.DEFINE_string(
     "By default standard.",
 )
 _NORM = flags.DEFINE_string(
-    "norm", None, "Norm of the ball: linf, l2 or l1. By default linf."
+    "norm",
+    None,
+    "Norm that bounds the perturbation: linf, l2 or l1. By default linf.",
 )
 _EPSILON = flags.DEFINE_string(
     "epsilon",
     None,
-    "Radii of the ball separated by commas, in units of the pixel range [0, "
-    "1]: 1/255,4/255, for example. By default three that fit the images: "
+    "Largest norms of the perturbation separated by commas, for pixels in "
+    "[0, 1]: 1/255,4/255, for example. By default three that suit the images: "
     "0.05,0.1,0.2 for grey and 1/255,2/255,4/255 for colour in L-inf.",
 )
 _STEPS = flags.DEFINE_string(
@@ -113,14 +116,14 @@ _STEPS = flags.DEFINE_string(
 _STEP_SIZE = flags.DEFINE_string(
     "step_size",
     None,
-    "Length of a step, in the units of --epsilon. By default that of the "
-    "attack, usually 2.5 * epsilon / steps.",
+    "Step size, in the units of --epsilon. By default that of the attack, "
+    "usually 2.5 * epsilon / steps.",
 )
 _ATTACK_STEP_SIZE = flags.DEFINE_float(
     "attack_step_size",
     None,
-    "Length of a step at a radius of 0.3, and at other radii in proportion; "
-    "in place of --step_size. By default none, and 0.1 for bim.",
+    "Step size at epsilon = 0.3, scaled in proportion to epsilon; in place of "
+    "--step_size. By default none, and 0.1 for bim.",
 )
 _STEP_RULE = flags.DEFINE_string(
     "step_rule",
@@ -136,20 +139,21 @@ _MOMENTUM = flags.DEFINE_float(
 _RESTARTS = flags.DEFINE_string(
     "restarts",
     None,
-    "Numbers of random starts separated by commas; the worst start counts. By "
-    "default 1.",
+    "Numbers of random starts separated by commas; an attack succeeds if any "
+    "start does. By default 1.",
 )
 _RANDOM_START = flags.DEFINE_float(
     "random_start",
     None,
-    "Probability that an image starts at a random point of the ball. By "
-    "default that of the attack, 1 for pgd.",
+    "Probability that the attack starts at a random point within epsilon of "
+    "the image. By default that of the attack, 1 for pgd.",
 )
 _KEEP = flags.DEFINE_string(
     "keep",
     None,
-    "Iterates that count: first (all up to the first success), best (the one "
-    "of highest loss) or last. By default first, and last with --eot.",
+    "Iterate that the attack returns: first (the first one that succeeds), "
+    "best (the one of highest loss) or last. By default first, and last with "
+    "--eot.",
 )
 _LOSS = flags.DEFINE_string(
     "loss",
@@ -160,26 +164,27 @@ _LOSS = flags.DEFINE_string(
 _L1_FRACTION = flags.DEFINE_float(
     "l1_fraction",
     None,
-    "Part of the coordinates that share an L1 step, in (0, 1]. By default "
-    "0.01.",
+    "Fraction of the coordinates that an L1 step changes, in (0, 1]. By "
+    "default 0.01.",
 )
 _SAMPLES = flags.DEFINE_integer(
     "samples",
     None,
-    "Directions in a gradient estimate of spsa. By default 4096.",
+    "Number of random directions in a gradient estimate of spsa. By default "
+    "4096.",
     lower_bound=1,
 )
 _QUERIES = flags.DEFINE_integer(
     "queries",
     None,
-    "Queries of square for each image. By default 5000.",
+    "Number of queries of square for each image. By default 5000.",
     lower_bound=1,
 )
 _DISTRACTION = flags.DEFINE_float(
     "distraction",
     None,
-    "Weight of the distance by which attention moves, added to the loss of "
-    "the attack. By default 0.",
+    "Weight of the distance by which the attention moves; the distance is "
+    "added to the loss of the attack. By default 0.",
 )
 _READ_OUTS = flags.DEFINE_string(
     "read_outs",
@@ -189,32 +194,32 @@ _READ_OUTS = flags.DEFINE_string(
 _EOT = flags.DEFINE_integer(
     "eot",
     None,
-    "Draws of a stochastic model that are averaged; such a model is not "
-    "evaluated without it. By default none.",
+    "Number of random draws of a stochastic model to average (expectation "
+    "over transformation); stochastic models require it. By default none.",
 )
 _TEST_GAZES = flags.DEFINE_string(
     "test_gazes",
     None,
-    "Gazes of models that draw their gazes: five (fixed gazes, averaged) or "
+    "Gazes of models with random gazes: five (fixed gazes, averaged) or "
     "random. By default those of the run.",
 )
 _CRAFT_DTYPE = flags.DEFINE_string(
     "craft_dtype",
     "float32",
-    "Number format of the model while attacks are made: float32 or bfloat16; "
-    "images are judged in float32.",
+    "Data type of the model during the attack: float32 or bfloat16. The final "
+    "predictions are always computed in float32.",
 )
 _STRAIGHT_THROUGH = flags.DEFINE_boolean(
     "straight_through",
     False,
-    "Whether attacks take the gradient of bilinear sampling where the model "
+    "Whether attacks use the gradient of bilinear sampling where the model "
     "samples the nearest pixel.",
 )
 _SURROGATE = flags.DEFINE_string(
     "surrogate",
     None,
-    "Folder of another run, on which attacks are made before the run is "
-    "judged on them. By default none.",
+    "Folder of another run on whose model the attacks are made (transfer "
+    "attack). By default none.",
 )
 _TARGET = flags.DEFINE_string(
     "target",
@@ -225,31 +230,31 @@ _TARGET = flags.DEFINE_string(
 _EXAMPLES = flags.DEFINE_string(
     "examples",
     None,
-    "Images by their places in the split: a list like 0,5,7 or a text file "
-    "with one place a line. By default those of --num_examples.",
+    "Indices of the images in the split: a list like 0,5,7 or a text file "
+    "with one index per line. By default those of --num_examples.",
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples",
     None,
-    "Number of images, drawn by --seed. By default all of the split.",
+    "Number of images, drawn at random from the split. By default all.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size",
     None,
-    "Images that are attacked at a time; it changes the speed and not the "
-    "result. By default 128 to 8, depending on the size of the images.",
+    "Number of images attacked at a time; it affects only the speed. By "
+    "default 8 to 128, depending on the size of the images.",
 )
 _SEED = flags.DEFINE_integer(
     "seed",
     0,
-    "Seed from which all randomness comes.",
+    "Seed of all random numbers.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
-    "Images that are attacked: those of test, validation or train.",
+    "Split whose images are attacked: test, validation or train.",
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights", "best", "Weights of the run that are attacked: best or last."
@@ -257,27 +262,28 @@ _WEIGHTS = flags.DEFINE_string(
 _SAVE_IMAGES = flags.DEFINE_integer(
     "save_images",
     64,
-    "Number of images that are kept beside the record; -1 for all.",
+    "Number of images to save with the record; -1 for all.",
 )
 _PICTURE_ROWS = flags.DEFINE_integer(
     "picture_rows",
     8,
-    "Most images in the picture of a record; only saved images are drawn.",
+    "Largest number of images in the picture of a record; only saved images "
+    "are drawn.",
     lower_bound=1,
 )
 _WORST_CLASSES = flags.DEFINE_integer(
     "worst_classes",
     5,
     "Number of classes in the table of the least robust classes; 0 prints no "
-    "such table.",
+    "table.",
     lower_bound=0,
 )
 _OVERWRITE = flags.DEFINE_boolean(
     "overwrite",
     False,
-    "Whether earlier records of the same name are replaced.",
+    "Whether to replace earlier records of the same name.",
 )
-# The themes of --help, which are those of the README; each flag is in one.
+# The groups of flags in --help and in the README; each flag is in one group.
 THEMES = {
     "which run": ("run", "model", "dataset", "tag", "runs_dir", "weights"),
     "data": ("data_dir", "split", "num_examples", "examples"),
@@ -303,7 +309,7 @@ THEMES = {
         "overwrite",
     ),
     "model options that choose the run": model_flags.names(
-        row for row in model_flags.ROWS if row.option in _MADE_WITH
+        row for row in model_flags.ROWS if row.option in _MODEL_OPTIONS
     ),
 }
 HELP = command_line.Help(
@@ -330,22 +336,24 @@ EPSILONS = {
 
 @dataclasses.dataclass(frozen=True)
 class AdversaryConfig:
-    """Everything an attack on a run depends on.
+    """The settings of the attacks on a run.
 
     Attributes:
         folder: The folder of the run.
         evaluations: A tuple of `robust_evaluation.EvaluationConfig`.
-        data_dir: Folder of the data set's files; None for the run's own.
+        data_dir: Folder of the data set's files; None for the folder that
+            the run was trained with.
         split: `"test"`, `"validation"` or `"train"`.
         weights: `"best"` or `"last"`.
-        save_images: How many images are kept with a record, -1 for all.
-        picture_rows: Most images in the picture of a record.
-        overwrite: Whether earlier records of the same name are replaced.
-        protocol: Name of the protocol the evaluations are of, or None.
-        options: Model options in place of the run's, a dict.
-        surrogate: Folder of a run on which attacks are made, or None.
-        straight_through: Whether they are made through the gradient of
-            bilinear sampling.
+        save_images: Number of images to save with a record, -1 for all.
+        picture_rows: Largest number of images in the picture of a record.
+        overwrite: Whether to replace earlier records of the same name.
+        protocol: Name of the protocol to which the evaluations belong, or
+            None.
+        options: Dict of model options that replace the run's.
+        surrogate: Folder of the run on whose model attacks are made, or None.
+        straight_through: Whether attacks use the gradient of bilinear
+            sampling where the model samples the nearest pixel.
     """
 
     folder: pathlib.Path
@@ -362,42 +370,46 @@ class AdversaryConfig:
     straight_through: bool = False
 
     def hashes(self):
-        """SHA-256 of the weights that are attacked, and attacked from.
+        """Returns the SHA-256 of the weights of the model and the surrogate.
 
         Raises:
             FileNotFoundError: If a run has no such weights yet.
         """
-        found = {"weights_sha256": self.folder}
+        folders = {"weights_sha256": self.folder}
         if self.surrogate:
-            found["surrogate_sha256"] = self.surrogate
+            folders["surrogate_sha256"] = self.surrogate
         return {
             key: trained_runs.weights_sha256(folder, self.weights)
-            for key, folder in found.items()
+            for key, folder in folders.items()
         }
 
     def request(self, evaluation, hashes):
-        """What a record answers; an equal one is not made again.
+        """Returns everything a record depends on, as a dict.
+
+        An evaluation whose record has an equal request is not run again.
 
         Args:
             evaluation: A `robust_evaluation.EvaluationConfig`.
-            hashes: Those of `hashes`, and `"data_sha256"` of the images.
+            hashes: The dict of `hashes`, with the `"data_sha256"` of the
+                images.
         """
         return {
             **evaluation.describe(),
             "num_examples": evaluation.num_examples,
             "split": self.split,
             "weights": self.weights,
-            **hashes,  # They tell the surrogate too, wherever it lies.
+            # The hash identifies the surrogate, wherever its folder is.
+            **hashes,
             "options": self.options,
             "straight_through": self.straight_through,
             "save_images": self.save_images,
         }
 
-    def place(self, evaluation):
-        """The folder of an evaluation; its name tells the settings.
+    def record_folder(self, evaluation):
+        """Returns the folder of an evaluation; its name lists the settings.
 
         Raises:
-            ValueError: If the name cannot be that of a folder, or if a folder
+            ValueError: If the name is not valid for a folder, or if a folder
                 is a link.
         """
         import attack_records
@@ -413,23 +425,24 @@ class AdversaryConfig:
             f"{self.weights}_weights" if self.weights != "best" else "",
         )
         name = run_folder.component(name, "the name of the evaluation")
-        place = run_folder.inside(self.folder, "attacks", name)
-        attack_records.partial_folder(place)
-        return place
+        folder = run_folder.inside(self.folder, "attacks", name)
+        attack_records.partial_folder(folder)  # Raises if it is a link.
+        return folder
 
 
-_GOES_ON = "Run the same command again: it goes on from what is saved."
-_PATIENCE = 60.0  # Seconds that another evaluation may need to write a table.
-# What a run's config has to have for it to be attacked.
-_ASKED = ("model", "dataset", "class_names", "image_shape")
-_NEEDED = (*_ASKED, "model_options", "num_classes")
+_HOW_TO_RESUME = "Run the same command again to continue from the saved state."
+_LOCK_TIMEOUT = 60.0  # Seconds to wait for another process to write a table.
+# Fields that the config of a run needs for attacks to be chosen and run.
+_REQUIRED_TO_CHOOSE = ("model", "dataset", "class_names", "image_shape")
+_REQUIRED = (*_REQUIRED_TO_CHOOSE, "model_options", "num_classes")
 
 
 def config_from_flags():
-    """Makes the `AdversaryConfig` of the parsed flags.
+    """Returns the `AdversaryConfig` of the parsed flags.
 
     Raises:
-        ValueError: If a name or a value does not fit; names the near ones.
+        ValueError: If a name or value is invalid; the message suggests similar
+            names.
         OSError: If there is no such run.
     """
     command_line.require_known("split", _SPLIT.value, SPLITS)
@@ -441,7 +454,9 @@ def config_from_flags():
         )
     _check_effect()
     folder, run = _find_run()
-    run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _ASKED)
+    run_folder.check_fields(
+        folder / run_folder.CONFIG, run, {}, _REQUIRED_TO_CHOOSE
+    )
     protocol = _protocol_of(run)
     surrogate = None
     if _SURROGATE.value is not None:
@@ -466,9 +481,9 @@ def config_from_flags():
 
 
 def _surrogate(run):
-    """Returns the folder of the other run that attacks are made on."""
+    """Returns the folder of the run given by --surrogate."""
     folder = trained_runs.at(_RUNS_DIR.value, _SURROGATE.value)
-    other = run_folder.read_config(folder, _NEEDED)
+    other = run_folder.read_config(folder, _REQUIRED)
     for key in ("class_names", "image_shape"):
         if other[key] != run[key]:
             raise ValueError(
@@ -481,8 +496,8 @@ def _surrogate(run):
 
 
 def _find_run():
-    """Returns the folder of the run that the flags mean, and its config."""
-    given = {k: flag.value for k, flag in _MADE_WITH.items()}
+    """Returns the folder of the run that the flags select, and its config."""
+    given = {k: flag.value for k, flag in _MODEL_OPTIONS.items()}
     return trained_runs.find(
         _RUNS_DIR.value,
         _RUN.value,
@@ -493,7 +508,7 @@ def _find_run():
     )
 
 
-# Flags that an attack may have, by the name of its field.
+# Flags by the name of the field of an attack, with the parser of each.
 _SETTINGS = {
     "steps": (_STEPS, command_line.parse_integers),
     "restarts": (_RESTARTS, command_line.parse_integers),
@@ -509,54 +524,60 @@ _SETTINGS = {
     "distraction": (_DISTRACTION, None),
     "version": (_VERSION, None),
 }
-_RELATIVE = ("step_size", (_ATTACK_STEP_SIZE, None))
+_RELATIVE_STEP = ("step_size", (_ATTACK_STEP_SIZE, None))
 _SCANNED = ("steps", "restarts")
 
 
 def _protocol_of(run):
-    """The protocol that is named, or that of the run's text if nothing is."""
-    asked = (*(flag for flag, _ in _SETTINGS.values()), _ATTACK, _TARGET)
-    asked = (*asked, _ATTACK_STEP_SIZE, _NORM, _EPSILON, _PROTOCOL)
-    if any(flag.value is not None for flag in asked):
+    """Returns --protocol; without attack flags, that of the run's paper."""
+    attack_flags = (
+        *(flag for flag, _ in _SETTINGS.values()),
+        *(_ATTACK, _TARGET, _ATTACK_STEP_SIZE, _NORM, _EPSILON, _PROTOCOL),
+    )
+    if any(flag.value is not None for flag in attack_flags):
         return _PROTOCOL.value
     if _CHECKLIST.value or _NONROBUST.value:
         return None
     if (run["model"], run["dataset"]) != ("s3ta", "imagenet"):
         return None
-    print("The paper's evaluation, --protocol=s3ta; --attack=pgd is another.")
+    print(
+        "Running the paper's evaluation, --protocol=s3ta. Choose another one "
+        "with --attack=pgd, for example."
+    )
     return "s3ta"
 
 
-# What the whole programs that are no evaluation look at, beside the run.
-_CHECKLIST_HEEDS = (
+# The flags that --checklist and --nonrobust_features use, beside those that
+# select the run.
+_CHECKLIST_FLAGS = (
     *(_NORM, _EPSILON, _NUM_EXAMPLES, _BATCH_SIZE, _EOT, _SURROGATE),
     *(_SPLIT, _TEST_GAZES),
 )
-_NONROBUST_HEEDS = (
+_NONROBUST_FLAGS = (
     *(_TARGET, _NORM, _EPSILON, _STEPS, _STEP_SIZE, _EOT, _NUM_EXAMPLES),
     *(_BATCH_SIZE, _EPOCHS),
 )
 
 
 def _check_effect():
-    """Raises a ValueError for a flag that another one makes idle."""
+    """Raises a ValueError for a flag that has no effect beside another one."""
     settings = (
-        *(flag for flag, _ in (*_SETTINGS.values(), _RELATIVE[1])),
+        *(flag for flag, _ in (*_SETTINGS.values(), _RELATIVE_STEP[1])),
         *(_ATTACK, _TARGET, _NORM, _EPSILON, _READ_OUTS, _EOT, _TEST_GAZES),
         *(_CRAFT_DTYPE, _STRAIGHT_THROUGH, _SURROGATE, _EXAMPLES),
         *(_NUM_EXAMPLES, _BATCH_SIZE, _SPLIT, _SAVE_IMAGES, _PROTOCOL),
     )
 
-    def idle(*heeded):
-        names = {flag.name for flag in heeded}
+    def idle(*used):
+        names = {flag.name for flag in used}
         return [flag for flag in settings if flag.name not in names]
 
     command_line.refuse_idle(
         (_NONROBUST.value, (_CHECKLIST,), "with --nonrobust_features"),
-        (_CHECKLIST.value, idle(*_CHECKLIST_HEEDS), "with --checklist"),
+        (_CHECKLIST.value, idle(*_CHECKLIST_FLAGS), "with --checklist"),
         (
             _NONROBUST.value,
-            idle(*_NONROBUST_HEEDS),
+            idle(*_NONROBUST_FLAGS),
             "with --nonrobust_features",
         ),
         (not _NONROBUST.value, (_EPOCHS,), "without --nonrobust_features"),
@@ -571,7 +592,7 @@ def _check_effect():
 
 
 def _evaluations(run, protocol):
-    """Yields the evaluations that the flags ask for."""
+    """Yields the evaluations that the flags describe."""
     _check_step_size()
     common = {
         "num_examples": _NUM_EXAMPLES.value,
@@ -589,19 +610,19 @@ def _evaluations(run, protocol):
         yield from _protocol(run, common, protocol)
         return
     grey = run["image_shape"][-1] == 1
-    text = _EPSILON.value or EPSILONS[norm][0 if grey else 1]
+    radii = _EPSILON.value or EPSILONS[norm][0 if grey else 1]
     target = _target(run["class_names"])
-    for attack in _attacks(norm, _radii(text)):
+    for attack in _attacks(norm, _radii(radii)):
         yield _evaluation(attack, target, common).fit(len(run["class_names"]))
 
 
 def _check_step_size():
-    """Raises a ValueError if something else says how long a step is too."""
+    """Raises a ValueError if another flag sets the step size too."""
     for flag in (_STEP_SIZE, _PROTOCOL, _NONROBUST):
         if _ATTACK_STEP_SIZE.value is not None and flag.value:
             raise ValueError(
                 f"Expected no --attack_step_size with --{flag.name}, which "
-                "says how long a step is. Received: "
+                "sets the step size. Received: "
                 f"--attack_step_size={_ATTACK_STEP_SIZE.value:g}. Leave one of "
                 "them out."
             )
@@ -629,7 +650,7 @@ def _attacks(norm, radii):
         command_line.require_known("attack", name, known)
     fields = {n: {f.name for f in dataclasses.fields(known[n])} for n in names}
     given = {}
-    for field, (flag, parse) in (*_SETTINGS.items(), _RELATIVE):
+    for field, (flag, parse) in (*_SETTINGS.items(), _RELATIVE_STEP):
         if flag.value is None:
             continue
         if not any(field in fields[name] for name in names):
@@ -644,8 +665,8 @@ def _attacks(norm, radii):
             given[field] = command_line.parsed(flag.name, flag.value, parse)
     for name in names:
         own = {k: v for k, v in given.items() if k in fields[name]}
-        # What has fallen need not be attacked on; but with draws, one iterate
-        # may look fallen by chance, and the last is the one to judge.
+        # The attack on an image may stop at its first success. With random
+        # draws a success may be due to chance, so the last iterate counts.
         if issubclass(known[name], attack_backbone.Iterative):
             own.setdefault("keep", "first" if _EOT.value is None else "last")
         scans = {"epsilon": radii}
@@ -653,20 +674,21 @@ def _attacks(norm, radii):
         for values in itertools.product(
             *(dict.fromkeys(v) for v in scans.values())
         ):
-            yield _stepping(
+            yield _with_relative_step(
                 known[name](
                     norm=norm, **dict(zip(scans, values, strict=True)), **own
                 )
             )
 
 
-def _stepping(attack):
-    """Gives an attack the step of --attack_step_size at its radius."""
+def _with_relative_step(attack):
+    """Sets the step size that --attack_step_size means at this radius."""
     if _ATTACK_STEP_SIZE.value is None or not hasattr(attack, "step_size"):
         return attack
     length = attack.epsilon / 0.3 * _ATTACK_STEP_SIZE.value
     if length == attack.step_length:
-        return attack  # Its own, and so the record that it has without.
+        # It is the attack's default, and both ways have the same record.
+        return attack
     return dataclasses.replace(attack, step_size=length)
 
 
@@ -678,7 +700,7 @@ def _protocol(run, common, protocol):
     for flag in (*(flag for flag, _ in _SETTINGS.values()), _ATTACK, _TARGET):
         if flag.value is not None:
             raise ValueError(
-                f"--protocol={_PROTOCOL.value} says what --{flag.name} is. "
+                f"--protocol={_PROTOCOL.value} determines --{flag.name}. "
                 f"Leave --{flag.name} or --protocol out."
             )
     yield from protocols.PROTOCOLS[protocol].evaluations(
@@ -691,7 +713,7 @@ def _protocol(run, common, protocol):
 
 
 def _examples():
-    """Reads --examples: numbers with commas, or a file with one a line."""
+    """Reads --examples: a list of numbers, or a file with one per line."""
     text = _EXAMPLES.value
     if text is None:
         return None
@@ -715,7 +737,7 @@ def _radii(text):
 
 
 def _target(class_names):
-    """Reads --target: a word, a class id or the name of a class."""
+    """Reads --target: a kind of target, a class id or the name of a class."""
     import robust_evaluation
 
     text = _TARGET.value or "none"
@@ -735,7 +757,7 @@ def _target(class_names):
 
 
 def _batch_size(numbers):
-    """Images that fit into a few GiB with their activations."""
+    """Returns a batch size at which activations fit into a few GiB."""
     if _BATCH_SIZE.value is not None:
         return _BATCH_SIZE.value
     for limit, size in ((5_000, 128), (15_000, 64), (80_000, 32)):
@@ -747,33 +769,33 @@ def _batch_size(numbers):
 def run(config, data=None, progress=True):
     """Attacks a run and writes the records.
 
-    This process owns the folders of the evaluations meanwhile. The run itself
-    may be trained on at the same time, for its weights are replaced in one
-    step; evaluations with other settings may run beside this one.
+    This process owns the folders of the evaluations while they run. The run
+    may be in training at the same time, since its weights are replaced
+    atomically, and other evaluations of it may run in parallel.
 
     Args:
         config: An `AdversaryConfig`.
         data: The run's `datasets.Dataset`, if it is loaded already.
-        progress: Whether a summary and the progress are shown.
+        progress: Whether to show a summary and the progress.
 
     Returns:
-        List of tuples (record, folder of the record, whether it was there
-        already), one an evaluation.
+        List of tuples (record, folder of the record, whether it existed
+        before), one per evaluation.
     """
     with command_line.guard():
         hashes = config.hashes()
-        places = [config.place(e) for e in config.evaluations]
-        # Before the records are looked at: they are of certain images.
+        folders = [config.record_folder(e) for e in config.evaluations]
+        # An existing record must have been made with the same images.
         data, split = _data(config, data)
         images = _images(config, split)
-        found = _earlier(config, hashes, images)
+        found = _existing_records(config, hashes, images)
     missing = [
-        place
-        for place, record in zip(places, found, strict=True)
+        folder
+        for folder, record in zip(folders, found, strict=True)
         if not _complete(config, record)
     ]
     with trained_runs.owned(*dict.fromkeys(missing)):
-        results = _attacked(config, data, progress, hashes, images)
+        results = _make_records(config, data, progress, hashes, images)
     if len(results) > 1:
         with command_line.guard_disk():
             _write_curves(config, [record for record, _, _ in results])
@@ -782,7 +804,7 @@ def run(config, data=None, progress=True):
 
 def _data(config, data=None):
     """Returns the run's data set and the split that is attacked."""
-    run = run_folder.read_config(config.folder, _NEEDED)
+    run = run_folder.read_config(config.folder, _REQUIRED)
     if data is None:
         data = trained_runs.load_data(
             run, config.data_dir, test_only=config.split == "test"
@@ -791,23 +813,23 @@ def _data(config, data=None):
 
 
 def _images(config, split):
-    """Returns the identity of each evaluation's images, a dict."""
+    """Returns a dict for each evaluation that identifies its images."""
     import robust_evaluation
 
     orders = [robust_evaluation.choose(split, e) for e in config.evaluations]
-    # Evaluations of one command mostly share their images.
-    known = {order.tobytes(): order for order in orders}
-    known = {key: split.sha256(order) for key, order in known.items()}
-    return [{"data_sha256": known[order.tobytes()]} for order in orders]
+    # Evaluations of one command usually share their images; hash them once.
+    distinct = {order.tobytes(): order for order in orders}
+    digests = {key: split.sha256(order) for key, order in distinct.items()}
+    return [{"data_sha256": digests[order.tobytes()]} for order in orders]
 
 
-def _earlier(config, hashes, images):
-    """Returns the earlier record of each evaluation, or None."""
+def _existing_records(config, hashes, images):
+    """Returns the existing record of each evaluation, or None."""
     import attack_records
 
     return [
         attack_records.existing_record(
-            config.place(e),
+            config.record_folder(e),
             config.request(e, {**hashes, **identity}),
             config.overwrite,
         )
@@ -816,40 +838,41 @@ def _earlier(config, hashes, images):
 
 
 def _complete(config, record):
-    """Tells whether a record is there, with pictures of the wanted rows."""
+    """Tests for a record whose pictures have the requested number of rows."""
     if record is None:
         return False
-    # Records of earlier versions do not tell the number of rows.
+    # Records of earlier versions lack the number of rows.
     return record.get("picture_rows", 8) == config.picture_rows
 
 
-def _attacked(config, data, progress, hashes, images):
-    """Makes the records that are missing; see `run`."""
-    with command_line.guard():  # Another process may have made some by now.
-        found = _earlier(config, hashes, images)
-    wanted = list(zip(config.evaluations, found, images, strict=True))
-    new = [evaluation for evaluation, record, _ in wanted if record is None]
+def _make_records(config, data, progress, hashes, images):
+    """Makes the missing records and returns the results of `run`."""
+    # Another process may have made some records in the meantime.
+    with command_line.guard():
+        found = _existing_records(config, hashes, images)
+    entries = list(zip(config.evaluations, found, images, strict=True))
+    new = [evaluation for evaluation, record, _ in entries if record is None]
     results = []
     loaded = None
-    for evaluation, record, identity in wanted:
+    for evaluation, record, identity in entries:
         reused = record is not None
         if not _complete(config, record):
             if loaded is None:
                 with command_line.guard():
                     loaded = _Loaded(config, data, hashes)
                 if progress and new:
-                    _show(loaded.context, new, len(loaded.split))
+                    _show_summary(loaded.context, new, len(loaded.split))
             with command_line.guard_disk():
                 if reused:
                     record = loaded.redraw(evaluation, record)
                 else:
                     record = loaded.attack(evaluation, identity, progress)
-        results.append((record, config.place(evaluation), reused))
+        results.append((record, config.record_folder(evaluation), reused))
     return results
 
 
-def _show(context, evaluations, count):
-    """Prints what will be attacked, and how."""
+def _show_summary(context, evaluations, count):
+    """Prints a summary of the model, the images and the attacks."""
     import run_summary
 
     for line in run_summary.of_attack(context, evaluations, count):
@@ -857,7 +880,7 @@ def _show(context, evaluations, count):
 
 
 class _Loaded:
-    """A run's model and data, and the models its attacks are made on."""
+    """The model, data and surrogate models of a run."""
 
     def __init__(self, config, data, hashes):
         import model_backbone
@@ -865,16 +888,18 @@ class _Loaded:
 
         self.config, self.hashes = config, hashes
         self.model, self.context, self.split = _load(config, data, hashes)
-        row = model_backbone.entry(self.context["model"])
-        drawn = row.stochastic or model_backbone.is_stochastic(self.model)
+        entry = model_backbone.entry(self.context["model"])
+        stochastic = entry.stochastic or model_backbone.is_stochastic(
+            self.model
+        )
         for evaluation in config.evaluations:
-            _check_draws(self.context["model"], drawn, evaluation.eot)
+            _check_draws(self.context["model"], stochastic, evaluation.eot)
             if not config.surrogate:
                 robust_evaluation.check_model_outputs(self.model, evaluation)
         self.surrogates = {}
 
     def surrogate(self, evaluation):
-        """Returns the model an attack is made on, or None for the model."""
+        """Returns the surrogate of an evaluation; None if it needs none."""
         import robust_training
 
         config, dtype = self.config, evaluation.craft_dtype
@@ -899,14 +924,14 @@ class _Loaded:
         import robust_evaluation
 
         config = self.config
-        place = config.place(evaluation)
+        folder = config.record_folder(evaluation)
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
         request = config.request(evaluation, {**self.hashes, **identity})
-        with attack_records.show_progress(place.name, progress) as report:
+        with attack_records.show_progress(folder.name, progress) as report:
             try:
                 return attack_records.attack(
-                    place,
+                    folder,
                     self.model,
                     self.split,
                     evaluation,
@@ -922,12 +947,16 @@ class _Loaded:
                 command_line.fail(error)
 
     def redraw(self, evaluation, record):
-        """Draws the pictures of a record with the wanted number of rows."""
+        """Draws the pictures of a record with the requested number of rows."""
         import attack_records
 
-        place, rows = self.config.place(evaluation), self.config.picture_rows
         with command_line.guard():
-            return attack_records.redraw(place, self.model, record, rows)
+            return attack_records.redraw(
+                self.config.record_folder(evaluation),
+                self.model,
+                record,
+                self.config.picture_rows,
+            )
 
     @property
     def class_names(self):
@@ -935,18 +964,21 @@ class _Loaded:
         return run_folder.read_config(self.config.folder)["class_names"]
 
 
-def _check_draws(name, drawn, eot):
-    """Raises a ValueError if one draw of a stochastic model would be judged."""
-    if drawn and eot is None:
+def _check_draws(name, stochastic, eot):
+    """Raises a ValueError if `eot` does not fit the model.
+
+    A stochastic model needs a number of draws; a deterministic model has none.
+    """
+    if stochastic and eot is None:
         raise ValueError(
-            f"The model {name} is stochastic: one draw says little of it. "
-            "Attack and judge the mean over draws with --eot=20 (--eot=1 "
-            "insists on one draw)."
+            f"The model {name} is stochastic: a single draw is not reliable. "
+            "Attack and evaluate the mean over draws with --eot=20 (--eot=1 "
+            "uses a single draw)."
         )
-    if not drawn and eot not in (None, 1):
+    if not stochastic and eot not in (None, 1):
         raise ValueError(
             f"The model {name} is deterministic: --eot={eot} draws would all "
-            "be the same. Leave --eot out, and AutoAttack's rand version."
+            "be the same. Leave out --eot and AutoAttack's version rand."
         )
 
 
@@ -960,16 +992,16 @@ def _write_curves(config, records):
         ("png", curves.accuracy_curves),
     ):
         path = config.folder / "attacks" / f"{name}.{ending}"
-        with run_folder.own(path, wait=_PATIENCE):
+        with run_folder.own(path, wait=_LOCK_TIMEOUT):
             write(records, path)
 
 
 def _load(config, data, hashes):
-    """Returns the model, what opens every record, and the split."""
+    """Returns the model, the context that begins each record, and the split."""
     import robust_evaluation
     import robust_training
 
-    run = run_folder.read_config(config.folder, _NEEDED)
+    run = run_folder.read_config(config.folder, _REQUIRED)
     data, split = _data(config, data)
     model, _ = robust_training.load_run(
         config.folder, config.weights, options=config.options
@@ -978,7 +1010,7 @@ def _load(config, data, hashes):
     if config.hashes() != hashes:
         raise ValueError(
             f"The weights in {config.folder} were replaced while they were "
-            "read: the run is being trained. Run the same command again."
+            "being read: the run is being trained. Run the same command again."
         )
     context = {
         "run": str(config.folder),
@@ -1004,7 +1036,7 @@ def _show_protocol(config, records):
     """Prints a protocol's table and writes it beside the records."""
     import protocols
 
-    run = run_folder.read_config(config.folder, _NEEDED)
+    run = run_folder.read_config(config.folder, _REQUIRED)
     table = protocols.PROTOCOLS[config.protocol].table(
         records,
         run["model"],
@@ -1020,15 +1052,18 @@ def _show_protocol(config, records):
         ("table.csv", protocols.to_csv(table)),
     ):
         path = config.folder / "attacks" / f"{config.protocol}.{ending}"
-        with command_line.guard_disk(), run_folder.own(path, wait=_PATIENCE):
+        with (
+            command_line.guard_disk(),
+            run_folder.own(path, wait=_LOCK_TIMEOUT),
+        ):
             run_folder.atomic_write(
                 path, lambda temporary, text=text: temporary.write_text(text)
             )
 
 
 @contextlib.contextmanager
-def _shown_checks(names):
-    """Shows how many checks are done; yields what takes each of them."""
+def _show_checks(names):
+    """Shows a progress bar; yields a callable that takes a finished check."""
     done = []
     with progress.Progress("checklist", len(names), "checks") as shown:
 
@@ -1044,10 +1079,10 @@ def _run_checklist(config, data=None):
     with command_line.guard():
         attacks = run_folder.inside(config.folder, "attacks")
     path = attacks / "checklist.json"
-    # Before the minutes that it takes: whether the file can be written.
+    # The checks take minutes: fail first if the file cannot be written.
     with trained_runs.owned(path):
         with command_line.guard():
-            checks, context = _checked(config, data)
+            checks, context = _compute_checks(config, data)
         evaluation = config.evaluations[0]
         record = {
             **context,
@@ -1060,18 +1095,18 @@ def _run_checklist(config, data=None):
     return all(check.passed is not False for check in checks)
 
 
-def _checked(config, data):
+def _compute_checks(config, data):
     """Runs and prints the checklist; returns the checks and their context."""
     import checklist
     import robust_training
 
     evaluation = config.evaluations[0]
     model, context, split = _load(config, data, config.hashes())
-    _show(context, config.evaluations[:1], len(split))
+    _show_summary(context, config.evaluations[:1], len(split))
     other = None
     if config.surrogate is not None:
         other, _ = robust_training.load_run(config.surrogate, config.weights)
-    with _shown_checks(checklist.NAMES) as report:
+    with _show_checks(checklist.NAMES) as report:
         checks = checklist.run(
             model,
             split,
@@ -1089,8 +1124,8 @@ def _checked(config, data):
 
 
 @contextlib.contextmanager
-def _shown_training(batch_size):
-    """Shows the progress of crafting a set, then that of training on it."""
+def _show_training(batch_size):
+    """Shows the progress of making adversarial images, then of training."""
     import keras
 
     import training_progress
@@ -1100,10 +1135,13 @@ def _shown_training(batch_size):
         contextlib.closing(training),
         progress.Progress("crafting") as crafting,
     ):
-        begun = keras.callbacks.LambdaCallback(
+        close_crafting = keras.callbacks.LambdaCallback(
             on_train_begin=lambda logs: crafting.close()
         )
-        yield {"progress": crafting.update, "callbacks": (begun, training)}
+        yield {
+            "progress": crafting.update,
+            "callbacks": (close_crafting, training),
+        }
 
 
 def _run_nonrobust(config):
@@ -1137,7 +1175,7 @@ def _run_nonrobust(config):
                     f"--nonrobust_features. Received: --steps={_STEPS.value}."
                 )
             (settings["steps"],) = steps
-        run = run_folder.read_config(config.folder, _NEEDED)
+        run = run_folder.read_config(config.folder, _REQUIRED)
         data = trained_runs.load_data(run, config.data_dir, test_only=False)
         trained_runs.split_of(config.folder, run, data, "train")
         settings |= {
@@ -1149,7 +1187,7 @@ def _run_nonrobust(config):
         try:
             with (
                 command_line.stop_signals() as should_stop,
-                _shown_training(run["recipe"]["batch_size"]) as shown,
+                _show_training(run["recipe"]["batch_size"]) as shown,
             ):
                 record = nonrobust_features.run(
                     config.folder,
@@ -1159,15 +1197,16 @@ def _run_nonrobust(config):
                     **settings,
                 )
         except robust_training.Interrupted:
-            command_line.stop(f"interrupted. {_GOES_ON}")
+            command_line.stop(f"interrupted. {_HOW_TO_RESUME}")
     for name, value in record.items():
         if isinstance(value, float | int | str):
             print(f"{name}: {value}")
 
 
 def main():
-    """Attacks what the flags say and prints the table."""
-    command_line.load_keras()  # First: it quiets the backend's greeting.
+    """Runs the attacks of the flags and prints the table."""
+    # This comes first, since it silences the messages of the backend.
+    command_line.load_keras()
     import attack_records
     import record_text
 
@@ -1175,23 +1214,26 @@ def main():
         config = config_from_flags()
     started = time.monotonic()
     if _NONROBUST.value:
-        with command_line.continues(_GOES_ON):
+        with command_line.continues(_HOW_TO_RESUME):
             _run_nonrobust(config)
         return
     if _CHECKLIST.value:
         if not _run_checklist(config):
             raise SystemExit(1)
         return
-    with command_line.continues(_GOES_ON):
+    with command_line.continues(_HOW_TO_RESUME):
         results = run(config)
     attack_records.show(results)
-    least = min((r for r, _, _ in results), key=lambda r: r["robust_accuracy"])
+    least_robust = min(
+        (record for record, _, _ in results),
+        key=lambda record: record["robust_accuracy"],
+    )
     record_text.show_classes(
-        least, _WORST_CLASSES.value, record_text.caption(least)
+        least_robust, _WORST_CLASSES.value, record_text.caption(least_robust)
     )
     if config.protocol is not None:
         _show_protocol(config, [record for record, _, _ in results])
-    print(f"{time.monotonic() - started:.0f} s in all")
+    print(f"{time.monotonic() - started:.0f} s in total")
 
 
 if __name__ == "__main__":

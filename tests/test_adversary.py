@@ -1,4 +1,4 @@
-"""adversary.py on a small run: records, reuse, the table, and bad input."""
+"""adversary.py on a small run: records, reuse, the table and invalid input."""
 
 import dataclasses
 import errno
@@ -38,19 +38,19 @@ adversary, _ = programs.load("adversary")
 
 @pytest.fixture(scope="module")
 def data():
-    """The embedded digits, their test images alone."""
+    """The embedded digits; only the test images."""
     return datasets.load("cluttered_digits", test_only=True)
 
 
 def make_run(folder, data, **changes):
-    """A run folder as the trainer leaves it, with untrained weights."""
+    """Makes a run folder as trainer.py writes it, with untrained weights."""
     folder.mkdir(parents=True)
     keras.utils.set_random_seed(0)
     model = model_backbone.create(
         MODEL, num_classes=10, image_shape=data.image_shape, **OPTIONS
     )
-    # It takes every image for the first one's class: some are right, so that
-    # there is something to attack.
+    # The model predicts the class of the first image for every image, so that
+    # some images are correct and can be attacked.
     bias = 2.0 * np.eye(10)[data.test.labels[0]]
     model.get_layer("logits").bias.assign(bias)
     config = {
@@ -84,7 +84,7 @@ def root(tmp_path_factory, data):
 
 @pytest.fixture
 def cli(root, data, monkeypatch, capsys):
-    """Calls the program as a user does; returns status, output and errors."""
+    """Calls the program; returns exit status, output and error output."""
     monkeypatch.setattr(datasets, "load", lambda *a, **k: data)
 
     def call(*arguments, runs_dir=root):
@@ -96,9 +96,9 @@ def cli(root, data, monkeypatch, capsys):
 
 @pytest.mark.parametrize("eot", [None, 4])
 @pytest.mark.parametrize("name", sorted(robust_evaluation.ATTACKS))
-def test_every_attack_can_be_made_with_draws_and_without(name, eot):
-    draws = [] if eot is None else [f"--eot={eot}"]
-    programs.parse("adversary", f"--attack={name}", *draws)
+def test_every_attack_can_be_made_with_and_without_eot(name, eot):
+    eot_flag = [] if eot is None else [f"--eot={eot}"]
+    programs.parse("adversary", f"--attack={name}", *eot_flag)
     (attack,) = adversary._attacks("linf", (0.1,))
     if isinstance(attack, attack_backbone.Iterative):
         assert attack.keep == ("first" if eot is None else "last")
@@ -107,7 +107,7 @@ def test_every_attack_can_be_made_with_draws_and_without(name, eot):
 SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")
 
 
-def test_an_attack_is_summed_up_before_it_begins(cli):
+def test_summary_is_printed_before_the_attack(cli):
     status, out, err = cli(*SCAN, "--overwrite")
     assert status == 0, err
     said = out.splitlines()
@@ -118,8 +118,8 @@ def test_an_attack_is_summed_up_before_it_begins(cli):
     assert said[3].endswith("linf 4/255, 0.1, untargeted")
 
 
-class TestWhichRun:
-    """The flags of the handover's program choose among the runs."""
+class TestRunSelection:
+    """Model options on the command line select among the runs."""
 
     @pytest.fixture
     def runs(self, tmp_path):
@@ -147,22 +147,24 @@ class TestWhichRun:
             (["--coarse_fixations=1", "--coarse_variant=crop"], "coarse"),
             (["--sampling=0", "--coarse_fixations=0"], "plain"),
             (["--num_transformers=2"], "two"),
-            # Five by default.
+            # The default is 5 transformers.
             (["--num_transformers=5", "--auxiliary=0"], "shared"),
             (["--model=multi_gaze", "--shared=0"], "two"),
         ],
     )
-    def test_the_newest_that_fits_is_found(self, runs, line, tag):
+    def test_newest_run_with_the_given_options_is_selected(
+        self, runs, line, tag
+    ):
         self.parse(runs, *line)
         assert adversary._find_run()[0].name.endswith(tag)
 
-    def test_none_that_fits_is_said(self, runs):
+    def test_error_names_the_options_if_no_run_has_them(self, runs):
         self.parse(runs, "--sampling=1", "--model=resnet")
         with pytest.raises(FileNotFoundError) as error:
             adversary._find_run()
         assert "of --model=resnet --sampling=1 under" in str(error.value)
 
-    def test_a_run_that_is_named_has_to_fit(self, runs):
+    def test_named_run_must_have_the_given_options(self, runs):
         self.parse(runs, "--run=digits-resnet-plain", "--coarse_fixations=1")
         with pytest.raises(ValueError, match="coarse_fixations=0, not --coar"):
             adversary._find_run()
@@ -172,7 +174,7 @@ class TestWhichRun:
         programs.parse("adversary", f"--runs_dir={runs}", *line)
 
 
-class TestAScan:
+class TestScan:
     @pytest.fixture(autouse=True)
     def scanned(self, cli, root):
         status, self.out, self.err = cli(*SCAN)
@@ -184,13 +186,13 @@ class TestAScan:
             for steps in (1, 2)
         ]
 
-    def test_leaves_a_folder_for_each_combination(self):
+    def test_every_combination_has_a_folder(self):
         for name in self.names:
             files = {path.name for path in (self.attacks / name).iterdir()}
             assert files == {"results.json", "adversarial.npz", "pictures.png"}
-        assert not list(self.attacks.glob(".*"))  # Nothing half-written.
+        assert not list(self.attacks.glob(".*"))  # No partial folders.
 
-    def test_the_record_says_everything(self, root, data):
+    def test_record_holds_settings_results_and_provenance(self, root, data):
         folder = self.attacks / self.names[2]
         record = run_folder.read_json(folder / "results.json")
         expected = {
@@ -222,7 +224,7 @@ class TestAScan:
                     "loss", "seconds", "device", "pixel_range"):  # fmt: skip
             assert key in record
 
-    def test_the_images_give_the_record_again(self, data):
+    def test_record_agrees_with_the_saved_images(self, data):
         folder = self.attacks / self.names[1]
         record = run_folder.read_json(folder / "results.json")
         model, _ = robust_training.load_run(self.attacks.parent)
@@ -232,10 +234,10 @@ class TestAScan:
             arrays["clean"], data.test.read(arrays["indices"])
         )
         predicted = model.predict(arrays["adversarial"], verbose=0).argmax(-1)
-        right = np.mean(predicted == data.test.labels[arrays["indices"]])
-        assert right == record["robust_accuracy"]
+        accuracy = np.mean(predicted == data.test.labels[arrays["indices"]])
+        assert accuracy == record["robust_accuracy"]
 
-    def test_the_record_counts_each_class(self, data):
+    def test_record_counts_predictions_of_each_class(self, data):
         folder = self.attacks / self.names[3]
         record = run_folder.read_json(folder / "results.json")
         with np.load(folder / "adversarial.npz", allow_pickle=False) as file:
@@ -256,11 +258,11 @@ class TestAScan:
                 assert count == pairs.count((true, predicted))
         assert confusion["columns"] == [*names, "non-finite"]
 
-    def test_the_table_shows_each_row(self, root):
+    def test_table_shows_every_record(self, root):
         record = run_folder.read_json(
             self.attacks / self.names[0] / "results.json"
         )
-        # Success is that on images which were correct before the attack.
+        # The table's success rate is on images correct before the attack.
         success = record["attack_success_on_correct"]
         (row,) = [x for x in self.out.splitlines() if x.startswith(" 1   pgd")]
         attacked = round(10 * record["clean_accuracy"])
@@ -276,7 +278,7 @@ class TestAScan:
         for line in self.out.splitlines():
             assert "…" not in line
 
-    def test_is_reused_unless_told(self, cli, root):
+    def test_records_are_reused_without_overwrite(self, cli, root):
         path = self.attacks / self.names[0] / "results.json"
         before = path.read_bytes(), path.stat().st_mtime_ns
         status, out, _ = cli(*SCAN)
@@ -289,7 +291,7 @@ class TestAScan:
         for key in ("robust_accuracy", "loss", "largest_norm"):
             assert again[key] == earlier[key]
 
-    def test_new_weights_are_not_taken_for_the_old(self, cli, root):
+    def test_record_of_other_weights_is_not_reused(self, cli, root):
         path = self.attacks.parent / "best.weights.h5"
         kept = path.read_bytes()
         record = self.attacks / self.names[0] / "results.json"
@@ -305,7 +307,7 @@ class TestAScan:
         assert "another weights_sha256" in err and "--overwrite" in err
         assert record.read_bytes() == before
 
-    def test_a_full_disk_is_one_line_and_leaves_the_old_record(
+    def test_full_disk_gives_one_line_and_keeps_the_old_record(
         self, cli, root, monkeypatch
     ):
         path = self.attacks / self.names[0]
@@ -319,16 +321,16 @@ class TestAScan:
         status, _, err = cli(*SCAN, "--overwrite")
         assert status == 2 and one_line(err) and "No space left" in err
         assert {p.name: p.read_bytes() for p in path.iterdir()} == before
-        # What was attacked is kept for when there is room.
+        # The finished attacks are kept, so that the program can resume.
         kept = {p.name for p in self.attacks.glob(".*")}
         assert kept == {f".{self.names[0]}.partial"}
 
-    def test_the_scan_has_its_curves(self):
+    def test_scan_writes_curves(self):
         rows = (self.attacks / "scan.csv").read_text().splitlines()
         assert len(rows) == 1 + 4
         assert (self.attacks / "scan.png").stat().st_size > 5000
 
-    def test_the_record_tells_how_sure_it_is(self):
+    def test_record_has_confidence_interval_and_worst_case(self):
         for name in self.names:
             record = run_folder.read_json(self.attacks / name / "results.json")
             low, high = record["robust_accuracy_interval"]
@@ -336,10 +338,10 @@ class TestAScan:
             worst = record["worst_case"]
             assert worst["robust_accuracy"] <= record["robust_accuracy"]
             assert name in worst["attacks"]
-        # The last one saw all the others' balls inside its own.
+        # The last attack has the largest radius, so all others count.
         assert set(self.names) <= set(worst["attacks"])
 
-    def test_a_damaged_state_is_one_line(self, cli, root):
+    def test_state_of_another_evaluation_gives_one_line(self, cli, root):
         status, _, err = cli(*SCAN)
         partial = self.attacks / ".pgd-linf-eps0.3-1steps-10images.partial"
         again = ("--epsilon=0.3", "--steps=1", "--num_examples=10")
@@ -370,7 +372,9 @@ class TestPictures:
         monkeypatch.setattr(visualize, "attack_grid", remember)
         return calls
 
-    def test_only_attacked_images_are_drawn(self, cli, drawn, data):
+    def test_pictures_show_only_images_correct_before_the_attack(
+        self, cli, drawn, data
+    ):
         status, _, err = cli(*self.FAST, "--target=random", "--overwrite")
         assert status == 0, err
         ((clean, _, labels, before, after, names), more) = drawn[0]
@@ -380,12 +384,12 @@ class TestPictures:
         assert names == list(data.class_names)
         assert np.all(more["targets"] >= 0)
         for which in ("clean", "adversarial"):
-            sure = more[f"{which}_confidences"]
-            assert np.all((0.1 <= sure) & (sure <= 1))
+            confidences = more[f"{which}_confidences"]
+            assert np.all((0.1 <= confidences) & (confidences <= 1))
         assert "random targets" in more["title"]
         assert "1 step" in more["title"]
 
-    def test_another_number_of_rows_draws_the_picture_again(
+    def test_picture_rows_redraws_without_a_new_attack(
         self, cli, root, drawn, monkeypatch
     ):
         status, out, err = cli(*self.FAST, "--picture_rows=1", "--overwrite")
@@ -396,11 +400,11 @@ class TestPictures:
             assert status == 0 and "already there" in out, err
             assert len(drawn) == calls
             assert drawn[-1][1]["max_rows"] == rows
-        (place,) = root.glob("*/attacks/pgd-linf-eps0.12-1steps-8images")
-        record = run_folder.read_json(place / "results.json")
+        (folder,) = root.glob("*/attacks/pgd-linf-eps0.12-1steps-8images")
+        record = run_folder.read_json(folder / "results.json")
         assert record["picture_rows"] == 2
 
-    def test_the_worst_classes_are_printed(self, cli):
+    def test_worst_classes_are_printed(self, cli):
         status, out, err = cli(*self.FAST, "--worst_classes=3")
         assert status == 0 and "Worst 3 of " in out, err
         assert "PGD, L∞, untargeted, ε = 0.12, 1 step" in out
@@ -429,7 +433,7 @@ def one_line(err):
         ),
     ],
 )  # fmt: skip
-def test_other_attacks_get_other_names(cli, root, arguments, name):
+def test_folder_name_lists_the_settings(cli, root, arguments, name):
     status, out, err = cli(*arguments, "--num_examples=6", "--save_images=2")
     assert status == 0, err
     if "6images" not in name:
@@ -487,7 +491,7 @@ def test_other_attacks_get_other_names(cli, root, arguments, name):
          ["model=multi_gaze", "another model"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(cli, root, arguments, words):
+def test_invalid_input_gives_one_line_and_status_2(cli, root, arguments, words):
     before = sorted(root.rglob("*"))
     status, _, err = cli(*arguments)
     assert status == 2
@@ -497,8 +501,8 @@ def test_bad_input_is_one_line_and_status_2(cli, root, arguments, words):
     assert sorted(root.rglob("*")) == before
 
 
-class TestOtherData:
-    """A run whose files, list or weights are of another data set."""
+class TestMismatchedRun:
+    """A run whose files, class list or weights do not fit its data set."""
 
     @pytest.mark.parametrize(
         "changes,word",
@@ -508,14 +512,16 @@ class TestOtherData:
             ({"image_shape": [28, 28, 1]}, "image_shape"),
         ],
     )
-    def test_is_refused(self, cli, data, tmp_path, changes, word):
+    def test_other_classes_or_images_are_refused(
+        self, cli, data, tmp_path, changes, word
+    ):
         make_run(tmp_path / "other", data, **changes)
         status, _, err = cli("--steps=1", runs_dir=tmp_path)
         assert status == 2 and one_line(err)
         assert "another data set" in err and word in err
         assert not (tmp_path / "other" / "attacks").exists()
 
-    def test_images_that_changed_under_it(self, cli, data, tmp_path):
+    def test_changed_images_are_refused(self, cli, data, tmp_path):
         found = data.test.fingerprint()
         make_run(tmp_path / "same", data, test_fingerprint=found)
         status, _, err = cli("--steps=1", runs_dir=tmp_path)
@@ -527,7 +533,7 @@ class TestOtherData:
         assert status == 2 and one_line(err)
         assert "not those of the run" in err
 
-    def test_weights_of_another_model(self, cli, data, tmp_path):
+    def test_weights_of_another_model_are_refused(self, cli, data, tmp_path):
         folder = make_run(tmp_path / "run", data)
         other = model_backbone.create(
             MODEL, num_classes=3, image_shape=data.image_shape, **OPTIONS
@@ -537,20 +543,22 @@ class TestOtherData:
         assert status == 2 and one_line(err)
         assert "best.weights.h5 does not fit" in err
 
-    def test_no_weights_yet(self, cli, data, tmp_path):
+    def test_run_without_weights_is_refused(self, cli, data, tmp_path):
         folder = make_run(tmp_path / "run", data)
         (folder / "best.weights.h5").unlink()
         status, _, err = cli("--steps=1", runs_dir=tmp_path)
         assert status == 2 and one_line(err) and "no best weights" in err
 
-    def test_a_split_that_was_not_held_out(self, cli, data, tmp_path):
+    def test_missing_validation_split_is_refused(self, cli, data, tmp_path):
         make_run(tmp_path / "run", data)
         status, _, err = cli("--split=validation", runs_dir=tmp_path)
         assert status == 2 and one_line(err)
         assert "no validation images" in err
 
 
-def test_defaults_follow_the_images(cli, root, data, tmp_path):
+def test_default_radii_and_batch_size_depend_on_the_images(
+    cli, root, data, tmp_path
+):
     for shape, norm, want in (
         ([40, 40, 1], "linf", (0.05, 0.1, 0.2)),
         ([96, 96, 3], "linf", (1 / 255, 2 / 255, 4 / 255)),
@@ -564,8 +572,8 @@ def test_defaults_follow_the_images(cli, root, data, tmp_path):
         assert found[0].batch_size == {1: 128, 3: 32}[shape[-1]]
 
 
-def test_names_tell_all_settings_apart():
-    """Two evaluations that differ in one field have two folders."""
+def test_different_settings_have_different_folders():
+    """Evaluations that differ in any field have different folders."""
     from attack_backbone import PGD
     from robust_evaluation import EvaluationConfig
 
@@ -592,7 +600,7 @@ def test_names_tell_all_settings_apart():
     ):
         evaluations.append(EvaluationConfig(base, **fields))
     config = adversary.AdversaryConfig(pathlib.Path("run"), ())
-    places = {config.place(e) for e in evaluations}
+    folders = {config.record_folder(e) for e in evaluations}
     for fields in (
         dict(split="train"),
         dict(weights="last"),
@@ -601,12 +609,12 @@ def test_names_tell_all_settings_apart():
         dict(options={"test_gazes": "random"}),
     ):
         other = dataclasses.replace(config, **fields)
-        places.add(other.place(evaluations[0]))
-    assert len(places) == len(evaluations) + 5
+        folders.add(other.record_folder(evaluations[0]))
+    assert len(folders) == len(evaluations) + 5
 
 
-def test_a_record_answers_for_the_weights_of_both_runs(tmp_path):
-    """A surrogate that was trained on since makes another record."""
+def test_request_depends_on_weights_of_run_and_surrogate(tmp_path):
+    """If the surrogate is trained further, its record does not apply."""
     import adversary
     import attack_backbone
     from robust_evaluation import EvaluationConfig
@@ -630,8 +638,8 @@ def test_a_record_answers_for_the_weights_of_both_runs(tmp_path):
     assert list(alone.hashes()) == ["weights_sha256"]
 
 
-def test_the_program_itself_ends_with_status_2(root):
-    """From the shell, an unknown flag too."""
+def test_unknown_flag_ends_the_program_with_status_2(root):
+    """The program runs as a subprocess."""
     completed = subprocess.run(
         [sys.executable, "adversary.py", f"--runs_dir={root}", "--epsilom=1"],
         cwd=ROOT,
@@ -645,7 +653,7 @@ def test_the_program_itself_ends_with_status_2(root):
     assert "Traceback" not in completed.stderr
 
 
-def test_a_softmax_model_is_refused(cli, root, monkeypatch):
+def test_softmax_model_is_refused(cli, root, monkeypatch):
     import keras
 
     load_run = robust_training.load_run
@@ -659,7 +667,7 @@ def test_a_softmax_model_is_refused(cli, root, monkeypatch):
     assert status == 2 and one_line(err) and "Remove the softmax" in err
 
 
-def test_a_stochastic_run_needs_its_draws(cli, data, tmp_path, monkeypatch):
+def test_stochastic_run_requires_eot(cli, data, tmp_path, monkeypatch):
     options = {"sampling": True, "width": 4, "test_gazes": "random"}
     model = model_backbone.create(
         "resnet_cifar", num_classes=10, image_shape=data.image_shape, **options
@@ -675,12 +683,12 @@ def test_a_stochastic_run_needs_its_draws(cli, data, tmp_path, monkeypatch):
         status, out, err = cli(*fast, f"--eot={draws}", runs_dir=tmp_path)
         assert status == 0, err
         assert f"eot{draws}" in out
-    # The same weights at five fixed gazes are deterministic.
+    # With five fixed gazes the same weights give a deterministic model.
     status, out, err = cli(*fast, "--test_gazes=five", runs_dir=tmp_path)
     assert status == 0 and "test_gazes_five" in out, err
 
 
-def test_attacks_on_the_attention_run(cli, root):
+def test_special_settings_appear_in_the_folder_name(cli, root):
     fast = ("--steps=2", "--epsilon=0.15", "--num_examples=4")
     for flag, word in (
         ("--distraction=1", "distraction1"),
@@ -696,7 +704,7 @@ def test_attacks_on_the_attention_run(cli, root):
         assert word in out
 
 
-def test_a_protocol_prints_its_table(cli, root):
+def test_protocol_prints_and_writes_its_table(cli, root):
     status, out, err = cli(
         "--protocol=perceptual", "--epsilon=0.01,0.02", "--num_examples=4"
     )
@@ -707,7 +715,7 @@ def test_a_protocol_prints_its_table(cli, root):
     assert "multi_gaze" in out
 
 
-def test_the_checklist_says_what_failed(cli, root, monkeypatch):
+def test_failed_check_gives_status_1_and_is_named(cli, root, monkeypatch):
     import checklist
 
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""The folders of evaluations: owners, damaged neighbours, links, Ctrl-C."""
+"""The folders of evaluations: locks, damaged files, links and Ctrl-C."""
 
 import dataclasses
 
@@ -20,68 +20,69 @@ NAME = "pgd-linf-eps{}-1steps-4images"
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, data):  # noqa: F811
-    """A run that tests change and put right again."""
+    """A run that tests change and restore."""
     return test_adversary.make_run(tmp_path_factory.mktemp("r") / "run", data)
 
 
 @pytest.fixture
 def call(cli, shared):  # noqa: F811
-    """Calls the program on that run, with a fresh folder of attacks."""
+    """Calls the program on that run, without earlier attacks."""
     attacks = shared / "attacks"
     run_folder.remove(attacks)
     yield lambda *arguments: cli(*arguments, runs_dir=shared.parent)
     run_folder.remove(attacks)
 
 
-def test_damaged_neighbours_are_named_and_passed_over(call, shared):
+def test_damaged_records_of_other_evaluations_are_skipped(call, shared):
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
-    place = shared / "attacks" / NAME.format(0.1)
-    left = place / ".7.tmp.adversarial.npz"
+    folder = shared / "attacks" / NAME.format(0.1)
+    leftover = folder / ".7.tmp.adversarial.npz"
     for name, text in (
         ("results.json", b"null"),
         ("adversarial.npz", b"PK"),
     ):
-        path = place / name
+        path = folder / name
         whole = path.read_bytes()
         path.write_bytes(text)
-        left.write_text("")
+        leftover.write_text("")
         status, out, err = call("--epsilon=0.2", "--overwrite", *FAST)
         assert status == 0, err
         assert one_line(err) and err.startswith("Left out: "), err
         assert name in err
-        if name == "results.json":  # Its own is not passed over.
+        if name == "results.json":  # The evaluation's own record must be valid.
             status, _, err = call("--epsilon=0.1", *FAST)
             assert status == 2 and one_line(err) and "--overwrite" in err
         path.write_bytes(whole)
     record = run_folder.read_record(
-        place.with_name(NAME.format(0.2)) / "results.json"
+        folder.with_name(NAME.format(0.2)) / "results.json"
     )
     assert record["worst_case"]["attacks"] == [NAME.format(0.2)]
-    (place / "results.json").write_text("[")
+    (folder / "results.json").write_text("[")
     status, _, err = call("--epsilon=0.1", "--overwrite", *FAST)
     assert status == 0, err
-    assert not left.exists()
-    run_folder.read_record(place / "results.json")
+    assert not leftover.exists()
+    run_folder.read_record(folder / "results.json")
 
 
-def test_two_processes_may_not_write_one_record(call, shared):
-    place = shared / "attacks" / NAME.format(0.1)
-    with second_process.owning(place) as process:
+def test_record_folder_is_locked_against_other_processes(call, shared):
+    folder = shared / "attacks" / NAME.format(0.1)
+    with second_process.owning(folder) as process:
         for more in ((), ("--overwrite",)):
             status, _, err = call("--epsilon=0.1", *FAST, *more)
             assert status == 2 and one_line(err)
             assert f"{NAME.format(0.1)} is in use by process" in err
             assert str(process.pid) in err
-        status, _, err = call("--epsilon=0.2", *FAST)  # With other settings.
+        # An evaluation with other settings has another folder.
+        status, _, err = call("--epsilon=0.2", *FAST)
         assert status == 0, err
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
     assert not list((shared / "attacks").glob(".*"))
 
 
-def test_a_run_may_be_attacked_while_it_is_trained(call, shared, monkeypatch):
-    """Unless its weights are replaced between their hash and their reading."""
+def test_run_can_be_attacked_while_it_trains(call, shared, monkeypatch):
+    """It is refused only if weights change after their hash was computed."""
     with run_folder.own(shared):
         status, _, err = call("--epsilon=0.1", *FAST)
         assert status == 0, err
@@ -101,7 +102,7 @@ def test_a_run_may_be_attacked_while_it_is_trained(call, shared, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [[], [NAME.format(0.1)], ["partial"]])
-def test_nothing_is_written_through_a_link(call, shared, tmp_path, parts):
+def test_symbolic_links_are_refused(call, shared, tmp_path, parts):
     if parts == ["partial"]:
         parts = [f".{NAME.format(0.1)}.partial"]
     link = shared.joinpath("attacks", *parts)
@@ -115,13 +116,13 @@ def test_nothing_is_written_through_a_link(call, shared, tmp_path, parts):
     assert (tmp_path / "results.json").read_text() == "precious"
 
 
-def test_the_checklist_needs_its_folder_first(call, shared, monkeypatch):
+def test_checklist_fails_early_if_it_cannot_write(call, shared, monkeypatch):
     import checklist
 
-    def never(*arguments, **options):
+    def must_not_run(*arguments, **options):
         raise AssertionError
 
-    monkeypatch.setattr(checklist, "run", never)
+    monkeypatch.setattr(checklist, "run", must_not_run)
     (shared / "attacks").write_text("")
     status, _, err = call("--checklist")
     assert status == 2 and one_line(err) and "attacks to be a folder" in err
@@ -136,21 +137,21 @@ def test_the_checklist_needs_its_folder_first(call, shared, monkeypatch):
     assert not (shared / "attacks").exists()
 
 
-def test_ctrl_c_says_how_to_go_on(call, monkeypatch):
+def test_ctrl_c_says_how_to_continue(call, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(robust_evaluation, "evaluate", interrupted)
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 130 and one_line(err)
-    assert "Run the same command again: it goes on" in err
+    assert "Run the same command again to continue" in err
 
 
 @pytest.mark.parametrize(
     "text",
     ["null", "{}", "[]", "[" * 200_000, '{"model": 3}', '{"model": "ecnn"}'],
 )
-def test_a_damaged_config_is_one_line(call, shared, text):
+def test_damaged_config_gives_one_line(call, shared, text):
     path = shared / run_folder.CONFIG
     whole = path.read_text()
     path.write_text(text)
@@ -162,12 +163,12 @@ def test_a_damaged_config_is_one_line(call, shared, text):
     assert len(err) < 600
 
 
-def test_a_damaged_state_of_an_evaluation_is_one_line(call, shared):
-    place = shared / "attacks" / NAME.format(0.1)
-    partial = place.with_name(f".{place.name}.partial")
+def test_damaged_state_gives_one_line_and_an_intact_one_resumes(call, shared):
+    folder = shared / "attacks" / NAME.format(0.1)
+    partial = folder.with_name(f".{folder.name}.partial")
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
-    record = run_folder.read_json(place / "results.json")
+    record = run_folder.read_json(folder / "results.json")
     evaluate = robust_evaluation.evaluate
 
     class Stop(BaseException):
@@ -175,7 +176,7 @@ def test_a_damaged_state_of_an_evaluation_is_one_line(call, shared):
 
     def stopped(*arguments, **options):
         evaluate(*arguments, **options)
-        raise Stop  # With the group done, and the record not written.
+        raise Stop  # The group is finished, but the record is not written.
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(robust_evaluation, "evaluate", stopped)
@@ -191,7 +192,7 @@ def test_a_damaged_state_of_an_evaluation_is_one_line(call, shared):
         {"clean": np.zeros(2**27, "uint8")},
     ):
         np.savez_compressed(path, **{**whole, **changes})
-        run_folder.remove(place)
+        run_folder.remove(folder)
         status, _, err = call("--epsilon=0.1", *FAST)
         assert status == 2 and one_line(err) and "is damaged" in err, changes
     (partial / ".9.tmp.group-00000.npz").write_text("")
@@ -199,23 +200,28 @@ def test_a_damaged_state_of_an_evaluation_is_one_line(call, shared):
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
     assert not partial.exists()
-    again = run_folder.read_json(place / "results.json")
+    again = run_folder.read_json(folder / "results.json")
     assert again["robust_accuracy"] == record["robust_accuracy"]
 
 
-def test_a_moved_surrogate_is_the_same(call, shared, data, tmp_path):  # noqa: F811
+def test_record_is_reused_after_the_surrogate_moves(
+    call,
+    shared,
+    data,  # noqa: F811
+    tmp_path,
+):
     first = test_adversary.make_run(tmp_path / "a" / "other", data)
-    place = f"{NAME.format(0.1)}-from_other"
+    folder = f"{NAME.format(0.1)}-from_other"
     status, _, err = call(f"--surrogate={first}", "--epsilon=0.1", *FAST)
     assert status == 0, err
-    assert (shared / "attacks" / place).exists()
+    assert (shared / "attacks" / folder).exists()
     first.parent.rename(tmp_path / "b")
     moved = tmp_path / "b" / "." / "other" / ".." / "other"
     status, out, err = call(f"--surrogate={moved}", "--epsilon=0.1", *FAST)
     assert status == 0 and "already there" in out, err
 
 
-def test_paths_of_flags_may_begin_at_home(call, shared, monkeypatch):
+def test_path_flags_expand_the_home_directory(call, shared, monkeypatch):
     monkeypatch.setenv("HOME", str(shared.parent))
     status, _, err = call(
         "--run=~/run", "--surrogate=~/run", "--epsilon=0.1", *FAST
@@ -228,30 +234,30 @@ def test_paths_of_flags_may_begin_at_home(call, shared, monkeypatch):
     assert status == 0, err
 
 
-def test_a_name_that_no_folder_can_have_is_one_line(shared):
+def test_invalid_folder_name_is_refused(shared):
     config = adversary.AdversaryConfig(
         shared, (), options={"test_gazes": "../../x"}
     )
     evaluation = robust_evaluation.EvaluationConfig()
     with pytest.raises(ValueError, match="the name of the evaluation"):
-        config.place(evaluation)
+        config.record_folder(evaluation)
 
 
-def test_kept_images_are_read_within_bounds(call, shared):
+def test_saved_images_are_checked_when_read(call, shared):
     import attack_records
 
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
-    place = shared / "attacks" / NAME.format(0.1)
-    path = place / "adversarial.npz"
+    folder = shared / "attacks" / NAME.format(0.1)
+    path = folder / "adversarial.npz"
     shape = tuple(run_folder.read_config(shared)["image_shape"])
-    found = attack_records.saved_images(place, shape)
+    found = attack_records.saved_images(folder, shape)
     with np.load(path) as file:
         whole = dict(file)
     for name, values in found.items():
         np.testing.assert_array_equal(values, whole[name])
     with pytest.raises(ValueError, match="Expected images of shape"):
-        attack_records.saved_images(place, (2 * shape[0], *shape[1:]))
+        attack_records.saved_images(folder, (2 * shape[0], *shape[1:]))
     for changes, words in (
         ({"clean": np.zeros(2**27, "uint8")}, "claims 134217728 bytes"),
         ({"labels": whole["labels"][:2]}, "not one number per image"),
@@ -259,11 +265,11 @@ def test_kept_images_are_read_within_bounds(call, shared):
     ):
         np.savez_compressed(path, **{**whole, **changes})
         with pytest.raises(ValueError, match=words):
-            attack_records.saved_images(place, shape)
+            attack_records.saved_images(folder, shape)
 
 
-def _one_pixel(split, index):
-    """The split with one grey level more at a pixel of one image."""
+def _change_one_pixel(split, index):
+    """Returns the split with a pixel of one image changed by 1/255."""
 
     def read(indices):
         images = split.read(indices).copy()
@@ -273,30 +279,35 @@ def _one_pixel(split, index):
     return dataclasses.replace(split, reader=read)
 
 
-def test_a_record_answers_for_its_images(call, shared, data, monkeypatch):  # noqa: F811
+def test_record_is_reused_only_for_the_same_images(
+    call,
+    shared,
+    data,  # noqa: F811
+    monkeypatch,
+):
     arguments = ("--epsilon=0.1", *FAST)
     status, _, err = call(*arguments)
     assert status == 0, err
     path = shared / "attacks" / NAME.format(0.1) / "results.json"
     before = path.read_bytes()
     index = _indices(path)[0]
-    # The same labels, and a brightness within what decoders may differ.
-    changed = _one_pixel(data.test, index)
+    # The labels are equal, and the change is as small as between decoders.
+    changed = _change_one_pixel(data.test, index)
     other = dataclasses.replace(data, test=changed)
     monkeypatch.setattr(datasets, "load", lambda *_, **__: other)
     status, out, err = call(*arguments)
     assert (status, out) == (2, "") and one_line(err)
     assert "other images or labels" in err and "--overwrite" in err
     assert path.read_bytes() == before
-    # Another record is made, and does not count the first one's images.
+    # A new record does not include the first one in its worst case.
     status, _, err = call("--epsilon=0.2", *FAST)
     assert status == 0, err
-    place = path.parents[1] / NAME.format(0.2)
-    record = run_folder.read_record(place / "results.json")
-    assert record["worst_case"]["attacks"] == [place.name]
-    # An image that is not attacked does not matter.
+    folder = path.parents[1] / NAME.format(0.2)
+    record = run_folder.read_record(folder / "results.json")
+    assert record["worst_case"]["attacks"] == [folder.name]
+    # A change in an image that is not attacked has no effect.
     unseen = np.setdiff1d(np.arange(len(data.test)), _indices(path))[0]
-    changed = _one_pixel(data.test, unseen)
+    changed = _change_one_pixel(data.test, unseen)
     other = dataclasses.replace(data, test=changed)
     status, out, err = call(*arguments)
     assert status == 0 and "already there" in out, err
@@ -307,7 +318,7 @@ def _indices(path):
         return file["all_indices"]
 
 
-def test_a_record_that_does_not_tell_its_images_is_refused(call, shared):
+def test_record_without_image_digest_is_refused(call, shared):
     arguments = ("--epsilon=0.1", *FAST)
     status, _, err = call(*arguments)
     assert status == 0, err
@@ -320,19 +331,19 @@ def test_a_record_that_does_not_tell_its_images_is_refused(call, shared):
     assert "earlier version" in err and "--overwrite" in err
 
 
-def test_a_record_does_not_stand_for_a_missing_folder(
+def test_missing_data_folder_is_refused_despite_a_record(
     call, tmp_path, monkeypatch
 ):
     arguments = ("--epsilon=0.1", *FAST)
     status, _, err = call(*arguments)
     assert status == 0, err
-    monkeypatch.undo()  # The true `datasets.load`.
+    monkeypatch.undo()  # Restores the original `datasets.load`.
     status, out, err = call(*arguments, f"--data_dir={tmp_path / 'none'}")
     assert (status, out) == (2, "") and one_line(err)
     assert "none does not exist" in err
 
 
-def test_a_state_is_of_certain_images(call, shared, data, monkeypatch):  # noqa: F811
+def test_state_of_other_images_is_refused(call, shared, data, monkeypatch):  # noqa: F811
     arguments = ("--epsilon=0.1", *FAST)
 
     def stopped(*_):
