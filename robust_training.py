@@ -1,8 +1,9 @@
-"""The one training loop, resumable exactly.
+"""The training loop, the state of a run and its weight files.
 
-The order of the examples comes from (seed, epoch), and a step is a function of
-(state, batch, step number): see `training_step`. So a run that was killed
-anywhere continues bit for bit from one atomic file.
+The order of the examples depends on (seed, epoch). A step is a deterministic
+function of (state, batch, step number); see `training_step`. A run that was
+killed at any point therefore continues bit for bit from its state file, which
+is written atomically.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ import training_step
 
 STATE = "state.npz"
 _READ_OUT = "read_out"  # Attribute of a weight file.
-_ROOM = 2**20  # Bytes beside the arrays in a file of ours.
-_PROGRESS_BYTES = 2**26  # Of the history of a run as text, at most.
+_HEADER_BYTES = 2**20  # Upper bound of what a file holds besides the arrays.
+_PROGRESS_BYTES = 2**26  # Upper bound of the progress of a run as text.
 HISTORY = (
     "epoch",
     "step",
@@ -44,16 +45,18 @@ HISTORY = (
     "seconds",
 )
 ON_COLLAPSE = ("stop", "restore", "ignore")
-# An accuracy has collapsed when it is below half of its best so far, if that
-# best was at least twice chance: below that it is noise.
+# A validation accuracy has collapsed when it is below half of its best value so
+# far. The rule applies only if that best value is at least twice chance; below
+# it differences are noise.
 COLLAPSED_BELOW = 0.5
 ABOVE_CHANCE = 2.0
-# Where the last good weights are put back, as in fast training, robust accuracy
-# may not fall by more from one epoch to the next: Wong et al. stop there.
-FALLEN_POINTS = 0.2
+# With `on_collapse="restore"`, the default of fast training, a run also ends
+# when robust accuracy drops by more than this from one epoch to the next (the
+# rule of Wong et al.).
+LARGEST_DROP = 0.2
 
 
-# What the config of a run has to have for its model to be built.
+# The fields of a run's config that are needed to build its model.
 _NEEDED = ("model", "dataset", "model_options", "num_classes", "image_shape")
 
 
@@ -61,19 +64,19 @@ _NEEDED = ("model", "dataset", "model_options", "num_classes", "image_shape")
 
 
 def save_state(path, model, optimizer, progress, carried=None):
-    """Writes everything a run needs to go on into one file, atomically.
+    """Writes everything that a run needs to continue, atomically.
 
     Args:
         path: The file, `.npz`.
-        model: The model; all its variables are kept, batch statistics and
-            seed states included.
-        optimizer: The optimizer, built; slots, averaged weights and iteration
-            count are kept.
-        progress: JSON-able dict of whatever else the loop needs.
+        model: The model. All its variables are saved, including batch
+            statistics and seed states.
+        optimizer: The optimizer, built. Slots, averaged weights and iteration
+            count are saved.
+        progress: JSON-serializable dict of the loop's other state.
         carried: The perturbation of free training, or None.
 
     Raises:
-        OSError: If it cannot be written; the old file is intact then.
+        OSError: If the file cannot be written; the old file stays intact.
     """
     variables = [*model.variables, *optimizer.variables]
     arrays = {f"v{i}": ops.convert_to_numpy(v) for i, v in enumerate(variables)}
@@ -83,16 +86,17 @@ def save_state(path, model, optimizer, progress, carried=None):
     run_folder.atomic_write(
         path,
         lambda temporary: np.savez(temporary, progress=text, **arrays),
-        size=_ROOM + sum(array.nbytes for array in arrays.values()),
+        size=_HEADER_BYTES + sum(array.nbytes for array in arrays.values()),
     )
 
 
 def load_state(path, model, optimizer, carried=None):
-    """Reads what `save_state` wrote into a model and an optimizer.
+    """Loads what `save_state` wrote into a model and an optimizer.
 
     Args:
         path: The file.
-        model, optimizer: Of the same kind as those that were saved.
+        model: A model of the same architecture as the saved one.
+        optimizer: An optimizer of the same kind, built on the model.
         carried: An array of the shape and dtype of the saved perturbation of
             free training, or None.
 
@@ -100,8 +104,8 @@ def load_state(path, model, optimizer, carried=None):
         Tuple of the `progress` dict and `carried`.
 
     Raises:
-        ValueError: If the file is corrupt, larger than such a state can be,
-            or belongs to another model. Nothing is assigned then.
+        ValueError: If the file is corrupt, is larger than such a state can be,
+            or belongs to another model. Nothing is assigned in that case.
     """
     variables = [*model.variables, *optimizer.variables]
     targets = {
@@ -110,7 +114,7 @@ def load_state(path, model, optimizer, carried=None):
     }
     if carried is not None:
         targets["carried"] = (carried.shape, str(carried.dtype))
-    # Eight bytes a number: other backends count in wider integers.
+    # Eight bytes a number: some backends save wider integers.
     limit = sum(8 * math.prod(shape) for shape, _ in targets.values())
     try:
         values = run_folder.read_npz(path, limit + _PROGRESS_BYTES)
@@ -138,7 +142,7 @@ def load_state(path, model, optimizer, carried=None):
 
 
 def _misfit(found, wanted):
-    """Returns what first differs between named (shape, dtype); None if none."""
+    """Describes the first difference of named (shape, dtype), or None."""
     for name, (shape, dtype) in wanted.items():
         if name not in found:
             return f"{name} is missing"
@@ -153,7 +157,7 @@ def _misfit(found, wanted):
 
 
 def _check_progress(progress):
-    """Raises a ValueError if that is not the progress of a run."""
+    """Raises a ValueError if `progress` is not the progress of a run."""
     expected = f"Expected progress with {', '.join(_PROGRESS)}"
     if not isinstance(progress, dict) or _PROGRESS.keys() - progress.keys():
         raise ValueError(f"{expected}. Received: {run_folder.brief(progress)}")
@@ -174,7 +178,7 @@ def _check_progress(progress):
 
 
 def _is_row(row):
-    """Whether that is a row of the history."""
+    """Whether `row` is a row of the history."""
     if not isinstance(row, dict) or not row.keys() >= set(HISTORY):
         return False
     needed = ("epoch", "step", "learning_rate", "loss", "accuracy", "seconds")
@@ -185,7 +189,7 @@ def _is_row(row):
     )
 
 
-# What a saved run knows of itself, and the check of each field.
+# The fields of the progress in a saved state, with a check of each.
 _PROGRESS = {
     "step": lambda v: type(v) is int and v >= 0,
     "best_epoch": lambda v: v is None or (type(v) is int and v > 0),
@@ -202,9 +206,8 @@ _PROGRESS = {
 def save_weights(path, model):
     """Writes the model's variables as `.weights.h5`, atomically.
 
-    The read-out step of a recurrent model goes with them. An optimizer that
-    callbacks want to see on the model stays out of it: its slots would make
-    the file three times as large.
+    The file also holds the read-out step of a recurrent model. It does not hold
+    the model's optimizer, whose slots would triple its size.
     """
     step = model_registry.read_out(model)
 
@@ -216,7 +219,7 @@ def save_weights(path, model):
 
     values = sum(math.prod(v.shape) for v in model.variables)
     with _without_optimizer(model):
-        run_folder.atomic_write(path, write, size=_ROOM + 4 * values)
+        run_folder.atomic_write(path, write, size=_HEADER_BYTES + 4 * values)
 
 
 @contextlib.contextmanager
@@ -230,30 +233,29 @@ def _without_optimizer(model):
 
 
 def load_weights(path, model, *, read_out=True):
-    """Reads what `save_weights` wrote into a model.
+    """Loads what `save_weights` wrote into a model.
 
     Args:
         path: The file.
         model: A model of the same architecture.
-        read_out: Whether the model is read out at the step it was trained
-            with when the file was written.
+        read_out: Whether the read-out step in the file is set on the model.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file does not fit the model; says in one line which
-            variable differs first, or how many are missing.
+        ValueError: If the file does not fit the model. The message, one line,
+            names the first variable that differs or the number of missing ones.
     """
     with h5py.File(path) as file:
         step = file.attrs.get(_READ_OUT)
     try:
         if step is not None and read_out:
             model_registry.set_read_out(model, int(step))
-        # Keras warns of layers that a file lacks, and goes on without them.
+        # Keras only warns of layers that are missing in the file.
         with _without_optimizer(model), warnings.catch_warnings(record=True):
             warnings.simplefilter("error")
             model.load_weights(path)
     except (KeyError, TypeError, ValueError, OSError, Warning) as error:
-        reason = _why_not(path, model)
+        reason = _mismatch(path, model)
         if reason is not None or not isinstance(error, Warning):
             raise ValueError(reason or error_line(error)) from error
         with _without_optimizer(model):
@@ -261,10 +263,10 @@ def load_weights(path, model, *, read_out=True):
     model_backbone.check_weights(model)
 
 
-def _why_not(path, model):
-    """Says in one line why weights do not fit a model; None if shapes do.
+def _mismatch(path, model):
+    """Says in one line why weights do not fit a model; None if shapes match.
 
-    Keras says so in up to a line for each layer, without the first reason.
+    The message of Keras has up to a line for each layer and hides the reason.
     """
     try:
         found = _shapes(path)
@@ -315,10 +317,10 @@ def _shapes(path):
 
 @contextlib.contextmanager
 def averaged(model, optimizer):
-    """Puts the averaged weights in the place of the raw ones, for a while.
+    """Replaces the raw weights by the averaged ones inside the context.
 
-    Batch statistics are those of the raw ones, which are a running average
-    by themselves. Without an average (`optimizer.use_ema`) nothing changes.
+    Batch statistics are not replaced; they are running averages already.
+    Without an average (`optimizer.use_ema`) nothing changes.
     """
     if not optimizer.use_ema:
         yield
@@ -344,18 +346,18 @@ def create(name, *, dtype=None, **options):
 
 
 def load_run(folder, weights="best", options=None, dtype=None):
-    """Builds the model of a run again and loads its weights.
+    """Builds the model of a run and loads its weights.
 
-    The architecture is built by our own code from `config.json`; from the
-    files of the run only arrays are read, and the step at which a recurrent
-    model was read out when these weights were trained.
+    The architecture is built by this package's code from `config.json`. The
+    weight file gives only arrays and the read-out step of a recurrent model, so
+    that loading a run executes no code from its files.
 
     Args:
         folder: The folder of the run.
         weights: `"best"` or `"last"`.
-        options: Dict of model options to use in place of the run's.
-        dtype: A Keras dtype policy, `"mixed_bfloat16"` say; None for the
-            global one. Layers that insist on float32 (samplers) keep it.
+        options: Dict of model options that replace those of the run.
+        dtype: A Keras dtype policy such as `"mixed_bfloat16"`; None for the
+            global policy. Layers that require float32 (samplers) keep it.
 
     Returns:
         Tuple of the model and the run's config, a dict.
@@ -387,7 +389,7 @@ def load_run(folder, weights="best", options=None, dtype=None):
         )
     except ValueError:
         raise
-    except Exception as error:  # Options from a file can be anything.
+    except Exception as error:  # Options in a file can have any value.
         given = run_folder.brief(config["model_options"])
         raise ValueError(
             f"Expected {folder / run_folder.CONFIG} to describe a model. "
@@ -412,10 +414,10 @@ class Interrupted(Exception):
 
 
 class Collapsed(Exception):
-    """The loss is not finite, or an accuracy fell; the message says which.
+    """The loss or a weight is not finite, or an accuracy collapsed.
 
     Attributes:
-        found: JSON-able dict: "epoch" (from 1), "step" and "reason".
+        found: JSON-serializable dict: "epoch" (from 1), "step" and "reason".
     """
 
     def __init__(self, epoch, step, reason):
@@ -430,36 +432,36 @@ class Loop:
     Attributes:
         model: A built `keras.Model`.
         optimizer: Its optimizer. If it averages the weights (`use_ema`),
-            validation and the kept weights are those of the average.
+            the averaged weights are validated and saved.
         split: The training `image_splits.Split`.
         folder: The folder of the run.
         seed: The run's seed.
-        batch_size: Images a step; the rest of an epoch that does not fill a
-            batch is left out (another rest in every epoch).
+        batch_size: Images in a step. The last images of an epoch that do not
+            fill a batch are dropped; they differ from epoch to epoch.
         epochs: Epochs of the whole run.
         augmentation: A name of `glimpse.AUGMENTATIONS`.
-        objective: What a step minimizes.
+        objective: A `training_step.Objective`: what a step minimizes.
         l2: Coefficient of `training_step.l2_loss`.
-        step_config: How a step goes about it. With `replays` an epoch takes
+        step_config: A `training_step.StepConfig`. With `replays` an epoch uses
             each batch that many times.
         crafting_model: See `training_step.make_step`.
         read_outs: Pairs (epoch, step): from that epoch on a recurrent model
-            is read out at that step. Weights and slots stay; the search for
-            the best epoch begins anew.
+            is read out at that step. Weights and optimizer slots are kept. The
+            best epoch is chosen among those at the last read-out step.
         validate: Callable from the model to a dict with "accuracy", "loss"
-            and, if it attacks, "robust_accuracy", run after each epoch; None
-            for no validation. The best weights are those of the best robust
-            accuracy where there is one, else of the best accuracy.
-        on_collapse: What to do when the loss is not finite, or when an
-            accuracy of the validation collapses (`COLLAPSED_BELOW`,
-            `ABOVE_CHANCE`; with `"restore"` also `FALLEN_POINTS`): `"stop"`
-            raises; `"restore"` puts the weights of the last good epoch back
-            and ends the run there, as fast training does that has begun to
-            overfit its attack; `"ignore"` goes on (but not from a loss or
-            weights that are not finite, which stop).
+            and, if it attacks, "robust_accuracy". It runs after each epoch.
+            None: no validation. The best weights are those of the best robust
+            accuracy if there is one, otherwise of the best accuracy.
+        on_collapse: What to do when the loss or a weight is not finite, or when
+            a validation accuracy collapses (see `COLLAPSED_BELOW`,
+            `ABOVE_CHANCE` and, for `"restore"` only, `LARGEST_DROP`). `"stop"`
+            raises. `"restore"` loads the weights of the last good epoch and
+            ends the run; it is meant for fast training, which can overfit its
+            attack. `"ignore"` continues after a collapse of accuracy and raises
+            for values that are not finite.
         callbacks: Keras callbacks (progress bar, TensorBoard).
         save_every: Seconds between saves of the state within an epoch.
-        should_stop: Callable that says whether to save and stop now.
+        should_stop: Callable that returns whether to save and stop now.
     """
 
     model: keras.Model
@@ -492,14 +494,14 @@ class Loop:
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:
             raise ValueError(
-                f"a batch of {self.batch_size} images does not fit into the "
+                f"a batch of {self.batch_size} images is larger than the "
                 f"{len(self.split)} training images; use a smaller "
                 "--batch_size"
             )
-        for _, read_out in self.read_outs[::-1]:  # Raises for what is beyond.
+        for _, read_out in self.read_outs[::-1]:  # Raises if it is too large.
             model_registry.set_read_out(self.model, read_out)
         self.optimizer.build(self.model.trainable_variables)
-        self.model.optimizer = self.optimizer  # Callbacks look for it.
+        self.model.optimizer = self.optimizer  # Callbacks read it.
         self.carried = None
         if self.step_config.replays:
             shape = (self.batch_size, *self.model.input_shape[1:])
@@ -513,7 +515,7 @@ class Loop:
         }
 
     def resume(self):
-        """Reads the saved state, if there is one; returns the step."""
+        """Loads the saved state, if there is one; returns the step."""
         path = self.folder / STATE
         if path.exists():
             progress, carried = load_state(
@@ -529,13 +531,12 @@ class Loop:
         return self.progress["step"]
 
     def train(self):
-        """Runs the epochs that are left; returns the history, a row each.
+        """Runs the remaining epochs; returns the history, a row an epoch.
 
         Raises:
-            Interrupted: If `should_stop` said so; the state is saved.
-            Collapsed: If the loss is not finite or an accuracy collapsed, and
-                `on_collapse` does not say otherwise. The files of the run are
-                those of the last good epoch.
+            Interrupted: If `should_stop` returned True; the state is saved.
+            Collapsed: If training collapsed and `on_collapse` says to raise.
+                The files of the run are those of the last good epoch.
         """
         callbacks = keras.callbacks.CallbackList(
             list(self.callbacks),
@@ -550,7 +551,7 @@ class Loop:
         for epoch in range(first, self.epochs):
             if self.progress["ended"]:
                 break
-            if self._moves_read_out(epoch) or step_fn is None:
+            if self._changes_read_out(epoch) or step_fn is None:
                 step_fn = self._make_step()
             callbacks.on_epoch_begin(epoch)
             try:
@@ -563,7 +564,7 @@ class Loop:
                 ):
                     raise
                 self._restore(collapse)
-                break  # The numbers of this epoch are not those of the run.
+                break  # The failed epoch has no row in the history.
             callbacks.on_epoch_end(
                 epoch,
                 {
@@ -589,15 +590,15 @@ class Loop:
             steps_per_epoch=self.steps_per_epoch,
         )
 
-    def _moves_read_out(self, epoch):
-        """Sets the read-out step of an epoch; tells whether it is another."""
+    def _changes_read_out(self, epoch):
+        """Sets the read-out step of an epoch; returns whether it changed."""
         begun = [step for start, step in self.read_outs if start <= epoch]
         if not begun:
             return False
-        moves = model_registry.read_out(self.model) != begun[-1]
+        changes = model_registry.read_out(self.model) != begun[-1]
         for model in filter(None, (self.model, self.crafting_model)):
             model_registry.set_read_out(model, begun[-1])
-        return moves
+        return changes
 
     def _epoch(self, epoch, step_fn, callbacks):
         progress, total = self.progress, self.steps_per_epoch
@@ -608,8 +609,9 @@ class Loop:
             batch = [images, labels, indices, progress["step"]]
             if self.carried is not None:
                 batch.append(self.carried)
-            loss, right, *carried = map(ops.convert_to_numpy, step_fn(*batch))
-            loss, right = float(loss), float(right)
+            results = map(ops.convert_to_numpy, step_fn(*batch))
+            loss, correct, *carried = results
+            loss, correct = float(loss), float(correct)
             if not math.isfinite(loss):
                 raise Collapsed(
                     epoch + 1, progress["step"], f"the loss is {loss}"
@@ -619,7 +621,7 @@ class Loop:
             now = time.monotonic()
             sums = progress["sums"]
             sums[0] += loss
-            sums[1] += right / len(labels)
+            sums[1] += correct / len(labels)
             sums[2] += now - started
             started = now
             steps = number + 1
@@ -635,7 +637,7 @@ class Loop:
                 saved = now
 
     def _batches(self, epoch):
-        """Yields (number of the step in the epoch, batch) for what is left."""
+        """Yields (step in the epoch, batch) for the rest of an epoch."""
         total, replays = self.steps_per_epoch, self.replays
         order = image_splits.epoch_order(len(self.split), self.seed, epoch)
         done = self.progress["step"] - epoch * total
@@ -645,13 +647,13 @@ class Loop:
             self.batch_size,
             first_batch=done // replays,
         )
-        for place, batch in enumerate(batches, done // replays):
-            for number in range(place * replays, (place + 1) * replays):
+        for index, batch in enumerate(batches, done // replays):
+            for number in range(index * replays, (index + 1) * replays):
                 if number >= done:
                     yield number, batch
 
     def _finish_epoch(self, epoch):
-        """Validates, keeps the best weights, writes the row and the state."""
+        """Validates, saves the weights, the history and the state."""
         with averaged(self.model, self.optimizer):
             self._check_finite(epoch)
             found = self.validate(self.model) if self.validate else {}
@@ -687,10 +689,10 @@ class Loop:
         }
 
     def _check_finite(self, epoch):
-        """Raises before weights that are not finite replace good ones.
+        """Raises before weights that are not finite are saved.
 
-        The loss of a step is taken before its update; that of an epoch's last
-        step shows in the weights alone.
+        The loss of a step is computed before its update, so the last update of
+        an epoch affects no loss of that epoch.
         """
         try:
             model_backbone.check_weights(self.model)
@@ -702,7 +704,7 @@ class Loop:
     def _check(self, row):
         """Raises if validation is not finite or an accuracy collapsed.
 
-        An accuracy is compared with those since the read-out last moved.
+        Accuracies are compared only within the current read-out step.
         """
         loss = row["validation_loss"]
         if loss is not None and not math.isfinite(loss):
@@ -721,17 +723,17 @@ class Loop:
                 continue
             floor = COLLAPSED_BELOW * best
             if self.on_collapse == "restore" and "robust" in name:
-                floor = max(floor, earlier[-1][name] - FALLEN_POINTS)
+                floor = max(floor, earlier[-1][name] - LARGEST_DROP)
             if row[name] < floor:
-                said = f"{name.replace('_', ' ')} fell"
+                what = f"{name.replace('_', ' ')} fell"
                 raise Collapsed(
                     row["epoch"],
                     row["step"],
-                    f"{said} from {best:.1%} to {row[name]:.1%}",
+                    f"{what} from {best:.1%} to {row[name]:.1%}",
                 )
 
     def _restore(self, collapse):
-        """Puts the last good weights back and ends the run with them."""
+        """Loads the weights of the last good epoch and ends the run."""
         load_weights(self.folder / "last.weights.h5", self.model)
         self.progress.update(
             step=self.progress["history"][-1]["step"],
@@ -752,10 +754,11 @@ class Loop:
 
 
 def best_epoch(history):
-    """Returns the epoch of the best row, of those at the last read-out step.
+    """Returns the epoch of the best row among those at the last read-out step.
 
-    By robust validation accuracy where there is one, else by the clean one;
-    the first of equals. Without validation the last is the best that is known.
+    The best row has the highest robust validation accuracy or, without one, the
+    highest clean validation accuracy; the first row wins a tie. Without
+    validation the last row is returned.
     """
     rows = _since_read_out(history)
     for name in ("validation_robust_accuracy", "validation_accuracy"):
@@ -765,7 +768,7 @@ def best_epoch(history):
 
 
 def _since_read_out(history):
-    """The rows at the end that share the last one's read-out step."""
+    """The last rows of the history that have the same read-out step."""
     first = len(history)
     while first and history[first - 1]["read_out"] == history[-1]["read_out"]:
         first -= 1

@@ -1,9 +1,10 @@
-"""One training step, compiled on each backend, and what it may consist of.
+"""The training step, compiled on each backend, and its settings.
 
-A step is a function of (state, batch, step number): the noise of an example
-comes from (seed, step, its index), and the state of layers that draw (dropout,
-random gazes) from (seed, step, replica). Adversarial images are crafted first,
-with the weights held constant, and only then is the loss differentiated.
+A step is a deterministic function of (state, batch, step number). The noise of
+an example depends on (seed, step, its index). The state of layers that draw
+random numbers (dropout, random gazes) depends on (seed, step, replica).
+Adversarial images are crafted first, with constant weights. The loss on them is
+differentiated afterwards.
 """
 
 import contextlib
@@ -33,21 +34,24 @@ _WITH_KERNEL = (
     layers.Conv3DTranspose,
     layers.DepthwiseConv2D,
 )
-_TINY = 1e-12  # Keeps 0/0 out of the direction of a zero gradient.
+_TINY = 1e-12  # Avoids 0/0 for a zero gradient.
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a training step minimizes; every object of `losses` is one too.
+    """What a training step minimizes.
+
+    The classes of the module `objectives` have the same interface.
 
     Attributes:
-        loss: Callable `(logits_fn, clean, crafted, labels)` to the losses,
-            shape `(batch,)`, and the logits the accuracy is counted on;
+        loss: Callable `(logits_fn, clean, crafted, labels)` that returns the
+            losses, shape `(batch,)`, and the logits for the accuracy.
             `logits_fn` runs the model in training mode.
-        craft: Callable `(logits_fn, images, labels, keys)` to the images the
-            loss will see, `logits_fn` in inference mode (in training mode if
-            the objective has a true `train_mode`); None for the clean images.
-            A `scale` besides is the part of the radius in use.
+        craft: Callable `(logits_fn, images, labels, keys)` that returns the
+            images for the loss. None: the loss uses the clean images.
+            `logits_fn` runs the model in inference mode, or in training mode
+            if the objective has a true `train_mode`. With a warm-up of epsilon
+            it also receives `scale`, the factor of the radius.
     """
 
     loss: Callable
@@ -59,25 +63,28 @@ STANDARD = objectives.Standard()
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step goes about an adversarial objective.
+    """How a training step handles an adversarial objective.
 
     Attributes:
-        epsilon_warmup: Epochs in which the radius of the attack grows
-            linearly from zero, with its steps; 0 for none.
-        craft_dtype: `"float32"` or `"bfloat16"`: in what the model computes
-            while images are crafted. Perturbations and the loss are float32.
-        awp: Adversarial weight perturbation (Wu et al.): before the gradient
-            is taken, each weight tensor w of two or more dimensions moves by
-            awp * |w| along its own normalized gradient of the objective's
-            mean; afterwards it moves back. The paper's are 0.01 with PGD
-            adversarial training and 0.005 with TRADES; 0 is none.
-        awp_warmup: Epochs before the first move. The authors' program has 0,
-            and 10 with TRADES: moved at once, a net may stay at chance.
-        replays: Free adversarial training (Shafahi et al.): each batch is
-            taken that many times in a row. One backward pass gives the
-            gradient of the weights, and that of the images, along which the
-            perturbation takes a step of epsilon; the next batch begins with
-            it. Replaces the attack; 0 is none.
+        epsilon_warmup: Epochs in which the radius and the step size of the
+            attack grow linearly from zero; 0 for no warm-up.
+        craft_dtype: Dtype in which the model computes while images are
+            crafted, `"float32"` or `"bfloat16"`. Perturbations and the training
+            loss are float32.
+        awp: Size of the adversarial weight perturbation (Wu et al.); 0 for
+            none. The gradient is taken at perturbed weights: each weight tensor
+            w of two or more dimensions is moved by awp * |w| along its
+            normalized gradient of the mean loss. The update is applied to the
+            original weights. The paper uses 0.01 with PGD adversarial training
+            and 0.005 with TRADES.
+        awp_warmup: Epochs before the weight perturbation begins. The authors'
+            code uses 0, and 10 with TRADES: with a perturbation from the start
+            a net may stay at chance accuracy.
+        replays: Free adversarial training (Shafahi et al.): number of times
+            that each batch is repeated; 0 for none. It replaces the attack. One
+            backward pass gives the gradients of the weights and of the images.
+            The perturbation takes a step of epsilon along the gradient of the
+            images, and the next batch starts from it.
 
     References:
         - [Wu et al., 2020](https://arxiv.org/abs/2004.05884), equation 8
@@ -117,7 +124,7 @@ class StepConfig:
             )
 
     def check(self, objective):
-        """Raises a ValueError, one line, if the objective does not fit."""
+        """Raises a one-line ValueError if the objective does not fit."""
         if self.craft_dtype != "float32" and objective.craft is None:
             raise ValueError(
                 "Expected an objective that crafts images for craft_dtype. "
@@ -130,15 +137,15 @@ class StepConfig:
             )
         if self.replays and not isinstance(objective, objectives.Madry):
             raise ValueError(
-                "Expected the objective madry or alp with replays, which climb "
-                "the loss that is trained on. Received: "
+                "Expected the objective madry or alp with replays, which "
+                "ascend the training loss itself. Received: "
                 f"replays={self.replays}, {type(objective).__name__}."
             )
         target = getattr(objective, "target", "none")
         if self.replays and target != "none":
             raise ValueError(
-                "Expected target=none with replays, which climb the loss that "
-                f"is trained on. Received: target={target!r}."
+                "Expected target=none with replays, which ascend the training "
+                f"loss itself. Received: target={target!r}."
             )
 
 
@@ -146,15 +153,15 @@ DISTRIBUTIONS = ("none", "mirrored")
 
 
 def scope(distribute, batch_size):
-    """Returns the context in which a run makes its model and trains it.
+    """Returns the context in which a run builds and trains its model.
 
     Args:
-        distribute: `"none"`, or `"mirrored"`: the model is on every GPU of
-            the machine (without any, on its logical CPU devices), each of
-            which takes its part of a batch. The weights that come of it are
-            those of one device, but for batch normalization, whose
-            statistics are those of the parts.
-        batch_size: Images a step.
+        distribute: `"none"` for one device. `"mirrored"` copies the model to
+            every GPU of the machine (to its logical CPU devices if there is no
+            GPU) and splits each batch among them. The trained weights are those
+            of one device, except that batch normalization uses the statistics
+            of each part.
+        batch_size: Images in a step.
 
     Returns:
         A context manager.
@@ -172,7 +179,8 @@ def scope(distribute, batch_size):
         return contextlib.nullcontext()
     if keras.config.backend() != "tensorflow":
         raise ValueError(
-            f"distribute={distribute} is TensorFlow's tf.distribute. Received: "
+            f"Expected the TensorFlow backend with distribute={distribute}, "
+            "which uses tf.distribute. Received: "
             f"KERAS_BACKEND={keras.config.backend()}."
         )
     import tensorflow as tf
@@ -181,7 +189,8 @@ def scope(distribute, batch_size):
     devices = gpus or tf.config.list_logical_devices("CPU")
     if batch_size % len(devices):
         raise ValueError(
-            f"Expected a batch_size that the {len(devices)} devices can share. "
+            "Expected a batch_size that is a multiple of the "
+            f"{len(devices)} devices. "
             f"Received: batch_size={batch_size}."
         )
     return tf.distribute.MirroredStrategy([d.name for d in devices]).scope()
@@ -206,25 +215,27 @@ def make_step(
 
     Args:
         model: A built `keras.Model` from images to logits. On TensorFlow the
-            step runs under the strategy in whose scope it is made.
+            step runs under the current distribution strategy.
         optimizer: A `keras.optimizers.Optimizer`, built on the model.
         objective: An `Objective`.
         seed: Integer, the run's seed.
         augmentation: A `glimpse.Augmentation`, or None.
-        l2: Coefficient of `l2_loss`, which replaces the L2 that some
-            backbones bring along; with 0 they keep it.
+        l2: Coefficient of `l2_loss`. Above 0 it replaces the L2 regularizers
+            of the layers; with 0 the layers keep them.
         config: A `StepConfig`, or None for the default one.
-        crafting_model: The same architecture in another dtype policy, which
+        crafting_model: The same architecture in another dtype policy. It
             computes with the weights of `model` while images are crafted; its
-            own values are never read.
-        steps_per_epoch: Steps in one epoch, for the warm-up of epsilon.
+            own weights are never read.
+        steps_per_epoch: Steps in one epoch, for the warm-ups of epsilon and of
+            the weight perturbation.
 
     Returns:
-        Callable `(images, labels, indices, step)` to the mean loss and the
-        number of right answers of the batch; `indices` are the examples'
-        places in the data set. It updates `model` and `optimizer`. With
-        `config.replays` it takes the perturbation as a fifth argument, of the
-        shape of `images`, and returns the new one as a third value.
+        Callable `(images, labels, indices, step)` that updates `model` and
+        `optimizer` and returns the mean loss and the number of correct
+        predictions. `indices` are the positions of the examples in the data
+        set. With `config.replays` it takes the perturbation as a fifth
+        argument, of the shape of `images`, and returns the new perturbation as
+        a third value.
 
     Raises:
         NotImplementedError: If the active backend cannot train.
@@ -267,35 +278,35 @@ def kernels(model):
 
 
 def l2_loss(variables, coefficient):
-    """Returns coefficient / 2 * the sum of squares of all variables."""
+    """Returns coefficient / 2 times the sum of squares of all variables."""
     squares = [ops.sum(ops.square(ops.cast(v, "float32"))) for v in variables]
     return 0.5 * coefficient * sum(squares, ops.zeros(()))
 
 
-def perturbed(weights, slopes, share):
-    """Moves each weight tensor by `share` of its norm along its gradient.
+def perturbed(weights, grads, size):
+    """Moves each weight tensor by `size` times its norm along its gradient.
 
     Args:
         weights: List of tensors.
-        slopes: Their gradients.
-        share: Length of the move over the norm of the tensor.
+        grads: Their gradients.
+        size: Length of the perturbation relative to the norm of the tensor.
 
     Returns:
-        List of tensors.
+        List of perturbed tensors.
 
     References:
         - [Wu et al., 2020](https://arxiv.org/abs/2004.05884), equation 8
     """
-    moved = []
-    for weight, slope in zip(weights, slopes, strict=True):
-        size = ops.sqrt(ops.sum(ops.square(weight)))
-        steep = ops.sqrt(ops.sum(ops.square(slope)))
-        moved.append(weight + share * size / (steep + _TINY) * slope)
-    return moved
+    found = []
+    for weight, grad in zip(weights, grads, strict=True):
+        weight_norm = ops.sqrt(ops.sum(ops.square(weight)))
+        grad_norm = ops.sqrt(ops.sum(ops.square(grad)))
+        found.append(weight + size * weight_norm / (grad_norm + _TINY) * grad)
+    return found
 
 
 class _Step:
-    """What is the same on every backend: keys, views, attack, loss."""
+    """The backend-independent part: keys, augmentation, attack and loss."""
 
     def __init__(
         self,
@@ -309,27 +320,27 @@ class _Step:
         steps_per_epoch=1,
     ):
         self.model, self.objective = model, objective
-        # With auxiliary heads each of them learns the label.
-        self.answer = model_backbone.in_training(model)
+        # Returns the logits of auxiliary heads too, which are all trained.
+        self.training_fn = model_backbone.in_training(model)
         self.seed, self.augmentation = seed, augmentation
         self.config = config or StepConfig()
         self.l2, self.kernels = l2, kernels(model) if l2 else ()
         for kernel in self.kernels:
-            kernel.regularizer = None  # ResNet-20's own would come on top.
+            kernel.regularizer = None  # Otherwise L2 would be added twice.
         self.crafting_model = crafting_model
         self.warmup_steps = self.config.epsilon_warmup * steps_per_epoch
         self.awp_from = self.config.awp_warmup * steps_per_epoch
         self.generators = model_registry.generators(model)
         self.replays = self.config.replays
-        # What adversarial weight perturbation moves.
-        self.movable = [
+        # The tensors that adversarial weight perturbation changes.
+        self.perturbable = [
             v for v in model.trainable_variables if len(v.shape) > 1
         ]
 
     def prepare(self, images, labels, indices, step, carried=None, replica=0):
-        """Keys everything that draws; returns the clean and crafted images."""
+        """Sets all random states; returns the clean and the crafted images."""
         model_registry.key_generators(self.generators, self.seed, step, replica)
-        # All replays of a batch see one view of it.
+        # All replays of a batch use the same augmentation.
         view = step // self.replays if self.replays else step
         keys = numerics.example_keys(self.seed, indices, view)
         clean = glimpse.augment(images, keys, self.augmentation)
@@ -338,7 +349,9 @@ class _Step:
         elif self.objective.craft is None:
             return clean, clean
         else:
-            settings = {"scale": self.growth(step)} if self.warmup_steps else {}
+            settings = (
+                {"scale": self.epsilon_scale(step)} if self.warmup_steps else {}
+            )
             crafted = self.objective.craft(
                 self._crafting_fn(),
                 clean,
@@ -348,25 +361,25 @@ class _Step:
             )
         return clean, ops.stop_gradient(crafted)
 
-    def growth(self, step):
-        """The part of epsilon that step `step` has reached."""
+    def epsilon_scale(self, step):
+        """The factor of epsilon at a step, which rises to 1 in the warm-up."""
         if not self.warmup_steps:
             return 1.0
         done = ops.cast(step, "float32") + 1.0
         return ops.minimum(1.0, done / self.warmup_steps)
 
-    def moved(self, weights, slopes, step):
-        """The weights at which step `step` takes its gradient; see `awp`."""
-        share = self.config.awp
+    def perturbed_weights(self, weights, grads, step):
+        """The weights at which a step takes its gradient; see `awp`."""
+        size = self.config.awp
         if self.awp_from:
             begun = ops.cast(step, "float32") >= self.awp_from
-            share = share * ops.cast(begun, "float32")
-        return perturbed(weights, slopes, share)
+            size = size * ops.cast(begun, "float32")
+        return perturbed(weights, grads, size)
 
     def _crafting_fn(self):
         training = getattr(self.objective, "train_mode", False)
-        # A layer that draws moves its seed, which the loop of an attack may
-        # not read.
+        # A layer that draws random numbers updates its seed state. The compiled
+        # loop of an attack must not read a variable that is assigned inside it.
         draws = model_registry.is_stochastic(self.model)
         if self.crafting_model is None and not training and not draws:
             return lambda x: self.model(x, training=False)
@@ -375,8 +388,8 @@ class _Step:
         pairs = list(zip(net.variables, values, strict=True))
 
         def logits_fn(x):
-            # Each call by itself, for what one assigns inside the loop of an
-            # attack no other may read.
+            # A scope for each call: no call may read what another one assigned
+            # inside the loop of an attack.
             with keras.StatelessScope(state_mapping=pairs):
                 outputs = net(x, training=training)
             return keras.tree.map_structure(
@@ -388,37 +401,46 @@ class _Step:
     def mean_loss(self, clean, crafted, labels):
         """The mean of the objective's losses, and its logits."""
         values, logits = self.objective.loss(
-            self.answer, clean, crafted, labels
+            self.training_fn, clean, crafted, labels
         )
         return ops.mean(values), logits
 
     def loss(self, clean, crafted, labels, replicas=1):
-        """This replica's share of the loss; the shares add up to the mean.
+        """The loss of this replica; the sum over replicas is the total loss.
 
-        Per-example losses are divided by the size of the global batch, for
-        functional losses, unlike Keras's `Loss` objects, know nothing of
-        replicas; so are the losses of the weights, which each replica has.
+        The mean is divided by the number of replicas here because functional
+        losses, unlike Keras `Loss` objects, do not do it. Weight losses are
+        divided too, because every replica computes all of them.
         """
         mean, logits = self.mean_loss(clean, crafted, labels)
         predicted = losses.predictions(logits)
-        right = ops.equal(predicted, ops.cast(labels, "int32"))
-        share = mean + sum(self.model.losses, ops.zeros(()))
+        correct = ops.equal(predicted, ops.cast(labels, "int32"))
+        total = mean + sum(self.model.losses, ops.zeros(()))
         if self.l2:
-            share = share + l2_loss(self.kernels, self.l2)
-        return share / replicas, ops.sum(ops.cast(right, "float32"))
+            total = total + l2_loss(self.kernels, self.l2)
+        return total / replicas, ops.sum(ops.cast(correct, "float32"))
 
-    def carry(self, carried, slope, step):
-        """Takes the step of free training, along the gradient of the images.
+    def carry(self, carried, grad, step):
+        """Takes the perturbation step of free training.
 
-        The box is left to `prepare`: the perturbation goes on to other images.
+        The perturbation is used for other images next, so `prepare` clips the
+        perturbed images to [0, 1].
+
+        Args:
+            carried: The perturbation, of the shape of the images.
+            grad: Gradient of the loss by the images.
+            step: Number of the step.
+
+        Returns:
+            The new perturbation.
         """
         attack = self.objective.attack
-        epsilon = self.growth(step) * attack.epsilon
+        epsilon = self.epsilon_scale(step) * attack.epsilon
         direction = numerics.ascent_direction(
-            numerics.clean_gradient(slope), attack.norm
+            numerics.clean_gradient(grad), attack.norm
         )
-        moved = carried + epsilon * direction
-        return numerics.project(moved, epsilon, attack.norm)
+        stepped = carried + epsilon * direction
+        return numerics.project(stepped, epsilon, attack.norm)
 
 
 # --- The backends ------------------------------------------------------------
@@ -429,8 +451,8 @@ def _tensorflow_step(run, model, optimizer):
 
     strategy = tf.distribute.get_strategy()
     replicas = strategy.num_replicas_in_sync
-    # XLA is for accelerators (on the CPU it runs convolutions three times
-    # slower), and cannot compile a step whose variables are mirrored.
+    # XLA is used on accelerators only: on the CPU it runs convolutions three
+    # times slower. It cannot compile a step with mirrored variables.
     accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
 
     def replica_fn(images, labels, indices, step, *carried):
@@ -439,35 +461,37 @@ def _tensorflow_step(run, model, optimizer):
             images, labels, indices, step, *carried, replica=replica
         )
         batch = clean, crafted, labels
-        moved = _moved_on_replica(run, batch, step, replicas)
+        values = _perturbed_on_replica(run, batch, step, replicas)
         with tf.GradientTape() as tape:
-            tape.watch([crafted, *moved])
-            with _weights_at(run.movable, moved) as scope:
-                loss, right = run.loss(*batch, replicas)
+            tape.watch([crafted, *values])
+            with _weights_at(run.perturbable, values) as scope:
+                loss, correct = run.loss(*batch, replicas)
         variables = model.trainable_variables
-        at = dict(zip(map(id, run.movable), moved, strict=False))
-        points = [at.get(id(v), v) for v in variables]
+        value_of = dict(zip(map(id, run.perturbable), values, strict=False))
+        points = [value_of.get(id(v), v) for v in variables]
         extra = [crafted] if carried else []
         grads = tape.gradient(loss, [*points, *extra])
         _keep_updates(scope, model)
-        # Keras's optimizer adds the replicas' gradients up.
+        # Keras's optimizer sums the gradients of the replicas.
         optimizer.apply(grads[: len(points)], variables)
         new = [run.carry(*carried, grads[-1], step)] if carried else []
-        return [loss, right, *new]
+        return [loss, correct, *new]
 
     compiled = True if replicas == 1 and accelerated else None
 
     @tf.function(autograph=False, jit_compile=compiled)
     def step_fn(*batch):
-        loss, right, *carried = strategy.run(replica_fn, args=batch)
-        sums = [strategy.reduce("SUM", r, axis=None) for r in (loss, right)]
+        loss, correct, *carried = strategy.run(replica_fn, args=batch)
+        sums = [strategy.reduce("SUM", r, axis=None) for r in (loss, correct)]
         parts = map(strategy.experimental_local_results, carried)
         return [*sums, *(tf.concat(part, axis=0) for part in parts)]
 
     def split(values):
         if replicas == 1:
             return tf.convert_to_tensor(values)
-        parts = tf.split(values, replicas)  # Raises if it does not divide.
+        parts = tf.split(
+            values, replicas
+        )  # Raises if the parts differ in size.
         return strategy.experimental_distribute_values_from_function(
             lambda context: parts[context.replica_id_in_sync_group]
         )
@@ -481,28 +505,28 @@ def _tensorflow_step(run, model, optimizer):
     )
 
 
-def _moved_on_replica(run, batch, step, replicas):
-    """The perturbed tensors, the same on every replica; none without."""
+def _perturbed_on_replica(run, batch, step, replicas):
+    """The perturbed weights, the same on every replica; [] without `awp`."""
     import tensorflow as tf
 
     if not run.config.awp:
         return []
     with tf.GradientTape() as tape, keras.StatelessScope():
-        share = run.mean_loss(*batch)[0] / replicas
-    slopes = tape.gradient(
-        share,
-        [v.value for v in run.movable],
+        loss = run.mean_loss(*batch)[0] / replicas
+    grads = tape.gradient(
+        loss,
+        [v.value for v in run.perturbable],
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
     context = tf.distribute.get_replica_context()
-    slopes = context.all_reduce(tf.distribute.ReduceOp.SUM, slopes)
-    weights = [tf.convert_to_tensor(v) for v in run.movable]
-    return run.moved(weights, slopes, step)
+    grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+    weights = [tf.convert_to_tensor(v) for v in run.perturbable]
+    return run.perturbed_weights(weights, grads, step)
 
 
 @contextlib.contextmanager
 def _weights_at(variables, values):
-    """Lets the model compute with other values, if there are any."""
+    """Makes the model compute with `values`; [] changes nothing."""
     if not values:
         yield None
         return
@@ -512,7 +536,7 @@ def _weights_at(variables, values):
 
 
 def _keep_updates(scope, model):
-    """Assigns what a scope has collected of batch statistics and seeds."""
+    """Assigns the batch statistics and seed states that a scope collected."""
     if scope is None:
         return
     for variable in model.non_trainable_variables:
@@ -531,14 +555,14 @@ def _jax_step(run, model, optimizer):
     def scope(weight_values, frozen_values):
         values = [*weight_values, *frozen_values]
         pairs = zip([*weights, *frozen], values, strict=True)
-        # Without `collect_losses` the losses of activities would be lost.
+        # Without `collect_losses` activity losses would be dropped.
         return keras.StatelessScope(state_mapping=pairs, collect_losses=True)
 
     def loss_fn(weight_values, crafted, frozen_values, clean, labels):
         with scope(weight_values, frozen_values) as state:
-            loss, right = run.loss(clean, crafted, labels)
+            loss, correct = run.loss(clean, crafted, labels)
         frozen_values = [state.get_current_value(v) for v in frozen]
-        return loss, (right, frozen_values)
+        return loss, (correct, frozen_values)
 
     @jax.jit
     def step_fn(groups, images, labels, indices, step, *carried):
@@ -555,19 +579,20 @@ def _jax_step(run, model, optimizer):
 
         points = weight_values
         if run.config.awp:
-            slopes = jax.grad(mean_loss)(points)
-            points = _moved(run, weights, points, slopes, step)
-        # The gradient of the images is computed only where it is used.
-        places = (0, 1) if carried else (0,)
-        (loss, (right, frozen_values)), (grads, *slopes) = jax.value_and_grad(
-            loss_fn, argnums=places, has_aux=True
-        )(points, crafted, frozen_values, clean, labels)
+            grads = jax.grad(mean_loss)(points)
+            points = _perturbed(run, weights, points, grads, step)
+        # The gradient by the images is computed only for free training.
+        argnums = (0, 1) if carried else (0,)
+        grad_fn = jax.value_and_grad(loss_fn, argnums=argnums, has_aux=True)
+        (loss, (correct, frozen_values)), (grads, *image_grads) = grad_fn(
+            points, crafted, frozen_values, clean, labels
+        )
         weight_values, slot_values = optimizer.stateless_apply(
             slot_values, grads, weight_values
         )
-        new = [run.carry(*carried, *slopes, step)] if carried else []
+        new = [run.carry(*carried, *image_grads, step)] if carried else []
         groups = weight_values, frozen_values, slot_values
-        return [loss, right, *new], groups
+        return [loss, correct, *new], groups
 
     def step(images, labels, indices, step, *carried):
         groups = (weights, frozen, slots)
@@ -582,46 +607,46 @@ def _jax_step(run, model, optimizer):
     return step
 
 
-def _moved(run, weights, values, slopes, step):
-    """The values of all weights, perturbed where that is done."""
-    moved = run.moved(values, slopes, step)
-    movable = {id(v) for v in run.movable}
-    found = zip(weights, moved, values, strict=True)
-    return [new if id(v) in movable else old for v, new, old in found]
+def _perturbed(run, weights, values, grads, step):
+    """The values of all weights; those in `run.perturbable` are perturbed."""
+    perturbed_values = run.perturbed_weights(values, grads, step)
+    perturbable = {id(v) for v in run.perturbable}
+    found = zip(weights, perturbed_values, values, strict=True)
+    return [new if id(v) in perturbable else old for v, new, old in found]
 
 
 def _torch_step(run, model, optimizer):
     import torch
 
-    def moved_weights(batch, step):
+    def perturbed_weights(batch, step):
         with keras.StatelessScope():
             mean, _ = run.mean_loss(*batch)
-        weights = [v.value for v in run.movable]
-        slopes = torch.autograd.grad(
+        weights = [v.value for v in run.perturbable]
+        grads = torch.autograd.grad(
             mean, weights, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            moved = run.moved(weights, slopes, step)
-        return [value.requires_grad_(True) for value in moved]
+            values = run.perturbed_weights(weights, grads, step)
+        return [value.requires_grad_(True) for value in values]
 
     def step(images, labels, indices, step, *carried):
         images, labels, indices, *carried = (
             ops.convert_to_tensor(v)
             for v in (images, labels, indices, *carried)
         )
-        with torch.no_grad():  # Attacks enable what they need themselves.
+        with torch.no_grad():  # Attacks enable gradients themselves.
             clean, crafted = run.prepare(
                 images, labels, indices, step, *carried
             )
         if carried:
             crafted.requires_grad_(True)
         batch = clean, crafted, labels
-        moved = moved_weights(batch, step) if run.config.awp else []
-        with _weights_at(run.movable, moved) as scope:
-            loss, right = run.loss(*batch)
+        values = perturbed_weights(batch, step) if run.config.awp else []
+        with _weights_at(run.perturbable, values) as scope:
+            loss, correct = run.loss(*batch)
         variables = model.trainable_variables
-        at = dict(zip(map(id, run.movable), moved, strict=False))
-        points = [at.get(id(v), v.value) for v in variables]
+        value_of = dict(zip(map(id, run.perturbable), values, strict=False))
+        points = [value_of.get(id(v), v.value) for v in variables]
         extra = [crafted] if carried else []
         grads = torch.autograd.grad(loss, [*points, *extra])
         new = []
@@ -630,6 +655,6 @@ def _torch_step(run, model, optimizer):
             optimizer.apply(grads[: len(points)], variables)
             if carried:
                 new = [run.carry(*carried, grads[-1], step)]
-        return [loss.detach(), right.detach(), *new]
+        return [loss.detach(), correct.detach(), *new]
 
     return step

@@ -1,7 +1,7 @@
-"""Two replicas train to the weights of one (TensorFlow).
+"""Training on two replicas gives the weights of one device (TensorFlow).
 
-Views and noise are keyed by (seed, step, index of the example), so they are
-the same however the batch is split.
+Augmentation and noise depend on (seed, step, index of the example), so they are
+the same however a batch is split.
 """
 
 import os
@@ -37,7 +37,7 @@ import training_step
 SHAPE = (12, 12, 1)
 
 def retinal():
-    # No batch normalization: its statistics are those of a replica.
+    # Without batch normalization, whose statistics differ by replica.
     return model_backbone.create(
         "attention_mnist", num_classes=3, image_shape=SHAPE,
         attention_kind="retina", regularization=0.01, dropout=0.0)
@@ -67,9 +67,9 @@ def train(build, attack, **settings):
         labels = rng.integers(0, 3, 8).astype("int32")
         images = rng.random((8, *SHAPE)).astype("float32")
         indices = rng.permutation(100)[:8].astype("int32")
-        loss, right, *carried = step_fn(
+        loss, correct, *carried = step_fn(
             images, labels, indices, step, *carried)
-        history.append([float(loss), float(right)])
+        history.append([float(loss), float(correct)])
     with robust_training.averaged(model, optimizer):
         average = [w.ravel() for w in model.get_weights()]
     weights = [w.ravel() for w in model.get_weights()]
@@ -79,7 +79,7 @@ def train(build, attack, **settings):
 
 pgd = attack_backbone.PGD(epsilon=0.1, step_size=0.05, steps=2)
 fgsm = attack_backbone.FGSM(epsilon=0.1)
-# Signs of gradients near zero could differ by rounding.
+# Not L-inf: signs of gradients near zero could differ by rounding.
 fgm = attack_backbone.FGSM("l2", 0.5)
 found = {}
 for name, build, attack, settings in (
@@ -110,11 +110,11 @@ def train(count, path):
     reason="tf.distribute is TensorFlow's",
 )
 def test_replicas_equal_one_device(tmp_path):
-    """Weights, averaged weights, and what free training carries on."""
-    alone, together = (train(n, tmp_path / f"{n}.npz") for n in (1, 2))
-    assert len(alone.files) == 6
-    for name in alone.files:
-        np.testing.assert_allclose(together[name], alone[name], atol=1e-5)
+    """Weights, averaged weights and the perturbation of free training."""
+    one, two = (train(n, tmp_path / f"{n}.npz") for n in (1, 2))
+    assert len(one.files) == 6
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5)
 
 
 PROGRAM = """
@@ -122,7 +122,7 @@ import os
 import signal
 import sys
 
-import command_line  # First: it quiets TensorFlow.
+import command_line  # Before Keras: it sets TensorFlow's log level.
 import keras
 import tensorflow as tf
 
@@ -149,7 +149,7 @@ trainer.run(
 
 
 def run_trainer(count, folder, *more, stop=-1):
-    """Runs the program on logical CPU devices; returns what it was."""
+    """Runs the program on `count` logical CPU devices."""
     line = "--model=madry_cnn --width=2 --dataset=cluttered_digits --epochs=1"
     line += " --optimizer=sgd --learning_rate=0.02 --batch_size=100"
     arguments = [*line.split(), f"--runs_dir={folder}", *more]
@@ -181,15 +181,15 @@ def weights_of(folder):
     keras.config.backend() != "tensorflow",
     reason="tf.distribute is TensorFlow's",
 )
-def test_a_mirrored_run_is_that_of_one_device_and_goes_on_there(tmp_path):
-    alone = run_trainer(1, tmp_path / "one")
-    assert alone.returncode == 0, alone.stderr
-    both = tmp_path / "both"
-    mirrored = run_trainer(2, both, "--distribute=mirrored", stop=7)
+def test_mirrored_run_equals_one_device_and_resumes_there(tmp_path):
+    single = run_trainer(1, tmp_path / "one")
+    assert single.returncode == 0, single.stderr
+    folder = tmp_path / "two"
+    mirrored = run_trainer(2, folder, "--distribute=mirrored", stop=7)
     assert "stopped at step" in mirrored.stderr, mirrored.stderr
-    rest = run_trainer(1, both, "--resume")
-    assert rest.returncode == 0, rest.stderr
-    want, found = weights_of(tmp_path / "one"), weights_of(both)
+    resumed = run_trainer(1, folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    want, found = weights_of(tmp_path / "one"), weights_of(folder)
     assert want.keys() == found.keys()
     for name, value in want.items():
         np.testing.assert_allclose(found[name], value, atol=2e-4)
@@ -199,10 +199,10 @@ def test_a_mirrored_run_is_that_of_one_device_and_goes_on_there(tmp_path):
     "name,message",
     [
         ("mirored", "one of none, mirrored. Received: distribute='mirored'"),
-        ("mirrored", "share|KERAS_BACKEND"),
+        ("mirrored", "multiple of the 2 devices|KERAS_BACKEND"),
     ],
 )
-def test_what_cannot_be_distributed_is_refused(name, message, monkeypatch):
+def test_bad_distribution_is_refused(name, message, monkeypatch):
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""A step is exact: same weights on every backend, and after a restart."""
+"""The training step and loop: exact results, resumption and saved files."""
 
 import os
 import signal
@@ -119,14 +119,14 @@ class TestStep:
         data, losses = split(), []
         for step in range(steps):
             indices = (np.arange(count) + step * count) % 40
-            loss, right = step_fn(
+            loss, correct = step_fn(
                 data.read(indices),
                 data.labels[indices],
                 indices.astype("int32"),
                 step,
             )
             losses.append(float(numpy(loss)))
-            assert 0 <= float(numpy(right)) <= count
+            assert 0 <= float(numpy(correct)) <= count
         return model, losses
 
     @pytest.mark.parametrize(
@@ -134,8 +134,10 @@ class TestStep:
         [training_step.STANDARD, ADVERSARIAL],
         ids=["standard", "adversarial"],
     )
-    def test_is_sgd_on_the_mean_loss_of_the_crafted_images(self, objective):
-        """The reference: plain NumPy on a linear model, by the formula."""
+    def test_step_is_sgd_on_the_mean_loss_of_the_crafted_images(
+        self, objective
+    ):
+        """Compares with NumPy on a linear model."""
         inputs = keras.Input((6, 6, 1))
         head = layers.Dense(3)
         model = keras.Model(inputs, head(layers.Flatten()(inputs)))
@@ -152,33 +154,33 @@ class TestStep:
             e = np.exp(logits - logits.max(1, keepdims=True))
             return e / e.sum(1, keepdims=True)
 
-        seen = images
+        inputs = images
         if objective is ADVERSARIAL:
-            slope = (probabilities(images) - one_hot) @ weights.T
-            slope = np.sign(slope).reshape(images.shape)
-            seen = np.clip(images + 0.1 * slope, 0, 1)
-        p = probabilities(seen)
-        want = weights - 0.5 * seen.reshape(8, -1).T @ (p - one_hot) / 8
+            grad = (probabilities(images) - one_hot) @ weights.T
+            sign = np.sign(grad).reshape(images.shape)
+            inputs = np.clip(images + 0.1 * sign, 0, 1)
+        p = probabilities(inputs)
+        want = weights - 0.5 * inputs.reshape(8, -1).T @ (p - one_hot) / 8
         step_fn = training_step.make_step(model, optimizer, objective)
-        loss, right = step_fn(images, labels, indices, 0)
+        loss, correct = step_fn(images, labels, indices, 0)
         np.testing.assert_allclose(
             float(numpy(loss)), -np.log(p[np.arange(8), labels]).mean(), 1e-4
         )
-        assert float(numpy(right)) == np.sum(p.argmax(1) == labels)
+        assert float(numpy(correct)) == np.sum(p.argmax(1) == labels)
         np.testing.assert_allclose(numpy(head.kernel), want, atol=1e-5)
 
-    def test_lowers_the_loss_and_moves_the_batch_statistics(self):
+    def test_steps_lower_the_loss_and_update_the_batch_statistics(self):
         model, losses = self.take(ADVERSARIAL, steps=40)
         assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.02
         mean = next(v for v in model.variables if v.name == "moving_mean")
         assert np.abs(numpy(mean)).max() > 0
 
-    def test_repeats_bit_for_bit(self):
+    def test_steps_are_reproducible(self):
         first, second = (self.take(ADVERSARIAL, dropout=0.3) for _ in range(2))
         assert first[1] == second[1]
 
-    def test_draws_anew_at_each_step(self):
-        """With one batch and no learning only the noise can differ."""
+    def test_noise_differs_between_steps(self):
+        """With one batch and a rate of 0 only the noise can differ."""
         model, optimizer = build(0.5)
         optimizer = keras.optimizers.SGD(0.0)
         optimizer.build(model.trainable_variables)
@@ -201,11 +203,11 @@ class TestLoop:
     @pytest.mark.parametrize(
         "stops,settings",
         [
-            # Within, at the end of an epoch, within.
+            # Within an epoch, at the end of one, within one.
             ((3, 5, 12), lambda: {}),
-            # Within the replays of a batch, before the averages are kept.
+            # Within the replays of a batch, before the averages are saved.
             ((13, 10), lambda: {**FREE, "ema": True, "epochs": 2, "l2": 0.01}),
-            # Before and after the read-out moves.
+            # Before and after the read-out step changes.
             ((5, 8), lambda: {"core": [Unrolled()], "read_outs": READ_OUTS}),
         ],
         ids=["plain", "free", "read_outs"],
@@ -227,8 +229,8 @@ class TestLoop:
             for a, b in zip(history, resumed, strict=True):
                 assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
-    def test_replays_take_each_batch_again(self, tmp_path):
-        """20 images in batches of 8, three times each: six steps an epoch."""
+    def test_replays_repeat_each_batch(self, tmp_path):
+        """20 images in batches of 8, three times each: 6 steps an epoch."""
         trained = loop(tmp_path, epochs=1, **{**FREE, "step_config": THRICE})
         trained.split = split(20)
         trained.__post_init__()
@@ -246,7 +248,7 @@ class TestLoop:
         assert [step for _, step, _ in seen] == list(range(6))
         assert [carried for _, _, carried in seen] == list(range(6))
 
-    def test_writes_what_a_run_consists_of(self, tmp_path):
+    def test_writes_history_and_best_and_last_weights(self, tmp_path):
         scores = iter([0.5, 0.9, 0.7])
         seen = []
 
@@ -267,7 +269,7 @@ class TestLoop:
             for a, b in zip(model.get_weights(), seen[epoch], strict=True):
                 np.testing.assert_array_equal(a, b)
 
-    def test_each_epoch_is_another_permutation_without_repeats(self, tmp_path):
+    def test_each_epoch_is_a_new_permutation_of_all_images(self, tmp_path):
         trained = loop(tmp_path, epochs=2)
         read = []
         reader = trained.split.reader
@@ -288,7 +290,7 @@ class TestLoop:
                 model, optimizer, split(), tmp_path, 0, 64, epochs=1
             )
 
-    def test_a_loss_that_is_not_finite_stops_with_the_step(self, tmp_path):
+    def test_nonfinite_loss_raises_and_names_the_step(self, tmp_path):
         bad = training_step.Objective(
             loss=lambda f, clean, crafted, labels: (
                 f(crafted)[:, 0] * np.float32("nan"),
@@ -301,7 +303,7 @@ class TestLoop:
         with found:
             loop(tmp_path, objective=bad).train()
 
-    def test_keras_callbacks_hang_on_it(self, tmp_path):
+    def test_keras_callbacks_are_called(self, tmp_path):
         class Seen(keras.callbacks.Callback):
             calls = []
 
@@ -319,10 +321,10 @@ class TestLoop:
         assert Seen.calls[1:6] == [(i, {"loss", "accuracy"}) for i in range(5)]
         assert Seen.calls[6] == (0, {"loss", "accuracy"})
 
-    def test_a_killed_run_goes_on(self, tmp_path):
-        """SIGKILL in the middle of saving loops: the file stays whole."""
+    def test_killed_run_resumes_exactly(self, tmp_path):
+        """SIGKILL while the state is saved again and again."""
         if keras.config.backend() != "tensorflow":
-            pytest.skip("one backend is enough: the file is NumPy's")
+            pytest.skip("one backend is enough: the file is written by NumPy")
         script = (
             "import pathlib, sys, time, threading, os\n"
             "import test_robust_training as t\n"
@@ -356,10 +358,10 @@ class TestLoop:
 
 
 class TestBest:
-    """Which weights are kept, and when a run ends."""
+    """Which weights are saved as best, and when a run ends early."""
 
     def validated(self, folder, scores, **settings):
-        """A loop whose validation finds (clean, robust) `scores`."""
+        """A loop whose validation returns the (clean, robust) `scores`."""
         scores, seen = iter(scores), []
 
         def validate(model):
@@ -371,7 +373,7 @@ class TestBest:
         trained.seen = seen
         return trained
 
-    def kept(self, folder, name, core=()):
+    def saved_weights(self, folder, name, core=()):
         model, _ = build(core=core)
         robust_training.load_weights(folder / f"{name}.weights.h5", model)
         return model.get_weights()
@@ -380,31 +382,35 @@ class TestBest:
         pairs = zip(first, second, strict=True)
         return all(np.array_equal(a, b) for a, b in pairs)
 
-    def test_is_by_robust_accuracy(self, tmp_path):
+    def test_best_weights_are_those_of_the_best_robust_accuracy(self, tmp_path):
         scores = [(0.9, 0.3), (0.7, 0.5), (0.8, 0.5)]
         trained = self.validated(tmp_path, scores)
         rows = trained.train()
-        assert trained.progress["best_epoch"] == 2  # The first of equals.
-        assert self.equal(self.kept(tmp_path, "best"), trained.seen[1])
-        assert self.equal(self.kept(tmp_path, "last"), trained.seen[2])
+        assert (
+            trained.progress["best_epoch"] == 2
+        )  # The first of two equal epochs.
+        assert self.equal(self.saved_weights(tmp_path, "best"), trained.seen[1])
+        assert self.equal(self.saved_weights(tmp_path, "last"), trained.seen[2])
         assert [row["validation_robust_accuracy"] for row in rows] == [
             robust for _, robust in scores
         ]
 
-    def test_averaged_weights_are_validated_and_kept(self, tmp_path):
+    def test_averaged_weights_are_validated_and_saved(self, tmp_path):
         trained = self.validated(tmp_path, [(0.5, 0.5)] * 3, ema=True)
         trained.train()
         raw = trained.model.get_weights()
         assert not self.equal(raw, trained.seen[-1])
         with robust_training.averaged(trained.model, trained.optimizer):
             assert self.equal(trained.model.get_weights(), trained.seen[-1])
-        assert self.equal(self.kept(tmp_path, "best"), trained.seen[0])
-        assert self.equal(self.kept(tmp_path, "last"), trained.seen[-1])
+        assert self.equal(self.saved_weights(tmp_path, "best"), trained.seen[0])
+        assert self.equal(
+            self.saved_weights(tmp_path, "last"), trained.seen[-1]
+        )
         plain = loop(tmp_path / "plain")
         plain.train()
         assert self.equal(plain.model.get_weights(), raw)
 
-    # Chance is 1/3: below a best of 2/3 nothing collapses.
+    # Chance is 1/3: with a best value below 2/3 there is no collapse.
     @pytest.mark.parametrize(
         "scores,epoch",
         [
@@ -415,7 +421,7 @@ class TestBest:
         ],
         ids=["robust", "clean", "half", "chance"],
     )
-    def test_a_collapse_stops_with_the_last_good_weights(
+    def test_collapse_raises_and_keeps_the_last_good_weights(
         self, tmp_path, scores, epoch
     ):
         trained = self.validated(tmp_path, scores)
@@ -425,16 +431,16 @@ class TestBest:
         reason = f"accuracy fell from .* at step 10 .epoch {epoch}"
         with pytest.raises(robust_training.Collapsed, match=reason):
             trained.train()
-        assert self.equal(self.kept(tmp_path, "last"), trained.seen[0])
+        assert self.equal(self.saved_weights(tmp_path, "last"), trained.seen[0])
         rest = loop(tmp_path)
         assert rest.resume() == 5 and len(rest.progress["history"]) == 1
 
-    def test_a_collapse_can_be_ignored(self, tmp_path):
+    def test_collapse_can_be_ignored(self, tmp_path):
         scores = [(0.9, 0.9), (0.9, 0.1), (0.9, 0.1)]
         trained = self.validated(tmp_path, scores, on_collapse="ignore")
         assert len(trained.train()) == 3
 
-    def test_a_collapse_can_end_the_run_with_the_weights_before(self, tmp_path):
+    def test_collapse_can_restore_the_last_good_weights(self, tmp_path):
         scores = [(0.9, 0.8), (0.9, 0.7), (0.9, 0.1)]
         trained = self.validated(tmp_path, scores, on_collapse="restore")
         rows = trained.train()
@@ -445,14 +451,14 @@ class TestBest:
             "reason": "validation robust accuracy fell from 80.0% to 10.0%",
         }
         assert self.equal(trained.model.get_weights(), trained.seen[1])
-        assert self.equal(self.kept(tmp_path, "last"), trained.seen[1])
+        assert self.equal(self.saved_weights(tmp_path, "last"), trained.seen[1])
         again = loop(tmp_path, on_collapse="restore")
         assert again.resume() == 10
         assert again.train() == rows
         assert self.equal(again.model.get_weights(), trained.seen[1])
 
     @pytest.mark.parametrize("choice", ["stop", "restore", "ignore"])
-    def test_a_loss_that_is_not_finite_ends_it(self, tmp_path, choice):
+    def test_nonfinite_loss_ends_the_run(self, tmp_path, choice):
         broken = []
 
         def read(indices):
@@ -468,12 +474,12 @@ class TestBest:
         else:
             with pytest.raises(robust_training.Collapsed, match="at step 5"):
                 trained.train()
-        weights = self.kept(tmp_path, "last")
+        weights = self.saved_weights(tmp_path, "last")
         assert all(np.isfinite(value).all() for value in weights)
 
     @pytest.mark.parametrize("choice", ["stop", "restore", "ignore"])
-    def test_weights_that_are_not_finite_are_not_kept(self, tmp_path, choice):
-        """The last update of an epoch shows in no loss of that epoch."""
+    def test_nonfinite_weights_are_not_saved(self, tmp_path, choice):
+        """The last update of an epoch affects no loss of that epoch."""
         trained = loop(tmp_path, on_collapse=choice)
         make = trained._make_step
 
@@ -498,18 +504,18 @@ class TestBest:
             with pytest.raises(robust_training.Collapsed, match="not finite"):
                 trained.train()
         for name in ("best", "last"):
-            weights = self.kept(tmp_path, name)
+            weights = self.saved_weights(tmp_path, name)
             assert all(np.isfinite(value).all() for value in weights)
 
-    def test_fast_training_ends_at_a_fall_of_20_points(self, tmp_path):
-        """Above half of the best: Wong et al.'s rule, not `COLLAPSED_BELOW`."""
+    def test_restore_ends_the_run_at_a_drop_of_20_points(self, tmp_path):
+        """Still above half of the best, so `COLLAPSED_BELOW` does not apply."""
         scores = [(0.9, 0.8), (0.9, 0.61), (0.9, 0.4)]
         trained = self.validated(tmp_path / "a", scores, on_collapse="restore")
         assert len(trained.train()) == 2
         other = self.validated(tmp_path / "b", scores[:2], epochs=2)
         assert len(other.train()) == 2
 
-    def test_an_unknown_choice_is_refused(self, tmp_path):
+    def test_unknown_on_collapse_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="Received: on_collapse='wait'"):
             loop(tmp_path, on_collapse="wait")
 
@@ -517,10 +523,11 @@ class TestBest:
 class TestReadOuts:
     """A curriculum of read-out steps."""
 
-    def test_moves_at_its_epochs_and_keeps_all_else(self, tmp_path):
+    def test_read_out_changes_at_its_epochs_and_keeps_all_else(self, tmp_path):
         core = Unrolled(num_steps=4)
         settings = {"core": [core], "read_outs": READ_OUTS}
-        # The fall at the move is not held against it, nor the score before.
+        # The drop at the change is no collapse, and the higher score before it
+        # does not count as best.
         scores = [(0.9, 0.9), (0.4, 0.4), (0.5, 0.5)]
         trained = TestBest().validated(tmp_path / "a", scores, **settings)
         rows = trained.train()
@@ -529,8 +536,8 @@ class TestReadOuts:
         lines = (tmp_path / "a" / "history.csv").read_text().splitlines()
         column = lines[0].split(",").index("read_out")
         assert [line.split(",")[column] for line in lines[1:]] == list("133")
-        # The first epoch is that of a model that only ever had one step, the
-        # others go on from its state with three.
+        # The first epoch equals that of a model with one step; the other epochs
+        # continue from its state with three.
         other = Unrolled(num_steps=4)
         plain = loop(tmp_path / "b", core=[other], epochs=3)
         other.read_out = 1
@@ -544,7 +551,7 @@ class TestReadOuts:
         for a, b in zip(state(trained), state(plain), strict=True):
             np.testing.assert_array_equal(a, b)
 
-    def test_weights_know_their_step(self, tmp_path):
+    def test_weight_files_hold_the_read_out_step(self, tmp_path):
         core = Unrolled(num_steps=4)
         model, _ = build(core=[core])
         for step in (2, 3):
@@ -560,7 +567,7 @@ class TestReadOuts:
         )
         assert core.read_out == 3
 
-    def test_evaluation_heeds_the_move(self, tmp_path):
+    def test_evaluation_uses_the_new_read_out_step(self, tmp_path):
         core = Unrolled(num_steps=4)
         model, _ = build(core=[core])
         data = split()
@@ -577,7 +584,7 @@ class TestReadOuts:
             ([4], ((0, 1), (1, 5)), "1 to 4. Received: read_out=5"),
         ],
     )
-    def test_what_cannot_be_read_is_refused(self, tmp_path, core, pairs, match):
+    def test_bad_read_outs_are_refused(self, tmp_path, core, pairs, match):
         core = [Unrolled(steps) for steps in core]
         with pytest.raises(ValueError, match=match):
             loop(tmp_path, core=core, read_outs=pairs)
@@ -655,17 +662,17 @@ class TestLoadRun:
             ({"model": "madry_cnn"}, "shape .* received|variables are missing"),
         ],
     )
-    def test_what_does_not_fit_is_one_line(
+    def test_weights_that_do_not_fit_raise_one_line(
         self, tmp_path, changes, match, recwarn, capfd
     ):
-        """Keras has a line for each layer, and warnings, and no reason."""
+        """Keras itself prints warnings and a line for each layer."""
         self.write(tmp_path, **changes)
         with pytest.raises(ValueError, match=match) as error:
             robust_training.load_run(tmp_path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
         assert not [w for w in recwarn if "saving" in w.filename]
 
-    def test_layers_that_a_file_lacks_are_counted(self, tmp_path):
+    def test_missing_layers_are_counted(self, tmp_path):
         model = self.write(tmp_path)
         path = tmp_path / "best.weights.h5"
         with h5py.File(path, "a") as file:
@@ -676,7 +683,7 @@ class TestLoadRun:
     @pytest.mark.parametrize(
         "options", [{"width": "x"}, {"width": []}, {"nonsense": 1}]
     )
-    def test_options_that_make_no_model_are_one_line(self, tmp_path, options):
+    def test_bad_model_options_raise_one_line(self, tmp_path, options):
         self.write(tmp_path, model_options=options)
         with pytest.raises(ValueError) as error:
             robust_training.load_run(tmp_path)
@@ -688,7 +695,9 @@ class TestLoadRun:
         with pytest.raises(ValueError, match="best.weights.h5 does not fit"):
             robust_training.load_run(tmp_path)
 
-    def test_a_recurrent_model_is_read_out_as_it_was_trained(self, tmp_path):
+    def test_loaded_recurrent_model_has_its_trained_read_out_step(
+        self, tmp_path
+    ):
         options = {"num_steps": 3, "vision": "simple_cnn", "hidden_units": 4}
         options |= {"controller_units": 4, "key_channels": 8}
         made = {"num_classes": 3, "image_shape": (16, 16, 1)}
@@ -702,7 +711,7 @@ class TestLoadRun:
         loaded, _ = robust_training.load_run(tmp_path)
         assert model_registry.read_out(loaded) == 2
 
-    def test_what_is_missing_is_named(self, tmp_path):
+    def test_missing_files_are_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="not the folder of a run"):
             robust_training.load_run(tmp_path)
         self.write(tmp_path)
@@ -711,7 +720,7 @@ class TestLoadRun:
 
 
 def test_keys_of_the_augmentation_do_not_depend_on_the_batch():
-    """An example's view depends on (seed, step, its index) alone."""
+    """The augmentation of an example depends on (seed, step, its index)."""
     data = split()
     run = training_step._Step(
         build()[0], training_step.STANDARD, 5, AUGMENTATION

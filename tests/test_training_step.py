@@ -1,4 +1,4 @@
-"""What a step may consist of, against NumPy on a linear model."""
+"""The options of a training step, compared with NumPy on a linear model."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def numpy(x):
 
 
 def batch(seed=0):
-    """Images, labels and places; the images keep away from the box."""
+    """Images in [0.3, 0.7], away from 0 and 1, labels and indices."""
     rng = np.random.default_rng(seed)
     images = rng.uniform(0.3, 0.7, (COUNT, *SHAPE)).astype("float32")
     labels = rng.integers(0, CLASSES, COUNT).astype("int32")
@@ -31,7 +31,7 @@ def batch(seed=0):
 
 
 class Linear:
-    """Logits x W + b by Keras and by NumPy, on which SGD is done twice."""
+    """A linear model x W + b in Keras and in NumPy, both trained by SGD."""
 
     def __init__(self, rate=RATE, **settings):
         inputs = keras.Input(SHAPE)
@@ -50,8 +50,8 @@ class Linear:
             self.model, self.optimizer, objective, **settings
         )
 
-    def slopes(self, images, labels, weights=None):
-        """The mean loss and its gradient in W, b and the images."""
+    def gradients(self, images, labels, weights=None):
+        """The mean loss and its gradients by W, b and the images."""
         flat = images.reshape(COUNT, -1).astype("float64")
         weights = self.weights if weights is None else weights
         logits = flat @ weights + self.bias
@@ -59,8 +59,8 @@ class Linear:
         p /= p.sum(1, keepdims=True)
         error = (p - np.eye(CLASSES)[labels]) / COUNT
         value = -np.log(p[np.arange(COUNT), labels]).mean()
-        towards = (error @ weights.T).reshape(images.shape)
-        return value, flat.T @ error, error.sum(0), towards
+        by_images = (error @ weights.T).reshape(images.shape)
+        return value, flat.T @ error, error.sum(0), by_images
 
     def descend(self, in_weights, in_bias):
         self.weights = self.weights - RATE * in_weights
@@ -82,16 +82,16 @@ FAST = madry(attack_backbone.FGSM(epsilon=EPSILON))
 # --- L2 ----------------------------------------------------------------------
 
 
-def nothing(logits_fn, clean, crafted, labels):
+def zero_loss(logits_fn, clean, crafted, labels):
     logits = logits_fn(crafted)
     return 0.0 * logits[:, 0], logits
 
 
-def test_l2_shrinks_kernels_of_convolutions_and_dense_layers_alone():
+def test_l2_shrinks_only_kernels_of_convolutions_and_dense_layers():
     model = keras.Sequential(
         [
             keras.Input((6, 6, 1)),
-            # Its own L2 gives way to the recipe's.
+            # The L2 of the recipe replaces this regularizer.
             layers.Conv2D(
                 3, 3, bias_initializer="ones", kernel_regularizer="l2"
             ),
@@ -107,7 +107,7 @@ def test_l2_shrinks_kernels_of_convolutions_and_dense_layers_alone():
     before = {id(v): numpy(v) for v in model.trainable_variables}
     shrunk = [model.layers[0].kernel, model.layers[-1].kernel]
     step_fn = training_step.make_step(
-        model, optimizer, training_step.Objective(nothing), l2=0.2
+        model, optimizer, training_step.Objective(zero_loss), l2=0.2
     )
     images = np.random.default_rng(0).random((COUNT, 6, 6, 1)).astype("f4")
     _, labels, indices = batch()
@@ -121,8 +121,8 @@ def test_l2_shrinks_kernels_of_convolutions_and_dense_layers_alone():
         )
 
 
-def test_images_are_crafted_on_a_model_that_draws():
-    """What a layer draws inside an attack's loop must not leave it."""
+def test_images_are_crafted_on_a_stochastic_model():
+    """The seed state that changes inside an attack's loop must not leave it."""
     model = keras.Sequential(
         [
             keras.Input((6, 6, 1)),
@@ -157,8 +157,8 @@ def test_images_are_crafted_on_a_model_that_draws():
         ("madry", {"replays": 2}),
     ],
 )
-def test_every_objective_teaches_every_head(objective, settings):
-    """A model with auxiliary heads learns its label with each of them."""
+def test_every_objective_trains_every_head(objective, settings):
+    """Every auxiliary head is trained with the label."""
     inputs = keras.Input((6, 6, 1))
     x = layers.Dense(7, activation="tanh")(layers.Flatten()(inputs))
     heads = [layers.Dense(CLASSES, name=f"head{i}")(x) for i in range(3)]
@@ -194,29 +194,29 @@ class Penalty(layers.Layer):
         return x
 
 
-def test_losses_of_activities_are_minimized_too():
-    """JAX computes in a scope that would drop them."""
+def test_activity_losses_are_minimized_too():
+    """On JAX the stateless scope would drop them by default."""
     case = Linear()
     inputs = keras.Input(SHAPE)
     outputs = Penalty()(case.head(layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     step_fn = training_step.make_step(
-        model, case.optimizer, training_step.Objective(nothing)
+        model, case.optimizer, training_step.Objective(zero_loss)
     )
     images, labels, indices = batch()
     flat = images.reshape(COUNT, -1)
     logits = flat @ case.weights + case.bias
     loss, _ = step_fn(images, labels, indices, 0)
     assert float(numpy(loss)) == pytest.approx(np.mean(logits**2), rel=1e-5)
-    slope = 2 * logits / logits.size
-    case.descend(flat.T @ slope, slope.sum(0))
+    error = 2 * logits / logits.size
+    case.descend(flat.T @ error, error.sum(0))
     case.check()
 
 
 # --- The average of the weights ----------------------------------------------
 
 
-def test_the_average_is_put_in_and_taken_out():
+def test_averaged_weights_are_used_inside_the_context_only():
     recipe = recipes.Recipe("sgd", RATE, schedule="constant", ema=0.9)
     case = Linear()
     case.optimizer = recipes.make_optimizer(recipe, 10)
@@ -238,37 +238,39 @@ def test_the_average_is_put_in_and_taken_out():
 # --- Adversarial weight perturbation -----------------------------------------
 
 
-def test_weights_move_along_their_gradient_for_the_gradient():
-    case, share = Linear(), 0.2
-    step_fn = case.make_step(config=StepConfig(awp=share))
+def test_awp_takes_the_gradient_at_perturbed_weights():
+    case, size = Linear(), 0.2
+    step_fn = case.make_step(config=StepConfig(awp=size))
     for step in range(2):
         images, labels, indices = batch(step)
-        value, slope, _, _ = case.slopes(images, labels)
-        reach = share * np.linalg.norm(case.weights) / np.linalg.norm(slope)
-        moved = case.weights + reach * slope
-        worse, *slopes, _ = case.slopes(images, labels, moved)
+        value, grad, _, _ = case.gradients(images, labels)
+        length = size * np.linalg.norm(case.weights) / np.linalg.norm(grad)
+        perturbed = case.weights + length * grad
+        worse, *grads, _ = case.gradients(images, labels, perturbed)
         assert worse > value + 0.1
         loss, _ = step_fn(images, labels, indices, step)
         assert float(numpy(loss)) == pytest.approx(worse, rel=1e-4)
-        case.descend(*slopes)
+        case.descend(*grads)
         case.check()
 
 
-def test_weights_move_from_the_epoch_that_is_said():
+def test_awp_begins_after_its_warmup():
     steps = 4
     case, other = Linear(), Linear()
     config = StepConfig(awp=0.2, awp_warmup=0.5)
-    late = case.make_step(config=config, steps_per_epoch=steps)
-    never = other.make_step(config=StepConfig())
+    after_warmup = case.make_step(config=config, steps_per_epoch=steps)
+    without = other.make_step(config=StepConfig())
     for step in range(steps):
-        loss, plain = (f(*batch(step), step)[0] for f in (late, never))
+        loss, plain = (
+            f(*batch(step), step)[0] for f in (after_warmup, without)
+        )
         if step < steps / 2:
             assert float(numpy(loss)) == pytest.approx(float(numpy(plain)))
         else:
             assert float(numpy(loss)) > float(numpy(plain)) + 0.05
 
 
-def test_batch_statistics_take_one_step_with_perturbed_weights_too():
+def test_awp_updates_the_batch_statistics_once():
     norm = layers.BatchNormalization(momentum=0.9)
     drop = layers.Dropout(0.5, seed=0)
     model = keras.Sequential(
@@ -281,7 +283,7 @@ def test_batch_statistics_take_one_step_with_perturbed_weights_too():
     )
     images, labels, indices = batch()
     step_fn(images, labels, indices, 0)
-    # FGSM moves each pixel by at most epsilon, so the mean by no more.
+    # FGSM changes each pixel, and so the mean, by at most epsilon.
     mean = float(numpy(norm.moving_mean)[0])
     assert mean == pytest.approx(0.1 * images.mean(), abs=0.1 * EPSILON)
     assert mean > 0.03
@@ -290,23 +292,23 @@ def test_batch_statistics_take_one_step_with_perturbed_weights_too():
 # --- Free adversarial training -----------------------------------------------
 
 
-def test_free_training_carries_the_perturbation_on():
+def test_free_training_carries_the_perturbation_to_the_next_batch():
     case = Linear()
     step_fn = case.make_step(FAST, config=StepConfig(replays=3))
     carried = want = np.zeros((COUNT, *SHAPE), "float32")
     for step in range(6):
         images, labels, indices = batch(step // 3)
-        value, *slopes, towards = case.slopes(images + want, labels)
+        value, *grads, by_images = case.gradients(images + want, labels)
         loss, _, carried = step_fn(images, labels, indices, step, carried)
         carried = numpy(carried)
-        case.descend(*slopes)
-        want = np.clip(want + EPSILON * np.sign(towards), -EPSILON, EPSILON)
+        case.descend(*grads)
+        want = np.clip(want + EPSILON * np.sign(by_images), -EPSILON, EPSILON)
         assert float(numpy(loss)) == pytest.approx(value, rel=1e-4)
         np.testing.assert_allclose(carried, want, atol=1e-6)
         case.check()
 
 
-def test_all_replays_see_one_view():
+def test_all_replays_use_the_same_augmentation():
     run = training_step._Step(
         Linear().model,
         FAST,
@@ -315,9 +317,9 @@ def test_all_replays_see_one_view():
         config=StepConfig(replays=3),
     )
     images, labels, indices = map(ops.convert_to_tensor, batch())
-    nothing_yet = ops.zeros_like(images)
+    no_perturbation = ops.zeros_like(images)
     views = [
-        numpy(run.prepare(images, labels, indices, step, nothing_yet)[0])
+        numpy(run.prepare(images, labels, indices, step, no_perturbation)[0])
         for step in (3, 4, 5, 6)
     ]
     np.testing.assert_array_equal(views[0], views[1])
@@ -328,7 +330,7 @@ def test_all_replays_see_one_view():
 # --- How images are crafted --------------------------------------------------
 
 
-def test_epsilon_grows_linearly_and_traces_once():
+def test_epsilon_warmup_is_linear_and_traces_once():
     traces = []
 
     def craft(*arguments, scale):
@@ -342,11 +344,11 @@ def test_epsilon_grows_linearly_and_traces_once():
         steps_per_epoch=2,
     )
     images, labels, indices = batch()
-    towards = np.sign(case.slopes(images, labels)[-1])
+    sign = np.sign(case.gradients(images, labels)[-1])
     for step in range(6):
-        moved = images + EPSILON * min(1, (step + 1) / 4) * towards
+        adversarial = images + EPSILON * min(1, (step + 1) / 4) * sign
         loss, _ = step_fn(images, labels, indices, step)
-        want = case.slopes(moved, labels)[0]
+        want = case.gradients(adversarial, labels)[0]
         assert float(numpy(loss)) == pytest.approx(want, rel=1e-5)
     if keras.config.backend() != "torch":
         assert len(traces) == 1
@@ -416,11 +418,11 @@ def test_crafting_in_training_mode_updates_nothing():
     prepare(model, craft, train_mode=True)
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(numpy(variable), value)
-    still = numpy(model(batch()[0], training=False))
+    inference = numpy(model(batch()[0], training=False))
     want = numpy(model(batch()[0], training=True))
     np.testing.assert_allclose(seen[0], want, atol=1e-5)
     np.testing.assert_array_equal(seen[0], seen[1])
-    assert np.abs(want - still).max() > 1e-2
+    assert np.abs(want - inference).max() > 1e-2
 
 
 # --- Bad settings ------------------------------------------------------------
@@ -437,7 +439,7 @@ def test_crafting_in_training_mode_updates_nothing():
         ({"replays": 2, "craft_dtype": "bfloat16"}, "no craft_dtype with"),
     ],
 )
-def test_bad_settings_are_named(settings, match):
+def test_bad_settings_raise(settings, match):
     with pytest.raises(ValueError, match=match):
         StepConfig(**settings)
 
@@ -455,6 +457,6 @@ def test_bad_settings_are_named(settings, match):
         ),
     ],
 )
-def test_an_objective_that_does_not_fit_is_refused(settings, objective, match):
+def test_objectives_that_do_not_fit_are_refused(settings, objective, match):
     with pytest.raises(ValueError, match=match):
         StepConfig(**settings).check(objective)
