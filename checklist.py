@@ -1,14 +1,15 @@
-"""Checks that tell a robust model from one that only hides its gradients.
+"""Checks for gradient masking: is a model robust, or do attacks on it fail?
 
     checks = checklist.run(model, split, epsilon=8/255)
     print(checklist.render(checks))
 
-A robust accuracy is an upper bound that a failed attack leaves too high. Each
-check looks for one known way in which attacks fail, on a sample of images,
-before (is this a model that gradient attacks can read?) and after (do the
-attacks behave as attacks on a differentiable model must?), and names what to
-do about it. To pass them all proves nothing; to fail one says that the numbers
-of the attacks it concerns are not to be believed.
+An attack gives an upper bound of the robust accuracy, which is too high if the
+attack fails. Each check tests one known cause of failure on a sample of images.
+The first checks ask whether gradient attacks can be applied to the model at
+all, the others whether the attacks behave as they must on a differentiable
+model. Each check suggests a remedy. Passing all of them does not prove that a
+model is robust. If one fails, the results of the attacks that it concerns are
+not reliable.
 
 References:
     - [Carlini et al., 2019](https://arxiv.org/abs/1902.06705), the checklist
@@ -37,26 +38,28 @@ import robust_evaluation
 import spsa
 import square
 
-_SUBSET = 0xC4EC  # Tells the choice of images from other uses of the seed.
-# Below this the attacks find no direction: see `numerics.ascent_direction`.
-_VANISHED = 1e-30
-_RATE = 0.02  # Of images that a sound model loses to one attack more.
-_CALLS = 3  # Of the model, on the same images.
-# Sums on an accelerator may come out in another order; AutoAttack's bound.
+# Separates the random choice of images from other uses of the seed.
+_SUBSET_STREAM = 0xC4EC
+# Gradients below this count as zero: see `numerics.ascent_direction`.
+_ZERO_GRADIENT = 1e-30
+# Fraction of images that one more attack misclassifies on a sound model.
+_CHANCE_RATE = 0.02
+_CALLS = 3  # Number of calls of the model on the same images.
+# An accelerator may compute sums in another order; AutoAttack's tolerance.
 _ROUNDING = 1e-4
-_NOISES = 20  # Random points of the ball an image is tried with.
-_SPSA = {"steps": 20, "samples": 64}
+_NOISE_DRAWS = 20  # Number of random perturbations of each image.
+_SPSA_SETTINGS = {"steps": 20, "samples": 64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: One of `NAMES`.
         passed: Whether the model passed; None if the check was skipped.
-        found: What was measured, a sentence.
-        remedy: What to do if it failed (or to have it run).
+        found: The measurement, or why the check was skipped; one sentence.
+        remedy: What to do if the check failed.
     """
 
     name: str
@@ -83,29 +86,29 @@ def run(
 ):
     """Runs the checks on images drawn from a split.
 
-    The attacks are shared between the checks, and those that must not beat
-    the white-box one are run only on the images that it leaves standing. On an
-    undefended model all of it costs little more than one PGD.
+    Checks share the results of the white-box attack (PGD). Attacks that must
+    not be stronger are run only on the images that remain correct under PGD,
+    so that all checks of an undefended model cost little more than one PGD.
 
     Args:
         model: A `keras.Model` from images in [0, 1] to logits; its variables
-            are left as they are.
+            do not change.
         split: An `image_splits.Split`.
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: The radius the model claims to withstand, above 0, in units of
-            the pixel range [0, 1].
-        num_examples: How many images are drawn.
-        batch_size: Images at a time; changes the speed alone.
-        seed: Integer from which all randomness comes.
+        epsilon: The radius at which the model is claimed to be robust, above
+            0, for pixels in [0, 1].
+        num_examples: Number of images to draw.
+        batch_size: Number of images at a time; affects only the speed.
+        seed: Integer from which all randomness is derived.
         transfer_from: Another model of the same classes and images, whose
-            adversarial examples are tried on this one; without it the check
+            adversarial examples are tried on this one. Without it the check
             `transfer` is skipped.
-        eot: Draws of a stochastic model that are averaged, None for a
+        eot: Number of draws of a stochastic model to average, None for a
             deterministic one; see `robust_evaluation.EvaluationConfig`.
-        steps: Two numbers: a few steps of PGD, and many.
-        queries: Queries an image of the Square attack.
+        steps: Two numbers of PGD steps: few and many.
+        queries: Number of queries per image of the Square attack.
         only: Names of the checks to run; None for all.
-        report: Callable, called with each `Check` once it is done.
+        report: Callable, called with each finished `Check`.
 
     Returns:
         List of `Check`, in the order of `NAMES`.
@@ -114,8 +117,8 @@ def run(
         ValueError: If a name or a number is out of range, or if the split does
             not fit the model.
     """
-    wanted = NAMES if only is None else tuple(only)
-    for name in wanted:
+    selected = NAMES if only is None else tuple(only)
+    for name in selected:
         if name not in NAMES:
             raise ValueError(
                 f"Unknown check {name!r}. Expected some of {', '.join(NAMES)}."
@@ -130,7 +133,9 @@ def run(
         )
     robust_evaluation.check_fit(model, split)
     robust_evaluation.check_weights(model)
-    order = np.random.default_rng([seed, _SUBSET]).permutation(len(split))
+    order = np.random.default_rng([seed, _SUBSET_STREAM]).permutation(
+        len(split)
+    )
     subject = _Subject(
         model=model,
         split=split,
@@ -147,19 +152,19 @@ def run(
     )
     checks = []
     for name in NAMES:
-        if name in wanted:
-            checks.append(_check(name, subject))
+        if name in selected:
+            checks.append(_run_check(name, subject))
             if report is not None:
                 report(checks[-1])
     return checks
 
 
 def render(checks, width=100):
-    """Returns the checks as text: a line each, and remedies where they failed.
+    """Formats the checks: one line each, and the remedies of failed ones.
 
     Args:
         checks: List of `Check`.
-        width: Characters of a line.
+        width: Largest number of characters in a line.
     """
     words = {True: "pass", False: "FAIL", None: "skip"}
     column = max((len(check.name) for check in checks), default=0)
@@ -182,12 +187,12 @@ def render(checks, width=100):
     if failed:
         lines.append(
             f"{len(failed)} of {done} checks failed: {', '.join(failed)}. Do "
-            "not report a robust accuracy before they are mended."
+            "not report a robust accuracy before this is fixed."
         )
     else:
         lines.append(
-            f"All {done} checks passed: no sign of hidden gradients, which is "
-            "no proof that there are none."
+            f"All {done} checks passed: no sign of gradient masking. This does "
+            "not prove that there is none."
         )
     return "\n".join(lines)
 
@@ -196,22 +201,22 @@ def render(checks, width=100):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Outcome:
-    """How the images fare under an attack.
+class _AttackOutcome:
+    """The result of an attack on the images of a `_Subject`.
 
     Attributes:
-        standing: Booleans `(n,)`: still classified rightly.
+        correct: Booleans `(n,)`: which images are classified correctly.
         gaps: float64 `(n,)`: `metrics.log_odds_against` the label, on the
-            attacked images.
+            adversarial images.
     """
 
-    standing: np.ndarray
+    correct: np.ndarray
     gaps: np.ndarray
 
 
 @dataclasses.dataclass(eq=False)
 class _Subject:
-    """A model and the images it is checked on; every attack is run once."""
+    """A model and the images on which it is checked; each PGD runs once."""
 
     model: keras.Model
     split: object
@@ -232,22 +237,24 @@ class _Subject:
         self.logits = crafting.logits(
             self.model, self.images, self.batch_size, self.reading
         )
-        self.right = metrics.predictions(self.logits) == self.labels
-        self.count = int(self.right.sum())
+        # Images that are correct without an attack, and their number.
+        self.clean_correct = metrics.predictions(self.logits) == self.labels
+        self.count = int(self.clean_correct.sum())
         self.gaps = metrics.log_odds_against(self.logits, self.labels)
-        self._done = {}
+        self._pgd_outcomes = {}
 
     @property
     def reading(self):
-        """How the answers of a stochastic model are read."""
+        """How logits of a stochastic model are averaged."""
         return crafting.Reading(self.eot, seed=self.seed)
 
     @functools.cached_property
     def calls(self):
         """The logits of several calls, float64 `(calls, n, classes)`.
 
-        Not compiled: what a layer draws in Python would be frozen. The scope
-        keeps what it assigns (the state of its noise) away from the model.
+        The calls are not compiled, because compilation would freeze random
+        numbers that a layer draws in Python. The stateless scope keeps the
+        calls from changing the model's variables.
         """
         images = ops.convert_to_tensor(self.images[:32], dtype="float32")
         with keras.StatelessScope():
@@ -260,54 +267,56 @@ class _Subject:
         return np.stack(calls).astype("float64")
 
     @property
-    def moved(self):
-        """Largest distance between two calls, in lengths of the logits.
+    def call_difference(self):
+        """Largest difference between two calls relative to the logits' norm.
 
-        Of the images whose logits are finite in each call; 0 without any.
+        Only images whose logits are finite in each call count; 0 if there are
+        none.
         """
         calls = self.calls[:, ~metrics.nonfinite(self.calls).any(0)]
         if not calls.size:
             return 0.0
-        length = np.linalg.norm(calls[0], axis=-1) + 1e-10
-        moved = np.linalg.norm(calls - calls[0], axis=-1).max(0) / length
-        return float(moved.max())
+        norms = np.linalg.norm(calls[0], axis=-1) + 1e-10
+        differences = np.linalg.norm(calls - calls[0], axis=-1).max(0)
+        return float((differences / norms).max())
 
     @property
     def obstacle(self):
-        """Why this model cannot be attacked as it is; empty if it can."""
+        """Why this model cannot be attacked; an empty string if it can."""
         if metrics.nonfinite(self.logits).any():
             return "attacks need finite logits (see finite)"
         if robust_evaluation.probabilities(self.logits):
             return "attacks need logits (see logits)"
-        if self.eot is None and self.moved > _ROUNDING:
+        if self.eot is None and self.call_difference > _ROUNDING:
             return "a stochastic model needs eot (see deterministic)"
         if not self.count:
-            return f"none of {len(self.labels)} clean images is right"
+            return f"none of {len(self.labels)} clean images is correct"
         return ""
 
     @property
-    def allowed(self):
-        """How many images may go the wrong way by chance, at 5%.
+    def tolerance(self):
+        """Number of images that may contradict a check by chance.
 
-        Even on a sound model an attack breaks an image or two in a hundred
-        that another leaves; the noise of a stochastic one breaks more of those
-        near its decision boundary, each time it is drawn.
+        Even on a sound model an attack misclassifies an image or two in a
+        hundred on which a stronger attack fails. Each new noise of a
+        stochastic model changes the prediction of further images near the
+        decision boundary. This is the 95% quantile of a binomial distribution.
         """
-        rate = _RATE if self.eot is None else 2 * _RATE
+        rate = _CHANCE_RATE if self.eot is None else 2 * _CHANCE_RATE
         return max(1, int(stats.binom.ppf(0.95, self.count, rate)))
 
     @property
     def keep(self):
-        """Which iterates of PGD count.
+        """Which iterate PGD returns.
 
-        What fools one draw of a stochastic model need not fool the next, so
-        its first success is no better than any other iterate.
+        An iterate that is misclassified in one draw of a stochastic model may
+        be correct in the next, so the first success means little there.
         """
         return "first" if self.eot is None else "last"
 
     @property
     def diameter(self):
-        """A radius within which every image reaches every other."""
+        """The radius within which every image can become any other image."""
         size = math.prod(self.images.shape[1:])
         return {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[
             self.norm
@@ -318,21 +327,22 @@ class _Subject:
 
         Args:
             attack: An `attack_rounds.Attack`.
-            rows: Booleans `(n,)`: which images.
-            surrogate: Optional model that the images are crafted on.
+            rows: Booleans `(n,)`: which images to attack.
+            surrogate: Optional model on which the attack is made.
 
         Returns:
-            An `_Outcome` of all the images; the others are as they were.
+            An `_AttackOutcome` of all images; images that are not attacked
+            keep their clean result.
         """
-        standing, gaps = self.right.copy(), self.gaps.copy()
+        correct, gaps = self.clean_correct.copy(), self.gaps.copy()
         if rows.any():
             config = robust_evaluation.EvaluationConfig(
                 attack=attack,
                 indices=tuple(int(i) for i in self.indices[rows]),
                 batch_size=self.batch_size,
                 seed=self.seed,
-                # Calls that differ by rounding alone are one draw.
-                eot=self.eot or (1 if self.moved else None),
+                # If calls differ only by rounding, a single draw is enough.
+                eot=self.eot or (1 if self.call_difference else None),
             )
             _, arrays = robust_evaluation.evaluate(
                 self.model,
@@ -341,39 +351,41 @@ class _Subject:
                 surrogate=surrogate,
                 save_images=-1,
             )
-            place = np.searchsorted(self.indices, arrays["indices"])
+            positions = np.searchsorted(self.indices, arrays["indices"])
             labels = arrays["labels"]
-            standing[place] = arrays["adversarial_predictions"] == labels
-            gaps[place] = metrics.log_odds_against(
+            correct[positions] = arrays["adversarial_predictions"] == labels
+            gaps[positions] = metrics.log_odds_against(
                 arrays["adversarial_logits"], labels
             )
-        return _Outcome(standing, gaps)
+        return _AttackOutcome(correct, gaps)
 
     def pgd(self, steps, factor=1):
-        """PGD within `factor * epsilon`, on all images that are right."""
-        if (steps, factor) in self._done:
-            return self._done[steps, factor]
+        """PGD with radius `factor * epsilon` on all correct clean images."""
+        if (steps, factor) in self._pgd_outcomes:
+            return self._pgd_outcomes[steps, factor]
         attack = attack_backbone.PGD(
             norm=self.norm,
             epsilon=min(factor * self.epsilon, self.diameter),
             steps=steps,
             keep=self.keep,
         )
-        self._done[steps, factor] = self.attack(attack, self.right)
-        return self._done[steps, factor]
+        self._pgd_outcomes[steps, factor] = self.attack(
+            attack, self.clean_correct
+        )
+        return self._pgd_outcomes[steps, factor]
 
     @property
-    def whites(self):
-        """Booleans `(n,)`: what stands under the white-box attacks."""
-        return self.pgd(self.few).standing & self.pgd(self.many).standing
+    def white_box_correct(self):
+        """Booleans `(n,)`: images correct under both white-box attacks."""
+        return self.pgd(self.few).correct & self.pgd(self.many).correct
 
-    def beyond(self, attack, rows, surrogate=None):
-        """Booleans `(n,)`: which of `rows` still stand under an attack."""
-        return rows & self.attack(attack, rows, surrogate).standing
+    def still_correct(self, attack, rows, surrogate=None):
+        """Booleans `(n,)`: which of `rows` are correct under an attack."""
+        return rows & self.attack(attack, rows, surrogate).correct
 
     @functools.cached_property
-    def peaks(self):
-        """Largest entry of each loss's input gradient on the right images.
+    def largest_gradients(self):
+        """Largest entry of each loss's input gradient on correct images.
 
         Returns:
             Dict of arrays `(count,)`, by the name of the loss; NaN where an
@@ -387,7 +399,7 @@ class _Subject:
             by_name["dlr"] = losses.dlr
 
         def make(logits_fn):
-            def peak(loss, images, labels):
+            def largest_gradient(loss, images, labels):
                 _, grad, flags = numerics.value_and_grad(
                     lambda x: loss(
                         losses.outputs_of(logits_fn(x)).logits, labels
@@ -399,14 +411,20 @@ class _Subject:
                 return ops.where(flags, math.nan, size)
 
             return lambda images, labels: ops.stack(
-                [peak(loss, images, labels) for loss in by_name.values()], -1
+                [
+                    largest_gradient(loss, images, labels)
+                    for loss in by_name.values()
+                ],
+                -1,
             )
 
-        fn = crafting.compiled(self.model, "peaks", make, self.reading)
+        fn = crafting.compiled(
+            self.model, "largest_gradients", make, self.reading
+        )
         arrays, size = (self.images, self.labels), self.batch_size
         parts = []
         for start in range(0, self.count, size):
-            rows = np.flatnonzero(self.right)[start : start + size]
+            rows = np.flatnonzero(self.clean_correct)[start : start + size]
             padded = crafting.pad(rows, size)
             found = fn(*(array[padded] for array in arrays))
             parts.append(ops.convert_to_numpy(found)[: len(rows)])
@@ -417,8 +435,8 @@ class _Subject:
 # --- The checks --------------------------------------------------------------
 
 
-def _check(name, subject):
-    """Runs one check, if the model is one that it can be run on."""
+def _run_check(name, subject):
+    """Runs one check; skips it if the model cannot be attacked."""
     function, remedy = _CHECKS[name]
     if name not in _PRELIMINARY and subject.obstacle:
         return Check(name, None, subject.obstacle, remedy)
@@ -427,20 +445,20 @@ def _check(name, subject):
 
 
 def _finite(subject):
-    """Looks at clean images and at random points of the ball, in one pass."""
+    """Checks the logits of clean and of randomly perturbed images."""
     shape = subject.images.shape[1:]
     keys = numerics.example_keys(subject.seed, subject.indices)
     noise = numerics.random_in_ball(
         keys, shape, min(subject.epsilon, subject.diameter), subject.norm
     )
-    moved = attack_rounds.perturbed(subject.images, noise)
+    noisy = attack_rounds.perturbed(subject.images, noise)
     counts = [
         int(metrics.nonfinite(logits).sum())
         for logits in (
             subject.logits,
             crafting.logits(
                 subject.model,
-                ops.convert_to_numpy(moved),
+                ops.convert_to_numpy(noisy),
                 subject.batch_size,
                 subject.reading,
             ),
@@ -448,7 +466,7 @@ def _finite(subject):
     ]
     found = (
         f"{counts[0]} of {len(subject.labels)} clean images and {counts[1]} "
-        "random points of their balls have NaN or infinite logits"
+        "randomly perturbed ones have NaN or infinite logits"
     )
     return not any(counts), found
 
@@ -462,67 +480,67 @@ def _logits(subject):
     kind = robust_evaluation.probabilities(logits)
     if kind:
         return False, f"{found}: {kind}"
-    return True, f"{found}: no probabilities"
+    return True, f"{found}: they are not probabilities"
 
 
 def _deterministic(subject):
     calls = subject.calls
     predicted = metrics.predictions(calls)
-    turned = (predicted != predicted[0]).any(0).sum()
+    changed = (predicted != predicted[0]).any(0).sum()
     found = (
         f"{_CALLS} calls on the same {calls.shape[1]} images: logits differ by "
-        f"up to {subject.moved:.2g} of their length, {turned} predictions "
-        "change"
+        f"up to {subject.call_difference:.2g} of their norm, {changed} "
+        "predictions change"
     )
-    if subject.moved <= _ROUNDING:
+    if subject.call_difference <= _ROUNDING:
         return True, found
     if subject.eot is not None:
-        return True, f"{found}; declared: the mean of {subject.eot} draws"
+        return True, f"{found}; attacks use the mean of {subject.eot} draws"
     return False, found
 
 
 def _zero_gradients(subject):
     counts = {
-        name: int(np.sum(~(peaks > _VANISHED)))
-        for name, peaks in subject.peaks.items()
+        name: int(np.sum(~(largest_gradients > _ZERO_GRADIENT)))
+        for name, largest_gradients in subject.largest_gradients.items()
     }
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = (
-        f"images of {subject.count} whose input gradient is zero or not "
+        f"images (of {subject.count}) whose input gradient is zero or not "
         f"finite: {listed}"
     )
-    return max(counts.values()) <= subject.allowed, found
+    return max(counts.values()) <= subject.tolerance, found
 
 
 def _logit_scale(subject):
-    sure = -subject.gaps[subject.right]
-    lost = sure > robust_evaluation.UNDERFLOW
-    lost &= subject.peaks["margin"] > _VANISHED
-    count = int(np.sum(lost))
+    log_odds = -subject.gaps[subject.clean_correct]
+    underflow = log_odds > robust_evaluation.UNDERFLOW
+    underflow &= subject.largest_gradients["margin"] > _ZERO_GRADIENT
+    count = int(np.sum(underflow))
     found = (
-        f"{count} of {subject.count} images are so sure (log-odds of "
-        f"{np.median(sure):.3g} nats at the median) that float32 takes the "
-        "gradient of the softmax for zero, while the margin has one"
+        f"{count} of {subject.count} images have such large log-odds (median "
+        f"{np.median(log_odds):.3g} nats) that the gradient of the softmax is "
+        "zero in float32, while that of the margin is not"
     )
-    return count <= subject.allowed, found
+    return count <= subject.tolerance, found
 
 
 def _more_steps(subject):
     few, many = subject.pgd(subject.few), subject.pgd(subject.many)
     found = _rates(
         subject,
-        (f"PGD-{subject.few}", few.standing),
-        (f"PGD-{subject.many}", many.standing),
+        (f"PGD-{subject.few}", few.correct),
+        (f"PGD-{subject.many}", many.correct),
     )
-    if many.standing.sum() - few.standing.sum() > subject.allowed:
+    if many.correct.sum() - few.correct.sum() > subject.tolerance:
         return False, found
-    both = few.standing & many.standing
-    if both.sum() > subject.allowed:
+    both = few.correct & many.correct
+    if both.sum() > subject.tolerance:
         gain = (few.gaps - subject.gaps)[both].mean()
         more = (many.gaps - subject.gaps)[both].mean()
         found += (
-            f"; on the {both.sum()} left the log-odds move by {gain:.3g} and "
-            f"{more:.3g} nats"
+            f"; on the {both.sum()} robust images the log-odds change by "
+            f"{gain:.3g} and {more:.3g} nats"
         )
         return bool(more > 0 and more >= 0.95 * gain), found
     return True, found
@@ -535,32 +553,32 @@ def _larger_epsilon(subject):
         if factor * subject.epsilon <= subject.diameter
     ]
     if len(factors) == 1:
-        return None, "twice the radius is more than all images are apart"
+        return None, "twice the radius exceeds the distance of any two images"
     outcomes = [subject.pgd(subject.many, factor) for factor in factors]
     found = _rates(
         subject,
         *(
-            (f"epsilon {factor * subject.epsilon:.3g}", outcome.standing)
+            (f"epsilon {factor * subject.epsilon:.3g}", outcome.correct)
             for factor, outcome in zip(factors, outcomes, strict=True)
         ),
     )
     for small, large in zip(outcomes, outcomes[1:], strict=False):
-        if large.standing.sum() - small.standing.sum() > subject.allowed:
+        if large.correct.sum() - small.correct.sum() > subject.tolerance:
             return False, found
-        both = small.standing & large.standing
-        if both.sum() > subject.allowed:
+        both = small.correct & large.correct
+        if both.sum() > subject.tolerance:
             rise = (large.gaps - small.gaps)[both].mean()
             if not rise > 0:
                 return False, (
-                    f"{found}; the log-odds of the {both.sum()} left do not "
-                    "rise with the radius"
+                    f"{found}; the log-odds of the {both.sum()} robust images "
+                    "against the label do not rise with the radius"
                 )
     return True, found
 
 
 def _unbounded_epsilon(subject):
-    # From the image itself: noise over all of the box would break anything,
-    # with or without a gradient.
+    # It starts at the image: a random start anywhere in [0, 1] would be
+    # misclassified even without a gradient.
     attack = attack_backbone.PGD(
         norm=subject.norm,
         epsilon=subject.diameter,
@@ -568,116 +586,139 @@ def _unbounded_epsilon(subject):
         random_start=0.0,
         keep=subject.keep,
     )
-    standing = subject.attack(attack, subject.right).standing
-    found = _rates(subject, (f"epsilon {subject.diameter:.4g}", standing))
-    return bool(standing.sum() <= max(1, 0.01 * subject.count)), found
+    correct = subject.attack(attack, subject.clean_correct).correct
+    found = _rates(subject, (f"epsilon {subject.diameter:.4g}", correct))
+    return bool(correct.sum() <= max(1, 0.01 * subject.count)), found
 
 
 def _black_box(subject):
-    whites = subject.whites
-    left = subject.beyond(
+    white_box_correct = subject.white_box_correct
+    remaining = subject.still_correct(
         square.Square(
             norm=subject.norm,
             epsilon=subject.epsilon,
             n_queries=subject.queries,
         ),
-        whites,
+        white_box_correct,
     )
     names = "Square"
-    if left.any() and (whites & ~left).sum() <= subject.allowed:
+    few_broken = (white_box_correct & ~remaining).sum() <= subject.tolerance
+    if remaining.any() and few_broken:
         names = "Square or SPSA"
-        climb = spsa.SPSA(
-            norm=subject.norm, epsilon=subject.epsilon, keep="first", **_SPSA
+        attack = spsa.SPSA(
+            norm=subject.norm,
+            epsilon=subject.epsilon,
+            keep="first",
+            **_SPSA_SETTINGS,
         )
-        left = subject.beyond(climb, left)
-    return _beats(subject, whites, left, f"without gradients ({names})")
+        remaining = subject.still_correct(attack, remaining)
+    return _compare_with_white_box(
+        subject, white_box_correct, remaining, f"without gradients ({names})"
+    )
 
 
 def _transfer(subject):
     if subject.surrogate is None:
-        return None, "no other model was named to transfer from"
-    whites = subject.whites
+        return None, "no other model was given to transfer from"
+    white_box_correct = subject.white_box_correct
     attack = attack_backbone.MIM(
         norm=subject.norm, epsilon=subject.epsilon, steps=20, keep="last"
     )
-    left = subject.beyond(attack, whites, subject.surrogate)
-    return _beats(subject, whites, left, "crafted on the other model")
+    remaining = subject.still_correct(
+        attack, white_box_correct, subject.surrogate
+    )
+    return _compare_with_white_box(
+        subject, white_box_correct, remaining, "crafted on the other model"
+    )
 
 
 def _single_step(subject):
-    whites = subject.whites
+    white_box_correct = subject.white_box_correct
     attack = attack_backbone.FGSM(norm=subject.norm, epsilon=subject.epsilon)
-    left = subject.beyond(attack, whites)
-    return _beats(subject, whites, left, "with one step (FGSM)")
+    remaining = subject.still_correct(attack, white_box_correct)
+    return _compare_with_white_box(
+        subject, white_box_correct, remaining, "with one step (FGSM)"
+    )
 
 
 def _random_noise(subject):
-    whites = subject.whites
+    white_box_correct = subject.white_box_correct
     attack = attack_backbone.PGD(
         norm=subject.norm,
         epsilon=subject.epsilon,
         steps=0,
-        restarts=_NOISES,
+        restarts=_NOISE_DRAWS,
         keep="first",
     )
-    left = subject.beyond(attack, whites)
-    return _beats(subject, whites, left, f"in {_NOISES} draws of noise")
+    remaining = subject.still_correct(attack, white_box_correct)
+    how = f"by {_NOISE_DRAWS} draws of random noise"
+    return _compare_with_white_box(subject, white_box_correct, remaining, how)
 
 
-def _beats(subject, before, after, how):
-    """Judges an attack by what it breaks beyond the white-box ones."""
+def _compare_with_white_box(subject, before, after, how):
+    """Counts the images that an attack breaks and the white-box ones do not.
+
+    Args:
+        subject: The `_Subject`.
+        before: Booleans `(n,)`: images correct under the white-box attacks.
+        after: Booleans `(n,)`: those still correct under the other attack.
+        how: Description of the other attack.
+
+    Returns:
+        Tuple (passed, found) of a check.
+    """
     broken = int((before & ~after).sum())
     found = (
-        f"{broken} of the {before.sum()} images that stand under PGD fall "
-        f"{how}; {subject.allowed} may by chance"
+        f"{broken} of the {before.sum()} images robust under PGD are "
+        f"misclassified {how}; {subject.tolerance} may be by chance"
     )
     if not before.any():
-        found = "PGD leaves no image standing that could fall"
-    return broken <= subject.allowed, found
+        found = "PGD leaves no image correct"
+    return broken <= subject.tolerance, found
 
 
 def _rates(subject, *outcomes):
-    """Robust accuracies, of the images that are right when clean."""
+    """Formats robust accuracies over the images that are correct when clean."""
     listed = ", ".join(
-        f"{name}: {standing.sum() / subject.count:.1%}"
-        for name, standing in outcomes
+        f"{name}: {correct.sum() / subject.count:.1%}"
+        for name, correct in outcomes
     )
-    return f"still right of {subject.count} images: {listed}"
+    return f"still correct of {subject.count} images: {listed}"
 
 
 _MASKED = (
     "Gradients are masked: find the layer that hides them (see zero_gradients "
-    "and logit_scale), attack through a differentiable stand-in for it (BPDA), "
-    "and report the worst case over black-box and white-box attacks."
+    "and logit_scale), attack through a differentiable approximation of it "
+    "(BPDA), and report the worst case over black-box and white-box attacks."
 )
-# Name: the check, a callable from a `_Subject` to (passed, found); the remedy.
+# For each name, a callable from a `_Subject` to (passed, found), and a remedy.
 _CHECKS = {
     "finite": (
         _finite,
-        "Find the operation that overflows or divides by zero. An answer "
-        "that is not finite counts as misclassified.",
+        "Find the operation that overflows or divides by zero. Images with "
+        "non-finite logits count as misclassified.",
     ),
     "logits": (
         _logits,
-        "Give the attacks logits: take the softmax off the model's last layer.",
+        "Attacks need logits: remove the softmax from the model's last layer.",
     ),
     "deterministic": (
         _deterministic,
-        "Declare the model stochastic and attack the mean over its noise: "
-        "--eot=20, or the `rand` version of AutoAttack.",
+        "Attack the mean over the noise of a stochastic model: --eot=20, or "
+        "the `rand` version of AutoAttack.",
     ),
     "zero_gradients": (
         _zero_gradients,
         "Some layer has no gradient (rounding, a threshold, an argmax) or "
-        "saturates. Attack through a differentiable stand-in (BPDA), or "
-        "without gradients (Square, SPSA). If only the cross-entropy is zero, "
-        "use the loss dlr or margin.",
+        "saturates. Attack through a differentiable approximation (BPDA), or "
+        "without gradients (Square, SPSA). If only the gradient of the "
+        "cross-entropy is zero, use the loss dlr or margin.",
     ),
     "logit_scale": (
         _logit_scale,
-        "The attacks here follow the log-odds and see through the scale. For "
+        "The attacks here use the log-odds and do not depend on the scale. For "
         "other programs divide the logits by their scale, or use a loss that "
-        "it does not touch (dlr or margin).",
+        "does not underflow (dlr or margin).",
     ),
     "more_steps": (
         _more_steps,
@@ -687,8 +728,9 @@ _CHECKS = {
     ),
     "larger_epsilon": (
         _larger_epsilon,
-        "A larger ball holds the smaller one, so the attack must be at "
-        "fault: more steps, restarts, or another loss (dlr, margin).",
+        "A larger radius allows every perturbation of a smaller one, so the "
+        "attack fails: use more steps, restarts, or another loss (dlr, "
+        "margin).",
     ),
     "unbounded_epsilon": (
         _unbounded_epsilon,
@@ -698,12 +740,12 @@ _CHECKS = {
     "transfer": (_transfer, _MASKED),
     "single_step": (
         _single_step,
-        "One step must not beat many: the loss is curved so that PGD stops "
-        "early. Use a larger step, restarts or AutoAttack. " + _MASKED,
+        "One step must not be stronger than many: PGD gets stuck in a local "
+        "maximum. Use a larger step, restarts or AutoAttack. " + _MASKED,
     ),
     "random_noise": (
         _random_noise,
-        "Noise must not beat gradients. " + _MASKED,
+        "Random noise must not be stronger than gradients. " + _MASKED,
     ),
 }
 NAMES = tuple(_CHECKS)

@@ -1,9 +1,10 @@
-"""The evaluations of the texts this project builds on, by name.
+"""The evaluations of published papers, by name.
 
 A protocol is a list of attacks and a table. `PROTOCOLS[name].evaluations(...)`
-gives what is to be run; `.table(records, ...)` sets the records in the layout
-of the text, with its published numbers below ours where the data match.
-`published` holds these tables and writes them down.
+returns the evaluations to run. `.table(records, ...)` puts the records into
+the layout of the paper's table, followed by the published numbers if the data
+set is the same. The module `published` holds the published tables and formats
+tables.
 """
 
 import dataclasses
@@ -17,11 +18,11 @@ import robust_evaluation
 import spsa
 
 _S3TA_URL = "https://arxiv.org/abs/1912.02184"
-# The settings that make two evaluations the same one in a table; a record
-# without one of the needed ones is of no use.
-_NEEDED = ("attack", "norm", "epsilon", "target")
-_DECISIVE = (
-    *_NEEDED,
+# Records that agree in `_COMPARED_KEYS` belong to the same cell of a table. A
+# record must have those in `_REQUIRED_KEYS`; others count if it has them.
+_REQUIRED_KEYS = ("attack", "norm", "epsilon", "target")
+_COMPARED_KEYS = (
+    *_REQUIRED_KEYS,
     "steps",
     "step_size",
     "restarts",
@@ -36,9 +37,9 @@ _DECISIVE = (
     "radius",
     "version",
 )
-# The usual radii of AutoAttack's leader board, by norm: images of up to 64
-# pixels, larger ones, grey ones (the digits of Madry et al.).
-_USUAL_RADII = {
+# The usual radii of the RobustBench leaderboard, by norm: for images of up to
+# 64 pixels, for larger ones, and for grey ones (digits, Madry et al.).
+_DEFAULT_RADII = {
     "linf": (8 / 255, 4 / 255, 0.3),
     "l2": (0.5, 3.0, None),
     "l1": (12.0, None, None),
@@ -47,17 +48,19 @@ _USUAL_RADII = {
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """An evaluation under a name.
+    """A named set of evaluations from a paper.
 
     Attributes:
         name: The name.
-        summary: One line that tells what it runs.
+        summary: One line that says what it runs.
         reference: Where it is published.
-        make: Callable (norm, epsilon, **settings of a scan) to an attack.
-        layouts: Its tables; the first is the one for other data.
+        make: Callable (norm, epsilon, **settings of a scan) that returns an
+            attack.
+        layouts: The paper's tables. Small images of other data sets use the
+            first one, images above 64 pixels the last one.
         target: See `robust_evaluation.EvaluationConfig`.
-        num_examples: How many images the text used, None for all.
-        remarks: What the text leaves open and how it is filled in.
+        num_examples: Number of images in the paper, None for all.
+        remarks: Settings that the paper does not name, and our choice.
     """
 
     name: str
@@ -72,24 +75,24 @@ class Protocol:
     def evaluations(
         self, image_shape, num_classes, norm=None, epsilon=None, **common
     ):
-        """Returns what is to be run.
+        """Returns the evaluations to run.
 
         Args:
             image_shape: Tuple (height, width, channels) of the images.
-            num_classes: How many classes the model tells apart.
-            norm: Another norm than the published one; needs `epsilon`.
+            num_classes: Number of classes of the model.
+            norm: Another norm than the published one; it needs `epsilon`.
             epsilon: A radius, or several, in place of the published ones;
-                step sizes change in proportion.
+                step sizes scale in proportion.
             **common: Further arguments of `EvaluationConfig`, the same for
-                all. Without `num_examples` and `indices` it is the number
-                of the text.
+                all evaluations. Without `num_examples` and `indices`, the
+                paper's number of images is used.
 
         Returns:
             Tuple of `robust_evaluation.EvaluationConfig`.
 
         Raises:
-            ValueError: If a norm has no published radius, or a value does not
-                fit.
+            ValueError: If a norm has no published radius, or a value is
+                invalid.
         """
         layout = self.layouts[0]
         if max(image_shape[:2]) > 64:
@@ -115,27 +118,27 @@ class Protocol:
         if self.name == "autoattack" and (eot or 1) > 1:
             return dataclasses.replace(attack, version="rand")
         if eot is not None and isinstance(attack, attack_backbone.BIM):
-            # With draws one iterate may look fallen by chance.
+            # In a single draw an iterate may be misclassified by chance.
             return dataclasses.replace(attack, keep="last")
         return attack
 
     def _radii(self, layout, image_shape, norm, epsilon):
         if epsilon is not None:
-            return _listed(epsilon)
+            return _unique_radii(epsilon)
         if layout.radii and norm == layout.norm:
             return layout.radii
-        usual = None
+        radius = None
         if not layout.radii:
-            place = 1 if max(image_shape[:2]) > 64 else 0
-            place = 2 if image_shape[-1] == 1 else place
-            usual = _USUAL_RADII[norm][place]
-        if usual is None:
+            column = 1 if max(image_shape[:2]) > 64 else 0
+            column = 2 if image_shape[-1] == 1 else column
+            radius = _DEFAULT_RADII[norm][column]
+        if radius is None:
             raise ValueError(
-                f"The protocol {self.name} has no usual radius in the norm "
+                f"The protocol {self.name} has no default radius in the norm "
                 f"{norm} for images of shape {tuple(image_shape)}. Received: "
                 "epsilon=None. Give one with --epsilon."
             )
-        return (usual,)
+        return (radius,)
 
     def table(
         self,
@@ -148,47 +151,49 @@ class Protocol:
         norm=None,
         epsilon=None,
     ):
-        """Sets records in the layout of the text.
+        """Puts records into the layout of the paper's table.
 
         Args:
-            records: Iterable of records (`robust_evaluation.evaluate`), of one
-                model; those of other evaluations are passed over, and
-                evaluations without a record leave a dash.
+            records: Iterable of records (`robust_evaluation.evaluate`) of one
+                model. Records of other evaluations are ignored; an evaluation
+                without a record is shown as a dash.
             model: Our name of the model.
             dataset: Our name of its data set.
-            options: Dict of the options the model was made with, which tell
-                what it is called in the text.
-            attack_steps: Steps of the attack it was trained with; None for
-                none, or unknown. Some texts have lines for 30.
-            norm: The norm given to `evaluations`; None means the records say.
-            epsilon: The radii given to `evaluations`, likewise.
+            options: Dict of the model's options, which determine its name in
+                the paper.
+            attack_steps: Number of steps of the attack in training; None for
+                none, or unknown. Some papers have rows for 30.
+            norm: The norm given to `evaluations`; None takes it from the
+                records.
+            epsilon: The radii given to `evaluations`; None takes them from
+                the records.
 
         Returns:
             A `published.Table`.
         """
         records = list(records)
         layout = self._layout(records, dataset)
-        norm, radii = self._threat(layout, records, norm, epsilon)
+        norm, radii = self._threat_model(layout, records, norm, epsilon)
         known = layout.is_published(norm, radii)
         columns = layout.columns(radii)
-        lines = (None,) if layout.by_radius else radii
+        row_radii = (None,) if layout.by_radius else radii
         name = published.shown_name(model, options)
         rows, used, missing = [], [], []
-        for line in lines:
+        for radius in row_radii:
             found = _with_clean(
                 columns,
-                [self._find(records, norm, c, line) for c in columns],
+                [self._find(records, norm, c, radius) for c in columns],
             )
-            several = line if len(lines) > 1 else None
-            rows.append(_own_row(layout, name, columns, found, several))
+            row_radius = radius if len(row_radii) > 1 else None
+            rows.append(_own_row(layout, name, columns, found, row_radius))
             used += [record for record in found if record is not None]
             missing += [
-                layout.scan_name(column, several)
+                layout.scan_name(column, row_radius)
                 for column, record in zip(columns, found, strict=True)
                 if record is None
             ]
         comparable = known and dataset == layout.dataset
-        options = _evaluated(
+        options = _options_of_attacked_model(
             options,
             used,
             lambda found: published.published_name(
@@ -207,46 +212,46 @@ class Protocol:
                 *_missing_note(missing, used),
                 *_model_notes(layout, rows, model, options),
                 *_comparison_notes(layout, rows, dataset, used),
-                *_threat_note(layout, known, norm, radii),
+                *_threat_model_note(layout, known, norm, radii),
                 *_sample_notes(used),
                 *self.remarks,
             ),
         )
 
     def _layout(self, records, dataset):
-        """The table of a data set; else the one most records fit in."""
+        """The layout of the data set, or the one that fits most records."""
         for layout in self.layouts:
             if layout.dataset == dataset:
                 return layout
         return max(
             self.layouts,
-            key=lambda layout: len(self._threats(layout, records)),
+            key=lambda layout: len(self._threat_models(layout, records)),
         )
 
-    def _threats(self, layout, records):
-        """The pairs (norm, epsilon) of all records that fit a layout."""
+    def _threat_models(self, layout, records):
+        """Pairs (norm, epsilon) of all records that fit a layout."""
         found = []
         for record in records:
             norm, epsilon = record.get("norm"), record.get("epsilon")
             if norm is None or epsilon is None:
                 continue
             if any(
-                self._answers(record, norm, epsilon, settings)
+                self._matches(record, norm, epsilon, settings)
                 for _, settings in layout.scans
             ):
                 found.append((norm, epsilon))
         return found
 
-    def _threat(self, layout, records, norm, epsilon):
+    def _threat_model(self, layout, records, norm, epsilon):
         """The norm and the radii of a table."""
         if epsilon is not None:
-            norm, radii = norm or layout.norm, _listed(epsilon)
+            norm, radii = norm or layout.norm, _unique_radii(epsilon)
             known = layout.is_published(norm, radii) and layout.by_radius
             return norm, layout.radii if known else radii
         found = [
-            threat
-            for threat in self._threats(layout, records)
-            if norm in (None, threat[0])
+            pair
+            for pair in self._threat_models(layout, records)
+            if norm in (None, pair[0])
         ]
         if layout.radii and (
             not found
@@ -257,34 +262,34 @@ class Protocol:
         radii = sorted({radius for n, radius in found if n == norm})
         return norm, tuple(radii)
 
-    def _answers(self, record, norm, epsilon, settings):
-        """Whether a record is of the evaluation with these settings."""
+    def _matches(self, record, norm, epsilon, settings):
+        """Tests whether a record belongs to these settings."""
         if None in (record.get("norm"), record.get("epsilon")):
             return False
-        wanted = robust_evaluation.EvaluationConfig(
+        expected = robust_evaluation.EvaluationConfig(
             attack=self._attack(norm, epsilon, settings, record.get("eot")),
             target=self.target,
         ).describe()
         found = dict(record)
-        if found.get("version"):  # One for few classes answers, too.
+        if found.get("version"):  # A version for few classes matches too.
             found["version"] = autoattack.published_version(found["version"])
         return all(
-            _equal(found.get(key), wanted[key])
-            for key in _DECISIVE
-            if key in wanted and (key in record or key in _NEEDED)
+            _equal(found.get(key), expected[key])
+            for key in _COMPARED_KEYS
+            if key in expected and (key in record or key in _REQUIRED_KEYS)
         )
 
-    def _find(self, records, norm, column, line):
-        """The record of a cell: the one with most images, else None."""
+    def _find(self, records, norm, column, radius):
+        """The matching record with the most images; None without a match."""
         _, settings, _ = column
         if settings is None:
-            return None  # Clean accuracy: from any of the others.
+            return None  # `_with_clean` fills in the clean accuracy.
         settings = dict(settings)
-        epsilon = settings.pop("epsilon", line)
+        epsilon = settings.pop("epsilon", radius)
         found = [
             record
             for record in records
-            if self._answers(record, norm, epsilon, settings)
+            if self._matches(record, norm, epsilon, settings)
         ]
         return max(
             found,
@@ -293,8 +298,8 @@ class Protocol:
         )
 
 
-def _listed(epsilon):
-    """Radii as a tuple without doubles."""
+def _unique_radii(epsilon):
+    """Radii as a tuple without duplicates."""
     if isinstance(epsilon, (int, float)):
         epsilon = (epsilon,)
     radii = tuple(dict.fromkeys(float(radius) for radius in epsilon))
@@ -312,7 +317,7 @@ def _equal(a, b):
 
 
 def _with_clean(columns, found):
-    """Fills the column of clean accuracy from the records of the others."""
+    """Fills the clean accuracy from the record with the most images."""
     others = [record for record in found if record is not None]
     best = max(
         others, key=lambda record: record.get("num_examples", 0), default=None
@@ -323,11 +328,12 @@ def _with_clean(columns, found):
     ]
 
 
-def _evaluated(options, used, is_published):
+def _options_of_attacked_model(options, used, is_published):
     """The options of the model that was attacked.
 
-    An evaluation may put others in place of the run's. If they differ, those
-    count that make it another model than the published ones.
+    An evaluation may replace some options of the run. If evaluations differ in
+    their options, those are returned with which the model is not a published
+    one.
     """
     options = options or {}
     return min(
@@ -337,11 +343,11 @@ def _evaluated(options, used, is_published):
     )
 
 
-def _own_row(layout, name, columns, found, line):
-    """Our line: a percentage for every record that was found."""
+def _own_row(layout, name, columns, found, radius):
+    """Our row: a percentage for every record that was found."""
     name = f"ours: {name}"
-    if line is not None:
-        name += f", ε = {published.radius_text(line)}"
+    if radius is not None:
+        name += f", ε = {published.radius_text(radius)}"
     cells = tuple(
         published.DASH
         if record is None or record.get(key) is None
@@ -355,11 +361,11 @@ def _missing_note(missing, used):
     if not missing:
         return ()
     names = "; ".join(filter(None, dict.fromkeys(missing)))
-    return (f"missing: {names if used and names else 'all of it'}",)
+    return (f"missing: {names if used and names else 'all evaluations'}",)
 
 
 def _comparison_notes(layout, rows, dataset, used):
-    """Says what of the images and numbers cannot be compared."""
+    """Notes on differences of the images and on doubtful numbers."""
     if not layout.dataset:
         return ()
     if dataset != layout.dataset:
@@ -382,7 +388,7 @@ def _comparison_notes(layout, rows, dataset, used):
 
 
 def _model_notes(layout, rows, model, options):
-    """Says of which model the published lines are."""
+    """Notes on the model of the published rows."""
     kinds = {row.kind for row in rows}
     if "same" in kinds:
         what = "the same architecture"
@@ -397,34 +403,34 @@ def _model_notes(layout, rows, model, options):
     if "published" not in kinds:
         return ()
     notes = [
-        "No published line is of the model "
-        f"{published.shown_name(model, options)}: the others are for "
-        "orientation."
+        "No published row is of the model "
+        f"{published.shown_name(model, options)}: the rows of other models "
+        "are shown for orientation."
     ]
     retina = options.get("sampling") and any(
         row.name == "retinal sampling" for row in rows
     )
     if retina and options.get("interpolation") != "nearest":
         notes.append(
-            "The published retinal sampling rounded to the nearest pixel "
+            "The published retinal sampling rounds to the nearest pixel "
             "(--interpolation=nearest)."
         )
     return tuple(notes)
 
 
-def _threat_note(layout, known, norm, radii):
+def _threat_model_note(layout, known, norm, radii):
     if known or not layout.radii:
         return ()
     ours = ", ".join(map(published.radius_text, radii))
     theirs = ", ".join(map(published.radius_text, layout.radii))
     return (
         f"Radius {ours} ({norm}) in place of the published {theirs} "
-        f"({layout.norm}), steps in proportion: not comparable.",
+        f"({layout.norm}), step sizes in proportion: not comparable.",
     )
 
 
 def _sample_notes(used):
-    """On how many images ours stand, and how sure they are."""
+    """Notes on the number of our images and the resulting uncertainty."""
     kinds = {}
     for record in used:
         number = record.get("num_examples")
@@ -448,7 +454,7 @@ def _sample_notes(used):
     return tuple(notes)
 
 
-# How a table is written down; who asks a protocol for one looks here.
+# Aliases, so that users of a protocol need not import `published`.
 render = published.render
 to_markdown = published.to_markdown
 to_csv = published.to_csv
@@ -456,8 +462,8 @@ to_csv = published.to_csv
 # --- Attacks ----------------------------------------------------------------
 
 
-def _in_proportion(norm, epsilon, length, radius=published.RADIUS):
-    """A published step length, scaled to another radius."""
+def _scaled_step(norm, epsilon, length, radius=published.RADIUS):
+    """A published step size, scaled in proportion to the radius."""
     if norm == "linf" and published.close(epsilon, radius):
         return length
     return length * (epsilon / radius)
@@ -469,7 +475,7 @@ def _s3ta_pgd(norm, epsilon, steps, restarts=1):
         norm=norm,
         epsilon=epsilon,
         steps=steps,
-        step_size=_in_proportion(norm, epsilon, length),
+        step_size=_scaled_step(norm, epsilon, length),
         restarts=restarts,
         random_start=1.0,
         keep="last",
@@ -489,7 +495,7 @@ def _s3ta_adam(norm, epsilon):
         epsilon=epsilon,
         steps=250,
         rates=tuple(
-            _in_proportion(norm, epsilon, rate) for rate in (0.1, 0.01, 0.001)
+            _scaled_step(norm, epsilon, rate) for rate in (0.1, 0.01, 0.001)
         ),
         boundaries=(100, 200),
         random_start=1.0,
@@ -503,7 +509,7 @@ def _s3ta_spsa(norm, epsilon):
         epsilon=epsilon,
         steps=100,
         samples=4096,
-        step_size=_in_proportion(norm, epsilon, 1 / 255),
+        step_size=_scaled_step(norm, epsilon, 1 / 255),
         random_start=1.0,
         keep="last",
     )
@@ -524,8 +530,8 @@ def _autoattack(norm, epsilon):
 
 
 _LAST = (
-    "Each restart is judged at its last iterate, as in the text; what was "
-    "wrong before the attack stays wrong."
+    "The last iterate of each restart counts, as in the paper. Images that are "
+    "misclassified without an attack stay misclassified."
 )
 
 PROTOCOLS = {
@@ -586,14 +592,14 @@ PROTOCOLS = {
             num_examples=1000,
             remarks=(
                 _LAST,
-                "The text names neither SPSA's step, which is 1/255 here as "
-                "in its other attacks, nor its distance d, here 0.01, nor its "
-                "objective, here the margin as in Uesato et al.",
+                "The paper does not give SPSA's step size (here 1/255, as in "
+                "its other attacks), its distance d (here 0.01), or its "
+                "objective (here the margin, as in Uesato et al.).",
             ),
         ),
         Protocol(
             "handover",
-            "untargeted, basic iterative method of eps/3 a step, no random "
+            "untargeted, basic iterative method with steps of eps/3, no random "
             "start; 5 steps, 20 for images above 64 pixels",
             "https://arxiv.org/abs/2006.16427, as the handover quotes it",
             _handover_bim,
@@ -606,8 +612,8 @@ PROTOCOLS = {
             _perceptual_pgd,
             (published.PERCEPTUAL,),
             remarks=(
-                "The text names no step; here it is a quarter of ε. Judged at "
-                "the last iterate.",
+                "The paper does not give the step size; here it is ε/4. The "
+                "last iterate counts.",
             ),
         ),
         Protocol(

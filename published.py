@@ -1,12 +1,11 @@
-"""The published tables this project is held against, and how to write one.
+"""Published tables for comparison, and the formatting of tables.
 
-A `Layout` is a table of one of the texts: its columns and its numbers. A
-`Table` is plain text in such a layout, made by `protocols`; `render`,
-`to_markdown` and `to_csv` write it down.
+A `Layout` is a table of a paper: its columns and its numbers. A `Table` holds
+strings in such a layout; `protocols` makes it, and `render`, `to_markdown` and
+`to_csv` format it.
 
-The numbers are transcribed as they are printed. A `?` behind one marks an
-entry that does not agree with another place of the same text; the layout says
-why.
+The numbers are transcribed as printed. A `?` after a number marks an entry that
+contradicts another place of the same paper; `Layout.doubt` says why.
 """
 
 import csv
@@ -18,16 +17,16 @@ import textwrap
 DASH = "–"
 _ZORAN = "Zoran et al., 2020"
 _HANDOVER = "the handover's published results"
-RADIUS = 16 / 255  # The one radius of S3TA's tables but one.
+RADIUS = 16 / 255  # The radius of all S3TA tables except S3TA_UNTARGETED.
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
         name: The model.
-        cells: Texts, one a column but the first.
+        cells: Strings, one for each column except the first.
         kind: `"ours"`, `"same"` (published, of the same model) or
             `"published"`.
     """
@@ -39,14 +38,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of plain text, in the layout of the text it is from.
+    """A table of strings in the layout of a paper.
 
     Attributes:
-        title: What it shows, and whose table it is.
-        header: Tuple of header rows; each has one text a column, that of a
-            group once for each of its columns.
+        title: What the table shows, and its source.
+        header: Tuple of header rows. Each has one string per column; the head
+            of a group is repeated in each of its columns.
         rows: Tuple of `Row`, ours first.
-        notes: Tuple of sentences: what is missing, what cannot be compared.
+        notes: Tuple of sentences: what is missing or cannot be compared.
     """
 
     title: str
@@ -57,26 +56,27 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A published table: its columns, and its numbers.
+    """A published table: its columns and its numbers.
 
     Attributes:
-        source: Text and table number.
-        caption: What it measures.
+        source: Paper and table number.
+        caption: What the table measures.
         dataset: Our name of its data set; empty if no numbers are published.
         image_size: Side of its images in pixels.
-        corner: Head of the first column.
-        scans: Pairs (heads, settings): the columns that differ in settings.
-        measures: Pairs (head, key of the record) for each of them.
-        radii: The published radii, in the units of `norm`.
-        by_radius: Whether radii are columns, by the template `radius_head`;
-            otherwise every radius is a line.
+        corner: Heads of the first column.
+        scans: Pairs (heads, settings of an attack), one for each evaluation.
+        measures: Pairs (head, key of the record): the columns that each
+            evaluation fills.
+        radii: The published radii, for pixels in [0, 1].
+        by_radius: Whether radii are columns with the head `radius_head`;
+            otherwise every radius is a row.
         radius_head: Head of a radius, with `{}` for its value.
         clean: Heads of the column of clean accuracy; empty for none.
         published: Pairs (model, numbers in percent as printed).
-        doubt: What is wrong with the numbers that are marked with `?`.
-        decimals: Digits of a percentage.
-        sign: What stands behind a percentage.
-        norm: The norm of its threat model.
+        doubt: What is wrong with the numbers marked with `?`.
+        decimals: Number of decimals of a percentage.
+        sign: Suffix of a percentage.
+        norm: The norm of the threat model.
     """
 
     source: str
@@ -97,21 +97,26 @@ class Layout:
     norm: str = "linf"
 
     def title(self, norm, radii, comparable):
-        """Says what a table shows, and whose it is."""
-        ball = "" if norm == self.norm and self.dataset else norm
-        if not self.by_radius and len(radii) == 1:
-            ball = f"{ball} ε = {radius_text(radii[0])}"
-        whose = self.source if comparable else f"layout of {self.source}"
-        return (
-            f"{', '.join(filter(None, (self.caption, ball.strip())))} ({whose})"
-        )
+        """Returns the title of a table: its content and its source.
 
-    def scan_name(self, column, line=None):
-        """Names the evaluation behind a column, for people.
+        Args:
+            norm: The norm of the threat model.
+            radii: The radii of the table.
+            comparable: Whether the published numbers are shown too.
+        """
+        threat_model = "" if norm == self.norm and self.dataset else norm
+        if not self.by_radius and len(radii) == 1:
+            threat_model = f"{threat_model} ε = {radius_text(radii[0])}"
+        source = self.source if comparable else f"layout of {self.source}"
+        content = filter(None, (self.caption, threat_model.strip()))
+        return f"{', '.join(content)} ({source})"
+
+    def scan_name(self, column, radius=None):
+        """Returns a readable name of the evaluation that fills a column.
 
         Args:
             column: One of `columns`.
-            line: The radius of the line, if there are several.
+            radius: The radius of the row, if there are several.
         """
         heads, settings, key = column
         if settings is None:
@@ -121,16 +126,19 @@ class Layout:
         elif any(head for head, k in self.measures if k == key):
             heads = heads[:-1]
         if len(heads) > 1 and len(self.corner) > 1:
-            # The second head is a bare number: restarts.
+            # The second head is only a number; append its unit, "restarts".
             unit = self.corner[1].split()[-1]
             heads = (heads[0], f"{heads[1]} {unit}")
-        at = "" if line is None else self.radius_head.format(radius_text(line))
+        at = ""
+        if radius is not None:
+            at = self.radius_head.format(radius_text(radius))
         return ", ".join(filter(None, (*heads, at)))
 
     def columns(self, radii):
-        """Returns triples (heads, settings or None for clean, measure key).
+        """Returns a triple (heads, settings, key of the record) per column.
 
-        The settings hold "epsilon" if radii are columns.
+        The settings are None for the clean accuracy. They hold "epsilon" if
+        radii are columns.
         """
         columns = []
         if self.clean:
@@ -149,25 +157,25 @@ class Layout:
         return columns
 
     def header(self, columns):
-        """Returns the header rows, all of one length, the corner included."""
+        """Returns the header rows, all of one length, with the corner."""
         heads = [self.corner, *(heads for heads, _, _ in columns)]
         depth = max(len(head) for head in heads)
         heads = [head + ("",) * (depth - len(head)) for head in heads]
         return tuple(zip(*heads, strict=True))
 
     def percent(self, value):
-        """Writes a proportion in the style of the table."""
+        """Formats a proportion in the style of the table."""
         return f"{100 * value:.{self.decimals}f}{self.sign}"
 
     def cells(self, numbers):
-        """Returns the texts of a published line."""
+        """Returns the cells of a published row."""
         return tuple(
             number.replace("?", "") + self.sign + "?" * number.endswith("?")
             for number in numbers.split()
         )
 
     def is_published(self, norm, radii):
-        """Whether the published numbers are for this threat model."""
+        """Tests whether the published numbers are for this threat model."""
         return norm == self.norm and all(
             any(close(radius, known) for known in self.radii)
             for radius in radii
@@ -175,33 +183,37 @@ class Layout:
 
 
 def close(a, b):
-    """Whether two settings are the same number, but for rounding."""
+    """Tests whether two settings are equal up to rounding."""
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def radius_text(radius):
-    """A radius for people: 16/255, 0.001."""
+    """Formats a radius: 16/255, 0.001."""
     levels = round(radius * 255)
-    text = f"{radius:.4g}"
-    if 0 < levels < 255 and close(radius * 255, levels) and len(text) > 5:
+    decimal = f"{radius:.4g}"
+    if 0 < levels < 255 and close(radius * 255, levels) and len(decimal) > 5:
         return f"{levels}/255"
-    return text
+    return decimal
 
 
-# --- Whose numbers they are -------------------------------------------------
-
-# Our models as the handover calls them: name, options that tell, its name; the
-# plain form first. A switch that is not named is off.
-_SWITCHES = ("sampling", "coarse_fixations", "branched_network", "auxiliary")
+# --- The published row of a model --------------------------------------------
+_SWITCHED_OPTIONS = (
+    "sampling",
+    "coarse_fixations",
+    "branched_network",
+    "auxiliary",
+)
+# Triples (model, options, name in the published table); the model without
+# options comes first. Switches that are not listed are off.
 _RETINA = {"sampling": True, "interpolation": "nearest"}
 _CROP = {"coarse_fixations": True, "coarse_variant": "crop"}
 _BLUR = {"coarse_fixations": True, "coarse_variant": "blur"}
-_SAME = (
+_MODEL_ROWS = (
     ("resnet", {}, "resnet"),
     ("resnet", _RETINA, "retinal sampling"),
     ("resnet", _CROP, "coarse fixations"),
     ("resnet", _BLUR, "coarse, blurred"),
-    # The handover's own program had the four branches look at the crop.
+    # In the published program the four branches see the crop.
     ("resnet", {**_CROP, "branched_network": True}, "branched resnet"),
     ("resnet_cifar", {}, "resnet_cifar"),
     ("resnet_cifar", _RETINA, "retinal sampling"),
@@ -209,9 +221,9 @@ _SAME = (
     ("ecnn", {}, "cortical (ECNN)"),
     ("ecnn", {"auxiliary": True}, "cortical, auxiliary"),
 )
-# Options that make it another model, unless they have one of these values; the
-# first is what one not given counts as.
-_ALTERING = {
+# Values of options with which a model is the published one; any other value
+# makes it another model. The first value is the default.
+_PUBLISHED_VALUES = {
     "width": (0,),
     "stem_stride": (0, 2),
     "pool_stride": (0, 2),
@@ -226,8 +238,8 @@ _ALTERING = {
     "gaze_range": (0.0,),
     "test_gazes": ("five",),
 }
-# The same of one model, in place of these or beside them.
-_ALTERING_ONE = {
+# Further such values of one model; they override those above.
+_PUBLISHED_VALUES_OF = {
     "s3ta": {
         "vision": ("auto", "resnet152", "resnet152_v2"),
         "vision_width": (0,),
@@ -237,7 +249,8 @@ _ALTERING_ONE = {
         "frequencies": (4,),
         "controller_units": (1024,),
         "hidden_units": (1024,),
-        # Of a vision net for small images, which alters by itself.
+        # It has an effect only in vision nets for small images, and those
+        # differ from the published model anyway.
         "downsampling": ("all", "not_last", "none"),
     },
     "denoise": {"depth": (152,), "denoising": ("stages",)},
@@ -245,73 +258,79 @@ _ALTERING_ONE = {
 
 
 def shown_name(model, options=None):
-    """Returns what we call a model in a table: S3TA with its steps.
+    """Returns the name of our model in a table; that of S3TA has its steps.
 
     Args:
         model: Our name of a model.
-        options: Dict of the options it was made with.
+        options: Dict of the model's options.
     """
     if model != "s3ta":
         return model
-    return f"S3TA-{_value((options or {}).get('num_steps')) or 16}"
+    return f"S3TA-{_normalized((options or {}).get('num_steps')) or 16}"
 
 
 def published_name(layout, model, options=None, attack_steps=None):
-    """Returns the line of a published table that is of our model, or None.
+    """Returns the row of a published table for our model, or None.
 
     Args:
         layout: A `Layout`.
         model: Our name of a model.
-        options: Dict of the options it was made with, also as a file or a
-            command line has them: lists, and numbers as texts.
-        attack_steps: Steps of the attack it was trained with; None if it was
-            trained without, or that is not known. With 30 it is the line that
-            ends in "-30", in a table that tells these from the others.
+        options: Dict of the model's options. Lists and numbers may be strings,
+            as in a file or on a command line.
+        attack_steps: Number of steps of the attack in training; None for none,
+            or unknown. With 30 it is the row whose name ends in "-30", if the
+            table has one.
     """
     options = {
-        key: _value(value)
+        key: _normalized(value)
         for key, value in (options or {}).items()
         if value is not None
     }
-    usual = {**_ALTERING, **_ALTERING_ONE.get(model, {})}
-    if any(options.get(key, u[0]) not in u for key, u in usual.items()):
+    allowed = {**_PUBLISHED_VALUES, **_PUBLISHED_VALUES_OF.get(model, {})}
+    if any(
+        options.get(k, values[0]) not in values for k, values in allowed.items()
+    ):
         return None
     printed = {name.split(" [")[0]: name for name, _ in layout.published}
-    line = _line(printed, model, options)
-    if attack_steps == 30 and f"{line}-30" in printed:
-        line = f"{line}-30"
-    return printed.get(line)
+    row = _row_name(printed, model, options)
+    if attack_steps == 30 and f"{row}-30" in printed:
+        row = f"{row}-30"
+    return printed.get(row)
 
 
-def _line(printed, model, options):
-    """What the texts call a model of ours that nothing alters, or None."""
+def _row_name(printed, model, options):
+    """The published name of our model with these options, or None."""
     if model == "s3ta":
         return shown_name(model, options)
     if model == "denoise":
         return "DENOISE"
     if model in ("resnet50", "resnet152"):
         return f"ResNet-{options.get('depth') or model.removeprefix('resnet')}"
-    lines = [(wanted, name) for ours, wanted, name in _SAME if ours == model]
+    rows = [
+        (needed, name) for ours, needed, name in _MODEL_ROWS if ours == model
+    ]
     # A table is of one network and its variants, ResNet-18 or ResNet-20.
-    if not lines or lines[0][1] not in printed:
+    if not rows or rows[0][1] not in printed:
         return None
-    return next((name for w, name in lines if _fits(options, w)), None)
+    return next((n for needed, n in rows if _matches(options, needed)), None)
 
 
-def _fits(options, wanted):
-    """Whether options are the wanted ones, and no other switch is on."""
+def _matches(options, needed):
+    """Tests for the needed options, with all other switches off."""
     options = {"coarse_variant": "crop", **options}
-    return all(options.get(key) == value for key, value in wanted.items()) and (
-        not any(options.get(key) for key in set(_SWITCHES) - set(wanted))
+    return all(options.get(key) == value for key, value in needed.items()) and (
+        not any(
+            options.get(key) for key in set(_SWITCHED_OPTIONS) - set(needed)
+        )
     )
 
 
-def _value(value):
-    """An option with numbers and tuples in place of texts and lists."""
+def _normalized(value):
+    """Converts strings and lists of an option to numbers and tuples."""
     if isinstance(value, str) and "," in value:
         value = value.split(",")
     if isinstance(value, (list, tuple)):
-        return tuple(map(_value, value))
+        return tuple(map(_normalized, value))
     if isinstance(value, str):
         for kind in (int, float):
             try:
@@ -322,7 +341,7 @@ def _value(value):
 
 
 def published_rows(layout, model, options=None, attack_steps=None):
-    """Returns the published lines; the one of our model has a star.
+    """Returns the published rows; the one of our model is marked with a star.
 
     Args:
         layout: A `Layout`.
@@ -404,7 +423,7 @@ S3TA_STRONG = Layout(
         ("DENOISE", "42.76 33.83 42.99 33.88"),
         ("S3TA-16-30", "46.11? 24.91? 46.20 24.68"),
     ),
-    doubt="the main text's Table 1 has the same two numbers for S3TA-16-30 at "
+    doubt="Table 1 of the paper has the same two numbers for S3TA-16-30 at "
     "1000 steps, on other images.",
     **_IMAGENET,
 )
@@ -427,7 +446,7 @@ S3TA_RESTARTS = Layout(
         ("S3TA-16-30", "47.76 47.27 47.09 46.74 46.09 45.78"),
     ),
     doubt="DENOISE has the same number with 10 and with 100 restarts; all "
-    "others fall.",
+    "others decrease.",
     **_IMAGENET,
 )
 
@@ -461,7 +480,7 @@ S3TA_UNTARGETED = Layout(
         ("LLR [42]", "47.0 6.1"),
         ("S3TA-16", "46.75? 9.8?"),
     ),
-    doubt="the prose calls this model S3TA-16-30.",
+    doubt="the text of the paper calls this model S3TA-16-30.",
 )
 
 S3TA_SPSA = Layout(
@@ -537,8 +556,8 @@ PERCEPTUAL = Layout(
         ("AT-4", "89.79 61.28 27.30"),
         ("AT-8", "87.25 73.99 47.37"),
     ),
-    doubt="Natural and AT-2 have one clean accuracy, though the prose speaks "
-    "of a slight drop.",
+    doubt="Natural and AT-2 have the same clean accuracy, but the text of the "
+    "paper mentions a slight drop.",
     sign="",
 )
 
@@ -550,7 +569,7 @@ AUTOATTACK = Layout(
     radius_head="Robust, ε = {}",
 )
 
-# --- Writing a table --------------------------------------------------------
+# --- Formatting of tables ----------------------------------------------------
 
 
 def render(table):
@@ -564,7 +583,7 @@ def render(table):
     import rich.table
 
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for number, head in enumerate(_folded(table.header)):
+    for number, head in enumerate(_header_lines(table.header)):
         grid.add_column(
             head, justify="right" if number else "left", no_wrap=True
         )
@@ -588,12 +607,12 @@ def render(table):
 
 
 def to_markdown(table):
-    """Returns a table as Markdown; ours are bold.
+    """Returns a table as Markdown; our rows are bold.
 
     Args:
         table: A `Table`.
     """
-    heads = _joined(table.header, ", ")
+    heads = _join_levels(table.header, ", ")
     lines = [
         f"**{table.title}**",
         "",
@@ -606,21 +625,21 @@ def to_markdown(table):
             cells = [f"**{c}**" if c != DASH else c for c in cells]
         lines.append(_markdown_row(cells))
     if table.notes:
-        lines += ["", *(f"- {_escaped(note)}" for note in table.notes)]
+        lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 
 def to_csv(table):
-    """Returns a table as CSV: numbers in percent, an empty field for none.
+    """Returns a table as CSV: numbers in percent, empty fields for dashes.
 
-    The first column tells whose line it is: ours, same or published.
+    The first column is `Row.kind`: ours, same or published.
 
     Args:
         table: A `Table`.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["source", *_joined(table.header, " / ")])
+    writer.writerow(["source", *_join_levels(table.header, " / ")])
     for row in table.rows:
         numbers = [
             "" if cell == DASH else cell.rstrip("?%") for cell in row.cells
@@ -630,8 +649,11 @@ def to_csv(table):
     return out.getvalue()
 
 
-def _folded(header):
-    """One head a column, in lines; that of a group at its first one only."""
+def _header_lines(header):
+    """Returns one multi-line head per column.
+
+    The head of a group appears in its first column only.
+    """
     levels = []
     for depth, heads in enumerate(header):
         groups = [above[: depth + 1] for above in zip(*header, strict=True)]
@@ -645,9 +667,9 @@ def _folded(header):
                 zip(heads, groups, strict=True)
             )
         ]
-        # The corner stays on one line: the names below it are longer.
+        # The corner is not wrapped, since the names below it are longer.
         lines = [
-            [head] if not number else _fold(head)
+            [head] if not number else _wrap(head)
             for number, head in enumerate(shown)
         ]
         height = max(map(len, lines))
@@ -655,26 +677,26 @@ def _folded(header):
     return ["\n".join(sum(parts, [])) for parts in zip(*levels, strict=True)]
 
 
-def _fold(head):
-    """Breaks a head into short lines, but not before or behind a sign."""
-    tied = head.replace(" = ", "\u00a0=\u00a0")
-    lines = textwrap.wrap(tied, 12, break_long_words=False)
+def _wrap(head):
+    """Wraps a head into short lines, but not around an equals sign."""
+    unbroken = head.replace(" = ", "\u00a0=\u00a0")
+    lines = textwrap.wrap(unbroken, 12, break_long_words=False)
     return [line.replace("\u00a0", " ") for line in lines]
 
 
-def _joined(header, between):
-    """One head a column, its levels joined."""
+def _join_levels(header, between):
+    """Returns one head per column, with its levels joined."""
     return [
         between.join(filter(None, heads)) for heads in zip(*header, strict=True)
     ]
 
 
 def _markdown_row(cells):
-    return f"| {' | '.join(map(_escaped, cells))} |"
+    return f"| {' | '.join(map(_escape_markdown, cells))} |"
 
 
-def _escaped(text):
-    """Text without what Markdown would take for its own."""
+def _escape_markdown(text):
+    """Escapes the characters that have a meaning in Markdown tables."""
     if set(text) <= set("-:"):
         return text
     bold = text.startswith("**") and text.endswith("**") and len(text) > 4

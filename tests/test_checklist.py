@@ -1,4 +1,4 @@
-"""Each way to hide a gradient is caught, by name; a sound model passes."""
+"""Each kind of gradient masking fails its check; a normal model passes all."""
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ def digits():
 
 
 def train(images, labels, seed):
-    """A net with one hidden layer; the same weights on every backend."""
+    """Trains a net with one hidden layer; all backends get the same weights."""
     net = neural_network.MLPClassifier(
         (32,), max_iter=40, alpha=1e-3, learning_rate_init=0.005, batch_size=64,
         random_state=seed, tol=0, n_iter_no_change=40,
@@ -73,7 +73,7 @@ class Temperature(layers.Layer):
 
 
 class Saturated(layers.Layer):
-    """Logits of -1 and 1, of which only the largest is above 0."""
+    """Saturates logits at -1 and 1; only the largest is above 0."""
 
     def call(self, logits):
         top, _ = ops.top_k(logits, 2)
@@ -82,7 +82,7 @@ class Saturated(layers.Layer):
 
 
 class Masked(layers.Layer):
-    """The same logits, without a gradient."""
+    """Returns the logits without a gradient."""
 
     def call(self, logits):
         return ops.stop_gradient(logits)
@@ -104,21 +104,21 @@ class Noise(layers.Layer):
         return images + 0.05 * noise
 
 
-class Trap(layers.Layer):
-    """Logits whose slope is a ripple, with a drop near the end of the ball.
+class RippledLoss(layers.Layer):
+    """Logits with local maxima between the image and the adversarial region.
 
-    The first logit wins unless every pixel is 0.1 brighter than grey. A step
-    of that length gets there; short steps stop on the ripple's first crest.
+    Class 0 is predicted unless every pixel is 0.1 brighter than grey. A single
+    step of that length succeeds; short steps stop at the first local maximum.
     """
 
     def call(self, images):
-        moved = ops.mean(images, axis=(1, 2, 3)) - 0.5
-        ripple = 0.9 * ops.sin(2 * np.pi * moved / 0.08)
-        gap = ripple - 1 + 20 * ops.relu(moved - 0.09)
+        brightness = ops.mean(images, axis=(1, 2, 3)) - 0.5
+        ripple = 0.9 * ops.sin(2 * np.pi * brightness / 0.08)
+        gap = ripple - 1 + 20 * ops.relu(brightness - 0.09)
         return ops.stack([-gap / 2, gap / 2], axis=-1)
 
 
-def around(model, before=None, after=None):
+def compose(model, before=None, after=None):
     inputs = keras.Input(SHAPE)
     outputs = model(before(inputs) if before else inputs)
     return keras.Model(inputs, after(outputs) if after else outputs)
@@ -132,7 +132,7 @@ def skipped(checks):
     return {check.name for check in checks if check.passed is None}
 
 
-def test_a_sound_model_passes_every_check(sound, other, split):
+def test_undefended_model_passes_every_check(sound, other, split):
     seen = []
     checks = checklist.run(
         sound, split, transfer_from=other, report=seen.append, **CHEAP
@@ -142,14 +142,14 @@ def test_a_sound_model_passes_every_check(sound, other, split):
     assert [c.name for c in checks if c.passed is not True] == [], (
         checklist.render(checks)
     )
-    # Neither trivially: some images stand, some fall.
-    standing = next(c for c in checks if c.name == "single_step").found
-    assert not standing.startswith("PGD leaves no image")
+    # The result is not trivial: some images are robust.
+    found = next(c for c in checks if c.name == "single_step").found
+    assert not found.startswith("PGD leaves no image")
 
 
-def test_a_temperature_is_caught_and_hides_nothing(sound, split):
-    """Logits divided by 1e-3: the softmax of float32 has no gradient left."""
-    model = around(sound, after=Temperature())
+def test_temperature_fails_only_logit_scale(sound, split):
+    """With logits divided by 1e-3 the softmax gradient is zero in float32."""
+    model = compose(sound, after=Temperature())
     checks = checklist.run(model, split, **CHEAP)
     assert failed(checks) == {"logit_scale"}, checklist.render(checks)
     assert skipped(checks) == {"transfer"}
@@ -162,8 +162,8 @@ def test_a_temperature_is_caught_and_hides_nothing(sound, split):
         (Masked, {"black_box"}),
     ],
 )
-def test_a_masked_gradient_is_caught(sound, split, after, beaten_by):
-    checks = checklist.run(around(sound, after=after()), split, **CHEAP)
+def test_masked_gradient_fails(sound, split, after, beaten_by):
+    checks = checklist.run(compose(sound, after=after()), split, **CHEAP)
     assert failed(checks) == beaten_by | {
         "zero_gradients",
         "unbounded_epsilon",
@@ -171,29 +171,29 @@ def test_a_masked_gradient_is_caught(sound, split, after, beaten_by):
     assert skipped(checks) == {"transfer"}
 
 
-def test_a_transfer_is_caught(sound, split):
-    model = around(sound, after=Masked())
+def test_successful_transfer_attack_fails(sound, split):
+    model = compose(sound, after=Masked())
     settings = {**CHEAP, "only": ["transfer"]}
     (check,) = checklist.run(model, split, transfer_from=sound, **settings)
     assert check.name == "transfer" and check.passed is False
 
 
-def test_quantized_input_is_caught(sound, split):
-    model = around(sound, before=Quantized())
+def test_quantized_input_fails(sound, split):
+    model = compose(sound, before=Quantized())
     only = ["zero_gradients", "logit_scale", "unbounded_epsilon", "black_box"]
     checks = checklist.run(model, split, only=only, **CHEAP)
     assert failed(checks) == set(only) - {"logit_scale"}
 
 
-def test_noise_that_beats_the_gradient_is_caught(sound, split):
-    model = around(sound, before=Quantized())
+def test_noise_stronger_than_the_gradient_fails(sound, split):
+    model = compose(sound, before=Quantized())
     settings = {**CHEAP, "epsilon": 0.3, "only": ["random_noise"]}
     (check,) = checklist.run(model, split, **settings)
     assert check.passed is False
 
 
-def test_a_randomized_model_is_caught(sound, split):
-    model = around(sound, before=Noise())
+def test_stochastic_model_without_eot_fails_and_is_unchanged(sound, split):
+    model = compose(sound, before=Noise())
     before = [ops.convert_to_numpy(v).copy() for v in model.variables]
     checks = checklist.run(model, split, **CHEAP)
     assert failed(checks) == {"deterministic"}
@@ -205,15 +205,15 @@ def test_a_randomized_model_is_caught(sound, split):
         np.testing.assert_array_equal(old, ops.convert_to_numpy(new))
 
 
-def test_a_declared_randomized_model_is_attacked_in_expectation(sound, split):
-    model = around(sound, before=Noise())
+def test_stochastic_model_with_eot_is_attacked(sound, split):
+    model = compose(sound, before=Noise())
     only = ["deterministic", "zero_gradients", "unbounded_epsilon"]
     checks = checklist.run(model, split, eot=4, only=only, **CHEAP)
     assert not failed(checks) and not skipped(checks)
 
 
-def test_probabilities_are_caught(sound, split):
-    model = around(sound, after=layers.Softmax())
+def test_probabilities_fail(sound, split):
+    model = compose(sound, after=layers.Softmax())
     checks = checklist.run(model, split, **CHEAP)
     assert failed(checks) == {"logits"}
     assert skipped(checks) == set(checklist.NAMES) - {
@@ -221,10 +221,10 @@ def test_probabilities_are_caught(sound, split):
     }
 
 
-def test_a_ripple_on_the_loss_is_caught():
-    """Many short steps stop where a long one passes."""
+def test_local_maxima_of_the_loss_fail():
+    """Many short steps stop at a local maximum that one long step passes."""
     inputs = keras.Input(SHAPE)
-    model = keras.Model(inputs, Trap()(inputs))
+    model = keras.Model(inputs, RippledLoss()(inputs))
     images = np.full((40, *SHAPE), 0.5, "float32")
     split = image_splits.Split(
         "test", np.zeros(40, "int32"), lambda i: images[i]
@@ -240,18 +240,18 @@ def test_a_ripple_on_the_loss_is_caught():
 
 
 @pytest.mark.parametrize("norm,epsilon", [("l2", 0.5), ("l1", 2.0)])
-def test_the_other_norms(sound, split, norm, epsilon):
+def test_l1_and_l2_norms(sound, split, norm, epsilon):
     settings = {**CHEAP, "norm": norm, "epsilon": epsilon}
     only = ["larger_epsilon", "unbounded_epsilon"]
     assert not failed(checklist.run(sound, split, only=only, **settings))
-    model = around(sound, before=Quantized())
+    model = compose(sound, before=Quantized())
     (check,) = checklist.run(
         model, split, only=["unbounded_epsilon"], **settings
     )
     assert check.passed is False
 
 
-def test_the_batch_size_changes_nothing(sound, split):
+def test_results_do_not_depend_on_batch_size(sound, split):
     only = ["zero_gradients", "logit_scale", "more_steps", "random_noise"]
     found = [
         checklist.run(
@@ -262,7 +262,7 @@ def test_the_batch_size_changes_nothing(sound, split):
     assert found[0] == found[1]
 
 
-def test_no_image_is_right(sound, split):
+def test_attack_checks_are_skipped_if_no_image_is_correct(sound, split):
     wrong = image_splits.Split(
         "test", (split.labels + 1) % 10, lambda i: split.read(i)
     )
@@ -288,13 +288,13 @@ def test_no_image_is_right(sound, split):
         ({"norm": "l3"}, "linf"),
     ],
 )
-def test_bad_input_is_one_line(sound, split, settings, words):
+def test_invalid_settings_give_one_line(sound, split, settings, words):
     with pytest.raises(ValueError) as error:
         checklist.run(sound, split, **{**CHEAP, **settings})
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_text_names_failures_and_remedies():
+def test_render_names_failures_and_remedies():
     checks = [
         checklist.Check("logits", True, "all well", "never shown"),
         checklist.Check("black_box", False, "9 fall", "Find the layer."),
@@ -306,16 +306,16 @@ def test_the_text_names_failures_and_remedies():
         "                 -> Find the layer.",
         "skip  transfer   no other model",
         "1 of 2 checks failed: black_box. Do not report a robust accuracy "
-        "before they are mended.",
+        "before this is fixed.",
     ]
 
 
-class Explosive(layers.Layer):
-    """Finite on the images it is made of, NaN or infinite on all others.
+class NonfiniteElsewhere(layers.Layer):
+    """Passes logits of known images on; other images get NaN or infinity.
 
     Args:
-        images: What is answered.
-        bad: What is added elsewhere.
+        images: The known images.
+        bad: The logits of all other images.
     """
 
     def __init__(self, images, bad, **kwargs):
@@ -324,22 +324,22 @@ class Explosive(layers.Layer):
         self.bad = bad
 
     def call(self, images, logits):
-        found = ops.sum(images, axis=(1, 2, 3))
-        near = ops.abs(ops.expand_dims(found, -1) - self.known)
+        sums = ops.sum(images, axis=(1, 2, 3))
+        near = ops.abs(ops.expand_dims(sums, -1) - self.known)
         known = ops.any(near < 1e-4, axis=-1, keepdims=True)
         return ops.where(known, logits, self.bad)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_answers_that_are_not_finite_are_named(sound, split, bad):
+def test_nonfinite_logits_are_counted(sound, split, bad):
     inputs = keras.Input(SHAPE)
     images = split.read(np.arange(len(split)))
-    outputs = Explosive(images, bad)(inputs, sound(inputs))
-    moved = keras.Model(inputs, outputs)
-    checks = checklist.run(moved, split, only=["finite", "logits"], **CHEAP)
+    outputs = NonfiniteElsewhere(images, bad)(inputs, sound(inputs))
+    model = keras.Model(inputs, outputs)
+    checks = checklist.run(model, split, only=["finite", "logits"], **CHEAP)
     assert failed(checks) == {"finite"}
-    assert "0 of 48 clean images and 48 random points" in checks[0].found
-    everywhere = around(sound, after=layers.Rescaling(bad))
+    assert "0 of 48 clean images and 48 randomly" in checks[0].found
+    everywhere = compose(sound, after=layers.Rescaling(bad))
     checks = checklist.run(everywhere, split, **CHEAP)
     assert failed(checks) == {"finite"}
     assert skipped(checks) >= set(checklist.NAMES) - {"finite", "deterministic"}

@@ -1,4 +1,4 @@
-"""The presets run what the texts ran, and print what they printed."""
+"""Protocols run the papers' attacks and show the papers' tables."""
 
 import csv
 import dataclasses
@@ -19,9 +19,9 @@ import spsa
 from protocols import PROTOCOLS
 
 PHOTOGRAPH, SMALL, DIGIT = (224, 224, 3), (32, 32, 3), (28, 28, 1)
-PRESETS = sorted(PROTOCOLS)
-# Lines of the texts, word for word but for what separates the cells.
-PRINTED = {
+NAMES = sorted(PROTOCOLS)
+# Rows as printed in the papers; only the separators differ.
+PUBLISHED = {
     "s3ta": """
 ResNet-152|70.66%|53.48%|7.63%|36.91%|43.48%|32.50%|50.93%|29.5%|55.84%
 S3TA-2|72.30%|55.08%|9.06%|40.13%|40.31%|36.56%|46.56%|33.97%|50.40%
@@ -88,8 +88,8 @@ AT-8|87.25|73.99|47.37
 }
 
 
-def record(config, robust=0.5, hit=0.25, clean=0.875, number=200, **more):
-    """A record as an evaluation would leave it, through JSON and back."""
+def record(config, robust=0.5, success=0.25, clean=0.875, number=200, **more):
+    """Returns a record as an evaluation would write it, after JSON."""
     low, high = metrics.proportion_interval(round(robust * number), number)
     made = {
         **config.describe(),
@@ -98,7 +98,7 @@ def record(config, robust=0.5, hit=0.25, clean=0.875, number=200, **more):
         "clean_accuracy": clean,
         "robust_accuracy": robust,
         "robust_accuracy_interval": [low, high],
-        "attack_success": hit,
+        "attack_success": success,
         "loss": 2.5,
         **more,
     }
@@ -106,25 +106,25 @@ def record(config, robust=0.5, hit=0.25, clean=0.875, number=200, **more):
 
 
 def run(name, shape=PHOTOGRAPH, classes=1000, **settings):
-    """The evaluations of a preset, and a record of each."""
+    """Returns the evaluations of a protocol and a record of each."""
     configs = PROTOCOLS[name].evaluations(shape, classes, **settings)
     return configs, [
-        record(config, robust=0.5 - i / 64, hit=0.25 + i / 64)
+        record(config, robust=0.5 - i / 64, success=0.25 + i / 64)
         for i, config in enumerate(configs)
     ]
 
 
-def own(table):
+def own_rows(table):
     return [row for row in table.rows if row.kind == "ours"]
 
 
-class TestPublished:
-    @pytest.mark.parametrize("which", sorted(PRINTED))
-    def test_every_number_is_the_printed_one(self, which):
+class TestPublishedNumbers:
+    @pytest.mark.parametrize("which", sorted(PUBLISHED))
+    def test_numbers_are_as_printed_in_the_papers(self, which):
         name, _, dataset = which.partition(" ")
         layouts = {x.dataset: x for x in PROTOCOLS[name].layouts}
         layout = layouts[dataset] if dataset else PROTOCOLS[name].layouts[0]
-        lines = PRINTED[which].strip().splitlines()
+        lines = PUBLISHED[which].strip().splitlines()
         printed = [
             [cell.strip() for cell in line.strip("| ").split("|")]
             for line in lines
@@ -135,8 +135,8 @@ class TestPublished:
         ]
         assert ours == printed
 
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_lines_are_as_long_as_the_header(self, name):
+    @pytest.mark.parametrize("name", NAMES)
+    def test_rows_have_one_number_per_column(self, name):
         for layout in PROTOCOLS[name].layouts:
             columns = layout.columns(layout.radii)
             assert {len(n.split()) for _, n in layout.published} <= {
@@ -145,7 +145,7 @@ class TestPublished:
             doubtful = any("?" in numbers for _, numbers in layout.published)
             assert doubtful == bool(layout.doubt)
 
-    def test_the_prose_agrees_with_the_numbers(self):
+    def test_numbers_agree_with_the_text_of_the_paper(self):
         numbers = {
             name: [float(n.rstrip("?")) for n in numbers.split()]
             for name, numbers in published.S3TA.published
@@ -169,7 +169,7 @@ class TestEvaluations:
         configs = PROTOCOLS[name].evaluations(shape, 1000, **settings)
         return [config.attack for config in configs]
 
-    def test_s3ta(self):
+    def test_s3ta_attacks(self):
         attacks = self.attacks("s3ta")
         assert [a.steps for a in attacks] == [10, 100, 250, 1000]
         lengths = [a.step_length * 255 for a in attacks]
@@ -180,16 +180,16 @@ class TestEvaluations:
             assert (attack.random_start, attack.restarts) == (1.0, 1)
             assert attack.keep == "last"
 
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_targets_and_numbers_of_images(self, name):
+    @pytest.mark.parametrize("name", NAMES)
+    def test_targets_and_number_of_images(self, name):
         for config in PROTOCOLS[name].evaluations(PHOTOGRAPH, 1000):
             untargeted = ("s3ta_untargeted", "handover", "perceptual")
-            aimed = name not in (*untargeted, "autoattack")
-            assert config.target == ("random" if aimed else "none")
-            wanted = {"s3ta_strong": 2200, "s3ta_spsa": 1000}.get(name)
-            assert config.num_examples == wanted
+            targeted = name not in (*untargeted, "autoattack")
+            assert config.target == ("random" if targeted else "none")
+            expected = {"s3ta_strong": 2200, "s3ta_spsa": 1000}.get(name)
+            assert config.num_examples == expected
 
-    def test_strong_and_restarts(self):
+    def test_s3ta_strong_and_restarts_attacks(self):
         strong = self.attacks("s3ta_strong")
         assert [a.steps for a in strong] == [5000, 10000]
         restarts = [
@@ -206,19 +206,19 @@ class TestEvaluations:
         for attack in (*strong, *self.attacks("s3ta_restarts")):
             assert attack.step_length == 1 / 255
 
-    def test_adam(self):
+    def test_s3ta_adam_attack(self):
         (attack,) = self.attacks("s3ta_adam")
         assert isinstance(attack, attack_backbone.PGDAdam)
         assert (attack.steps, attack.boundaries) == (250, (100, 200))
         assert attack.rates == (0.1, 0.01, 0.001)
 
-    def test_untargeted(self):
+    def test_s3ta_untargeted_attacks(self):
         attacks = self.attacks("s3ta_untargeted")
         assert [a.epsilon for a in attacks] == [4 / 255, 16 / 255]
         assert {a.steps for a in attacks} == {200}
         assert {a.step_length for a in attacks} == {1 / 255}
 
-    def test_spsa(self):
+    def test_s3ta_spsa_attack(self):
         (attack,) = self.attacks("s3ta_spsa")
         assert isinstance(attack, spsa.SPSA)
         assert (attack.samples, attack.steps) == (4096, 100)
@@ -232,7 +232,7 @@ class TestEvaluations:
             ((320, 320, 3), 20, [0.001, 0.005, 0.01, 0.02]),
         ],
     )
-    def test_handover(self, shape, steps, radii):
+    def test_handover_attacks_depend_on_image_size(self, shape, steps, radii):
         attacks = self.attacks("handover", shape)
         assert [a.epsilon for a in attacks] == radii
         for attack in attacks:
@@ -241,7 +241,7 @@ class TestEvaluations:
             length = attack.epsilon / 0.3 * 0.1
             assert attack.step_length == pytest.approx(length)
 
-    def test_perceptual(self):
+    def test_perceptual_attacks(self):
         attacks = self.attacks("perceptual")
         assert [a.epsilon for a in attacks] == [4 / 255, 8 / 255]
         assert {a.steps for a in attacks} == {10}
@@ -255,39 +255,41 @@ class TestEvaluations:
             (SMALL, "l2", 0.5),
         ],
     )
-    def test_autoattack_at_the_usual_radius(self, shape, norm, radius):
+    def test_autoattack_default_radius_depends_on_norm_and_images(
+        self, shape, norm, radius
+    ):
         (attack,) = self.attacks("autoattack", shape, norm=norm)
         assert attack.version == "standard"
         assert (attack.norm, attack.epsilon) == (norm or "linf", radius)
 
-    def test_autoattack_takes_the_version_for_noise(self):
+    def test_autoattack_version_is_rand_for_several_draws(self):
         (attack,) = self.attacks("autoattack", SMALL, eot=20)
         assert attack.version == "rand"
         (attack,) = self.attacks("autoattack", SMALL, eot=1)
         assert attack.version == "standard"
 
-    def test_what_is_common_goes_into_all(self):
+    def test_common_settings_apply_to_all_evaluations(self):
         common = {
             "batch_size": 7,
             "seed": 3,
             "num_examples": 11,
             "craft_dtype": "bfloat16",
         }
-        for name in PRESETS:
+        for name in NAMES:
             for config in PROTOCOLS[name].evaluations(SMALL, 10, **common):
                 for key, value in common.items():
                     assert getattr(config, key) == value
 
-    def test_a_list_of_images_is_not_cut(self):
+    def test_indices_override_the_number_of_images(self):
         indices = (5, 2, 9)
         (config,) = PROTOCOLS["s3ta_spsa"].evaluations(
             SMALL, 10, indices=indices
         )
         assert (config.indices, config.num_examples) == (indices, None)
 
-    @pytest.mark.parametrize("name", [n for n in PRESETS if n != "autoattack"])
+    @pytest.mark.parametrize("name", [n for n in NAMES if n != "autoattack"])
     @pytest.mark.parametrize("norm", ["linf", "l2"])
-    def test_another_radius_scales_the_steps(self, name, norm):
+    def test_step_size_is_proportional_to_the_radius(self, name, norm):
         once, twice = (
             self.attacks(name, norm=norm, epsilon=epsilon)
             for epsilon in (0.2, 0.4)
@@ -301,7 +303,7 @@ class TestEvaluations:
             else:
                 assert b.step_length == pytest.approx(2 * a.step_length)
 
-    def test_several_radii_are_all_run(self):
+    def test_every_radius_is_evaluated_once(self):
         attacks = self.attacks("s3ta", epsilon=(0.1, 0.2, 0.1))
         assert [(a.epsilon, a.steps) for a in attacks] == [
             (radius, steps)
@@ -309,19 +311,19 @@ class TestEvaluations:
             for steps in (10, 100, 250, 1000)
         ]
 
-    def test_a_norm_without_a_radius_is_refused(self):
-        for name in PRESETS:
+    def test_norm_without_a_default_radius_is_refused(self):
+        for name in NAMES:
             with pytest.raises(ValueError, match="--epsilon") as raised:
                 PROTOCOLS[name].evaluations(DIGIT, 10, norm="l2")
             assert "\n" not in str(raised.value)
         with pytest.raises(ValueError, match="at least one radius"):
             PROTOCOLS["s3ta"].evaluations(DIGIT, 10, epsilon=())
 
-    def test_too_few_classes_are_refused_before_anything_is_run(self):
+    def test_too_few_classes_are_refused(self):
         with pytest.raises(ValueError, match="classes"):
             PROTOCOLS["autoattack"].evaluations(SMALL, 1)
 
-    def test_few_classes_have_an_autoattack_of_their_own_version(self):
+    def test_autoattack_version_for_few_classes_fills_the_table(self):
         (config,) = PROTOCOLS["autoattack"].evaluations(SMALL, 2)
         record = {
             **config.describe(),
@@ -334,14 +336,14 @@ class TestEvaluations:
         assert "25.0" in str(table.rows)
         assert any("standard_2_classes" in note for note in table.notes)
 
-    def test_a_protocol_is_frozen(self):
+    def test_protocol_is_frozen(self):
         with pytest.raises(dataclasses.FrozenInstanceError):
             PROTOCOLS["s3ta"].target = "none"
 
 
 class TestTable:
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_all_of_it(self, name):
+    @pytest.mark.parametrize("name", NAMES)
+    def test_complete_records_fill_every_cell(self, name):
         protocol = PROTOCOLS[name]
         layout = protocol.layouts[-1]
         configs, records = run(name)
@@ -353,16 +355,16 @@ class TestTable:
             assert len(line) == len(table.header[0])
         assert published.DASH not in first.cells
         assert not any("missing" in note for note in table.notes)
-        # Every evaluation is in it: in its order, with its own numbers.
+        # The numbers of all evaluations are in the table, in order.
         numbers = [float(cell.rstrip("%")) for cell in first.cells]
         if layout.clean:
             assert numbers.pop(0) == 87.5
         keys = [key for _, key in layout.measures]
-        wanted = [100 * r[key] for r in records for key in keys]
-        assert numbers == pytest.approx(wanted, abs=0.051)
+        expected = [100 * r[key] for r in records for key in keys]
+        assert numbers == pytest.approx(expected, abs=0.051)
         assert len(configs) * len(keys) == len(numbers)
 
-    def test_two_header_rows(self):
+    def test_header_has_two_rows(self):
         table = PROTOCOLS["s3ta"].table(run("s3ta")[1], "s3ta", "imagenet")
         groups, heads = table.header
         assert groups[:4] == (
@@ -379,10 +381,10 @@ class TestTable:
             ("Random restarts", *["1", "10", "100"] * 2),
         )
 
-    def test_half_of_it(self):
+    def test_missing_records_leave_dashes_and_a_note(self):
         _, records = run("s3ta")
         table = PROTOCOLS["s3ta"].table(records[1:3], "s3ta", "imagenet")
-        (row,) = own(table)
+        (row,) = own_rows(table)
         dash = published.DASH
         assert row.cells == (
             "87.50%",
@@ -393,12 +395,13 @@ class TestTable:
         )
         assert "missing: 10 steps; 1000 steps" in table.notes
 
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_none_of_it(self, name):
+    @pytest.mark.parametrize("name", NAMES)
+    def test_no_records_leave_only_dashes(self, name):
         table = PROTOCOLS[name].table([], "mine", "imagenet")
-        for row in own(table):
+        for row in own_rows(table):
             assert set(row.cells) <= {published.DASH}
-        assert "missing: all of it" in table.notes or name == "autoattack"
+        missing_all = "missing: all evaluations" in table.notes
+        assert missing_all or name == "autoattack"
         assert published.render(table)
 
     @pytest.mark.parametrize(
@@ -415,32 +418,32 @@ class TestTable:
             {"objective": "dlr"},
         ],
     )
-    def test_another_evaluation_fills_no_cell(self, change):
+    def test_record_with_other_settings_fills_no_cell(self, change):
         _, records = run("s3ta")
         changed = {**records[1], **change}
         table = PROTOCOLS["s3ta"].table(
             [records[0], changed], "s3ta", "imagenet"
         )
-        (row,) = own(table)
+        (row,) = own_rows(table)
         assert row.cells[1] != published.DASH
         assert set(row.cells[3:]) == {published.DASH}
 
-    def test_the_seed_and_the_result_do_not_matter(self):
+    def test_record_matches_for_any_seed_and_result(self):
         _, records = run("s3ta")
-        records[1]["seed"], records[1]["loss"] = 7, "unlike any"
+        records[1]["seed"], records[1]["loss"] = 7, "any text"
         table = PROTOCOLS["s3ta"].table(records, "s3ta", "imagenet")
-        assert own(table)[0].cells[3] == "48.44%"
+        assert own_rows(table)[0].cells[3] == "48.44%"
 
-    def test_the_record_with_most_images_counts(self):
+    def test_record_with_most_images_is_used(self):
         _, (small,) = run("s3ta_adam")
         large = {**small, "num_examples": 5000, "robust_accuracy": 0.125}
         for records in ([small, large], [large, small]):
             table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
-            assert own(table)[0].cells[0] == "12.50%"
+            assert own_rows(table)[0].cells[0] == "12.50%"
             assert any("5000 test images" in note for note in table.notes)
 
     @pytest.mark.parametrize(
-        ("model", "options", "dataset", "theirs"),
+        ("model", "options", "dataset", "published_name"),
         [
             ("resnet_cifar", {}, "cifar10", "resnet_cifar"),
             (
@@ -489,15 +492,19 @@ class TestTable:
             ("multi_gaze", {}, "imagenet10", None),
         ],
     )
-    def test_the_same_model_is_marked(self, model, options, dataset, theirs):
+    def test_row_of_the_same_model_has_a_star(
+        self, model, options, dataset, published_name
+    ):
         table = PROTOCOLS["handover"].table([], model, dataset, options=options)
         same = [row for row in table.rows if row.kind == "same"]
-        assert [row.name for row in same] == ([f"{theirs} *"] if theirs else [])
+        assert [row.name for row in same] == (
+            [f"{published_name} *"] if published_name else []
+        )
         starred = any(note.startswith("*") for note in table.notes)
-        assert starred == bool(theirs)
+        assert starred == bool(published_name)
 
-    def test_other_data_are_not_compared(self):
-        for name in PRESETS:
+    def test_published_rows_are_left_out_for_other_data(self):
+        for name in NAMES:
             configs, records = run(name, DIGIT, 10, epsilon=(0.1, 0.2))
             table = PROTOCOLS[name].table(records, "cnn", "mnist")
             assert {row.kind for row in table.rows} == {"ours"}
@@ -509,7 +516,7 @@ class TestTable:
             by_radius = PROTOCOLS[name].layouts[0].by_radius
             assert len(table.rows) == (1 if by_radius else 2)
 
-    def test_other_radii_are_not_compared(self):
+    def test_published_rows_are_left_out_for_other_radii(self):
         _, records = run("perceptual", SMALL, 10, epsilon=(2 / 255, 4 / 255))
         table = PROTOCOLS["perceptual"].table(
             records, "resnet_cifar", "cifar10", epsilon=(2 / 255, 4 / 255)
@@ -517,12 +524,12 @@ class TestTable:
         assert {row.kind for row in table.rows} == {"ours"}
         assert table.header[1][2:] == ("ε = 2/255", "ε = 4/255")
 
-    def test_the_asked_radii_tell_what_is_missing(self):
+    def test_given_radii_determine_what_is_missing(self):
         _, records = run("s3ta", DIGIT, 10, epsilon=0.1)
         table = PROTOCOLS["s3ta"].table(
             records[:3], "cnn", "mnist", epsilon=(0.1, 0.2)
         )
-        assert [row.name for row in own(table)] == [
+        assert [row.name for row in own_rows(table)] == [
             "ours: cnn, ε = 0.1",
             "ours: cnn, ε = 0.2",
         ]
@@ -530,7 +537,7 @@ class TestTable:
         assert "1000 steps, ε = 0.1" in note and "10 steps, ε = 0.2" in note
         assert "100 steps, ε = 0.1" not in note
 
-    def test_the_handover_without_a_known_data_set_follows_its_records(self):
+    def test_handover_layout_of_unknown_data_set_follows_records(self):
         for shape, corner in (
             (SMALL, "CIFAR-10, 5 steps"),
             ((320, 320, 3), "ImageNet10, 20 steps"),
@@ -540,20 +547,20 @@ class TestTable:
             assert table.header[0][0] == corner
             assert published.DASH not in table.rows[0].cells
 
-    def test_autoattack_of_a_stochastic_model(self):
+    def test_autoattack_table_of_a_stochastic_model(self):
         _, records = run("autoattack", SMALL, 10, eot=20)
         table = PROTOCOLS["autoattack"].table(records, "noisy", "cifar10")
-        assert own(table)[0].cells == ("87.50%", "50.00%")
+        assert own_rows(table)[0].cells == ("87.50%", "50.00%")
         assert any("20 draws" in note for note in table.notes)
 
-    def test_how_sure_one_is_stands_below(self):
+    def test_note_gives_the_confidence_interval(self):
         _, records = run("s3ta_adam")
         table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
         low, high = metrics.proportion_interval(100, 200)
         wide = f"±{50 * (high - low):.1f} points"
         assert any("200 test" in n and wide in n for n in table.notes)
 
-    def test_images_of_another_size_are_said(self):
+    def test_note_names_another_image_size(self):
         _, records = run("s3ta_adam")
         records[0]["image_shape"] = [320, 320, 3]
         table = PROTOCOLS["s3ta_adam"].table(records, "s3ta", "imagenet")
@@ -561,7 +568,7 @@ class TestTable:
 
 
 @pytest.mark.parametrize("name", ["perceptual", "handover", "s3ta_adam"])
-def test_what_an_evaluation_records_fills_the_table(name):
+def test_real_evaluations_fill_the_table(name):
     shape, classes = (4, 4, 1), 4
     model = keras.Sequential(
         [keras.Input(shape), layers.Flatten(), layers.Dense(classes)]
@@ -570,7 +577,7 @@ def test_what_an_evaluation_records_fills_the_table(name):
     model.set_weights([rng.normal(size=(16, classes)), np.zeros(classes)])
     images = rng.random((20, *shape)).astype("float32")
     labels = model.predict(images, verbose=0).argmax(-1).astype("int32")
-    labels[:2] = (labels[:2] + 1) % classes  # Two are wrong from the first.
+    labels[:2] = (labels[:2] + 1) % classes  # Two clean errors.
     split = image_splits.Split("test", labels, lambda i: images[i])
     configs = PROTOCOLS[name].evaluations(shape, classes, batch_size=20)
     records = [
@@ -580,7 +587,7 @@ def test_what_an_evaluation_records_fills_the_table(name):
         for config in configs
     ]
     table = PROTOCOLS[name].table(records, "linear", "mnist")
-    (row,) = own(table)
+    (row,) = own_rows(table)
     assert published.DASH not in row.cells
     assert not any("missing" in note for note in table.notes)
     if name != "s3ta_adam":
@@ -591,15 +598,15 @@ def test_what_an_evaluation_records_fills_the_table(name):
         ]
 
 
-class TestWriting:
-    @pytest.fixture(params=PRESETS)
+class TestFormats:
+    @pytest.fixture(params=NAMES)
     def table(self, request):
         _, records = run(request.param)
         protocol = PROTOCOLS[request.param]
         dataset = protocol.layouts[-1].dataset
         return protocol.table(records[:-1], "resnet", dataset)
 
-    def test_text_shows_every_cell_in_its_line(self, table):
+    def test_text_has_every_cell_in_its_row(self, table):
         lines = published.render(table).splitlines()
         assert lines[0] == table.title
         for row in table.rows:
@@ -609,7 +616,7 @@ class TestWriting:
         for note in table.notes:
             assert note in text
 
-    def test_text_fits_a_wide_terminal(self, table):
+    def test_text_is_at_most_120_columns_wide(self, table):
         assert max(map(len, published.render(table).splitlines())) <= 120
 
     def test_csv_has_every_number(self, table):
@@ -623,7 +630,7 @@ class TestWriting:
                 else:
                     assert float(field) == float(cell.rstrip("?%"))
 
-    def test_markdown_is_a_table(self, table):
+    def test_markdown_has_a_row_per_model(self, table):
         lines = published.to_markdown(table).splitlines()
         grid = [line for line in lines if line.startswith("|")]
         assert len(grid) == 2 + len(table.rows)
@@ -631,10 +638,10 @@ class TestWriting:
             len(table.header[0]) + 1
         }
         assert set(grid[1]) <= set("|-: ")
-        assert sum("**ours" in line for line in grid) == len(own(table))
+        assert sum("**ours" in line for line in grid) == len(own_rows(table))
 
 
-def test_presets_have_the_names_of_the_issue():
+def test_protocol_names():
     assert set(PROTOCOLS) == {
         "s3ta",
         "s3ta_strong",

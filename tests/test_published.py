@@ -1,4 +1,4 @@
-"""Which published line is of a model of ours, and how that is said."""
+"""Which published row belongs to our model, and the notes about it."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ RESTARTS = published.S3TA_RESTARTS
 CIFAR, PHOTOGRAPHS = published.HANDOVER_CIFAR10, published.HANDOVER_IMAGENET10
 RETINA = {"sampling": True, "interpolation": "nearest"}
 CROP = {"coarse_fixations": True}
-# What is given, and the same as a file, a command line or no one would say it.
-KEEPING = {
+# Each published value, and its forms in a file or on a command line, or None.
+PUBLISHED_VALUES = {
     "s3ta": {
         "vision": ("auto", "resnet152", "resnet152_v2", None),
         "vision_width": (0, "0", None),
@@ -59,7 +59,7 @@ KEEPING = {
         "interpolation": ("bilinear", "nearest", None),
     },
 }
-ALTERING = {
+OTHER_VALUES = {
     "s3ta": {
         "vision": ("resnet50", "resnet152_v1", "resnet_cifar"),
         "vision_width": (32, "32"),
@@ -97,7 +97,7 @@ ALTERING = {
         "backbone": ("resnet20",),
     },
 }
-LINES = {
+ROWS = {
     "s3ta": (S3TA, "S3TA-16"),
     "denoise": (S3TA, "DENOISE"),
     "resnet152": (S3TA, "ResNet-152"),
@@ -105,8 +105,8 @@ LINES = {
 }
 
 
-def listed(options):
-    """Each value of each option by itself."""
+def flatten(options):
+    """Returns a triple (model, option, value) for each value."""
     return [
         (model, key, value)
         for model, values_by_key in options.items()
@@ -115,15 +115,15 @@ def listed(options):
     ]
 
 
-@pytest.mark.parametrize(("model", "key", "value"), listed(KEEPING))
-def test_the_usual_options_keep_the_line(model, key, value):
-    layout, line = LINES[model]
+@pytest.mark.parametrize(("model", "key", "value"), flatten(PUBLISHED_VALUES))
+def test_published_option_values_keep_the_row(model, key, value):
+    layout, line = ROWS[model]
     assert published.published_name(layout, model, {key: value}) == line
 
 
-@pytest.mark.parametrize(("model", "key", "value"), listed(ALTERING))
-def test_other_options_make_it_another_model(model, key, value):
-    layout, _ = LINES[model]
+@pytest.mark.parametrize(("model", "key", "value"), flatten(OTHER_VALUES))
+def test_other_option_values_have_no_published_row(model, key, value):
+    layout, _ = ROWS[model]
     assert published.published_name(layout, model, {key: value}) is None
 
 
@@ -157,7 +157,7 @@ def test_other_options_make_it_another_model(model, key, value):
         (UNTARGETED, "denoise", {"depth": 152}, 30, "DENOISE [55]"),
         (CIFAR, "s3ta", {}, 30, None),
         (S3TA, "resnet", {}, None, None),
-        # The handover's.
+        # Tables of the handover.
         (CIFAR, "resnet_cifar", RETINA, None, "retinal sampling"),
         (PHOTOGRAPHS, "resnet", RETINA, None, "retinal sampling"),
         (PHOTOGRAPHS, "resnet", {"sampling": True}, None, None),
@@ -210,7 +210,7 @@ def test_other_options_make_it_another_model(model, key, value):
         (CIFAR, "ecnn", {"gaze_range": 4}, None, None),
     ],
 )
-def test_which_line_is_ours(layout, model, options, steps, line):
+def test_published_row_of_our_model(layout, model, options, steps, line):
     assert published.published_name(layout, model, options, steps) == line
     rows = published.published_rows(layout, model, options, steps)
     assert [row.name for row in rows if row.kind == "same"] == (
@@ -218,7 +218,7 @@ def test_which_line_is_ours(layout, model, options, steps, line):
     )
 
 
-def test_a_line_of_another_depth_is_found_where_there_is_one():
+def test_row_of_another_depth_is_found():
     layout = dataclasses.replace(S3TA, published=(("ResNet-50", "1"),))
     for model, options in (("resnet50", {}), ("resnet152", {"depth": 50})):
         assert published.published_name(layout, model, options) == "ResNet-50"
@@ -232,7 +232,7 @@ def table(model, dataset="imagenet10", options=None, records=(), **more):
     )
 
 
-def same(made):
+def starred_rows(made):
     return [row.name for row in made.rows if row.kind == "same"]
 
 
@@ -252,19 +252,19 @@ class TestTable:
         other = any(f"of the model {name}:" in note for note in made.notes)
         assert other == (name == "S3TA-3")
 
-    def test_several_radii_of_s3ta(self):
+    def test_our_rows_name_several_radii(self):
         made = PROTOCOLS["s3ta"].table([], "s3ta", "mnist", epsilon=(0.1, 0.2))
         assert [row.name for row in made.rows] == [
             "ours: S3TA-16, ε = 0.1",
             "ours: S3TA-16, ε = 0.2",
         ]
 
-    def test_how_long_the_training_attack_was(self):
-        assert same(table("s3ta", "imagenet")) == ["S3TA-16 *"]
+    def test_training_with_30_steps_selects_its_row(self):
+        assert starred_rows(table("s3ta", "imagenet")) == ["S3TA-16 *"]
         made = table("s3ta", "imagenet", attack_steps=30)
-        assert same(made) == ["S3TA-16-30 *"]
+        assert starred_rows(made) == ["S3TA-16-30 *"]
 
-    def test_denoise_is_of_another_version(self):
+    def test_note_says_denoise_is_of_another_resnet_version(self):
         (note,) = (n for n in table("denoise", "imagenet").notes if n[0] == "*")
         assert "version 1 (Xie et al., 2019); ours is of version 2" in note
         assert note.endswith("how it was trained may differ")
@@ -274,7 +274,7 @@ class TestTable:
         assert "same architecture" in note and "version" not in note
 
     @pytest.mark.parametrize(
-        ("options", "told"),
+        ("options", "noted"),
         [
             ({"sampling": True}, True),
             ({"sampling": True, "interpolation": "bilinear"}, True),
@@ -283,11 +283,11 @@ class TestTable:
             ({}, False),
         ],
     )
-    def test_a_retina_that_does_not_round_is_told(self, options, told):
+    def test_note_names_retina_without_rounding(self, options, noted):
         made = table("resnet", options=options)
         notes = " ".join(made.notes)
-        assert ("--interpolation=nearest" in notes) == told
-        assert ("No published line" in notes) == (not same(made))
+        assert ("--interpolation=nearest" in notes) == noted
+        assert ("No published row" in notes) == (not starred_rows(made))
 
     @pytest.mark.parametrize(
         ("own", "evaluated", "star"),
@@ -301,7 +301,7 @@ class TestTable:
             ("random", ({"test_gazes": "five"}, {}), False),
         ],
     )
-    def test_what_an_evaluation_puts_in_place_counts(
+    def test_options_of_the_evaluations_override_the_run(
         self, own, evaluated, star
     ):
         configs = PROTOCOLS["handover"].evaluations((320, 320, 3), 10)
@@ -311,7 +311,7 @@ class TestTable:
         ]
         options = {**RETINA, "test_gazes": own}
         made = table("resnet", options=options, records=records)
-        assert same(made) == (["retinal sampling *"] if star else [])
+        assert starred_rows(made) == (["retinal sampling *"] if star else [])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,9 @@ class TestTable:
         ({"objective": "noise", "steps": None}, "S3TA-16"),
     ],
 )
-def test_the_run_tells_its_attack(tmp_path, monkeypatch, adversarial, line):
+def test_training_attack_is_read_from_the_run(
+    tmp_path, monkeypatch, adversarial, line
+):
     for flag in ("_EPSILON", "_NORM"):
         monkeypatch.setattr(adversary, flag, types.SimpleNamespace(value=None))
     run = {
