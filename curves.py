@@ -1,11 +1,11 @@
-"""Accuracy under attack against radius, steps, restarts and time.
+"""Robust accuracy against radius, steps, restarts and time.
 
-From the records of `robust_evaluation`: as a CSV file with one line a record,
-and as a figure with one panel for each of these quantities that was scanned.
-Each line of a panel is one attack with all its other settings; what all lines
-share stands above the panel, what tells them apart in its legend.
+The records of `robust_evaluation` become a CSV file with one row per record,
+and a figure with one panel for each of these quantities that varies. Each line
+of a panel is one attack with fixed other settings. The title of a panel lists
+the settings that all its lines share; the legend lists those that differ.
 
-A figure belongs to nobody's window manager, as in `visualize`.
+Figures do not use pyplot, as in `visualize`.
 """
 
 import csv
@@ -24,7 +24,7 @@ import robust_evaluation
 import run_folder
 import visualize
 
-# Okabe and Ito's palette (safe for colour-blind readers), dark ones first.
+# Okabe and Ito's palette (safe for colour-blind readers), dark colours first.
 _PALETTE = (
     "#0072b2",
     "#d55e00",
@@ -36,14 +36,15 @@ _PALETTE = (
 )
 _MARKERS = "os^DvPX<>"
 _DPI = 150
-_MOST_LINES = 9  # In one panel; the CSV has them all.
-_MOST_BANDS = 5  # More would be mud: bars then.
+_MAX_LINES = 9  # Largest number of lines in a panel; the CSV has all records.
+# Largest number of lines with shaded intervals; more lines get error bars.
+_MAX_BANDS = 5
 
-# What a panel may have along its axis, and the ratio of largest to smallest
-# from which on the axis is logarithmic.
+# The horizontal axes of panels. An axis is logarithmic if the ratio of the
+# largest to the smallest value is at least the given number.
 AXES = {"epsilon": 40, "steps": 8, "restarts": 8, "seconds": 20}
-# Where an evaluation comes from.
-_ORIGIN = (
+# Settings that say what was evaluated.
+_ORIGIN_SETTINGS = (
     "model",
     "dataset",
     "run",
@@ -53,9 +54,9 @@ _ORIGIN = (
     "surrogate",
     "straight_through",
 )
-# Settings that follow from others as a rule (a step size from radius and
-# steps), or are but details: as few of them as can be make lines of their own,
-# and only where points would coincide otherwise.
+# Settings that usually follow from others (a step size from radius and steps)
+# or are details. They separate lines only where points would coincide
+# otherwise, and as few of them as possible do.
 _DETAILS = (
     "seed",
     "num_examples",
@@ -89,8 +90,8 @@ _RESULTS = (
     "device",
     "backend",
 )
-_LEFT_OUT = ("request", "provenance", "skipped", "per_class", "confusion")
-_PAIRS = {
+_EXCLUDED = ("request", "provenance", "skipped", "per_class", "confusion")
+_INTERVALS = {
     "clean_accuracy_interval": "clean_accuracy",
     "robust_accuracy_interval": "robust_accuracy",
     "attack_success_interval": "attack_success",
@@ -102,31 +103,34 @@ _PAIRS = {
 
 
 def rows(records):
-    """Returns the records as flat dicts, of numbers and text.
+    """Returns the records as flat dicts of numbers and strings.
 
-    An interval becomes two entries, `..._low` and `..._high`; lists and dicts
-    become JSON text, a list of more than 16 its length. The keys of all are in
-    one order: where the evaluation comes from, settings, results.
+    An interval becomes two entries, `..._low` and `..._high`. Lists and dicts
+    become JSON; a list of more than 16 values is replaced by its length. All
+    dicts have their keys in the same order: what was evaluated, settings,
+    results.
 
     Args:
         records: Iterable of records.
     """
-    flat = [_flat(record) for record in records]
+    flat = [_flatten(record) for record in records]
     keys = {key: None for row in flat for key in row}
-    known = [*_ORIGIN, *_settings()]
+    known = [*_ORIGIN_SETTINGS, *_settings()]
     known = [k for k in known if k not in _RESULTS]
     others = [k for k in keys if k not in known and k not in _RESULTS]
     order = [k for k in (*known, *others, *_RESULTS) if k in keys]
     return [{k: row[k] for k in order if k in row} for row in flat]
 
 
-def _flat(record):
+def _flatten(record):
     flat = {}
     for key, value in record.items():
-        if key in _LEFT_OUT or value is None:
+        if key in _EXCLUDED or value is None:
             continue
-        if key in _PAIRS:
-            flat[f"{_PAIRS[key]}_low"], flat[f"{_PAIRS[key]}_high"] = value
+        if key in _INTERVALS:
+            flat[f"{_INTERVALS[key]}_low"], flat[f"{_INTERVALS[key]}_high"] = (
+                value
+            )
         elif isinstance(value, (list, tuple)) and len(value) > 16:
             flat[key] = f"{len(value)} values"
         elif isinstance(value, (list, tuple, dict)):
@@ -137,34 +141,34 @@ def _flat(record):
 
 
 def _settings():
-    """Names of all settings an attack or an evaluation can have."""
+    """Returns the names of all settings of attacks and evaluations."""
     names = {"attack": None, "norm": None, "epsilon": None, "target": None}
     for attack in robust_evaluation.ATTACKS.values():
         names.update(dict.fromkeys(f.name for f in dataclasses.fields(attack)))
     fields = dataclasses.fields(robust_evaluation.EvaluationConfig)
     names.update(dict.fromkeys(field.name for field in fields))
-    # A record calls the loss that is ascended its objective.
+    # In a record, "objective" is the attack loss, and "loss" a result.
     names["objective"] = None
     return [n for n in names if n not in ("loss", "batch_size")]
 
 
 def write_csv(records, path):
-    """Writes records as CSV, one line each; an empty field is none.
+    """Writes records as CSV, one row each; missing values are empty fields.
 
     Args:
         records: Iterable of records.
-        path: Where the file is wanted.
+        path: Path of the file; it is replaced atomically.
     """
-    lines = rows(records)
-    heads = list(dict.fromkeys(key for line in lines for key in line))
+    table = rows(records)
+    heads = list(dict.fromkeys(key for row in table for key in row))
     heads = [k for k in heads if k not in _RESULTS]
-    heads += [k for k in _RESULTS if any(k in line for line in lines)]
+    heads += [k for k in _RESULTS if any(k in row for row in table)]
 
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, heads, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(lines)
+            writer.writerows(table)
 
     run_folder.atomic_write(path, write)
 
@@ -182,7 +186,7 @@ class _Line:
 
     @property
     def x(self):
-        return np.array([_place(r, self.axis) for r in self.records])
+        return np.array([_position(r, self.axis) for r in self.records])
 
     @property
     def y(self):
@@ -190,15 +194,15 @@ class _Line:
 
     @property
     def bounds(self):
-        """Low and high ends of the intervals, NaN where they are unknown."""
+        """Lower and upper ends of the intervals, NaN where unknown."""
         return np.array([_interval(r) for r in self.records]).T
 
 
-def _place(record, axis):
-    """Where a record stands along an axis, or None."""
+def _position(record, axis):
+    """Returns the value of a record on an axis, or None."""
     value = record.get(axis)
     if axis == "steps" and value is None:
-        value = record.get("n_queries")  # Square's steps.
+        value = record.get("n_queries")  # Square has queries, not steps.
     usable = isinstance(value, (int, float)) and math.isfinite(value)
     return float(value) if usable else None
 
@@ -215,36 +219,36 @@ def _interval(record):
 def _lines(records, axis):
     """Groups records into lines along an axis."""
     varying = {axis}
-    if axis == "seconds":  # What costs time moves along the line.
+    if axis == "seconds":  # These settings determine the time.
         varying = {"seconds", "steps", "restarts"}
     if "steps" in varying:
         varying.add("n_queries")
-    names = [n for n in (*_ORIGIN, *_settings()) if n not in varying]
-    firm = [n for n in names if n not in _DETAILS]
+    names = [n for n in (*_ORIGIN_SETTINGS, *_settings()) if n not in varying]
+    grouping = [n for n in names if n not in _DETAILS]
     lines = []
-    for settings, group in _grouped(records, firm):
-        for more, part in _apart(group, axis):
+    for settings, group in _group(records, grouping):
+        for more, part in _split_coinciding(group, axis):
             lines.append(_line({**settings, **more}, part, axis))
     return lines
 
 
-def _apart(group, axis):
-    """Splits a group by details so that no two points coincide."""
+def _split_coinciding(group, axis):
+    """Splits a group by as few details as possible to separate its points."""
     if axis == "seconds" or not _coincide(group, axis):
         return [({}, group)]
     for count in range(1, len(_DETAILS) + 1):
         for names in itertools.combinations(_DETAILS, count):
-            parts = list(_grouped(group, names))
+            parts = list(_group(group, names))
             if not any(_coincide(part, axis) for _, part in parts):
                 return parts
-    return [({}, group)]  # The same evaluation twice.
+    return [({}, group)]  # The group holds the same evaluation twice.
 
 
 def _coincide(group, axis):
-    return len({_place(record, axis) for record in group}) < len(group)
+    return len({_position(record, axis) for record in group}) < len(group)
 
 
-def _grouped(records, names):
+def _group(records, names):
     """Yields pairs (settings, records that share them)."""
     groups = {}
     for record in records:
@@ -257,8 +261,8 @@ def _grouped(records, names):
 
 
 def _line(settings, group, axis):
-    """One point a place: of evaluations that are alike, the last one."""
-    points = {_place(record, axis): record for record in group}
+    """Returns a line with one point per position, the last such record."""
+    points = {_position(record, axis): record for record in group}
     return _Line(settings, [points[x] for x in sorted(points)], axis)
 
 
@@ -266,8 +270,8 @@ def _panels(records):
     """Returns {axis: lines} for every axis that was scanned."""
     panels = {}
     for axis in AXES:
-        there = [r for r in records if _place(r, axis) is not None]
-        lines = _lines(there, axis)
+        present = [r for r in records if _position(r, axis) is not None]
+        lines = _lines(present, axis)
         if axis == "seconds":
             lines = [line for line in lines if _effort_varies(line.records)]
         if not any(len(line.records) > 1 for line in lines):
@@ -275,11 +279,11 @@ def _panels(records):
         if axis != "epsilon":
             lines = [line for line in lines if len(line.records) > 1]
         panels[axis] = lines
-    if not panels:  # A point, on the first axis where it has a place.
+    if not panels:  # Nothing varies: show points on the first possible axis.
         for axis in AXES:
-            there = [r for r in records if _place(r, axis) is not None]
-            if there:
-                return {axis: _lines(there, axis)}
+            present = [r for r in records if _position(r, axis) is not None]
+            if present:
+                return {axis: _lines(present, axis)}
         raise ValueError(
             "Expected records with an epsilon, steps, restarts or seconds. "
             "Received: none with any of them."
@@ -288,63 +292,63 @@ def _panels(records):
 
 
 def _effort_varies(records):
-    efforts = {(_place(r, "steps"), r.get("restarts")) for r in records}
+    efforts = {(_position(r, "steps"), r.get("restarts")) for r in records}
     return len(efforts) > 1
 
 
-def _fewer(lines, axis):
-    """Thins lines out to those one can tell apart.
+def _thin_out(lines, axis):
+    """Leaves out lines if present are too many to distinguish.
 
-    Of restarts, then steps, then radii, the largest stays and as many others
-    as there is room for, spread evenly.
+    It keeps the largest number of restarts and as many others as fit, evenly
+    spread; then it does the same for steps and for radii.
     """
     for name in ("restarts", "steps", "epsilon"):
         values = {line.settings.get(name) for line in lines} - {None}
         values = sorted(values)
-        if name == axis or len(lines) <= _MOST_LINES:
+        if name == axis or len(lines) <= _MAX_LINES:
             continue
         for count in range(len(values) - 1, 0, -1):
             spread = np.linspace(len(values) - 1, 0, count).round()
-            usual = {None, *(values[int(i)] for i in spread)}
-            fewer = [x for x in lines if x.settings.get(name) in usual]
-            if len(fewer) <= _MOST_LINES or count == 1:
+            kept = {None, *(values[int(i)] for i in spread)}
+            fewer = [x for x in lines if x.settings.get(name) in kept]
+            if len(fewer) <= _MAX_LINES or count == 1:
                 break
         else:
             continue
         lines = fewer
-    if len(lines) > _MOST_LINES:
-        chosen = np.linspace(0, len(lines) - 1, _MOST_LINES).round()
+    if len(lines) > _MAX_LINES:
+        chosen = np.linspace(0, len(lines) - 1, _MAX_LINES).round()
         lines = [lines[int(i)] for i in chosen]
     return lines
 
 
-# --- Words ------------------------------------------------------------------
+# --- Labels -----------------------------------------------------------------
 
-# What is said of a line or of all of them; the rest only where lines of one
-# attack differ in it.
-_SAID = (*record_text.ORIGIN, *record_text.ATTACK)
+# The title or legend names these settings. Others appear in the legend if they
+# differ between lines of the same attack.
+_ALWAYS_NAMED = (*record_text.ORIGIN_SETTINGS, *record_text.ATTACK_SETTINGS)
 
 
-def _names(lines):
-    """Returns for each line the settings that tell it from the others."""
-    unlike = _differing(lines)
-    kin = {}
+def _distinguishing_settings(lines):
+    """Returns for each line the settings that distinguish it from others."""
+    differing = _differing(lines)
+    by_attack = {}
     for line in lines:
-        kin.setdefault(line.settings.get("attack"), []).append(line)
-    within = {attack: _differing(group) for attack, group in kin.items()}
+        by_attack.setdefault(line.settings.get("attack"), []).append(line)
+    within = {attack: _differing(group) for attack, group in by_attack.items()}
     return [
-        [n for n in _SAID if n in unlike]
+        [n for n in _ALWAYS_NAMED if n in differing]
         + [
             name
             for name in within[line.settings.get("attack")]
-            if name not in _SAID
+            if name not in _ALWAYS_NAMED
         ]
         for line in lines
     ]
 
 
 def _differing(lines):
-    """Names of the settings in which lines differ."""
+    """Returns the names of the settings in which lines differ."""
     names = dict.fromkeys(name for line in lines for name in line.settings)
     return [
         name
@@ -357,23 +361,25 @@ def _differing(lines):
 
 
 def accuracy_curves(records, path=None, *, title=None):
-    """Draws robust accuracy against all that was scanned.
+    """Draws robust accuracy against every quantity that varies.
 
     Args:
-        records: Iterable of records; those without a robust accuracy are left
-            out, and what else one lacks is not drawn.
-        path: Where the figure is saved as well, `.png`.
-        title: A line above the figure; the default names model and data.
+        records: Iterable of records. Records without a robust accuracy are
+            left out; other missing values are not drawn.
+        path: None, or the path of a `.png` file to save.
+        title: Title of the figure; the default names model and data set.
 
     Returns:
-        A `Figure` with a panel for each of `AXES` that varies (for the radius
-        alone if nothing does). Bands and bars are 95% intervals, the dashed
-        line is the clean accuracy.
+        A `Figure` with a panel for each of `AXES` that varies, or only for the
+        radius if none does. Bands and bars are 95% intervals; the dashed line
+        is the clean accuracy.
 
     Raises:
         ValueError: If no record has a robust accuracy.
     """
-    records = [r for r in records if _place(r, "robust_accuracy") is not None]
+    records = [
+        r for r in records if _position(r, "robust_accuracy") is not None
+    ]
     if not records:
         raise ValueError(
             "Expected at least one record with a robust accuracy. Received: "
@@ -392,15 +398,15 @@ def accuracy_curves(records, path=None, *, title=None):
         )
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        for axes_of, (axis, lines) in zip(
+        for panel_axes, (axis, lines) in zip(
             axes.flat, panels.items(), strict=False
         ):
-            _panel(axes_of, axis, lines)
+            _draw_panel(panel_axes, axis, lines)
     return visualize.finish(figure, path)
 
 
 def _title(records):
-    """What all records have in common: model, data, number of images."""
+    """Returns the model, data set and number of images that records share."""
     parts = []
     splits = {record.get("split") for record in records}
     images = f"{splits.pop()} images" if len(splits) == 1 else "images"
@@ -415,11 +421,11 @@ def _title(records):
     return " ".join(parts) or "Accuracy under attack"
 
 
-def _top(records):
-    """The upper end of a panel, above the clean accuracy.
+def _upper_limit(records):
+    """Returns the upper limit of a panel's vertical axis.
 
-    Below it where all that was measured is so much lower that it could not be
-    told apart.
+    It includes the clean accuracy, unless all robust accuracies are so much
+    lower that they could not be distinguished.
     """
     values = [r["robust_accuracy"] for r in records]
     values += [_interval(r)[1] for r in records]
@@ -430,37 +436,41 @@ def _top(records):
     return min(1.1 * max(highest, clean) + 0.01, 1.08)
 
 
-def _panel(axes, axis, lines):
-    shown = _fewer(lines, axis)
-    names = _names(shown)
-    unlike = {name for of_one in names for name in of_one}
-    common = [n for n in record_text.ATTACK if n not in unlike]
+def _draw_panel(axes, axis, lines):
+    shown = _thin_out(lines, axis)
+    names = _distinguishing_settings(shown)
+    differing = {name for named in names for name in named}
+    common = [n for n in record_text.ATTACK_SETTINGS if n not in differing]
     axes.set_title(
-        record_text.say(shown[0].settings, common), loc="left", color="#555555"
+        record_text.describe(shown[0].settings, common),
+        loc="left",
+        color="#555555",
     )
-    top = _top([record for line in shown for record in line.records])
-    places = np.concatenate([line.x for line in shown])
-    log = places.min() > 0 and places.max() >= AXES[axis] * places.min()
-    unit = _unit(places) if axis == "epsilon" else 1.0
+    top = _upper_limit([record for line in shown for record in line.records])
+    positions = np.concatenate([line.x for line in shown])
+    log = (
+        positions.min() > 0 and positions.max() >= AXES[axis] * positions.min()
+    )
+    unit = _radius_unit(positions) if axis == "epsilon" else 1.0
     if log:
         axes.set_xscale("log")
-    bands = len(shown) <= _MOST_BANDS
-    for line, of_one, style in zip(
-        shown, names, _styles(shown, unlike), strict=True
+    bands = len(shown) <= _MAX_BANDS
+    for line, named, style in zip(
+        shown, names, _line_styles(shown, differing), strict=True
     ):
         label = visualize.fitted(
-            record_text.say(line.settings, of_one), 44, lines=3
+            record_text.describe(line.settings, named), 44, lines=3
         )
-        _draw(axes, line, label, {**style, "bands": bands}, unit, log)
-    _clean(axes, shown, top)
+        _draw_line(axes, line, label, {**style, "bands": bands}, unit, log)
+    _draw_clean_accuracy(axes, shown, top)
     axes.set_ylim(0, top)
     axes.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 5, 10)))
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%")
     axes.set_ylabel("robust accuracy")
     axes.grid(True, color="#e8e8e8", linewidth=0.7)
     axes.set_axisbelow(True)
-    _ticks(axes, axis, places * unit, log)
-    axes.set_xlabel(_axis_name(axis, shown, unit, log))
+    _set_ticks(axes, axis, positions * unit, log)
+    axes.set_xlabel(_axis_label(axis, shown, unit, log))
     if len(shown) < len(lines):
         axes.annotate(
             f"{len(shown)} of {len(lines)} lines",
@@ -473,7 +483,7 @@ def _panel(axes, axis, lines):
             fontsize=7,
             color="#777777",
         )
-    if unlike:
+    if differing:
         axes.legend(
             loc="upper left",
             bbox_to_anchor=(0.0, -0.17),
@@ -485,21 +495,23 @@ def _panel(axes, axis, lines):
         )
 
 
-def _styles(lines, unlike):
-    """Colour, marker and dash of each line.
+def _line_styles(lines, differing):
+    """Returns colour, marker and line style of each line.
 
-    Lines that differ in one number have colours in its order.
+    If lines differ in a single number, their colours follow its order.
     """
     count = len(lines)
-    values = [x.settings.get(name) for x in lines for name in list(unlike)[:1]]
+    values = [
+        x.settings.get(name) for x in lines for name in list(differing)[:1]
+    ]
     ordered = (
-        len(unlike) == 1
+        len(differing) == 1
         and count > 2
         and all(isinstance(value, (int, float)) for value in values)
     )
     colours = [_PALETTE[i % len(_PALETTE)] for i in range(count)]
     if ordered:
-        # From dark blue to a green that is still seen on white.
+        # From dark blue to a green that is still visible on white.
         scale = matplotlib.colormaps["viridis"]
         ranks = np.argsort(np.argsort(values))
         colours = [scale(0.8 * r / (count - 1)) for r in ranks]
@@ -513,13 +525,13 @@ def _styles(lines, unlike):
     ]
 
 
-def _draw(axes, line, label, style, unit, log):
+def _draw_line(axes, line, label, style, unit, log):
     x, y, (low, high) = line.x * unit, line.y, line.bounds
     clean = line.records[0].get("clean_accuracy")
     path_x, path_y = x, y
     from_clean = line.axis == "epsilon" and not log and clean is not None
     if from_clean and len(x) > 1 and x[0] > 0:
-        # Without a perturbation it is the clean accuracy.
+        # At epsilon 0 the robust accuracy is the clean accuracy.
         path_x, path_y = np.append(0.0, x), np.append(clean, y)
     axes.plot(
         path_x,
@@ -558,8 +570,8 @@ def _draw(axes, line, label, style, unit, log):
         )
 
 
-def _clean(axes, lines, top):
-    """A dashed line at each clean accuracy, three at most."""
+def _draw_clean_accuracy(axes, lines, top):
+    """Draws a dashed line at each clean accuracy, at most three."""
     values = sorted(
         {
             round(record["clean_accuracy"], 4)
@@ -592,15 +604,15 @@ def _clean(axes, lines, top):
         )
 
 
-def _unit(radii):
-    """255 if all radii are best said in units of 1/255, else 1."""
+def _radius_unit(radii):
+    """Returns 255 if all radii should be in units of 1/255, else 1."""
     levels = [
         record_text.levels(float(radius)) for radius in radii if radius > 0
     ]
     return 255.0 if levels and all(levels) else 1.0
 
 
-def _axis_name(axis, lines, unit, log):
+def _axis_label(axis, lines, unit, log):
     name = {
         "epsilon": "ε",
         "steps": "steps",
@@ -617,31 +629,31 @@ def _axis_name(axis, lines, unit, log):
     return f"{name} (log scale)" if log else name
 
 
-def _ticks(axes, axis, places, log):
-    """Ticks where measurements are, as far as their labels have room."""
+def _set_ticks(axes, axis, positions, log):
+    """Sets ticks at the measured values whose labels do not overlap."""
     if log:
-        wide = places.max() > 200 * places.min()
+        wide = positions.max() > 200 * positions.min()
         subs = (1,) if wide else (1, 2, 5)
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(_number))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(_format_number))
     axes.margins(x=0.06)
     if axis == "seconds":
         return
-    values = sorted(set(np.round(places, 10)))
+    values = sorted(set(np.round(positions, 10)))
     if axis == "epsilon" and not log:
         axes.set_xlim(left=0)
         values = sorted({0.0, *values})
     scale = np.log10 if log else np.asarray
     low, high = scale(axes.get_xlim())
     chosen = []
-    for value in reversed(values):  # The strongest attack keeps its tick.
+    for value in reversed(values):  # The largest value always has a tick.
         room = chosen and scale(chosen[-1]) - scale(value)
         if not chosen or room > 0.085 * (high - low):
             chosen.append(value)
     axes.set_xticks(chosen)
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_number))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_format_number))
 
 
-def _number(value, _=None):
+def _format_number(value, _=None):
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

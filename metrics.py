@@ -1,7 +1,7 @@
-"""Counts of right and wrong answers, and how sure one can be of them.
+"""Accuracies, attack success and their confidence intervals.
 
-Everything here is NumPy on logits and predictions that were made elsewhere. No
-model is called, and nothing depends on how the examples were batched.
+All functions are NumPy on logits and predictions. They call no model, and
+results do not depend on how examples were batched.
 """
 
 import typing
@@ -12,14 +12,15 @@ from scipy import special, stats
 # The prediction of an image whose logits are not finite: no class.
 NON_FINITE = -1
 NON_FINITE_NAME = "non-finite"
-MOST_CONFUSED = 100  # Classes up to which a record holds the confusion.
+# Largest number of classes for which a record holds the confusion matrix.
+MOST_CONFUSED = 100
 
 
 def proportion_interval(count, total, confidence=0.95):
     """Wilson's score interval of a proportion.
 
     Args:
-        count: How many of `total` there are.
+        count: Number of successes among `total`.
         total: Number of independent examples, at least 1.
         confidence: Coverage of the interval, in (0, 1).
 
@@ -42,22 +43,22 @@ def predictions(logits: np.ndarray) -> np.ndarray:
 
     Returns:
         Int32 array of shape `(n,)`; `NON_FINITE`, -1, where a logit is NaN or
-        infinite. -1 is no class, so such an answer is never right.
+        infinite. -1 is no class, so such a prediction is never correct.
     """
     found = logits.argmax(-1)
     return np.where(nonfinite(logits), NON_FINITE, found).astype("int32")
 
 
 def nonfinite(logits: np.ndarray) -> np.ndarray:
-    """Tells which rows of logits hold a NaN or an infinity, `(n,)`."""
+    """Returns which rows of logits hold NaN or infinity, `(n,)`."""
     return ~np.isfinite(logits.astype("float64")).all(-1)
 
 
 def log_odds_against(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Log-sum-exp of the other logits minus that of the class.
 
-    The cross-entropy is softplus of it. Where a model is sure, the
-    cross-entropy is flat in floating point and this is not.
+    The cross-entropy is the softplus of this value. Where the log-odds are
+    large, the cross-entropy underflows to zero and this value does not.
 
     Args:
         logits: Array of shape `(n, classes)`.
@@ -79,39 +80,39 @@ def log_odds_against(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
 def robustness(labels, clean, adversarial, targets=None):
     """Accuracy and attack success from predictions.
 
-    Attack success is reported as the S3TA paper does, over all images, and
-    over those that the model classifies rightly while they are clean.
+    Attack success is reported over all images, as in the S3TA paper, and over
+    the images that are correct without an attack.
 
     Args:
         labels: True labels, integers of shape `(n,)`, n at least 1.
         clean: Predictions on the clean images, `(n,)`, as `predictions`
-            returns them: -1 is never right.
+            returns them: -1 is never correct.
         adversarial: Predictions under attack, `(n,)`; -1 is a success of the
             attack.
-        targets: Optional classes the attack aimed at, `(n,)`; without them
-            any error is a success.
+        targets: Optional target classes of the attack, `(n,)`; without them
+            any misclassification is a success.
 
     Returns:
-        Dict of floats: "clean_accuracy", "robust_accuracy", each with its 95%
-        "..._interval" [low, high], "attack_success", with its interval, and
-        "attack_success_on_correct" (None if no clean image is right).
+        Dict of floats: "clean_accuracy", "robust_accuracy" and
+        "attack_success", each with its 95% "..._interval" [low, high], and
+        "attack_success_on_correct" (None if no clean image is correct).
     """
     adversarial = np.asarray(adversarial)
-    right = np.asarray(clean) == labels
+    correct = np.asarray(clean) == labels
     robust = adversarial == labels
-    hit = succeeded(labels, adversarial, targets)
+    success = succeeded(labels, adversarial, targets)
     out = {}
     for name, values in (
-        ("clean_accuracy", right),
+        ("clean_accuracy", correct),
         ("robust_accuracy", robust),
-        ("attack_success", hit),
+        ("attack_success", success),
     ):
         out[name] = float(values.mean())
         interval = proportion_interval(values.sum(), len(values))
         out[f"{name}_interval"] = list(interval)
-    of_right = hit[right]
+    success_on_correct = success[correct]
     out["attack_success_on_correct"] = (
-        float(of_right.mean()) if right.any() else None
+        float(success_on_correct.mean()) if correct.any() else None
     )
     return out
 
@@ -121,13 +122,13 @@ def succeeded(
     predictions: np.ndarray,
     targets: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Tells on which images an attack reaches its goal.
+    """Returns on which images an attack succeeds.
 
     Args:
         labels: True labels, integers of shape `(n,)`.
-        predictions: Predictions under attack, `(n,)`; -1 (an answer that is
-            not finite) is a success.
-        targets: Optional classes the attack aimed at, `(n,)`.
+        predictions: Predictions under attack, `(n,)`; -1 (non-finite logits)
+            is a success.
+        targets: Optional target classes of the attack, `(n,)`.
 
     Returns:
         Booleans of shape `(n,)`.
@@ -137,26 +138,27 @@ def succeeded(
     return (predictions == targets) | (predictions < 0)
 
 
-def worst_case(verdicts):
-    """Counts an example as right only if it is so under every attack.
+def worst_case(robust):
+    """Combines attacks: an example is robust if it is under every attack.
 
     Args:
-        verdicts: Sequence of boolean arrays `(n,)`, one an attack: whether
-            each example was still classified rightly.
+        robust: Sequence of boolean arrays `(n,)`, one per attack: whether
+            each example is classified correctly.
 
     Returns:
         Boolean array `(n,)`.
     """
-    return np.logical_and.reduce([np.asarray(v, bool) for v in verdicts])
+    return np.logical_and.reduce([np.asarray(r, bool) for r in robust])
 
 
 class Outcomes(typing.NamedTuple):
-    """What an attack did to each image; boolean arrays of shape `(n,)`.
+    """The outcome of an attack on each image; boolean arrays `(n,)`.
 
     Attributes:
-        attacked: Correct before the attack; only these say what it did.
-        robust: Attacked, and still correct.
-        misclassified: Attacked, and no longer correct.
+        attacked: Correct before the attack; other images do not show its
+            effect.
+        robust: Correct before and after the attack.
+        misclassified: Correct before the attack, misclassified after it.
     """
 
     attacked: np.ndarray
@@ -167,7 +169,7 @@ class Outcomes(typing.NamedTuple):
 def outcomes(
     labels: np.ndarray, clean: np.ndarray, adversarial: np.ndarray
 ) -> Outcomes:
-    """Separates attacked images from those that were wrong before the attack.
+    """Separates attacked images from those misclassified before the attack.
 
     Args:
         labels: True labels, integers of shape `(n,)`.
@@ -205,8 +207,8 @@ def confusion(
         num_classes: Number of classes.
 
     Returns:
-        Integers of shape `(num_classes, num_classes + 1)`: a row for each true
-        class, a column for each predicted one, and "non-finite" last.
+        Integers of shape `(num_classes, num_classes + 1)`: one row per true
+        class, one column per predicted class, and "non-finite" last.
     """
     from sklearn import metrics as sklearn_metrics  # Its import takes a second.
 
@@ -223,7 +225,7 @@ def class_report(
     clean: np.ndarray,
     adversarial: np.ndarray | None = None,
 ) -> dict:
-    """Accuracy of each class, and which classes are taken for which.
+    """Accuracy of each class, and the confusion matrices.
 
     Args:
         labels: True labels, integers of shape `(n,)`, n at least 1.
@@ -232,7 +234,8 @@ def class_report(
         adversarial: Optional predictions under attack, `(n,)`.
 
     Returns:
-        JSON-able dict. "per_class" holds lists with an entry for each class:
+        Dict that can be written as JSON. "per_class" holds lists with an entry
+        for each class:
         "class" (its name), "num_examples", "clean_correct", "clean_accuracy"
         (None without images), "clean_top_error" (the most frequent wrong
         prediction, or None), and the same with "robust_" under attack.
@@ -248,15 +251,15 @@ def class_report(
     totals = matrices["clean"].sum(axis=1)
     classes = {"class": columns[:-1], "num_examples": totals.tolist()}
     for name, matrix in matrices.items():
-        kind = "clean" if name == "clean" else "robust"
+        prefix = "clean" if name == "clean" else "robust"
         correct = matrix.diagonal()
         wrong = matrix - np.eye(*matrix.shape, dtype=int) * correct[:, None]
-        classes[f"{kind}_correct"] = correct.tolist()
-        classes[f"{kind}_accuracy"] = [
+        classes[f"{prefix}_correct"] = correct.tolist()
+        classes[f"{prefix}_accuracy"] = [
             float(right / total) if total else None
             for right, total in zip(correct, totals, strict=True)
         ]
-        classes[f"{kind}_top_error"] = [
+        classes[f"{prefix}_top_error"] = [
             columns[row.argmax()] if row.any() else None for row in wrong
         ]
     counts = {name: matrix.tolist() for name, matrix in matrices.items()}

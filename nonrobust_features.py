@@ -1,15 +1,15 @@
-"""What a model can learn from adversarial perturbations alone.
+"""Trains a model on adversarial perturbations alone (non-robust features).
 
     record = nonrobust_features.run(folder, data=data, target="random")
 
-Each training image of a run is moved a little towards a class that has nothing
-to do with what it shows, and gets that class as its label. To people such a
-set is mislabelled throughout. A fresh model trained on it that is right on
-clean test images has learned what the perturbations are made of: features that
-predict the class and are not robust.
+Each training image of a run is perturbed towards a target class that does not
+depend on its content, and gets that class as its label. To humans the labels
+of this crafted set look wrong. If a new model that is trained on it is accurate
+on clean test images, it has learned non-robust features: features of the
+perturbations that predict the class.
 
-The crafted images lie in files of up to a thousand, and the training is the one
-loop of `robust_training`; killed anywhere, both go on where they were.
+The crafted images are saved in files of up to a thousand images, and the
+training uses the loop of `robust_training`. Both resume after a kill.
 
 References:
     - [Ilyas et al., 2019](https://arxiv.org/abs/1905.02175), section 3.2
@@ -40,31 +40,32 @@ import run_folder
 
 TARGETS = ("random", "next")
 _SET = "set.json"
-_FILE_ROWS = 1000  # Crafted images in a file: what a kill can cost.
-_FILE_BYTES = 2**26  # At most, about.
-_ROWS_BYTES = 2**20  # Of what belongs to the images of a file, at most.
-_CHOICE, _FRESH = 0xFEA7, 0xF2E5  # Tell these uses of the seed from others.
+# Largest number of crafted images in a file; a kill loses one file at most.
+_FILE_ROWS = 1000
+_FILE_BYTES = 2**26  # Approximate largest size of a file of images.
+_METADATA_BYTES = 2**20  # Largest size of a file of labels, targets and so on.
+# Separate the choice of images and the new model from other uses of the seed.
+_CHOICE_STREAM, _MODEL_STREAM = 0xFEA7, 0xF2E5
 
 
 @dataclasses.dataclass(frozen=True)
 class CraftConfig:
-    """How the images of the set are made; the defaults are the handover's.
+    """The settings with which the images of the set are crafted.
 
     Attributes:
-        target: `"random"`: uniform over all classes, the image's own among
-            them, so that what it shows says nothing about its new label;
-            `"next"`: label + 1, so that what it shows is misleading.
+        target: `"random"`: uniform over all classes including the image's own,
+            so that the content of an image does not predict its new label.
+            `"next"`: label + 1, so that the content predicts a wrong label.
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        steps: Steps of projected gradient descent from the image, without a
-            random start; the last iterate counts.
-        step_size: Length of one in `norm`, in the units of epsilon.
-        num_examples: How many images are used, drawn by the seed; None for
-            all.
-        batch_size: Images at a time; changes the speed alone.
-        seed: Integer from which all randomness comes.
-        eot: Draws of a stochastic model whose gradients are averaged; None is
-            for deterministic models.
+        epsilon: Largest norm of the perturbation, for pixels in [0, 1].
+        steps: Number of steps of projected gradient descent. It starts at the
+            image and returns the last iterate.
+        step_size: Step size in `norm`, in the units of epsilon.
+        num_examples: Number of images, drawn by the seed; None for all.
+        batch_size: Number of images at a time; affects only the speed.
+        seed: Integer from which all randomness is derived.
+        eot: Number of draws of a stochastic model over which gradients are
+            averaged; None for deterministic models.
     """
 
     target: str = "random"
@@ -84,11 +85,11 @@ class CraftConfig:
                 f"Received: target={self.target!r}."
             )
         robust_evaluation.check_counts(self)
-        _ = self.attack  # Checks the rest.
+        _ = self.attack  # Its constructor checks the other settings.
 
     @property
     def attack(self):
-        """The attack that makes the images."""
+        """The attack that crafts the images."""
         return attack_backbone.PGD(
             norm=self.norm,
             epsilon=self.epsilon,
@@ -99,7 +100,7 @@ class CraftConfig:
         )
 
     def describe(self):
-        """Returns every setting that a result depends on, JSON-able."""
+        """Returns a dict of every setting that affects the result."""
         settings = dataclasses.asdict(self)
         del settings["batch_size"]
         return settings
@@ -118,28 +119,29 @@ def build(
     weights_sha256=None,
     should_stop=lambda: False,
 ):
-    """Crafts the set into a folder, or goes on where that was stopped.
+    """Crafts the set into a folder, or resumes an unfinished one.
 
     Args:
         model: A `keras.Model` from images in [0, 1] to logits; its variables
-            are left as they are.
+            do not change.
         split: The training `image_splits.Split`.
         config: A `CraftConfig`.
-        path: The folder; it is made if it is not there.
+        path: The folder; it is created if it does not exist.
         progress: Callable `(done, total)`, called after every file.
-        weights_sha256: What tells the model's weights from others.
-        should_stop: Callable that says whether to stop after this file.
+        weights_sha256: Digest that identifies the model's weights.
+        should_stop: Callable that returns whether to stop before the next
+            file.
 
     Returns:
-        Dict with "num_examples", "attack_success" (the part that the model
-        takes for the target), "relabelled" (the part whose target is not the
-        true label) and "crafting_seconds".
+        Dict with "num_examples", "attack_success" (the fraction that the model
+        classifies as the target), "relabelled" (the fraction whose target is
+        not the true label) and "crafting_seconds".
 
     Raises:
         ValueError: If the split does not fit the model, if the model is
             stochastic and `config.eot` is None, or if the folder holds another
             set or a damaged one.
-        robust_training.Interrupted: If `should_stop` said so.
+        robust_training.Interrupted: If `should_stop` returns true.
     """
     robust_evaluation.check_fit(model, split)
     if config.eot is None and robust_evaluation.varies(
@@ -147,10 +149,10 @@ def build(
     ):
         raise ValueError(
             "The model is stochastic: two calls on the same images differ. "
-            "Craft in expectation over its noise, with --eot=20 say."
+            "Craft over the average of its noise, for example with --eot=20."
         )
     path = pathlib.Path(path)
-    indices = _chosen(len(split), config)
+    indices = _choose(len(split), config)
     rows = _FILE_BYTES // split.read([0]).nbytes
     rows = min(max(1, rows), _FILE_ROWS)
     starts = range(0, len(indices), rows)
@@ -191,14 +193,14 @@ def build(
 def as_split(path):
     """Returns a crafted set as a training `image_splits.Split`.
 
-    Its labels are the targets. The images are read from the files as they are
-    needed, not held in memory.
+    Its labels are the targets. Images are read from the files when they are
+    needed and not kept in memory.
 
     Args:
         path: The folder that `build` filled.
 
     Raises:
-        FileNotFoundError: If the set is not there, or not finished.
+        FileNotFoundError: If the set does not exist or is not finished.
         ValueError: If a file is damaged.
     """
     path = pathlib.Path(path)
@@ -226,13 +228,15 @@ def as_split(path):
     return image_splits.Split("train", np.concatenate(targets), read)
 
 
-def _chosen(size, config):
-    order = np.random.default_rng([config.seed, _CHOICE]).permutation(size)
+def _choose(size, config):
+    order = np.random.default_rng([config.seed, _CHOICE_STREAM]).permutation(
+        size
+    )
     return np.sort(order[: config.num_examples])
 
 
 def _claim(path, described):
-    """Makes the folder of a set, or checks that it is the one to go on with."""
+    """Makes the folder of a set, or checks that it is the same set."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / _SET).exists():
         run_folder.write_json(path / _SET, described)
@@ -245,7 +249,7 @@ def _claim(path, described):
 
 
 def _craft(model, split, config, indices):
-    """Crafts the images of one file; returns its arrays by name."""
+    """Crafts the images of one file; returns its dict of arrays."""
     started = time.perf_counter()
     reading = crafting.Reading(config.eot, seed=config.seed)
     classes = model.output_shape[-1]
@@ -290,9 +294,10 @@ def _craft(model, split, config, indices):
 
 
 def _files(path, number):
-    """The images of a file, which can be read in part, and what belongs to it.
+    """The paths of a part's images and of its other arrays.
 
-    The second is written last, so that where it is the first is whole.
+    The images are in a file of their own, so that they can be memory-mapped.
+    The other file is written last: if it exists, the images are complete.
     """
     return path / f"{number:05d}.images.npy", path / f"{number:05d}.npz"
 
@@ -308,30 +313,31 @@ def _write(path, number, arrays):
 
 
 def _read(path, number):
-    return _whole(_files(path, number)[1], _load)
+    return _read_intact(_files(path, number)[1], _load)
 
 
 def _images(path, number):
     def load(file):
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
-    return _whole(_files(path, number)[0], load)
+    return _read_intact(_files(path, number)[0], load)
 
 
 def _load(path):
-    return run_folder.read_npz(path, _ROWS_BYTES)
+    return run_folder.read_npz(path, _METADATA_BYTES)
 
 
-def _whole(path, load):
-    """Reads a file, and says in one line if it is damaged."""
+def _read_intact(path, load):
+    """Reads a file; raises a one-line error if it is damaged."""
     try:
         return load(path)
-    except Exception as error:  # NumPy, zipfile and zlib raise seven kinds.
+    # NumPy, zipfile and zlib raise many different exceptions.
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} is damaged and cannot be read ({reason}). Remove it and "
             f"{path.with_name(path.name.split('.')[0] + '.npz').name} to craft "
-            "its images again; the others are kept."
+            "only its images again."
         ) from error
 
 
@@ -352,44 +358,45 @@ def run(
     should_stop=lambda: False,
     **settings,
 ):
-    """Crafts the set of a run, trains a fresh model on it, and tests that.
+    """Crafts the set of a run, trains a new model on it and evaluates it.
 
-    The fresh model has the run's architecture and recipe and another
-    initialization. It is never shown an image with its true label, nor are its
-    weights chosen by any: those of the last epoch are tested.
+    The new model has the run's architecture and recipe but another
+    initialization. Clean images with true labels are used neither to train it
+    nor to select its weights: those of the last epoch are evaluated.
 
     Args:
         folder: The folder of the run.
         data: The run's `datasets.Dataset`, with its training images.
-        config: A `CraftConfig`; or give its attributes by name: `target`,
-            `norm`, `epsilon`, `steps`, `step_size`, `num_examples`,
-            `batch_size`, `seed`, `eot`.
-        epochs: Epochs of the fresh model; None for those of the recipe.
+        config: A `CraftConfig`; alternatively pass its attributes by name.
+        epochs: Number of epochs of the new model; None for the recipe's.
         weights: `"best"` or `"last"`: which weights of the run are attacked.
-        overwrite: Whether an earlier result with other settings is replaced.
+        overwrite: Whether to replace an earlier result with other settings.
         callbacks: Keras callbacks of the training.
-        progress: Callable `(done, total)` of the crafting.
-        save_every: Seconds between saves of the training's state.
-        should_stop: Callable that says whether to save and stop now.
+        progress: Callable `(done, total)`, called while crafting.
+        save_every: Seconds between saves of the training state.
+        should_stop: Callable that returns whether to save and stop.
+        **settings: Attributes of `CraftConfig`.
 
     Returns:
         The record, also in `<run>/nonrobust_features-<target>/results.json`:
         "accuracy" on the clean test images with its 95% interval, "chance"
-        (the part of the largest class), "shifted_accuracy" (the part of test
-        images that are taken for label + 1), "run_accuracy" of the run itself,
-        what `build` returns, and every setting. An earlier record with the
-        same settings is returned as it is.
+        (the fraction of the largest class), "shifted_accuracy" (the fraction
+        of test images classified as label + 1), "run_accuracy" of the run
+        itself, what `build` returns, and every setting. An earlier record with
+        the same settings is returned without a new run.
 
     Raises:
         FileExistsError: If there is a result with other settings.
-        BlockingIOError: If another process is at it.
-        robust_training.Interrupted: If `should_stop` said so; the same call
-            goes on from there.
+        BlockingIOError: If another process owns the folder.
+        robust_training.Interrupted: If `should_stop` returns true; the same
+            call resumes.
         ValueError: See `build`; or if a setting is out of range.
     """
     folder = pathlib.Path(folder)
-    config = _configured(config, settings, data)
-    place = run_folder.inside(folder, f"nonrobust_features-{config.target}")
+    config = _resolve_config(config, settings, data)
+    result_folder = run_folder.inside(
+        folder, f"nonrobust_features-{config.target}"
+    )
     sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     model, described = robust_training.load_run(folder, weights)
     recipe = _recipe(described).override(epochs=epochs)
@@ -399,22 +406,24 @@ def run(
         "weights": weights,
         "weights_sha256": sha256,
         "data_sha256": [
-            data.train.sha256(_chosen(len(data.train), config)),
+            data.train.sha256(_choose(len(data.train), config)),
             data.test.sha256(),
         ],
     }
-    with run_folder.own(place):
-        if (record := _open(place, request, overwrite)) is not None:
+    with run_folder.own(result_folder):
+        if (
+            record := _open_result(result_folder, request, overwrite)
+        ) is not None:
             return record
         provenance = run_folder.provenance()
-        path = run_folder.inside(place, "crafted")
+        path = run_folder.inside(result_folder, "crafted")
         made = {"weights_sha256": sha256, "should_stop": should_stop}
         crafted = build(model, data.train, config, path, progress, **made)
-        loop = _fresh(
+        loop = _new_loop(
             described,
             recipe,
             as_split(path),
-            place,
+            result_folder,
             config.seed,
             callbacks=tuple(callbacks),
             save_every=save_every,
@@ -425,18 +434,18 @@ def run(
             "run": str(folder),
             **request,
             **crafted,
-            **_found(described, loop, model, data.test, recipe),
+            **_train(described, loop, model, data.test, recipe),
             "request": request,
             "provenance": provenance,
         }
-        run_folder.write_json(place / "results.json", record)
+        run_folder.write_json(result_folder / "results.json", record)
     return record
 
 
-def _configured(config, settings, data):
+def _resolve_config(config, settings, data):
     if data.train is None:
         raise ValueError(
-            "The data set was loaded without its training images, of which "
+            "The data set was loaded without its training images, from which "
             "the crafted set is made."
         )
     if config is None:
@@ -446,14 +455,14 @@ def _configured(config, settings, data):
     return config
 
 
-def _found(described, loop, model, test, recipe):
-    """Trains the fresh model; returns what the record says of it."""
+def _train(described, loop, model, test, recipe):
+    """Trains the new model; returns its part of the record."""
     history = loop.train()
     return {
         "model": described["model"],
         "dataset": described["dataset"],
         "split": "test",
-        **_tested(loop.model, test),
+        **_evaluate_new_model(loop.model, test),
         "run_accuracy": robust_evaluation.accuracy(model, test)["accuracy"],
         "crafted_accuracy": history[-1]["accuracy"],
         "recipe": {
@@ -482,30 +491,33 @@ def _recipe(described):
         ) from error
 
 
-def _open(place, request, overwrite):
-    """Makes the folder of a result; returns an earlier record or None."""
-    path = place / "request.json"
+def _open_result(result_folder, request, overwrite):
+    """Creates the folder of a result; returns an earlier record or None."""
+    path = result_folder / "request.json"
     if path.exists() and not overwrite:
         changed = run_folder.changed(run_folder.read_json(path), request)
         if changed:
             raise FileExistsError(
-                f"{place} holds a result, or a part of one, with another "
-                f"{', '.join(changed)}. Replace it with --overwrite."
+                f"{result_folder} holds a complete or partial result with "
+                f"another {', '.join(changed)}. Replace it with --overwrite."
             )
-        found = place / "results.json"
+        found = result_folder / "results.json"
         return run_folder.read_json(found) if found.exists() else None
-    # The folder appears with the request, and never holds parts of another.
+    # The folder and its request appear at once, so that it never holds parts of
+    # another result.
     run_folder.replace_folder(
-        place,
+        result_folder,
         lambda folder: run_folder.write_json(folder / path.name, request),
     )
     return None
 
 
-def _fresh(described, recipe, split, place, seed, **settings):
-    """A training loop on a fresh model, with a seed that no run has."""
-    seed = int(np.random.SeedSequence([seed, _FRESH]).generate_state(1)[0])
-    seed >>= 1  # Seeds have 31 bits.
+def _new_loop(described, recipe, split, result_folder, seed, **settings):
+    """Returns a training loop on a new model, with a seed of its own."""
+    seed = int(
+        np.random.SeedSequence([seed, _MODEL_STREAM]).generate_state(1)[0]
+    )
+    seed >>= 1  # Seeds must have at most 31 bits.
     keras.utils.set_random_seed(seed)
     model = model_backbone.create(
         described["model"],
@@ -521,7 +533,7 @@ def _fresh(described, recipe, split, place, seed, **settings):
         l2=recipe.l2,
         read_outs=recipe.read_outs,
         split=split,
-        folder=place,
+        folder=result_folder,
         seed=seed,
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,
@@ -530,8 +542,8 @@ def _fresh(described, recipe, split, place, seed, **settings):
     )
 
 
-def _tested(model, split):
-    """What the fresh model makes of clean images."""
+def _evaluate_new_model(model, split):
+    """Evaluates the new model on clean images."""
     classes = model.output_shape[-1]
     found = robust_evaluation.accuracy(model, split)
     shifted = dataclasses.replace(split, labels=(split.labels + 1) % classes)

@@ -1,7 +1,7 @@
-"""How records are worded: radii, captions, names and the table of classes.
+"""Text about records: radii, captions, class names and the table of classes.
 
-Figures, tables and programs share this wording, so that a radius or a class
-reads the same everywhere. Everything here is text from plain values.
+Figures, tables and programs use these functions, so that a radius or a class
+looks the same everywhere.
 """
 
 import unicodedata
@@ -24,7 +24,7 @@ _ATTACKS = {
     "square": "Square",
 }
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_WORDS = {
+_FORMATS = {
     "attack": lambda v: _ATTACKS.get(v, str(v)),
     "norm": lambda v: NORMS.get(v, str(v)),
     "target": lambda v: _target(v),
@@ -37,9 +37,9 @@ _WORDS = {
     "eot": lambda v: f"{v} draws",
     **{name: str for name in ("model", "dataset", "run", "split", "version")},
 }
-# The settings that describe an evaluation, in the order they are written.
-ORIGIN = ("model", "dataset")
-ATTACK = (
+# The settings that describe an evaluation, in the order of a description.
+ORIGIN_SETTINGS = ("model", "dataset")
+ATTACK_SETTINGS = (
     "attack",
     "version",
     "norm",
@@ -58,23 +58,23 @@ def _target(value):
 
 
 def radius(value: float) -> str:
-    """Returns a radius for people: 8/255, 0.05."""
+    """Formats a radius: 8/255, 0.05."""
     found = levels(value)
     return f"{found:g}/255" if found else f"{value:.4g}"
 
 
 def levels(value: float) -> float | None:
-    """Returns k if a value is best written as k/255, otherwise None."""
+    """Returns k if a value should be written as k/255, otherwise None."""
     found = round(value * 255, 6)
     short = len(f"{value:.6g}") <= 5
     whole = abs(found * 10 - round(found * 10)) < 1e-4
     return round(found, 1) if whole and 0 < found < 255 and not short else None
 
 
-def say(settings: Mapping, names: Sequence[str]) -> str:
+def describe(settings: Mapping, names: Sequence[str]) -> str:
     """Returns the named settings as text; absent ones are left out."""
     words = [
-        _WORDS.get(name, lambda v, name=name: f"{name} {v}")(settings[name])
+        _FORMATS.get(name, lambda v, name=name: f"{name} {v}")(settings[name])
         for name in names
         if settings.get(name) is not None
     ]
@@ -92,12 +92,12 @@ def caption(record: Mapping, class_names: Sequence[str] = ()) -> str:
         For example "PGD, L∞, untargeted, ε = 8/255, 20 steps, 1 restart".
     """
     words = []
-    for name in ATTACK:
+    for name in ATTACK_SETTINGS:
         if name == "target" and isinstance(record.get(name), int):
             target = class_name(class_names, record[name])
             words.append(f"target class {target}")
         elif record.get(name) is not None:
-            words.append(say(record, [name]))
+            words.append(describe(record, [name]))
     return ", ".join(words)
 
 
@@ -109,7 +109,7 @@ def class_name(class_names: Sequence[str], label: int) -> str:
         label: A class id; `metrics.NON_FINITE` is named "non-finite".
 
     Returns:
-        The name; the id where no name is known.
+        The name; the id if there is no name.
     """
     label = int(label)
     if label == metrics.NON_FINITE:
@@ -119,10 +119,10 @@ def class_name(class_names: Sequence[str], label: int) -> str:
 
 
 def printable(text: object) -> str:
-    """Returns text in one line, without characters that control a display.
+    """Returns text in one line, without control characters.
 
-    File names can hold control characters, line breaks and bytes that are no
-    text (lone surrogates), and class names come from file names.
+    Class names come from folder names, which can hold control characters, line
+    breaks and bytes that are not valid text (lone surrogates).
     """
     text = str(text).encode("utf-8", "replace").decode("utf-8")
     kept = (
@@ -136,14 +136,14 @@ def printable(text: object) -> str:
 def show_classes(
     record: Mapping, count: int, title: str = "", file: object = None
 ) -> None:
-    """Prints the classes of lowest accuracy, under attack where it is known.
+    """Prints the classes with the lowest robust (or clean) accuracy.
 
     Args:
         record: A mapping with "per_class", see `metrics.class_report`; without
             it nothing is printed.
-        count: Most classes in the table; 0 prints nothing.
-        title: What the table is about, a few words.
-        file: Where it is printed; standard output by default.
+        count: Largest number of classes in the table; 0 prints nothing.
+        title: A few words about the content of the table.
+        file: Where to print; standard output by default.
     """
     classes = record.get("per_class")
     if not classes or count < 1:
@@ -154,9 +154,9 @@ def show_classes(
     import rich.text
 
     kinds = [k for k in ("clean", "robust") if f"{k}_accuracy" in classes]
-    there = [i for i, n in enumerate(classes["num_examples"]) if n]
+    present = [i for i, n in enumerate(classes["num_examples"]) if n]
     keys = [classes[f"{kind}_accuracy"] for kind in kinds[::-1]]
-    worst = sorted(there, key=lambda i: [values[i] for values in keys])[:count]
+    worst = sorted(present, key=lambda i: [k[i] for k in keys])[:count]
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("class")
     for head in ("images", *kinds):
@@ -164,7 +164,8 @@ def show_classes(
     table.add_column("most common error")
     for i in worst:
         name, error = classes["class"][i], classes[f"{kinds[-1]}_top_error"][i]
-        if classes["class"].count(name) > 1:  # ImageNet has two cranes.
+        # Names need not be unique: ImageNet has two classes "crane".
+        if classes["class"].count(name) > 1:
             name = f"{name} ({i})"
         table.add_row(
             rich.text.Text(printable(name)),
@@ -173,7 +174,7 @@ def show_classes(
             rich.text.Text("-" if error is None else printable(error)),
         )
     console = rich.console.Console(file=file, soft_wrap=True)
-    heading = f"Worst {len(worst)} of {len(there)} classes"
+    heading = f"Worst {len(worst)} of {len(present)} classes"
     console.print(
         f"{heading}, {title}" if title else heading,
         highlight=False,

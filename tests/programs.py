@@ -1,7 +1,8 @@
-"""The programs as modules, each with flags of its own.
+"""Loads the programs as modules, each with its own flags.
 
-Absl keeps one table of flags a process, and the programs have flags of the
-same names. trainer.py has the shared table; the others are loaded here.
+Absl keeps one global table of flags per process, but the programs have flags
+of the same names. trainer.py uses the global table; this module gives each
+other program a table of its own.
 """
 
 import functools
@@ -36,7 +37,7 @@ def load(name):
 def parse(name, *arguments):
     """Sets a program's flags from arguments, as `command_line.run` does.
 
-    All others have their defaults.
+    Flags that are not given get their defaults.
     """
     _, own = load(name)
     for flag in own:
@@ -46,12 +47,12 @@ def parse(name, *arguments):
 
 
 def outcome(main, capsys):
-    """Calls a program; returns its exit status, output and errors."""
+    """Calls a program; returns exit status, output and error output."""
     capsys.readouterr()
     status = 0
     try:
         main()
     except SystemExit as end:
         status = end.code
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

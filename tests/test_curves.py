@@ -1,4 +1,4 @@
-"""The curves show the records' numbers, and the CSV holds them all."""
+"""Curves show the numbers of the records, and the CSV holds all of them."""
 
 import csv
 import itertools
@@ -17,7 +17,7 @@ CLEAN = 0.875
 
 
 def record(robust=0.5, number=200, attack=None, **more):
-    """A record as an evaluation would leave it."""
+    """Returns a record as an evaluation would write it."""
     attack = attack or attack_backbone.PGD(epsilon=8 / 255, steps=10)
     low, high = metrics.proportion_interval(round(robust * number), number)
     return {
@@ -42,7 +42,7 @@ def record(robust=0.5, number=200, attack=None, **more):
 
 
 def scan(epsilons=(1 / 255, 2 / 255), steps=(10, 100), restarts=(1,), **more):
-    """Records of a scan; each has an accuracy of its own."""
+    """Returns the records of a scan, all with different accuracies."""
     found = []
     for epsilon, count, starts in itertools.product(epsilons, steps, restarts):
         attack = attack_backbone.PGD(
@@ -57,7 +57,7 @@ def scan(epsilons=(1 / 255, 2 / 255), steps=(10, 100), restarts=(1,), **more):
 
 
 def panels(figure):
-    """The panels that are shown, by the first word of their axis."""
+    """Returns the visible panels by the first word of their axis label."""
     return {
         axes.get_xlabel().split(",")[0].split(" ")[0]: axes
         for axes in figure.axes
@@ -66,23 +66,23 @@ def panels(figure):
 
 
 def lines(axes):
-    """The measured points of each line, by its label."""
+    """Returns the measured points of each line by its label."""
     found = {}
     for line in axes.lines:
         if (line.get_gid() or "").startswith("line"):
-            places = line.get_xydata()[line.get_markevery()]
-            found[line.get_label()] = [tuple(place) for place in places]
+            points = line.get_xydata()[line.get_markevery()]
+            found[line.get_label()] = [tuple(point) for point in points]
     return found
 
 
-def references(axes):
+def clean_lines(axes):
     return [
         line.get_ydata()[0] for line in axes.lines if line.get_gid() == "clean"
     ]
 
 
 class TestRows:
-    def test_are_flat(self):
+    def test_rows_are_flat(self):
         for row in curves.rows(scan()):
             for value in row.values():
                 assert isinstance(value, (str, int, float))
@@ -96,20 +96,20 @@ class TestRows:
         assert (row["pixel_low"], row["pixel_high"]) == (0.0, 1.0)
         assert "robust_accuracy_interval" not in row
 
-    def test_tell_where_first_and_results_last(self):
+    def test_keys_are_ordered(self):
         keys = list(curves.rows([record()])[0])
         assert keys[0] == "model"
         assert keys.index("epsilon") < keys.index("robust_accuracy")
         assert keys.index("steps") < keys.index("seconds")
 
-    def test_hold_every_setting_and_result(self):
+    def test_rows_hold_every_setting_and_result(self):
         made = record()
         (row,) = curves.rows([made])
         for key, value in made.items():
             if isinstance(value, (str, int, float)):
                 assert row[key] == value
 
-    def test_long_lists_are_counted(self):
+    def test_long_lists_become_their_length(self):
         made = record(indices=list(range(500)), rates=[0.1, 0.01])
         (row,) = curves.rows([made])
         assert row["indices"] == "500 values"
@@ -135,7 +135,7 @@ class TestCsv:
                     assert text == str(row[key])
             assert set(row) <= set(read)
 
-    def test_the_file_is_replaced_whole(self, tmp_path):
+    def test_file_is_replaced(self, tmp_path):
         path = tmp_path / "scan.csv"
         path.write_text("old")
         curves.write_csv(scan(), path)
@@ -144,14 +144,14 @@ class TestCsv:
 
 
 class TestCurves:
-    def test_a_panel_for_every_scanned_axis(self):
+    def test_every_varying_axis_has_a_panel(self):
         assert set(panels(curves.accuracy_curves(scan(steps=(10,))))) == {"ε"}
         found = panels(curves.accuracy_curves(scan(epsilons=(0.1,))))
         assert set(found) == {"steps", "evaluation"}
         figure = curves.accuracy_curves(scan(restarts=(1, 5)))
         assert set(panels(figure)) == {"ε", "steps", "restarts", "evaluation"}
 
-    def test_every_record_is_where_its_numbers_say(self):
+    def test_points_are_the_numbers_of_the_records(self):
         records = scan((1 / 255, 2 / 255, 4 / 255), (10, 100))
         found = panels(curves.accuracy_curves(records))
         by_steps = lines(found["steps"])
@@ -168,23 +168,23 @@ class TestCurves:
             ]  # fmt: skip
             assert (r["seconds"], r["robust_accuracy"]) in seconds
 
-    def test_lines_run_from_left_to_right(self):
+    def test_points_are_sorted_along_the_axis(self):
         records = scan((0.1,), (1000, 10, 100))
         found = panels(curves.accuracy_curves(records))
         (points,) = lines(found["steps"]).values()
         assert [x for x, _ in points] == [10, 100, 1000]
 
-    def test_the_clean_accuracy_is_the_reference(self):
+    def test_clean_accuracy_is_drawn(self):
         found = panels(curves.accuracy_curves(scan()))
         for axes in found.values():
-            assert references(axes) == [CLEAN]
+            assert clean_lines(axes) == [CLEAN]
             assert any("clean 87.5%" in t.get_text() for t in axes.texts)
-        # Without a perturbation: where each line begins.
+        # Lines begin at epsilon 0 with the clean accuracy.
         for line in found["ε"].lines:
             if (line.get_gid() or "").startswith("line"):
                 assert tuple(line.get_xydata()[0]) == (0, CLEAN)
 
-    def test_bands_are_the_intervals(self):
+    def test_bands_are_the_recorded_intervals(self):
         records = scan((0.1,), (10, 100))
         axes = panels(curves.accuracy_curves(records))["steps"]
         (band,) = axes.collections
@@ -195,7 +195,7 @@ class TestCurves:
             assert heights.min() == pytest.approx(low)
             assert heights.max() == pytest.approx(high)
 
-    def test_an_interval_is_worked_out_if_it_is_not_recorded(self):
+    def test_missing_interval_is_computed(self):
         records = scan((0.1,), (10, 100))
         known = curves.accuracy_curves(records)
         for r in records:
@@ -211,13 +211,13 @@ class TestCurves:
         ("epsilons", "log"),
         [((0.001, 0.1), True), ((0.05, 0.1, 0.2), False)],
     )
-    def test_a_wide_axis_is_logarithmic(self, epsilons, log):
+    def test_wide_axis_is_logarithmic(self, epsilons, log):
         figure = curves.accuracy_curves(scan(epsilons, (10,)))
         axes = panels(figure)["ε"]
         assert axes.get_xscale() == ("log" if log else "linear")
         assert ("log scale" in axes.get_xlabel()) == log
 
-    def test_what_all_share_stands_above_and_the_rest_in_the_legend(self):
+    def test_title_has_shared_and_legend_has_differing_settings(self):
         bim = attack_backbone.BIM(epsilon=0.1)
         other = attack_backbone.BIM(epsilon=0.2)
         records = [
@@ -229,13 +229,13 @@ class TestCurves:
         assert set(lines(axes)) == {"PGD, 10 steps", "BIM, 5 steps"}
         assert axes.get_title(loc="left") == "L∞, untargeted, 1 restart"
 
-    def test_a_step_size_that_follows_makes_no_line_of_its_own(self):
+    def test_step_size_does_not_split_lines(self):
         records = scan((0.1,), (10, 100, 1000))
         assert len({r["step_size"] for r in records}) == 3
         axes = panels(curves.accuracy_curves(records))["steps"]
         assert len(lines(axes)) == 1
 
-    def test_what_would_coincide_is_told_apart(self):
+    def test_coinciding_points_are_split_by_details(self):
         records = scan() + scan(seed=1)
         axes = panels(curves.accuracy_curves(records))["steps"]
         assert set(lines(axes)) == {
@@ -244,14 +244,14 @@ class TestCurves:
         again = panels(curves.accuracy_curves(scan() + scan()))["steps"]
         assert len(lines(again)) == 2
 
-    def test_other_models_have_other_lines(self):
+    def test_models_have_lines_of_their_own(self):
         records = scan() + scan(model="multi_gaze", clean_accuracy=0.9)
         figure = curves.accuracy_curves(records)
         axes = panels(figure)["steps"]
         assert sum("multi_gaze" in label for label in lines(axes)) == 2
-        assert references(axes) == [CLEAN, 0.9]
+        assert clean_lines(axes) == [CLEAN, 0.9]
 
-    def test_too_many_lines_are_thinned_out_and_that_is_said(self):
+    def test_too_many_lines_are_thinned_out_with_a_note(self):
         epsilons = tuple(k / 255 for k in range(1, 9))
         records = scan(epsilons, (10, 20, 50), (1, 5))
         axes = panels(curves.accuracy_curves(records))["steps"]
@@ -260,14 +260,14 @@ class TestCurves:
         assert "5 restarts" in axes.get_title(loc="left")
         assert any("8 of 16 lines" in t.get_text() for t in axes.texts)
 
-    def test_low_accuracies_fill_their_panel(self):
+    def test_low_accuracies_fill_the_panel(self):
         records = scan((0.1,), (10, 100))
         for r in records:
             r["robust_accuracy"] /= 50
             del r["robust_accuracy_interval"]
         axes = panels(curves.accuracy_curves(records))["steps"]
         assert axes.get_ylim()[1] < 0.3
-        assert references(axes) == []
+        assert clean_lines(axes) == []
         assert any("clean 87.5%" in t.get_text() for t in axes.texts)
 
     @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ class TestCurves:
             "epsilon",
         ],
     )
-    def test_what_is_missing_is_not_drawn(self, missing, tmp_path):
+    def test_missing_values_are_not_drawn(self, missing, tmp_path):
         records = scan()
         for r in records:
             r[missing] = None
@@ -295,7 +295,7 @@ class TestCurves:
                 assert np.isfinite(points).all()
         assert Image.open(tmp_path / "scan.png").size[0] > 300
 
-    def test_one_record_is_a_point(self, tmp_path):
+    def test_single_record_is_a_point(self, tmp_path):
         figure = curves.accuracy_curves([record(0.5)], tmp_path / "one.png")
         ((points,),) = [lines(axes).values() for axes in figure.axes]
         assert points == [(pytest.approx(8), 0.5)]
@@ -303,13 +303,13 @@ class TestCurves:
             drawn = np.asarray(image.convert("RGB"))
         assert drawn.shape[0] > 300 and drawn.std() > 5
 
-    def test_one_record_without_a_radius_stands_elsewhere(self):
+    def test_single_record_without_a_radius_uses_another_axis(self):
         lone = record(0.5, epsilon=None)
         assert set(panels(curves.accuracy_curves([lone]))) == {"steps"}
         with pytest.raises(ValueError, match="epsilon, steps"):
             curves.accuracy_curves([{"robust_accuracy": 0.5}])
 
-    def test_an_attack_without_steps_is_drawn_beside_one_with_them(self):
+    def test_attack_without_steps_is_only_on_the_radius_axis(self):
         fast = [
             record(0.6, attack=attack_backbone.FGSM(epsilon=k / 255))
             for k in (1, 2)
@@ -318,7 +318,7 @@ class TestCurves:
         assert "FGSM" in lines(found["ε"])
         assert not any("FGSM" in label for label in lines(found["steps"]))
 
-    def test_a_record_without_a_result_is_left_out(self):
+    def test_record_without_robust_accuracy_is_left_out(self):
         broken = {**record(), "robust_accuracy": None}
         nan = {**record(), "robust_accuracy": math.nan}
         figure = curves.accuracy_curves([broken, nan, record(0.25)])
@@ -329,7 +329,7 @@ class TestCurves:
                 curves.accuracy_curves(records)
             assert "\n" not in str(raised.value)
 
-    def test_the_title_names_model_data_and_images(self):
+    def test_title_names_model_data_and_images(self):
         figure = curves.accuracy_curves(scan())
         title = figure.get_suptitle()
         assert title == "resnet on cifar10 (400 test images)"

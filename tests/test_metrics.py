@@ -1,4 +1,4 @@
-"""Counts and intervals, against their formulas."""
+"""Metrics against their formulas and direct counts."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import metrics
 
 
 @pytest.mark.parametrize("count,total", [(0, 5), (5, 5), (3, 10), (871, 1000)])
-def test_the_interval_is_wilsons(count, total):
+def test_proportion_interval_matches_wilsons_formula(count, total):
     z = 1.959963984540054  # The 97.5% point of the normal distribution.
     share = count / total
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
@@ -22,7 +22,7 @@ def test_the_interval_is_wilsons(count, total):
     assert low <= share <= high
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
+def test_proportion_interval_has_95_percent_coverage():
     rng = np.random.default_rng(0)
     counts = rng.binomial(200, 0.1, 2000)
     inside = 0
@@ -32,36 +32,38 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.93 <= inside / 2000 <= 0.97
 
 
-def test_success_is_counted_both_ways():
+def test_attack_success_over_all_and_over_correct_images():
     labels = np.array([0, 1, 2, 3, 0])
     clean = np.array([0, 1, 2, 0, 1])
     attacked = np.array([1, 1, 0, 0, 0])
     targets = np.array([1, 0, 1, 0, 0])
     plain = metrics.robustness(labels, clean, attacked)
     assert plain["clean_accuracy"] == 3 / 5
-    # The last image is wrong while clean and right under attack: a miss.
+    # The last image is misclassified when clean and correct under attack,
+    # which is no success of the attack.
     assert plain["robust_accuracy"] == 2 / 5
     assert plain["attack_success"] == 3 / 5
     assert plain["attack_success_on_correct"] == pytest.approx(2 / 3)
-    aimed = metrics.robustness(labels, clean, attacked, targets)
-    assert aimed["robust_accuracy"] == 2 / 5
-    assert aimed["attack_success"] == 3 / 5  # Of these, two were wrong before.
-    assert aimed["attack_success_on_correct"] == pytest.approx(1 / 3)
+    targeted = metrics.robustness(labels, clean, attacked, targets)
+    assert targeted["robust_accuracy"] == 2 / 5
+    # Two of these three were misclassified before the attack.
+    assert targeted["attack_success"] == 3 / 5
+    assert targeted["attack_success_on_correct"] == pytest.approx(1 / 3)
 
 
-def test_without_a_right_answer_there_is_no_share_of_them():
+def test_success_on_correct_is_none_without_correct_images():
     found = metrics.robustness(np.zeros(2), np.ones(2), np.ones(2))
     assert found["attack_success_on_correct"] is None
 
 
-def test_the_worst_case_is_an_example_that_stands_everything():
-    verdicts = [[True, True, False], np.array([True, False, False])]
+def test_worst_case_needs_robustness_to_every_attack():
+    robust = [[True, True, False], np.array([True, False, False])]
     np.testing.assert_array_equal(
-        metrics.worst_case(verdicts), [True, False, False]
+        metrics.worst_case(robust), [True, False, False]
     )
 
 
-def test_what_was_wrong_before_the_attack_is_not_attacked():
+def test_images_misclassified_before_are_not_attacked():
     labels = np.array([0, 1, 2, 3, 0])
     clean = np.array([0, 1, 2, 0, metrics.NON_FINITE])
     attacked = np.array([1, 1, metrics.NON_FINITE, 0, 0])
@@ -74,7 +76,7 @@ def test_what_was_wrong_before_the_attack_is_not_attacked():
     assert success["attack_success_on_correct"] == pytest.approx(share)
 
 
-def test_confidence_is_the_softmax_of_the_prediction():
+def test_confidence_is_the_largest_softmax_probability():
     logits = np.array([[1.0, 3.0], [1e4, 0.0], [np.nan, 0.0], [np.inf, 0.0]])
     found = metrics.confidences(logits)
     assert found[0] == pytest.approx(1 / (1 + math.exp(-2)))
@@ -82,14 +84,14 @@ def test_confidence_is_the_softmax_of_the_prediction():
     assert np.isnan(found[2:]).all()
 
 
-def test_logits_that_are_not_finite_predict_no_class():
+def test_nonfinite_logits_predict_no_class():
     logits = np.array([[0.0, 1.0], [np.nan, np.nan], [0.0, np.inf], [2, 1.0]])
     found = metrics.predictions(logits)
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, [1, -1, -1, 0])
 
 
-def test_classes_are_counted_one_by_one():
+def test_class_report_counts_every_class():
     rng = np.random.default_rng(0)
     names = ["cat", "dog", "owl", "never seen"]
     labels = rng.integers(0, 3, 60)
@@ -121,14 +123,14 @@ def test_classes_are_counted_one_by_one():
     json.dumps(report)
 
 
-def test_a_non_finite_prediction_is_no_class():
+def test_nonfinite_predictions_have_their_own_column():
     report = metrics.class_report(np.zeros(3, int), ["a", "b"], np.full(3, -1))
     assert report["confusion"]["clean"] == [[0, 0, 3], [0, 0, 0]]
     assert report["per_class"]["clean_accuracy"] == [0.0, None]
     assert report["per_class"]["clean_top_error"][0] == "non-finite"
 
 
-def test_many_classes_have_no_matrix_in_the_record():
+def test_confusion_is_left_out_for_many_classes():
     for count in (metrics.MOST_CONFUSED, metrics.MOST_CONFUSED + 1):
         labels = np.arange(count)
         report = metrics.class_report(labels, [str(i) for i in labels], labels)

@@ -1,4 +1,4 @@
-"""The crafted set is what it says, survives a kill, and teaches a model."""
+"""The crafted set is correct, resumes after a kill, and trains a model."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
-    """The folder of a run, as `trainer` leaves it."""
+    """The folder of a run, as `trainer` writes it."""
     folder = tmp_path_factory.mktemp("runs") / "digits-madry_cnn"
     folder.mkdir()
     keras.utils.set_random_seed(0)
@@ -92,18 +92,18 @@ def small_files(monkeypatch):
 
 
 def stop_after(count):
-    """A `should_stop` that says no `count` times."""
-    asked = []
+    """Returns a `should_stop` that is false `count` times, then true."""
+    calls = []
 
     def should_stop():
-        asked.append(None)
-        return len(asked) > count
+        calls.append(None)
+        return len(calls) > count
 
     return should_stop
 
 
 def contents(path):
-    """The arrays of all files of a set, but the time they took."""
+    """Returns the arrays of all files of a set except the seconds."""
     out = {}
     for file in sorted(path.glob("*.np?")):
         if file.suffix == ".npy":
@@ -119,7 +119,7 @@ def contents(path):
                                                ("linf", 0.2, 0.08),
                                                ("l1", 4.0, 1.0)])  # fmt: skip
 @pytest.mark.parametrize("target", nonrobust_features.TARGETS)
-def test_the_set_is_what_it_says(
+def test_crafted_set_has_its_targets_norms_and_success(
     tmp_path, data, model, small_files, target, norm, epsilon, step
 ):
     config = CraftConfig(
@@ -140,24 +140,24 @@ def test_the_set_is_what_it_says(
         np.testing.assert_array_equal(targets, (labels + 1) % 10)
     else:
         assert set(targets) == set(range(10))
-        assert 0 < np.mean(targets == labels) < 0.3  # A tenth, by chance.
+        assert 0 < np.mean(targets == labels) < 0.3  # About a tenth.
     images = np.concatenate([parts[f"{n}.images.npy"] for n in names])
     clean = data.train.read(indices)
-    moved = norm_of(images - clean.astype("float64"), norm)
+    norms = norm_of(images - clean.astype("float64"), norm)
     assert images.dtype == np.float32
     assert images.min() >= 0 and images.max() <= 1
-    assert moved.max() <= epsilon * (1 + 1e-5)
-    assert np.median(moved) > 0.9 * epsilon
+    assert norms.max() <= epsilon * (1 + 1e-5)
+    assert np.median(norms) > 0.9 * epsilon
     logits = ops.convert_to_numpy(model(images))
-    hit = logits.argmax(-1) == targets
-    np.testing.assert_array_equal(whole("success"), hit)
-    assert counts["attack_success"] == pytest.approx(hit.mean())
+    success = logits.argmax(-1) == targets
+    np.testing.assert_array_equal(whole("success"), success)
+    assert counts["attack_success"] == pytest.approx(success.mean())
     assert counts["relabelled"] == pytest.approx(np.mean(targets != labels))
     before = ops.convert_to_numpy(model(clean)).argmax(-1) == targets
-    assert hit.mean() > before.mean() + 0.3
+    assert success.mean() > before.mean() + 0.3
 
 
-def test_a_set_is_read_in_any_order(tmp_path, data, model, small_files):
+def test_split_reads_images_in_any_order(tmp_path, data, model, small_files):
     config = CraftConfig(**CHEAP)
     build(model, data.train, config, tmp_path)
     split = as_split(tmp_path)
@@ -170,7 +170,9 @@ def test_a_set_is_read_in_any_order(tmp_path, data, model, small_files):
     np.testing.assert_array_equal(split.read(order), images[order])
 
 
-def test_a_killed_set_goes_on_bit_for_bit(tmp_path, data, model, small_files):
+def test_killed_crafting_resumes_with_identical_results(
+    tmp_path, data, model, small_files
+):
     config = CraftConfig(**CHEAP)
     build(model, data.train, config, tmp_path / "whole")
     calls = []
@@ -194,7 +196,7 @@ def test_a_killed_set_goes_on_bit_for_bit(tmp_path, data, model, small_files):
         np.testing.assert_array_equal(found[name], values)
 
 
-def test_the_batch_size_changes_rounding_alone(tmp_path, data, model):
+def test_batch_size_changes_only_rounding(tmp_path, data, model):
     sets = []
     for size in (7, 64):
         config = CraftConfig(batch_size=size, **CHEAP)
@@ -205,7 +207,7 @@ def test_the_batch_size_changes_rounding_alone(tmp_path, data, model):
     np.testing.assert_allclose(first, second, atol=1e-4)
 
 
-def test_another_set_and_a_damaged_one_are_refused(tmp_path, data, model):
+def test_other_and_damaged_sets_are_refused(tmp_path, data, model):
     config = CraftConfig(**CHEAP)
     build(model, data.train, config, tmp_path)
     other = dataclasses.replace(config, epsilon=0.7)
@@ -225,8 +227,8 @@ def test_another_set_and_a_damaged_one_are_refused(tmp_path, data, model):
         (tmp_path / name).write_bytes(kept)
 
 
-def test_a_model_learns_from_the_perturbations(trained, data):
-    """And nothing from their absence, where the new labels are noise."""
+def test_model_learns_from_the_perturbations(trained, data):
+    """With epsilon 0 the labels are random, and the model learns nothing."""
     settings = {"steps": 15, "epochs": 8, "overwrite": True}
     record, nothing = (
         nonrobust_features.run(
@@ -247,14 +249,14 @@ def test_a_model_learns_from_the_perturbations(trained, data):
     assert record["run_accuracy"] > 0.9
 
 
-def test_the_record_can_be_recomputed(trained, data):
+def test_record_agrees_with_the_saved_model_and_is_reused(trained, data):
     record = nonrobust_features.run(
         trained, data=data, target="next", epochs=2, **CHEAP
     )
-    place = trained / "nonrobust_features-next"
-    assert run_folder.read_json(place / "results.json") == record
+    folder = trained / "nonrobust_features-next"
+    assert run_folder.read_json(folder / "results.json") == record
     fresh = create()
-    fresh.load_weights(place / "last.weights.h5")
+    fresh.load_weights(folder / "last.weights.h5")
     logits = ops.convert_to_numpy(fresh(data.test.read(range(len(data.test)))))
     predicted, labels = logits.argmax(-1), data.test.labels
     assert record["accuracy"] == pytest.approx(np.mean(predicted == labels))
@@ -268,20 +270,20 @@ def test_the_record_can_be_recomputed(trained, data):
     assert record["run_accuracy"] == pytest.approx(
         robust_evaluation.accuracy(model, data.test)["accuracy"]
     )
-    # The same request is answered from the record, another one is refused.
-    stamp = (place / "results.json").stat().st_mtime_ns
+    # The same request returns the record, another one is refused.
+    stamp = (folder / "results.json").stat().st_mtime_ns
     again = nonrobust_features.run(
         trained, data=data, target="next", epochs=2, **CHEAP
     )
     assert again == record
-    assert (place / "results.json").stat().st_mtime_ns == stamp
+    assert (folder / "results.json").stat().st_mtime_ns == stamp
     with pytest.raises(FileExistsError, match="another epochs.*--overwrite"):
         nonrobust_features.run(
             trained, data=data, target="next", epochs=3, **CHEAP
         )
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(trained, data, small_files):
+def test_killed_run_ends_as_an_uninterrupted_one(trained, data, small_files):
     def run(**settings):
         return nonrobust_features.run(
             trained, data=data, target="next", epochs=2, **CHEAP, **settings
@@ -292,7 +294,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(trained, data, small_files):
     model = create()
     model.load_weights(weights)
     values = model.get_weights()
-    # Stops after a file of the set, within an epoch, and after one.
+    # It stops after two files of the set, then twice in the training.
     for count, overwrite in ((2, True), (1, False), (1, False)):
         with pytest.raises(robust_training.Interrupted):
             run(overwrite=overwrite, should_stop=stop_after(count))
@@ -316,7 +318,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(trained, data, small_files):
         ({"seed": -1}, "seed"),
     ],
 )
-def test_bad_input_is_one_line(trained, data, settings, words):
+def test_invalid_settings_give_one_line(trained, data, settings, words):
     before = sorted(trained.iterdir())
     with pytest.raises(ValueError) as error:
         nonrobust_features.run(trained, data=data, **settings)

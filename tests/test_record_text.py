@@ -1,4 +1,4 @@
-"""Records are worded alike everywhere, whatever the classes are called."""
+"""Captions, class names and the table of the worst classes."""
 
 import io
 
@@ -18,13 +18,13 @@ RECORD = {
 }
 
 
-def test_a_caption_tells_attack_target_and_steps():
+def test_caption_names_attack_target_and_steps():
     assert record_text.caption(RECORD) == (
         "PGD, L∞, untargeted, ε = 8/255, 20 steps, 1 restart"
     )
-    aimed = {**RECORD, "target": 1}
-    assert "target class dog" in record_text.caption(aimed, ["cat", "dog"])
-    assert "target class 1" in record_text.caption(aimed)
+    targeted = {**RECORD, "target": 1}
+    assert "target class dog" in record_text.caption(targeted, ["cat", "dog"])
+    assert "target class 1" in record_text.caption(targeted)
     random = {**RECORD, "target": "random"}
     assert "random targets" in record_text.caption(random)
 
@@ -41,7 +41,7 @@ def test_a_caption_tells_attack_target_and_steps():
         ("犬", "犬"),
     ],
 )
-def test_a_name_is_one_printable_line(name, shown):
+def test_printable_removes_control_characters_and_line_breaks(name, shown):
     assert record_text.printable(name) == shown
     shown.encode()
 
@@ -50,7 +50,7 @@ def test_a_name_is_one_printable_line(name, shown):
     "label,shown",
     [(0, "cat"), (1, "1"), (7, "7"), (metrics.NON_FINITE, "non-finite")],
 )
-def test_a_class_without_a_name_shows_its_id(label, shown):
+def test_class_name_falls_back_to_the_id(label, shown):
     assert record_text.class_name(["cat", "\n"], label) == shown
 
 
@@ -60,18 +60,18 @@ def table(report, count):
     return file.getvalue()
 
 
-def test_the_worst_classes_come_first_under_their_names():
+def test_worst_classes_come_first():
     labels = [0, 0, 1, 1, 2, 2]
     names = ["[bold]", "crane", "crane", "unseen"]
     attacked = [0, 0, 0, 0, 2, -1]
     report = metrics.class_report(labels, names, labels, attacked)
-    said = table(report, 2)
-    rows = [line.split() for line in said.splitlines() if "%" in line]
+    text = table(report, 2)
+    rows = [line.split() for line in text.splitlines() if "%" in line]
     assert rows == [
         ["crane", "(1)", "2", "100.0%", "0.0%", "[bold]"],
         ["crane", "(2)", "2", "100.0%", "50.0%", "non-finite"],
     ]
-    assert "Worst 2 of 3 classes, of the test" in said
+    assert "Worst 2 of 3 classes, of the test" in text
     assert not table(report, 0) and not table({}, 5)
     clean = table(metrics.class_report(labels, names, labels), 5)
     assert "robust" not in clean and clean.count("100.0%") == 3
