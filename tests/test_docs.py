@@ -1,0 +1,116 @@
+"""The pages of the documentation name what there is, and all of it."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+import test_readme
+
+import catalogue
+import checklist
+import glimpse
+import handover_flags
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("**/*.md"))
+# Programs whose command lines the pages show, and the modules they are.
+PROGRAMS = {
+    "trainer.py": "trainer",
+    "adversary.py": "adversary",
+    "benchmarks/speed.py": "benchmark",
+    "benchmarks/parity.py": "parity",
+}
+
+
+def page(name):
+    return (DOCS / f"{name}.md").read_text()
+
+
+def section(text, title):
+    """What stands below a heading, down to the next one."""
+    found = re.search(
+        rf"^##+ {title}\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE
+    )
+    assert found, title
+    return found[1]
+
+
+def named(text):
+    """The names in the first column of a table."""
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    return sorted(name for row in rows for name in re.findall(r"`(\w+)`", row))
+
+
+@pytest.mark.parametrize(
+    "name, title, known",
+    [
+        ("data", "Names", catalogue.DATA_SETS),
+        ("data", "Augmentation", glimpse.AUGMENTATIONS),
+        ("models", "Names", catalogue.MODELS),
+        ("attacks", "Attacks", catalogue.ATTACKS),
+        ("attacks", "Protocols", catalogue.PROTOCOLS),
+        ("attacks", "The checklist", checklist.NAMES),
+        ("training", "Adversarial training", catalogue.OBJECTIVES),
+        ("training", "Recipes", catalogue.RECIPES),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_lists_every_name(name, title, known):
+    assert named(section(page(name), title)) == sorted(known)
+
+
+def commands(program):
+    """The arguments of every command line of a program in all the pages."""
+    found = []
+    for path in PAGES:
+        blocks = re.findall(
+            r"^```(?:bash|text)\n(.*?)^```$", path.read_text(), re.S | re.M
+        )
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            if line.startswith(f"python {program}"):
+                found.append(shlex.split(line, comments=True)[2:])
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_command_parses(program):
+    bad = ["--no_such_flag=1"]
+    lines = commands(program)
+    assert lines
+    errors = test_readme.parse(PROGRAMS[program], [*lines, bad])["errors"]
+    # The last one must fail, or the others prove nothing.
+    assert list(errors) == [bad[0]], errors
+
+
+def test_every_flag_that_a_page_names_exists():
+    known = {"help"}
+    for module in PROGRAMS.values():
+        known |= set(test_readme.parse(module, [])["flags"])
+    for path in PAGES:
+        text = path.read_text()
+        if path.stem == "history":  # Its first column holds old flags.
+            text = re.sub(r"^\| `--[^|]*\|", "", text, flags=re.MULTILINE)
+        flags = set(re.findall(r"`[^`\n]*?--(\w+)", text))
+        assert sorted(flags - known) == [], path
+
+
+def test_the_old_flags_of_the_history_are_translated_or_refused():
+    rows = re.findall(r"^\| (`--.*?) \|", page("history"), re.MULTILINE)
+    old = [flag for row in rows for flag in re.findall(r"--(\w+)", row)]
+    assert len(old) > 10
+    for flag in old:
+        given = f"--{flag}=1"
+        try:
+            words = handover_flags.of_adversary([given])
+        except ValueError as error:
+            assert f"--{flag}" in str(error)
+            continue
+        assert given not in words
+
+
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r": ([\w/]+\.md)$", menu, re.MULTILINE)
+    assert sorted(pages) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
