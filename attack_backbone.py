@@ -1,7 +1,7 @@
-"""Attacks along the gradient: FGSM, PGD and its kin.
+"""Gradient-based attacks: FGSM, PGD, BIM, MIM and PGD with Adam.
 
-Each is an `attack_rounds.Attack`. A walk (`Iterative`) leads from a start in
-the ball through it; PGD, BIM, MIM and PGD with Adam differ in how they step.
+Each is an `attack_rounds.Attack`. The iterative ones share the base class
+`Iterative` and differ in how a step follows from the gradient.
 """
 
 import dataclasses
@@ -49,32 +49,35 @@ def _check_keep(keep):
 
 
 def check_fraction(fraction):
-    """Raises a ValueError, one line, if it is no part of the coordinates."""
+    """Raises a ValueError, in one line, if `fraction` is not in (0, 1]."""
     if not 0 < fraction <= 1:
         raise ValueError(
-            "Expected l1_fraction in (0, 1], the part of the coordinates an L1 "
-            f"step moves. Received: l1_fraction={fraction:g}."
+            "Expected l1_fraction in (0, 1], the fraction of the coordinates "
+            f"that an L1 step changes. Received: l1_fraction={fraction:g}."
         )
 
 
-def move(delta, grad, images, attack, length):
-    """Steps by `length` along a gradient, then projects on ball and box.
+def gradient_step(delta, grad, images, attack, length):
+    """Takes one step along a gradient and projects the result.
+
+    The projection is onto the norm ball and the pixel range together.
 
     Args:
         delta: Perturbations, `(batch, height, width, channels)`.
-        grad: Gradient of what is ascended, of that shape.
-        images: Clean images, of that shape.
-        attack: Anything with norm, epsilon and l1_fraction.
-        length: Length of the step in the norm; a tensor may hold one an image.
+        grad: Gradient of the attack loss, of the shape of `delta`.
+        images: Clean images, of the shape of `delta`.
+        attack: An object with norm, epsilon and l1_fraction.
+        length: Length of the step in the norm: a scalar, or one per image,
+            `(batch,)`.
 
     Returns:
         The new perturbations.
     """
-    length = _each(length, delta)
+    length = _broadcastable(length, delta)
     room = None
     if attack.norm == "l1":
-        here = attack_rounds.perturbed(images, delta)
-        room = ops.where(grad > 0, 1.0 - here, here)
+        iterate = attack_rounds.perturbed(images, delta)
+        room = ops.where(grad > 0, 1.0 - iterate, iterate)
         room = room / ops.maximum(length, 1e-20)
     direction = numerics.ascent_direction(
         grad, attack.norm, fraction=attack.l1_fraction, room=room
@@ -83,26 +86,30 @@ def move(delta, grad, images, attack, length):
     return numerics.project(delta, attack.epsilon, attack.norm, images)
 
 
-def _each(length, like):
-    """Lets a length, or one an image, broadcast against images."""
+def _broadcastable(length, like):
+    """Reshapes a scalar or `(batch,)` length to broadcast against `like`."""
     if len(getattr(length, "shape", ())) == 0:
         return length
     return numerics.per_example(length, like)
 
 
-def random_start(images, attack, keys, number):
-    """Where round `number` begins: in the ball by chance, else at the image."""
+def random_start(images, attack, keys, round_index):
+    """Returns the perturbations from which round `round_index` starts.
+
+    With probability `attack.random_start` an example starts at a random point
+    of the norm ball, otherwise at the clean image.
+    """
     if attack.random_start == 0:
         return ops.zeros_like(images)
-    keys = numerics.fold_in(keys, number)
+    keys = numerics.fold_in(keys, round_index)
     shape = tuple(images.shape[1:])
     delta = numerics.random_in_ball(
         numerics.fold_in(keys, 0), shape, attack.epsilon, attack.norm
     )
     if attack.random_start < 1:
-        chance = numerics.uniform(numerics.fold_in(keys, 1), ())
-        moved = numerics.per_example(chance < attack.random_start, delta)
-        delta = ops.where(moved, delta, ops.zeros_like(delta))
+        draw = numerics.uniform(numerics.fold_in(keys, 1), ())
+        is_random = numerics.per_example(draw < attack.random_start, delta)
+        delta = ops.where(is_random, delta, ops.zeros_like(delta))
     return numerics.project(delta, attack.epsilon, attack.norm, images)
 
 
@@ -110,16 +117,17 @@ def random_start(images, attack, keys, number):
 class FGSM(attack_rounds.Attack):
     """The fast gradient (sign) method: one step of length epsilon.
 
-    In L-inf it is the fast gradient sign method; in L2 and L1 the same with
-    the direction of that norm, projected onto the ball and the box. An example
-    keeps its clean image where the step does not make it worse.
+    In L-inf this is the fast gradient sign method. In L2 and L1 the step has
+    the ascent direction of that norm and is projected onto the norm ball and
+    the pixel range. An example keeps its clean image if the step does not
+    increase the loss.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball and length of the step, in units of the
+        epsilon: Radius of the norm ball and length of the step, in units of the
             pixel range [0, 1].
         loss: One of `losses.LOSSES`.
-        l1_fraction: Part of the coordinates that share the L1 step.
+        l1_fraction: Fraction of the coordinates that an L1 step changes.
 
     References:
         - [Goodfellow et al., 2015](https://arxiv.org/abs/1412.6572)
@@ -137,72 +145,74 @@ class FGSM(attack_rounds.Attack):
 
     @property
     def keep(self):
-        """See `Attack.keep`; the step counts where the image fails already."""
+        """See `Attack.keep`: the step also counts on misclassified images."""
         return "best"
 
     def open(self, logits_fn, images, labels, keys=None, targets=None):
-        """See `Attack.open`; the step judges the clean image."""
+        """See `Attack.open`; `step` evaluates the clean image."""
         del logits_fn
-        return self._rows(images, labels, keys, targets)
+        return self._initial_state(images, labels, keys, targets)
 
-    def step(self, logits_fn, state, number, index):
+    def step(self, logits_fn, state, round_index, step_index):
         """See `Attack.step`."""
-        del number, index
+        del round_index, step_index
         images = state["images"]
         state, value, logits, grad = self.gradient(logits_fn, state, images)
-        state = self._offer(state, images, value, logits)
-        changed = self._move(images, ops.zeros_like(images), grad)
-        return self._offer(
-            state, changed, *self.ascended_loss(logits_fn, state)(changed)
+        state = self._update_best(state, images, value, logits)
+        candidates = self._take_step(images, ops.zeros_like(images), grad)
+        return self._update_best(
+            state, candidates, *self.ascended_loss(logits_fn, state)(candidates)
         )
 
     def perturb(
         self, logits_fn, images, labels, keys=None, targets=None, start=None
     ):
         """See `Attack.perturb`."""
-        state = self._rows(images, labels, keys, targets)
+        state = self._initial_state(images, labels, keys, targets)
         images = state["images"]
         delta = ops.zeros_like(images)
         if start is not None:
             delta = numerics.project(start, self.epsilon, self.norm, images)
-        here = attack_rounds.perturbed(images, delta)
-        *_, grad = self.gradient(logits_fn, state, here)
-        return self._move(images, delta, grad)
+        iterate = attack_rounds.perturbed(images, delta)
+        *_, grad = self.gradient(logits_fn, state, iterate)
+        return self._take_step(images, delta, grad)
 
-    def _move(self, images, delta, grad):
-        delta = move(delta, grad, images, self, self.epsilon)
+    def _take_step(self, images, delta, grad):
+        delta = gradient_step(delta, grad, images, self, self.epsilon)
         return attack_rounds.perturbed(images, delta)
 
 
-def _attended(outputs):
-    """Where the model looks on the clean image, as rows of the state."""
+def _clean_attention(outputs):
+    """The attention on the clean images, as entries of the state."""
     return {
-        f"clean_{name}": ops.cast(shown, "float32")
-        for name, shown in outputs.shown.items()
+        f"clean_{name}": ops.cast(value, "float32")
+        for name, value in outputs.shown.items()
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Iterative(attack_rounds.Attack):
-    """What PGD, PGD with Adam and SPSA share: a walk from a random start.
+    """The base class of PGD, PGD with Adam and SPSA.
+
+    Each restart takes steps from a start in the norm ball.
 
     Attributes:
-        steps: Gradient steps of one restart.
+        steps: Gradient steps of each restart.
         restarts: Independent starts; the worst case over them is kept.
         random_start: Probability that an example starts at a random point of
-            the ball (uniform, then projected onto the box) instead of at the
-            clean image.
-        keep: Which candidates count. `"best"`: every iterate, the one of
-            highest loss among those that succeed, so that more steps of the
-            same size are never weaker; `"first"`: the same up to the first
-            success, after which an example is left in peace (so an evaluation
-            need not attack it on); `"last"`: only the last iterate of each
-            restart, as the published tables do.
+            the norm ball (uniform, then projected onto the pixel range)
+            instead of at the clean image.
+        keep: Which candidates are kept. `"best"`: every iterate is a
+            candidate, and the success of highest loss is kept, so that more
+            steps of the same size are never weaker. `"first"`: as `"best"` up
+            to the first success, which is final, so that an evaluation stops
+            attacking the example. `"last"`: only the last iterate of each
+            restart is a candidate, as in published tables.
         loss: One of `losses.LOSSES`.
-        distraction: Weight of the distance by which the model's attention
-            moves from where it was on the clean image
-            (`losses.attention_distance`), added to the class loss. For
-            models that show gazes, boxes or maps.
+        distraction: Weight of `losses.attention_distance`, the distance
+            between the model's attention on the candidate and on the clean
+            image, which is added to the class loss. For models that output
+            gazes, boxes or attention maps.
     """
 
     steps: int = 20
@@ -221,13 +231,14 @@ class Iterative(attack_rounds.Attack):
         losses.check_loss(self.loss)
         if not (math.isfinite(self.distraction) and self.distraction >= 0):
             raise ValueError(
-                "Expected a finite distraction >= 0, the weight of the moved "
-                f"attention. Received: distraction={self.distraction:g}."
+                "Expected a finite distraction >= 0, the weight of the "
+                "attention distance. Received: "
+                f"distraction={self.distraction:g}."
             )
 
     @property
     def random(self):
-        """Whether it draws noise."""
+        """Whether the attack draws noise."""
         return self.random_start > 0
 
     @property
@@ -241,7 +252,7 @@ class Iterative(attack_rounds.Attack):
         return self.steps
 
     def ascended_loss(self, logits_fn, state):
-        """See `Attack.ascended_loss`; with the distance of the attention."""
+        """See `Attack.ascended_loss`; adds the attention distance."""
         if not self.distraction:
             return super().ascended_loss(logits_fn, state)
         labels, targets = state["labels"], state.get("targets")
@@ -264,73 +275,75 @@ class Iterative(attack_rounds.Attack):
 
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
-        state = self._rows(images, labels, keys, targets)
+        state = self._initial_state(images, labels, keys, targets)
         state["delta"] = ops.zeros_like(state["images"])
-        state = {**state, **self._memory(state["images"])}
+        state = {**state, **self._optimizer_state(state["images"])}
         if not self.distraction:
             if self.keep != "last" and not self.random:
-                # The first iterate is the clean image: no need to judge it
-                # twice.
+                # The first iterate is the clean image, so that the first step
+                # evaluates it.
                 return state
             value, logits = self.ascended_loss(logits_fn, state)(
                 state["images"]
             )
-            return self._offer(state, state["images"], value, logits)
+            return self._update_best(state, state["images"], value, logits)
         outputs = losses.outputs_of(logits_fn(state["images"]))
-        state = {**state, **_attended(outputs)}
+        state = {**state, **_clean_attention(outputs)}
         value = attack_rounds.mean_loss(
             self.loss, outputs, state["labels"], state.get("targets")
         )
-        return self._offer(state, state["images"], value, outputs.logits)
+        return self._update_best(state, state["images"], value, outputs.logits)
 
-    def _memory(self, images):
-        """What the walk remembers between steps; zero when a round begins."""
+    def _optimizer_state(self, images):
+        """Zero state of the optimizer, from which each round starts."""
         del images
         return {}
 
-    def begin(self, logits_fn, state, number):
+    def begin(self, logits_fn, state, round_index):
         """See `Attack.begin`."""
         del logits_fn
         images = state["images"]
-        delta = random_start(images, self, state["keys"], number)
-        return {**state, **self._memory(images), "delta": delta}
+        delta = random_start(images, self, state["keys"], round_index)
+        return {**state, **self._optimizer_state(images), "delta": delta}
 
-    def step(self, logits_fn, state, number, index):
+    def step(self, logits_fn, state, round_index, step_index):
         """See `Attack.step`."""
-        del number
-        here = attack_rounds.perturbed(state["images"], state["delta"])
-        state, value, logits, grad = self.gradient(logits_fn, state, here)
+        del round_index
+        iterate = attack_rounds.perturbed(state["images"], state["delta"])
+        state, value, logits, grad = self.gradient(logits_fn, state, iterate)
         if self.keep != "last":
-            state = self._offer(state, here, value, logits)
-        return self._walk(state, grad, index)
+            state = self._update_best(state, iterate, value, logits)
+        return self._update_delta(state, grad, step_index)
 
-    def _walk(self, state, grad, index):
+    def _update_delta(self, state, grad, step_index):
+        """Returns the state after a step along `grad`."""
         raise NotImplementedError(type(self).__name__)
 
     def perturb(
         self, logits_fn, images, labels, keys=None, targets=None, start=None
     ):
         """See `Attack.perturb`: the last iterate of the first restart."""
-        walk = self.bind({"keep": "last"})  # Whose steps judge nothing.
-        state = walk._rows(images, labels, keys, targets)
-        if walk.distraction:
+        # With "last", the steps do not compute success flags.
+        attack = self.bind({"keep": "last"})
+        state = attack._initial_state(images, labels, keys, targets)
+        if attack.distraction:
             outputs = losses.outputs_of(logits_fn(state["images"]))
-            state = {**state, **_attended(outputs)}
+            state = {**state, **_clean_attention(outputs)}
         if start is None:
-            state = walk.begin(logits_fn, state, 0)
+            state = attack.begin(logits_fn, state, 0)
         else:
             images = state["images"]
-            delta = numerics.project(start, walk.epsilon, walk.norm, images)
-            state = {**state, **walk._memory(images), "delta": delta}
-        state = walk.advance(logits_fn, state, 0, 0, walk.steps)
+            delta = numerics.project(start, attack.epsilon, attack.norm, images)
+            state = {**state, **attack._optimizer_state(images), "delta": delta}
+        state = attack.advance(logits_fn, state, 0, 0, attack.steps)
         return attack_rounds.perturbed(state["images"], state["delta"])
 
-    def end(self, logits_fn, state, number):
-        """See `Attack.end`: judges the last iterate."""
-        del number
-        here = attack_rounds.perturbed(state["images"], state["delta"])
-        return self._offer(
-            state, here, *self.ascended_loss(logits_fn, state)(here)
+    def end(self, logits_fn, state, round_index):
+        """See `Attack.end`: evaluates the last iterate."""
+        del round_index
+        iterate = attack_rounds.perturbed(state["images"], state["delta"])
+        return self._update_best(
+            state, iterate, *self.ascended_loss(logits_fn, state)(iterate)
         )
 
 
@@ -340,23 +353,24 @@ class PGD(Iterative):
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        steps: See below, like restarts, random_start, keep, loss and
-            distraction: `Iterative`.
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
+        steps, restarts, random_start, keep, loss, distraction: See
+            `Iterative`.
         step_size: Length of one step in `norm`, in the units of epsilon. None
             means min(epsilon, 2.5 * epsilon / steps), the rule of Madry et
-            al.: far enough to cross the ball, and finer with more steps.
-        step_rule: `"fixed"`; `"at_least"`: max(step_size, epsilon / steps), so
-            that few steps still cross the ball; or `"decayed"`: a tenth from
-            half of the steps on, a hundredth in the last quarter.
-        momentum: Decay of the running mean of gradients, each of mean absolute
-            value 1 (Dong et al.); 0 is plain PGD.
-        l1_fraction: Part of the coordinates that share an L1 step.
+            al.: the steps together can cross the norm ball.
+        step_rule: `"fixed"`; `"at_least"`: the step size is at least
+            epsilon / steps, so that few steps still reach the boundary; or
+            `"decayed"`: the step size is divided by 10 after half of the
+            steps, and by 100 in the last quarter.
+        momentum: Decay of the accumulated gradient; each gradient is first
+            scaled to mean absolute value 1 (Dong et al.). 0 is plain PGD.
+        l1_fraction: Fraction of the coordinates that an L1 step changes.
 
     References:
         - [Madry et al., 2018](https://arxiv.org/abs/1706.06083)
         - [Dong et al., 2018](https://arxiv.org/abs/1710.06081), momentum
-        - [Gowal et al., 2020](https://arxiv.org/abs/2010.03593), the decay
+        - [Gowal et al., 2020](https://arxiv.org/abs/2010.03593), step decay
     """
 
     step_size: float | None = None
@@ -392,10 +406,10 @@ class PGD(Iterative):
                 f"momentum={self.momentum:g}."
             )
         check_fraction(self.l1_fraction)
-        object.__setattr__(self, "step_length", self._length())
+        object.__setattr__(self, "step_length", self._step_length())
 
-    def _length(self):
-        """The step size in use: `step_size`, or the rule in its place."""
+    def _step_length(self):
+        """The effective step size, from `step_size` and `step_rule`."""
         steps = max(self.steps, 1)
         length = self.step_size
         if length is None:
@@ -404,33 +418,36 @@ class PGD(Iterative):
             length = max(length, self.epsilon / steps)
         return length
 
-    def _memory(self, images):
+    def _optimizer_state(self, images):
         if not self.momentum:
             return {}
         return {"velocity": ops.zeros_like(images)}
 
-    def _walk(self, state, grad, index):
+    def _update_delta(self, state, grad, step_index):
         length = self.step_length
         if self.step_rule == "decayed":
-            late = ops.cast(index, "float32") / ops.cast(self.steps, "float32")
+            done = ops.cast(step_index, "float32")
+            done = done / ops.cast(self.steps, "float32")
             length = length * ops.where(
-                late < 0.5, 1.0, ops.where(late < 0.75, 0.1, 0.01)
+                done < 0.5, 1.0, ops.where(done < 0.75, 0.1, 0.01)
             )
         if self.momentum:
-            size = numerics.lp_norm(grad, "l1") / math.prod(grad.shape[1:])
-            grad = grad / numerics.per_example(ops.maximum(size, 1e-20), grad)
+            scale = numerics.lp_norm(grad, "l1") / math.prod(grad.shape[1:])
+            grad = grad / numerics.per_example(ops.maximum(scale, 1e-20), grad)
             grad = self.momentum * state["velocity"] + grad
             state = {**state, "velocity": grad}
-        delta = move(state["delta"], grad, state["images"], self, length)
+        delta = gradient_step(
+            state["delta"], grad, state["images"], self, length
+        )
         return {**state, "delta": delta}
 
 
 @dataclasses.dataclass(frozen=True)
 class BIM(PGD):
-    """The basic iterative method, with the handover's defaults.
+    """The basic iterative method: PGD that starts at the clean image.
 
-    PGD from the clean image, five steps of (epsilon / 0.3) * 0.1, that ends
-    for an image with the first iterate that fools, as Foolbox 2's did.
+    The defaults are those of Foolbox 2, which the handover used: five steps of
+    size (epsilon / 0.3) * 0.1, and the first misclassified iterate is final.
 
     References:
         - [Kurakin et al., 2017](https://arxiv.org/abs/1607.02533)
@@ -442,17 +459,18 @@ class BIM(PGD):
 
     name: ClassVar[str] = "bim"
 
-    def _length(self):
+    def _step_length(self):
         if self.step_size is None:
             return self.epsilon / 0.3 * 0.1
-        return super()._length()
+        return super()._step_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class MIM(PGD):
-    """The momentum iterative method: PGD with momentum 1 from the image.
+    """The momentum iterative method: PGD with momentum 1.
 
-    Ten steps of epsilon / 10, as published.
+    It starts at the clean image and takes ten steps of epsilon / 10, as
+    published.
 
     References:
         - [Dong et al., 2018](https://arxiv.org/abs/1710.06081)
@@ -464,24 +482,25 @@ class MIM(PGD):
 
     name: ClassVar[str] = "mim"
 
-    def _length(self):
+    def _step_length(self):
         if self.step_size is None:
             return self.epsilon / max(self.steps, 1)
-        return super()._length()
+        return super()._step_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class PGDAdam(Iterative):
-    """Projected gradient descent that takes its steps with Adam.
+    """Projected gradient descent with Adam steps.
 
-    The default is the S3TA supplement's (section 3.2): 250 steps with rate
-    0.1, 0.01 from step 100 and 0.001 from step 200 on. They made it for L-inf:
-    Adam moves all coordinates alike, which in L2 and L1 is a poor direction,
-    and the rates are not scaled to another radius. There `PGD` is stronger.
+    The defaults are those of the S3TA supplement (section 3.2): 250 steps with
+    learning rate 0.1, then 0.01 from step 100 and 0.001 from step 200. The
+    attack is meant for L-inf. Adam moves all coordinates by similar amounts,
+    which is a poor direction in L2 and L1, and the rates are not scaled with
+    the radius. `PGD` is stronger in L2 and L1.
 
     Attributes:
         rates: Learning rates, in units of the pixel range.
-        boundaries: Steps at which the next rate begins.
+        boundaries: Steps from which the next rate is used.
 
     References:
         - [Zoran et al., 2020](https://arxiv.org/abs/1912.02184), supplement
@@ -503,35 +522,36 @@ class PGDAdam(Iterative):
             not rate >= 0 for rate in self.rates
         ):
             raise ValueError(
-                "Expected one rate >= 0 more than there are boundaries. "
+                "Expected rates >= 0, one more than there are boundaries. "
                 f"Received: rates={self.rates}, boundaries={self.boundaries}."
             )
 
     def scaled(self, factor):
-        """See `Attack.scaled`; here the rates are the lengths of the steps."""
+        """See `Attack.scaled`; the learning rates are scaled too."""
         rates = tuple(rate * factor for rate in self.rates)
         return super().scaled(factor).bind({"rates": rates})
 
-    def _memory(self, images):
+    def _optimizer_state(self, images):
         zero = ops.zeros_like(images)
         return {"mean": zero, "square": zero}
 
-    def _walk(self, state, grad, index):
-        # Adam is blind to the scale of the gradient but for its epsilon.
+    def _update_delta(self, state, grad, step_index):
+        # Adam does not depend on the scale of the gradient except through its
+        # own epsilon.
         peak = ops.maximum(numerics.lp_norm(grad, "linf"), 1e-30)
         grad = grad / numerics.per_example(peak, grad)
         rate = ops.cast(self.rates[0], "float32")
         for boundary, value in zip(
             self.boundaries, self.rates[1:], strict=True
         ):
-            rate = ops.where(index >= boundary, value, rate)
-        rate = _each(rate, grad)
-        count = ops.cast(index, "float32") + 1.0
+            rate = ops.where(step_index >= boundary, value, rate)
+        rate = _broadcastable(rate, grad)
+        count = ops.cast(step_index, "float32") + 1.0
         mean = 0.9 * state["mean"] + 0.1 * grad
         square = 0.999 * state["square"] + 0.001 * ops.square(grad)
-        ahead = mean / (1.0 - 0.9**count)
-        spread = ops.sqrt(square / (1.0 - 0.999**count))
-        delta = state["delta"] + rate * ahead / (spread + 1e-8)
+        corrected_mean = mean / (1.0 - 0.9**count)
+        corrected_rms = ops.sqrt(square / (1.0 - 0.999**count))
+        delta = state["delta"] + rate * corrected_mean / (corrected_rms + 1e-8)
         delta = numerics.project(
             delta, self.epsilon, self.norm, state["images"]
         )

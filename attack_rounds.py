@@ -1,17 +1,18 @@
-"""What an attack is: a ball, and rounds of steps on what is seen of a model.
+"""The base class of all attacks: a threat model, and rounds of steps.
 
-An attack is a frozen object that holds its hyperparameters; calling it on
+An attack is a frozen object that holds its hyperparameters. Calling it on
 `(logits_fn, images, labels, keys, targets)` returns an `AttackResult`.
-Images live in [0, 1] and normalization belongs to the model, which is seen only
-through its logits. `labels` are always the true labels; `targets`, one class an
-example, make the attack a targeted one.
+Images are in [0, 1]. Normalization belongs to the model, which an attack
+accesses only through its logits. `labels` are always the true labels;
+`targets`, one class for each example, make the attack targeted.
 
-Inside, an attack is `open`, then for each of its rounds (restarts, or targets)
-`begin`, `step` by step, `end`, on a dict of tensors with one row an example.
-`Attack.__call__` strings them together in one graph, for training; `crafting`
-runs the same pieces in chunks and drops the examples that have fallen in
-between. All of it is `keras.ops` on TensorFlow, JAX and Torch, and all noise
-comes from one key an example: no result hangs on a neighbour.
+An attack calls `open` once, and then, for each round (a restart or a target
+class), `begin`, `step` repeatedly, and `end`. All of them take and return a
+state, a dict of tensors with one row for each example. `Attack.__call__` runs
+them in one graph, for training. `crafting` runs the same methods in chunks and
+drops misclassified examples between two chunks. The code is `keras.ops`, on
+TensorFlow, JAX and Torch. All noise comes from one key for each example, so
+results do not depend on the rest of the batch.
 """
 
 import copy
@@ -28,16 +29,16 @@ import numerics
 
 
 class AttackResult(NamedTuple):
-    """What every attack returns.
+    """The result of an attack.
 
     Attributes:
         images: Perturbed images, float32 `(batch, height, width, channels)`,
-            inside the ball and inside [0, 1].
-        success: Booleans of shape `(batch,)`: classified as the target if there
-            is one, otherwise misclassified. Logits that are not finite are a
-            success.
-        loss: What the attack maximized, at `images`, shape `(batch,)`;
-            infinity where the logits are not finite.
+            inside the norm ball and inside [0, 1].
+        success: Booleans of shape `(batch,)`: whether the image is classified
+            as the target if there is one, otherwise whether it is
+            misclassified. Non-finite logits count as a success.
+        loss: The attack loss at `images`, shape `(batch,)`; infinity where the
+            logits are not finite.
     """
 
     images: object
@@ -47,108 +48,111 @@ class AttackResult(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """What every attack has: a threat model, and rounds of steps.
+    """A threat model, and rounds of steps: the base class of all attacks.
 
-    A subclass gives `step` at least. Its state is a dict of tensors whose
-    first dimension is the batch; `open` makes "images", "labels", "keys",
-    "targets" (if there are any), the best candidate so far ("best",
-    "success", "wrong", "loss"), and "nonfinite": whether a logit, or an entry
-    of the gradient, was NaN or infinite at any image that was tried.
+    A subclass implements at least `step`. The state is a dict of tensors whose
+    first dimension is the batch. `open` creates these entries:
+
+    - "images", "labels", "keys", and "targets" if there are any;
+    - "best", the best candidate so far, with its "success", "wrong" (whether
+      it is misclassified) and "loss";
+    - "nonfinite": whether any logit or gradient entry was NaN or infinite at
+      any image that the attack evaluated.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
     """
 
     norm: str = "linf"
     epsilon: float = 8 / 255
 
     name: ClassVar[str] = ""
-    # Numbers that a compiled attack takes as tensors, so that a scan over them
-    # compiles once; see `bind`.
+    # Numbers that a compiled attack takes as tensors. Evaluating several
+    # values of them compiles once; see `bind`.
     RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon",)
-    # Whether it draws noise, whether it can aim.
+    # Whether the attack draws noise, and whether it accepts targets.
     random: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
 
     def __post_init__(self):
-        check_ball(self.norm, self.epsilon)
+        check_threat_model(self.norm, self.epsilon)
 
-    # --- What a subclass fills in ---
+    # --- Methods that subclasses override ---
 
     @property
     def keep(self):
-        """Which candidates count; see `attack_backbone.Iterative`."""
+        """Which candidates are kept; see `attack_backbone.Iterative`."""
         return "first"
 
     @property
     def rounds(self):
-        """How many rounds: restarts, or targets."""
+        """The number of rounds: restarts, target classes, or both."""
         return 1
 
     @property
     def steps_a_round(self):
-        """How many steps a round has."""
+        """The number of steps in each round."""
         return 1
 
     def members(self):
-        """The attacks that run one after the other; an ensemble has several."""
+        """The attacks to run in sequence; an ensemble has several."""
         return (self,)
 
     def fit(self, num_classes, targeted=False):
-        """Returns the attack for a model of so many classes.
+        """Returns the attack adapted to the model's number of classes.
 
         Args:
-            num_classes: How many classes there are.
-            targeted: Whether the attack gets targets.
+            num_classes: The number of classes.
+            targeted: Whether the attack is given targets.
 
         Raises:
-            ValueError: If its objective needs more classes.
+            ValueError: If the attack loss needs more classes.
         """
         losses.check_loss(self._loss, num_classes, targeted)
         return self
 
     def calls(self):
-        """Forward-sized calls of one step on one image, for batch sizes."""
+        """Model calls per image in one step, from which batch sizes follow."""
         return 1
 
     def open(self, logits_fn, images, labels, keys=None, targets=None):
-        """Makes the state of a batch; the clean image is the first candidate.
+        """Creates the state of a batch. The clean image is a candidate.
 
         Args:
             logits_fn: Callable from images to logits, `(batch, classes)`, or
-                to `losses.Outputs`. It binds the mode (inference) and the
-                state of the model, so that a bare model, an ensemble and a
-                recurrent roll-out are attacked alike.
+                to `losses.Outputs`. It calls the model in inference mode and
+                may wrap anything: one model, an ensemble, or the steps of a
+                recurrent model.
             images: Float32 in [0, 1], `(batch, height, width, channels)`.
             labels: True labels, integers of shape `(batch,)`.
             keys: Int32 `(batch, 2)` from `numerics.example_keys`; may be None
-                if the attack draws nothing.
-            targets: Optional integers of shape `(batch,)`: classes to reach.
+                if the attack draws no noise.
+            targets: Optional integers of shape `(batch,)`: target classes.
 
         Returns:
             The state, a dict.
         """
-        state = self._rows(images, labels, keys, targets)
+        state = self._initial_state(images, labels, keys, targets)
         value, logits = self.ascended_loss(logits_fn, state)(state["images"])
-        return self._offer(state, state["images"], value, logits)
+        return self._update_best(state, state["images"], value, logits)
 
-    def begin(self, logits_fn, state, number):
-        """Prepares round `number`, an integer or a scalar tensor."""
-        del logits_fn, number
+    def begin(self, logits_fn, state, round_index):
+        """Starts round `round_index`, an integer or a scalar tensor."""
+        del logits_fn, round_index
         return state
 
-    def step(self, logits_fn, state, number, index):
-        """Takes step `index` of round `number`."""
+    def step(self, logits_fn, state, round_index, step_index):
+        """Takes step `step_index` of round `round_index`."""
         raise NotImplementedError(type(self).__name__)
 
-    def end(self, logits_fn, state, number):
-        """Finishes round `number`."""
-        del logits_fn, number
+    def end(self, logits_fn, state, round_index):
+        """Finishes round `round_index`."""
+        del logits_fn, round_index
         return state
 
     def ascended_loss(self, logits_fn, state):
-        """Returns a callable from images to (what is ascended, the logits)."""
+        """Returns a callable from images to (attack loss, logits)."""
         labels, targets = state["labels"], state.get("targets")
 
         def evaluate(images):
@@ -158,37 +162,42 @@ class Attack:
 
         return evaluate
 
-    # --- What all share ---
+    # --- Methods that all attacks share ---
 
     @property
     def _loss(self):
-        """The name of what is ascended; attacks with a choice have a field."""
+        """The name of the attack loss; some attacks have a field for it."""
         return getattr(self, "loss", "cross_entropy")
 
     def __call__(self, logits_fn, images, labels, keys=None, targets=None):
         """Attacks a batch; see `open` for the arguments.
 
         Returns:
-            An `AttackResult`. Among the clean image and the candidates of all
-            rounds, an example keeps one that reaches its goal; failing that,
-            one that is misclassified; within these, the one of highest loss
-            (or the first success, if `keep` says so).
+            An `AttackResult`. Each example gets the best of the clean image
+            and the candidates of all rounds. A success is better than any
+            other misclassified image, which is better than a correctly
+            classified one; among equals the higher loss is better. With
+            `keep="first"` the first success is final.
 
         Raises:
             ValueError: If images are not floats in [0, 1], or if a label or a
-                target is no class of the model. Inside a compiled function
+                target is not a class of the model. Inside a compiled function
                 only the types are checked, since values are not known there.
         """
-        logits_fn = checked(logits_fn, images, labels, targets)
+        logits_fn = check_inputs(logits_fn, images, labels, targets)
         state = self.open(logits_fn, images, labels, keys, targets)
 
-        def run_round(number, state):
-            state = self.begin(at(logits_fn, number, 0), state, number)
+        def run_round(round_index, state):
+            state = self.begin(
+                at_step(logits_fn, round_index, 0), state, round_index
+            )
             state = self.advance(
-                logits_fn, state, number, 0, self.steps_a_round
+                logits_fn, state, round_index, 0, self.steps_a_round
             )
             return self.end(
-                at(logits_fn, number, self.steps_a_round), state, number
+                at_step(logits_fn, round_index, self.steps_a_round),
+                state,
+                round_index,
             )
 
         state = ops.fori_loop(0, self.rounds, run_round, state)
@@ -197,74 +206,75 @@ class Attack:
     def perturb(
         self, logits_fn, images, labels, keys=None, targets=None, start=None
     ):
-        """Takes the steps of one round and judges nothing, for training.
+        """Takes the steps of one round and returns the last iterate.
 
-        An image that is trained on needs no verdict, so this saves the calls
-        of the model that only tell how an example stands.
+        Training needs no success flags, so this method omits the model calls
+        that only compute them.
 
         Args:
-            logits_fn: See `open`, like the other arguments. It may name what
-                is ascended (`losses.Outputs.ascended`).
+            logits_fn: See `open`. Its outputs may hold the attack loss itself
+                (`losses.Outputs.ascended`).
             images, labels, keys, targets: See `open`.
-            start: Optional perturbations, of the shape of `images`, to start
-                from (projected) in place of the attack's own start.
+            start: Optional perturbations of the shape of `images`. They are
+                projected and replace the attack's own start.
 
         Returns:
-            Where the round ended: float32 of the shape of `images`, inside
-            the ball and inside [0, 1].
+            The last iterate: float32 of the shape of `images`, inside the norm
+            ball and inside [0, 1].
 
         Raises:
-            NotImplementedError: If it is no walk along gradients.
+            NotImplementedError: If the attack is not gradient-based.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not perturb without judging."
+            "Expected an attack that implements perturb, such as pgd. "
+            f"Received: {type(self).__name__}."
         )
 
-    def advance(self, logits_fn, state, number, first, count):
-        """Takes `count` steps of round `number`, from step `first` on."""
+    def advance(self, logits_fn, state, round_index, first, count):
+        """Takes `count` steps of round `round_index`, from step `first`."""
 
-        def body(index, state):
-            index = first + index
-            fn = at(logits_fn, number, index)
-            return self.step(fn, state, number, index)
+        def body(offset, state):
+            step_index = first + offset
+            fn = at_step(logits_fn, round_index, step_index)
+            return self.step(fn, state, round_index, step_index)
 
         return ops.fori_loop(0, count, body, state)
 
-    def numbers(self):
-        """Returns the numbers that may be tensors, by name; see `bind`."""
+    def runtime_parameters(self):
+        """Returns the values of `RUNTIME_PARAMETERS`, by name; see `bind`."""
         return {name: getattr(self, name) for name in self.RUNTIME_PARAMETERS}
 
-    def bind(self, numbers):
-        """Returns this attack with `numbers` in place of its own.
+    def bind(self, parameters):
+        """Returns a copy of this attack with other runtime parameters.
 
-        So one compiled attack serves a scan over radii, steps and restarts:
-        the numbers come in as scalar tensors. They are not checked again.
+        The values may be scalar tensors, so that one compiled attack serves
+        many radii and numbers of steps or restarts. They are not validated.
 
         Args:
-            numbers: Dict with the keys of `numbers()`.
+            parameters: Dict with the keys of `runtime_parameters()`.
         """
         bound = copy.copy(self)
-        for name, value in numbers.items():
+        for name, value in parameters.items():
             object.__setattr__(bound, name, value)
         return bound
 
     def scaled(self, factor):
-        """Returns this attack with its radius and its steps in proportion.
+        """Returns this attack with radius and step size times `factor`.
 
         Args:
-            factor: At most 1: a float, a scalar tensor (while the radius grows
-                in training), or one an image, `(batch,)`.
+            factor: At most 1: a float, a scalar tensor (a schedule of the
+                radius in training), or one value per image, `(batch,)`.
         """
-        numbers = self.numbers()
+        parameters = self.runtime_parameters()
         return self.bind(
             {
-                name: numbers[name] * factor
+                name: parameters[name] * factor
                 for name in ("epsilon", "step_length")
-                if name in numbers
+                if name in parameters
             }
         )
 
-    def _rows(self, images, labels, keys, targets):
+    def _initial_state(self, images, labels, keys, targets):
         images = ops.convert_to_tensor(images, dtype="float32")
         labels = ops.cast(labels, "int32")
         if keys is None:
@@ -274,82 +284,87 @@ class Attack:
                     "which draws noise. Received: keys=None."
                 )
             keys = ops.stack([labels, labels], axis=-1)
-        nothing = ops.cast(ops.zeros_like(labels), "bool")
+        false = ops.cast(ops.zeros_like(labels), "bool")
         state = {
             "images": images,
             "labels": labels,
             "keys": ops.cast(keys, "int32"),
             "best": images,
-            "success": nothing,
-            "wrong": nothing,
-            "nonfinite": nothing,
+            "success": false,
+            "wrong": false,
+            "nonfinite": false,
             "loss": ops.full_like(images[:, 0, 0, 0], -math.inf),
         }
         if targets is not None:
             state["targets"] = ops.cast(targets, "int32")
         return state
 
-    def gradient(self, logits_fn, state, here):
-        """Evaluates what is ascended and its gradient at `here`.
+    def gradient(self, logits_fn, state, iterate):
+        """Evaluates the attack loss and its gradient at `iterate`.
 
         Args:
             logits_fn: See `open`.
-            state: The rows.
-            here: Images, of the shape of "images".
+            state: The state.
+            iterate: Images of the shape of `state["images"]`.
 
         Returns:
-            Tuple of the state, in which examples whose gradient was not
-            finite are marked, what is ascended `(batch,)`, the logits, and
-            the gradient, finite and of the shape of the images.
+            Tuple of the state, in which examples with a non-finite gradient
+            are marked; the attack loss `(batch,)`; the logits; and the
+            gradient, finite and of the shape of the images.
         """
         (value, logits), grad, flags = numerics.value_and_grad(
             self.ascended_loss(logits_fn, state),
-            here,
+            iterate,
             has_aux=True,
             with_flags=True,
         )
-        return mark(state, flags), value, logits, grad
+        return mark_nonfinite(state, flags), value, logits, grad
 
-    def _offer(self, state, images, value, logits, allowed=True):
-        """Puts forward candidates; those not `allowed` are never kept."""
-        success, wrong = losses.judge(
+    def _update_best(self, state, images, value, logits, allowed=True):
+        """Compares candidates with the best so far and keeps the better.
+
+        Candidates that are not `allowed` are never kept.
+        """
+        success, misclassified = losses.judge(
             logits, state["labels"], state.get("targets")
         )
         value = losses.comparable(value, logits)
-        state = mark(state, losses.nonfinite(logits))
-        return losses.offer(
+        state = mark_nonfinite(state, losses.nonfinite(logits))
+        return losses.update_best(
             state,
             images,
             ops.where(allowed, value, -math.inf),
             ops.logical_and(success, allowed),
-            ops.logical_and(wrong, allowed),
+            ops.logical_and(misclassified, allowed),
             self.keep,
         )
 
 
-def mark(state, flags):
-    """Marks examples for which something was not finite; returns the state."""
+def mark_nonfinite(state, flags):
+    """Returns the state with "nonfinite" also set where `flags` are true."""
     return {**state, "nonfinite": ops.logical_or(state["nonfinite"], flags)}
 
 
-def at(logits_fn, number, index):
+def at_step(logits_fn, round_index, step_index):
     """Binds the noise of a stochastic model to a round and a step.
 
     Args:
-        logits_fn: A `logits_fn`; if it has a method `at(number, index)`, that
-            returns the one whose noise belongs to this step.
-        number: The round, an integer or a scalar tensor.
-        index: The step, likewise.
+        logits_fn: A `logits_fn`. If it has a method `at_step(round_index,
+            step_index)`, this returns the `logits_fn` with the noise of that
+            step.
+        round_index: The round, an integer or a scalar tensor.
+        step_index: The step, an integer or a scalar tensor.
     """
-    return (
-        logits_fn.at(number, index) if hasattr(logits_fn, "at") else logits_fn
-    )
+    if not hasattr(logits_fn, "at_step"):
+        return logits_fn
+    return logits_fn.at_step(round_index, step_index)
 
 
 def mean_loss(name, outputs, labels, targets=None):
-    """The loss of `losses.loss`, over all answers if there are several.
+    """The attack loss of `Outputs`: `(batch,)`.
 
-    If the outputs say themselves what is ascended, it is that.
+    It is `outputs.ascended` if that is set. Otherwise it is `losses.loss`,
+    averaged over the head logits if there are any.
     """
     if outputs.ascended is not None:
         return outputs.ascended
@@ -364,15 +379,16 @@ def mean_loss(name, outputs, labels, targets=None):
     return ops.mean(ops.reshape(values, (-1, count)), axis=-1)
 
 
-def checked(logits_fn, images, labels, targets=None):
-    """Refuses inputs on which the result of an attack would mean nothing.
+def check_inputs(logits_fn, images, labels, targets=None):
+    """Validates the inputs of an attack.
 
     Args:
-        logits_fn: See `Attack.open`, like the other arguments.
+        logits_fn: See `Attack.open`.
         images, labels, targets: See `Attack.open`.
 
     Returns:
-        A `logits_fn` that refuses labels and targets outside its classes.
+        The `logits_fn`, wrapped: it raises a ValueError if a label or a target
+        is not a class of its logits.
 
     Raises:
         ValueError: If images are not floats in [0, 1] or a class is negative.
@@ -400,30 +416,32 @@ def checked(logits_fn, images, labels, targets=None):
                 f"Expected {name} >= 0. Received: {values.min()} in {name}."
             )
         highest = max(highest, int(values.max()))
-    return _InClasses(logits_fn, highest)
+    return _CheckedLogits(logits_fn, highest)
 
 
-def _check_type(name, values, wanted, described):
+def _check_type(name, values, kind, description):
     dtype = getattr(values, "dtype", None)
     if dtype is None:
         dtype = np.asarray(values).dtype
     dtype = keras.backend.standardize_dtype(dtype)
-    if wanted not in dtype:
+    if kind not in dtype:
         raise ValueError(
-            f"Expected {name} to be {described}. Received: {name} of dtype "
+            f"Expected {name} to be {description}. Received: {name} of dtype "
             f"{dtype}."
         )
 
 
-class _InClasses:
-    """A `logits_fn` that refuses class ids which its logits do not have."""
+class _CheckedLogits:
+    """A `logits_fn` that raises if its logits lack the class `highest`."""
 
     def __init__(self, logits_fn, highest):
         self.logits_fn, self.highest = logits_fn, highest
 
-    def at(self, number, index):
-        """See `at`."""
-        return _InClasses(at(self.logits_fn, number, index), self.highest)
+    def at_step(self, round_index, step_index):
+        """See `at_step`."""
+        return _CheckedLogits(
+            at_step(self.logits_fn, round_index, step_index), self.highest
+        )
 
     def __call__(self, images):
         outputs = losses.outputs_of(self.logits_fn(images))
@@ -436,8 +454,8 @@ class _InClasses:
         return outputs
 
 
-def check_ball(norm, epsilon):
-    """Raises a ValueError, one line, if a threat model is wrong."""
+def check_threat_model(norm, epsilon):
+    """Raises a ValueError, in one line, if norm or epsilon is invalid."""
     numerics.check_norm(norm)
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise ValueError(
@@ -453,5 +471,9 @@ def check_ball(norm, epsilon):
 
 
 def perturbed(images, delta):
-    """The image that is judged and returned; the sum may round out of it."""
+    """Returns images + delta, clipped to [0, 1].
+
+    The model is evaluated on this image, and attacks return it. The sum of a
+    projected `delta` may exceed [0, 1] by a rounding error.
+    """
     return ops.clip(images + delta, 0.0, 1.0)

@@ -1,14 +1,14 @@
 """AutoAttack: APGD, its targeted form, FAB and Square, and their ensembles.
 
-The hyperparameters are the published ones: a robust accuracy from here can be
-set beside those of other papers. What is new is only the form: rounds of steps
-on a dict of tensors (see `attack_rounds`), so that an evaluation drops the
-examples that have fallen, whichever of the four felled them.
+The hyperparameters are the published ones, so that robust accuracies are
+comparable with those of other papers. Each attack consists of rounds of steps
+on a dict of tensors (see `attack_rounds`), so that an evaluation stops
+attacking an example once any of the four attacks has succeeded on it.
 
 References:
     - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), AutoAttack
     - [Croce and Hein, 2020](https://arxiv.org/abs/1907.02044), FAB
-    - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), all of it in L1
+    - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), L1
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numerics
 import square
 
 VERSIONS = ("standard", "plus", "rand")
-# Fewer classes than these have no DLR loss, and no targeted one.
+# The smallest numbers of classes for the DLR loss and its targeted form.
 _DLR_CLASSES, _TARGETED_DLR_CLASSES = 3, 4
 
 
@@ -35,38 +35,38 @@ _DLR_CLASSES, _TARGETED_DLR_CLASSES = 3, 4
 
 @functools.lru_cache
 def schedule(steps, norm, largereps=False):
-    """The timetable of a round of APGD, one row a step.
+    """The settings of every step in a round of APGD.
 
-    A round is one run of `steps` moves, or, with `largereps`, three, in balls
-    of 3, 2 and 1 epsilon. A run has one step more than it has moves: its first
-    takes the gradient where the run begins.
+    A round is one run of `steps` updates. With `largereps` it is three runs,
+    with the radii 3, 2 and 1 epsilon. A run has one step more than updates:
+    its first step only evaluates the gradient at the start.
 
     Args:
-        steps: How many moves.
+        steps: The number of updates in a round.
         norm: One of `numerics.NORMS`.
-        largereps: Whether there are three balls.
+        largereps: Whether there are three runs with decreasing radii.
 
     Returns:
         Dict of NumPy arrays of length `steps` plus the number of runs: "first"
-        (a run begins), "radius" (of its ball, in epsilons), "weight" (of the
-        gradient step; the rest is momentum), "check" (a checkpoint) and
-        "window" (moves between the last checkpoint and the next).
+        (whether a run starts), "radius" (in units of epsilon), "weight" (of the
+        gradient step; the rest is momentum), "check" (whether the step is a
+        checkpoint) and "window" (updates between two checkpoints).
     """
     runs = [(1.0, steps)]
     if largereps:
         part = -(-3 * steps // 10)
-        most = min(part, steps - min(part, steps))
-        runs = [(3.0, min(part, steps)), (2.0, most)]
-        runs.append((1.0, steps - runs[0][1] - most))
+        first = min(part, steps)
+        second = min(part, steps - first)
+        runs = [(3.0, first), (2.0, second), (1.0, steps - first - second)]
     rows = []
     for radius, count in runs:
         rows.append((True, radius, 1.0, False, 0.0))
         window = max(int((0.04 if norm == "l1" else 0.22) * count), 1)
         since = 0
-        for move in range(count):
+        for update in range(count):
             since += 1
             check = since == window
-            weight = 1.0 if move == 0 else 0.75
+            weight = 1.0 if update == 0 else 0.75
             rows.append((False, radius, weight, check, float(window)))
             if check:
                 since = 0
@@ -85,28 +85,34 @@ def schedule(steps, norm, largereps=False):
 
 @dataclasses.dataclass(frozen=True)
 class APGD(attack_rounds.Attack):
-    """Auto-PGD: momentum, and a step size that halves where it stalls.
+    """Auto-PGD: PGD with momentum and an adaptive step size.
 
-    L-inf and L2: steps of 2 epsilon at first, momentum 0.75; at a checkpoint a
-    row halves its step and goes back to its best iterate if no more than `rho`
-    of the moves since the last one went up, or if neither step nor best loss
-    has changed. L1: the step is shared between as many coordinates as two
-    thirds of those the best iterate has moved; it grows back to epsilon when
-    the iterate gets sparser, and shrinks (1.5-fold, to epsilon / 10) otherwise.
-    All projections are onto ball and box together.
+    In L-inf and L2 the first step size is 2 epsilon and the momentum is 0.75.
+    At a checkpoint an example halves its step size and returns to its best
+    iterate in two cases: if at most a fraction `rho` of the updates since the
+    last checkpoint increased the loss, or if neither the step size nor the
+    best loss has changed since then.
+
+    In L1 a step changes two thirds as many coordinates as the perturbation of
+    the best iterate has non-zero entries. At a checkpoint the step size is
+    reset to epsilon if that perturbation has become sparser; otherwise it is
+    divided by 1.5, down to epsilon / 10.
+
+    All projections are onto the norm ball and the pixel range together.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        steps: Moves of one restart.
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
+        steps: Updates in each restart.
         restarts: Independent random starts.
         loss: One of `losses.LOSSES`; `"cross_entropy"` is APGD-CE and
             `"dlr"` APGD-DLR.
-        rho: Part of the moves that have to go up.
-        largereps: L1 only: the first 30% of the moves in a ball of 3 epsilon,
-            the next 30% in one of 2 epsilon; only the last 40% make candidates.
-        keep: `"first"` leaves an example in peace once it has fallen; `"best"`
-            keeps the success of highest loss.
+        rho: Fraction of the updates that have to increase the loss.
+        largereps: L1 only: the first 30% of the updates use the radius
+            3 epsilon and the next 30% use 2 epsilon. Only the last 40% yield
+            candidates.
+        keep: `"first"` stops attacking an example once it is misclassified;
+            `"best"` keeps the success of highest loss.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690)
@@ -130,7 +136,7 @@ class APGD(attack_rounds.Attack):
         losses.check_loss(self.loss)
         if not 0 <= self.rho <= 1:
             raise ValueError(
-                "Expected rho in [0, 1], a part of the moves. Received: "
+                "Expected rho in [0, 1], a fraction of the updates. Received: "
                 f"rho={self.rho:g}."
             )
         if self.largereps and self.norm != "l1":
@@ -146,40 +152,42 @@ class APGD(attack_rounds.Attack):
 
     @property
     def steps_a_round(self):
-        """See `Attack.steps_a_round`; `schedule` says why it is not `steps`."""
+        """See `Attack.steps_a_round`; `schedule` explains the extra steps."""
         return self.steps + (3 if self.largereps else 1)
 
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
         state = super().open(logits_fn, images, labels, keys, targets)
-        return {**state, **self._memory(state["images"])}
+        return {**state, **self._optimizer_state(state["images"])}
 
-    def _memory(self, start):
-        """What a round remembers; its first step sets all but "top"."""
+    def _optimizer_state(self, start):
+        """Empty state of a round; its first step sets all but "top"."""
         zero, row = ops.zeros_like(start), ops.zeros_like(start[:, 0, 0, 0])
         memory = {
             "delta": zero,
             "grad": zero,
             "length": row,
-            # The best iterate of the run, its gradient and its loss.
+            # The best iterate of the run, with its gradient and loss.
             "top": zero,
             "top_grad": zero,
             "top_loss": row,
         }
         if self.norm == "l1":
+            # "moved": the non-zero entries of "top" at the last checkpoint.
             return {**memory, "share": row, "moved": row}
         more = {"old": zero, "value": row, "rises": row, "checked": row}
         return {**memory, **more, "reduced": ops.cast(row, "bool")}
 
-    def begin(self, logits_fn, state, number):
-        """See `Attack.begin`: goes to the start, which the first step judges.
+    def begin(self, logits_fn, state, round_index):
+        """See `Attack.begin`: draws the start, which the first step evaluates.
 
-        As published: on the surface of the ball in L-inf and L2, in L1 the
-        projection of normal noise; each clipped to the box.
+        As published, the start is on the surface of the norm ball in L-inf and
+        L2, and the projection of normal noise in L1. It is clipped to the
+        pixel range.
         """
         del logits_fn
         images = state["images"]
-        keys = numerics.fold_in(state["keys"], number)
+        keys = numerics.fold_in(state["keys"], round_index)
         shape = tuple(images.shape[1:])
         radius = ops.cast(self.epsilon, "float32")
         if self.norm == "l1":
@@ -194,36 +202,46 @@ class APGD(attack_rounds.Attack):
             delta = radius * delta / numerics.per_example(size, delta)
             delta = ops.clip(delta, -images, 1.0 - images)
         start = numerics.project(delta, radius, self.norm, images)
-        return {**state, **self._memory(images), "delta": start, "top": start}
+        return {
+            **state,
+            **self._optimizer_state(images),
+            "delta": start,
+            "top": start,
+        }
 
-    def step(self, logits_fn, state, number, index):
-        """See `Attack.step`: one move, its gradient, and the bookkeeping."""
-        del number
+    def step(self, logits_fn, state, round_index, step_index):
+        """See `Attack.step`: one update and the gradient at its result."""
+        del round_index
         row = {
-            name: ops.take(ops.convert_to_tensor(column), index, axis=0)
+            name: ops.take(ops.convert_to_tensor(column), step_index, axis=0)
             for name, column in schedule(
                 self.steps, self.norm, self.largereps
             ).items()
         }
-        # A candidate is one that lies in the ball of epsilon itself.
+        # Iterates of runs with a larger radius are not candidates.
         allowed = row["radius"] <= 1.0
         row["radius"] = row["radius"] * ops.cast(self.epsilon, "float32")
-        delta = self._moved(state, row)
-        here = attack_rounds.perturbed(state["images"], delta)
-        state, value, logits, grad = self.gradient(logits_fn, state, here)
-        worth = self._worth(value, logits, state)
-        state = self._offer(state, here, worth, logits, allowed)
+        delta = self._next_iterate(state, row)
+        iterate = attack_rounds.perturbed(state["images"], delta)
+        state, value, logits, grad = self.gradient(logits_fn, state, iterate)
+        state = self._update_best(
+            state,
+            iterate,
+            self._candidate_loss(value, logits, state),
+            logits,
+            allowed,
+        )
         value = losses.comparable(value, logits)
-        state = self._remember(state, row, delta, value, grad)
+        state = self._update_run(state, row, delta, value, grad)
         return self._checkpoint(state, row)
 
-    def _worth(self, value, logits, state):
+    def _candidate_loss(self, value, logits, state):
         """The loss by which candidates of all rounds are compared."""
         del logits, state
         return value
 
-    def _moved(self, state, row):
-        """Where the next gradient is taken."""
+    def _next_iterate(self, state, row):
+        """Returns the perturbation at which the next gradient is taken."""
         images, delta, grad = state["images"], state["delta"], state["grad"]
 
         def project(delta):
@@ -232,132 +250,141 @@ class APGD(attack_rounds.Attack):
         length = numerics.per_example(state["length"], delta)
         if self.norm == "l1":
             step = length * sparse_direction(grad, state["share"])
-            # A run in a smaller ball begins at the best iterate of the larger.
+            # A run with a smaller radius starts at the best iterate of the run
+            # before it.
             return project(ops.where(row["first"], state["top"], delta + step))
         step = length * numerics.ascent_direction(grad, self.norm)
-        ahead = project(delta + step)
-        ahead = project(
+        updated = project(delta + step)
+        updated = project(
             delta
-            + row["weight"] * (ahead - delta)
+            + row["weight"] * (updated - delta)
             + (1.0 - row["weight"]) * (delta - state["old"])
         )
-        return ops.where(row["first"], delta, ahead)
+        return ops.where(row["first"], delta, updated)
 
-    def _remember(self, state, row, delta, value, grad):
-        """Takes in the new iterate; a run that begins forgets the one before.
+    def _update_run(self, state, row, delta, value, grad):
+        """Returns the state with the new iterate.
+
+        The first step of a run also resets what the run before it has stored.
 
         Args:
-            state: The rows.
-            row: This step's row of the `schedule`.
-            delta: The new iterate.
-            value: Its loss, `(batch,)`.
-            grad: Its gradient.
+            state: The state.
+            row: The settings of this step, from `schedule`.
+            delta: The new perturbation.
+            value: The loss there, `(batch,)`.
+            grad: The gradient there.
         """
         first = row["first"]
         better = ops.logical_or(first, value > state["top_loss"])
         mask = numerics.per_example(better, delta)
-        longest = (1.0 if self.norm == "l1" else 2.0) * row["radius"]
+        initial_length = (1.0 if self.norm == "l1" else 2.0) * row["radius"]
         new = {
             "delta": delta,
             "grad": grad,
-            "length": ops.where(first, longest, state["length"]),
+            "length": ops.where(first, initial_length, state["length"]),
             "top": ops.where(mask, delta, state["top"]),
             "top_grad": ops.where(mask, grad, state["top_grad"]),
             "top_loss": ops.where(better, value, state["top_loss"]),
         }
         if self.norm == "l1":
             size = float(math.prod(delta.shape[1:]))
-            share, moved = 0.2, size
+            share, nonzero = 0.2, size
             if self.largereps:
-                moved = count_moved(delta)
-                share = moved / size / 1.5
+                nonzero = count_nonzero(delta)
+                share = nonzero / size / 1.5
             new["share"] = ops.where(first, share, state["share"])
-            new["moved"] = ops.where(first, moved, state["moved"])
+            new["moved"] = ops.where(first, nonzero, state["moved"])
         else:
-            rise = ops.cast(value > state["value"], "float32")
+            increased = ops.cast(value > state["value"], "float32")
             new["old"] = state["delta"]
             new["value"] = value
-            new["rises"] = ops.where(first, 0.0, state["rises"] + rise)
+            new["rises"] = ops.where(first, 0.0, state["rises"] + increased)
             new["checked"] = ops.where(first, value, state["checked"])
             new["reduced"] = ops.logical_or(first, state["reduced"])
         return {**state, **new}
 
     def _checkpoint(self, state, row):
-        """Decides on step sizes, and who goes back to the best iterate."""
+        """Updates the step sizes and returns examples to their best iterates.
+
+        It has an effect only if this step is a checkpoint.
+        """
         check, top_loss = row["check"], state["top_loss"]
         if self.norm == "l1":
             size = math.prod(state["delta"].shape[1:])
-            moved = count_moved(state["top"])
-            back = moved < 0.95 * state["moved"]
+            nonzero = count_nonzero(state["top"])
+            go_back = nonzero < 0.95 * state["moved"]
             shorter = ops.maximum(state["length"] / 1.5, row["radius"] / 10.0)
-            length = ops.where(back, row["radius"], shorter)
-            new = {"share": moved / size / 1.5, "moved": moved}
+            length = ops.where(go_back, row["radius"], shorter)
+            new = {"share": nonzero / size / 1.5, "moved": nonzero}
         else:
             slow = state["rises"] <= self.rho * row["window"]
             stuck = ops.logical_and(
                 ops.logical_not(state["reduced"]), state["checked"] >= top_loss
             )
-            back = ops.logical_or(slow, stuck)
-            length = ops.where(back, 0.5 * state["length"], state["length"])
+            go_back = ops.logical_or(slow, stuck)
+            length = ops.where(go_back, 0.5 * state["length"], state["length"])
             new = {"rises": ops.zeros_like(top_loss)}
-            new |= {"reduced": back, "checked": top_loss}
+            new |= {"reduced": go_back, "checked": top_loss}
         new["length"] = length
         new = {k: ops.where(check, v, state[k]) for k, v in new.items()}
-        back = ops.logical_and(check, back)
-        back = numerics.per_example(back, state["delta"])
+        go_back = ops.logical_and(check, go_back)
+        go_back = numerics.per_example(go_back, state["delta"])
         for name in ("delta", "grad"):
             best = state["top" if name == "delta" else "top_grad"]
-            new[name] = ops.where(back, best, state[name])
+            new[name] = ops.where(go_back, best, state[name])
         return {**state, **new}
 
 
-def count_moved(delta):
-    """Returns how many entries of each example are not zero, `(batch,)`.
+def count_nonzero(delta):
+    """Returns the number of non-zero entries of each example, `(batch,)`.
 
-    The count is exact. The authors' program adds and subtracts perturbations
-    to and from the image, so that it also counts entries that are zero up to
-    rounding, about twice as many at the start. The walks differ by that, but
-    neither is stronger (see "L1 beside the authors' program" in the README).
+    The count is exact. The authors' program computes the perturbation as a
+    difference of images, so that it also counts entries that are zero up to
+    rounding, about twice as many at the start. The trajectories differ because
+    of that, but neither attack is stronger (see "L1 beside the authors'
+    program" in the README).
     """
-    moved = ops.cast(ops.not_equal(delta, 0.0), "float32")
-    return ops.sum(ops.reshape(moved, (-1, math.prod(delta.shape[1:]))), -1)
+    nonzero = ops.cast(ops.not_equal(delta, 0.0), "float32")
+    return ops.sum(ops.reshape(nonzero, (-1, math.prod(delta.shape[1:]))), -1)
 
 
 def sparse_direction(grad, share):
-    """The step of L1 norm 1 on the entries of largest gradient.
+    """A step of L1 norm 1 on the entries of largest absolute gradient.
 
     Args:
         grad: Tensor of shape `(batch, height, width, channels)`.
-        share: Part of the entries that move, `(batch,)`; at least one does.
+        share: Fraction of the entries to change, `(batch,)`; at least one
+            entry is changed.
 
     Returns:
-        Tensor of the shape of `grad`, zero where that is all zero; entries of
-        equal gradient at the edge all move.
+        Tensor of the shape of `grad`; zero for an example whose gradient is
+        zero. Entries that tie with the smallest selected one are all changed.
     """
     size = math.prod(grad.shape[1:])
     flat = ops.reshape(grad, (-1, size))
-    place = ops.clip(ops.floor((1.0 - share) * size), 0, size - 1)
-    place = ops.expand_dims(ops.cast(place, "int32"), -1)
-    rising = ops.sort(ops.abs(flat), axis=-1)
-    least = ops.take_along_axis(rising, place, axis=-1)
-    signs = ops.where(ops.abs(flat) >= least, ops.sign(flat), 0.0)
+    position = ops.clip(ops.floor((1.0 - share) * size), 0, size - 1)
+    position = ops.expand_dims(ops.cast(position, "int32"), -1)
+    ascending = ops.sort(ops.abs(flat), axis=-1)
+    threshold = ops.take_along_axis(ascending, position, axis=-1)
+    signs = ops.where(ops.abs(flat) >= threshold, ops.sign(flat), 0.0)
     count = ops.sum(ops.abs(signs), axis=-1, keepdims=True)
     return ops.reshape(signs / ops.maximum(count, 1.0), ops.shape(grad))
 
 
 @dataclasses.dataclass(frozen=True)
 class APGDT(APGD):
-    """Targeted APGD: the targeted DLR loss, one likely class after another.
+    """Targeted APGD: APGD on the targeted DLR loss, for several targets.
 
-    Still an attack for any error: the targets are its own, the classes of
-    largest logit on the clean image but the label. Candidates are compared by
-    the untargeted DLR loss, which is also the loss of the result.
+    Any misclassification is a success. The attack chooses the targets itself:
+    the classes other than the label with the largest logits on the clean
+    image, one after the other. Candidates are compared by the untargeted DLR
+    loss, which is also the loss in the result.
 
     Attributes:
         restarts: Random starts for each target.
         loss: `"dlr"`, in its targeted form.
-        num_targets: How many classes are aimed at. A model with fewer other
-            classes gets them again, from another start; `fit` avoids that.
+        num_targets: The number of target classes. If the model has fewer other
+            classes, they are targeted repeatedly; `fit` avoids that.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 7
@@ -384,13 +411,13 @@ class APGDT(APGD):
         return self.num_targets * self.restarts
 
     def fit(self, num_classes, targeted=False):
-        """See `Attack.fit`; drops the targets that do not exist."""
-        del targeted  # It chooses its targets by itself.
+        """See `Attack.fit`; at most one target for each other class."""
+        del targeted  # The attack chooses its targets itself.
         try:
             losses.check_loss("dlr", num_classes, targeted=True)
         except ValueError as error:
             raise ValueError(
-                f"{error} Take apgd (or fab) for fewer classes."
+                f"{error} Take apgd or fab for fewer classes."
             ) from None
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
@@ -398,19 +425,19 @@ class APGDT(APGD):
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
         fab.check_untargeted(self.name, targets)
-        state = self._rows(images, labels, keys, targets)
+        state = self._initial_state(images, labels, keys, targets)
         outputs = losses.outputs_of(logits_fn(state["images"]))
         logits = ops.cast(outputs.logits, "float32")
-        value = self._worth(None, logits, state)
-        state = self._offer(state, state["images"], value, logits)
-        state = {**state, **self._memory(state["images"])}
+        value = self._candidate_loss(None, logits, state)
+        state = self._update_best(state, state["images"], value, logits)
+        state = {**state, **self._optimizer_state(state["images"])}
         return {**state, "scores": logits, "aim": state["labels"]}
 
-    def begin(self, logits_fn, state, number):
+    def begin(self, logits_fn, state, round_index):
         """See `Attack.begin`."""
-        state = super().begin(logits_fn, state, number)
-        rank = number // self.restarts
-        return {**state, "aim": fab.aim(state, rank)}
+        state = super().begin(logits_fn, state, round_index)
+        rank = round_index // self.restarts
+        return {**state, "aim": fab.target_of_rank(state, rank)}
 
     def ascended_loss(self, logits_fn, state):
         """See `Attack.ascended_loss`."""
@@ -418,7 +445,7 @@ class APGDT(APGD):
             logits_fn, {**state, "targets": state["aim"]}
         )
 
-    def _worth(self, value, logits, state):
+    def _candidate_loss(self, value, logits, state):
         del value
         return losses.loss("dlr", logits, state["labels"])
 
@@ -430,20 +457,24 @@ class APGDT(APGD):
 class AutoAttack(attack_rounds.Attack):
     """The ensembles of Croce and Hein, with their hyperparameters.
 
-    `"standard"`: APGD-CE, APGD-T, FAB-T and Square, each on what the ones
-    before have left. `"plus"`: more restarts, and APGD-DLR and untargeted FAB.
-    `"rand"`: APGD-CE and APGD-DLR, for models that draw noise; each gradient
-    is then the mean over `eot` draws, which the evaluation takes.
+    The versions are:
 
-    The DLR loss needs three classes, its targeted form four. For a model of
-    fewer, `fit` returns an ensemble without the members that are not defined,
-    whose version says so: `"standard_2_classes"` is APGD-CE, FAB-T and Square;
-    `"standard_3_classes"` has the untargeted APGD-DLR in the place of APGD-T.
+    - `"standard"`: APGD-CE, APGD-T, FAB-T and Square. Each attacks only the
+      examples on which the attacks before it failed.
+    - `"plus"`: with more restarts, APGD-DLR and untargeted FAB.
+    - `"rand"`: APGD-CE and APGD-DLR, for models that draw noise. The
+      evaluation averages each gradient over `eot` draws.
+
+    The DLR loss needs three classes and its targeted form four. For a model
+    with fewer classes, `fit` returns an ensemble without the attacks that are
+    undefined, and names it in the version: `"standard_2_classes"` is APGD-CE,
+    FAB-T and Square; `"standard_3_classes"` has untargeted APGD-DLR instead of
+    APGD-T.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        version: One of `VERSIONS`, or one of those that `fit` returns.
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
+        version: One of `VERSIONS`, or a version that `fit` returned.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690)
@@ -466,30 +497,30 @@ class AutoAttack(attack_rounds.Attack):
 
     @property
     def eot(self):
-        """Draws of a stochastic model behind each gradient; None: one."""
+        """Draws of a stochastic model for each gradient; None means one."""
         return 20 if self._base == "rand" else None
 
     @property
     def _base(self):
-        """The published version."""
+        """The published version, without the suffix for few classes."""
         return published_version(self.version)
 
     def members(self):
-        """The published attacks, in their order; see the class for fewer."""
+        """The attacks of the version, in the order in which they run."""
         make = {"standard": _standard, "plus": _plus, "rand": _rand}
-        ball = {"norm": self.norm, "epsilon": self.epsilon}
-        members = make[self._base](ball)
+        threat_model = {"norm": self.norm, "epsilon": self.epsilon}
+        members = make[self._base](threat_model)
         classes = _FEW_CLASSES.get(self.version)
         return members if classes is None else _defined(members, classes)
 
     def fit(self, num_classes, targeted=False):
-        """See `Attack.fit`; the members are fitted one by one, later.
+        """See `Attack.fit`; each member is fitted later, by the evaluation.
 
         Returns:
-            The ensemble, or that of the members that are defined for as few
-            classes.
+            This ensemble, or the one without the members that are undefined
+            for so few classes.
         """
-        del targeted  # It looks for any error.
+        del targeted  # The ensemble is untargeted.
         if num_classes < 2:
             losses.check_loss("cross_entropy", num_classes)
         version = self._base
@@ -508,14 +539,15 @@ class AutoAttack(attack_rounds.Attack):
         """Runs all members on the whole batch; see `Attack.__call__`.
 
         Returns:
-            An `AttackResult`. An example has the image and the loss of the
-            first member that succeeds, or of the first member of all.
+            An `AttackResult`. Each example has the image and the loss of the
+            first member that succeeds on it. If none does, it has those of the
+            first member.
         """
         fab.check_untargeted(self.name, targets)
         best = None
         for rank, member in enumerate(self.members()):
-            own = None if keys is None else numerics.fold_in(keys, rank)
-            new = member(logits_fn, images, labels, own)
+            member_keys = None if keys is None else numerics.fold_in(keys, rank)
+            new = member(logits_fn, images, labels, member_keys)
             if best is None:
                 best = new
                 continue
@@ -529,37 +561,38 @@ class AutoAttack(attack_rounds.Attack):
         return best
 
 
-def _standard(ball):
-    wide = ball["norm"] == "l1"
+def _standard(threat_model):
+    l1 = threat_model["norm"] == "l1"
     return (
-        APGD(**ball, restarts=5 if wide else 1, largereps=wide),
-        APGDT(**ball, num_targets=5 if wide else 9, largereps=wide),
-        fab.FAB(**ball),
-        square.Square(**ball),
+        APGD(**threat_model, restarts=5 if l1 else 1, largereps=l1),
+        APGDT(**threat_model, num_targets=5 if l1 else 9, largereps=l1),
+        fab.FAB(**threat_model),
+        square.Square(**threat_model),
     )
 
 
-def _plus(ball):
+def _plus(threat_model):
     return (
-        APGD(**ball, restarts=5),
-        APGD(**ball, restarts=5, loss="dlr"),
-        fab.FAB(**ball, restarts=5, targeted=False),
-        square.Square(**ball),
-        APGDT(**ball),
-        fab.FAB(**ball),
+        APGD(**threat_model, restarts=5),
+        APGD(**threat_model, restarts=5, loss="dlr"),
+        fab.FAB(**threat_model, restarts=5, targeted=False),
+        square.Square(**threat_model),
+        APGDT(**threat_model),
+        fab.FAB(**threat_model),
     )
 
 
 def published_version(version):
-    """Returns the version that one for few classes is a part of."""
+    """Returns a version without the suffix that `fit` adds for few classes."""
     return version.partition("_")[0]
 
 
-def _rand(ball):
-    return APGD(**ball), APGD(**ball, loss="dlr")
+def _rand(threat_model):
+    return APGD(**threat_model), APGD(**threat_model, loss="dlr")
 
 
-# The versions for fewer classes, by name; "rand" has nothing targeted.
+# The versions for few classes and their numbers of classes. "rand" has no
+# targeted member, so that three classes are enough for it.
 _FEW_CLASSES = {
     f"{version}_{classes}_classes": classes
     for version in VERSIONS
@@ -569,10 +602,10 @@ _FEW_CLASSES = {
 
 
 def _defined(members, classes):
-    """Returns the members that are defined for so few classes.
+    """Returns the members that are defined for 2 or 3 classes.
 
-    As the authors' program advises: no DLR loss for two classes; for three,
-    the untargeted DLR loss in the place of the targeted one.
+    This follows the advice of the authors' program: no DLR loss for two
+    classes; for three, the untargeted DLR loss instead of the targeted one.
     """
     found = []
     for member in members:
@@ -584,9 +617,9 @@ def _defined(members, classes):
                 loss="dlr",
                 largereps=member.largereps,
             )
-        ratio = getattr(member, "loss", None) == "dlr"
-        if ratio and (classes < _DLR_CLASSES or member in found):
-            continue  # Version plus has APGD-DLR already.
+        is_dlr = getattr(member, "loss", None) == "dlr"
+        if is_dlr and (classes < _DLR_CLASSES or member in found):
+            continue  # The version "plus" already has APGD-DLR.
         found.append(member)
     return tuple(found)
 

@@ -123,7 +123,7 @@ def run(
             raise ValueError(
                 f"Unknown check {name!r}. Expected some of {', '.join(NAMES)}."
             )
-    attack_rounds.check_ball(norm, epsilon)
+    attack_rounds.check_threat_model(norm, epsilon)
     few, many = steps
     if not (epsilon > 0 and num_examples >= 1 and 1 <= few < many):
         raise ValueError(

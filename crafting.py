@@ -1,13 +1,13 @@
-"""Runs an attack over many examples in chunks of steps, dropping the fallen.
+"""Runs an attack on many examples, in chunks of steps.
 
-`attack_rounds.Attack` says what a round and a step are; here they are run on
-batches that are packed anew after every chunk: an example whose goal is
-reached, and confirmed by the model's own float32 verdict, is not attacked on.
-What an example gets does not depend on it, for no attack lets one example see
-another, and a success is final (`keep="first"`).
+`attack_rounds.Attack` defines rounds and steps. This module runs them on
+batches that are formed again after every chunk: an example on which the attack
+has succeeded, confirmed by a forward pass in float32, leaves the batch. That
+does not change any result, because attacks treat examples independently and a
+success is final (`keep="first"`).
 
-The state between two chunks is a dict of NumPy arrays with one row an example,
-so that an evaluation can write it to a file and go on from there.
+The state between two chunks is a dict of NumPy arrays with one row for each
+example, so that an evaluation can save it to a file and resume from it.
 """
 
 import dataclasses
@@ -21,25 +21,27 @@ import model_backbone
 import model_registry
 import numerics
 
-# Compiled functions by model; none of them keeps its model alive.
+# Compiled functions by model. They hold no strong reference to the model.
 _COMPILED = weakref.WeakKeyDictionary()
-# Rows of a state that no step changes; they are not copied back.
-_FIXED = ("images", "labels", "keys", "targets")
-_LONGEST = 25  # Steps of a chunk.
-_VERDICT = 2**20  # The round whose noise a stochastic model is judged with.
+# Entries of a state that no step changes, so that they are not copied back.
+_CONSTANT = ("images", "labels", "keys", "targets")
+_MAX_CHUNK = 25  # In steps.
+# The round index of the noise with which a stochastic model is evaluated.
+_VERDICT_ROUND = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a model's answers are read.
+    """How the logits of a model are computed.
 
     Attributes:
-        draws: Draws of a stochastic model whose logits are averaged for the
-            verdict and whose losses are averaged for the gradient
-            (expectation over transformation); None for a deterministic model.
-        read_outs: `"last"`, or `"all"` for the mean loss over every read-out
-            step of a recurrent model (the verdict is that of the last).
-        shown: Whether to pass on where the model looks.
+        draws: Number of draws of a stochastic model (expectation over
+            transformation): predictions use the mean of their logits, and
+            gradients the mean of their losses. None: the model is
+            deterministic.
+        read_outs: `"last"`, or `"all"` for the mean loss over all read-out
+            steps of a recurrent model. Predictions always use the last one.
+        shown: Whether to also return the model's attention.
         seed: Seed of a stochastic model's noise.
     """
 
@@ -50,34 +52,34 @@ class Reading:
 
 
 class _LogitsFn:
-    """A `logits_fn` on a model, its noise bound to a round and a step."""
+    """A `logits_fn` of a model, with the noise of one round and step."""
 
-    def __init__(self, model, generators, reading, place=(_VERDICT, 0)):
+    def __init__(self, model, generators, reading, noise=(_VERDICT_ROUND, 0)):
         self.model, self.generators = model, generators
-        self.reading, self.place = reading, place
+        self.reading, self.noise = reading, noise
 
-    def at(self, number, index):
-        """See `attack_rounds.at`."""
+    def at_step(self, round_index, step_index):
+        """See `attack_rounds.at_step`."""
         return _LogitsFn(
-            self.model, self.generators, self.reading, (number, index)
+            self.model, self.generators, self.reading, (round_index, step_index)
         )
 
     def __call__(self, images):
         reading = self.reading
         if reading.draws is None:
             return self._outputs(images)
-        number, index = (ops.cast(n, "int32") for n in self.place)
-        # A prime to tell the rounds apart; the sum may wrap.
+        round_index, step_index = (ops.cast(n, "int32") for n in self.noise)
+        # The factor is a prime above any number of steps; the sum may wrap.
         model_backbone.key_generators(
-            self.generators, reading.seed, number * 100_003 + index
+            self.generators, reading.seed, round_index * 100_003 + step_index
         )
-        # One call a draw: a layer may draw once a batch.
+        # One call for each draw: a layer may draw once for the whole batch.
         outputs = [
             losses.outputs_of(self._outputs(images))
             for _ in range(reading.draws)
         ]
         stacked = ops.stack([o.logits for o in outputs], axis=1)
-        answers = [
+        head_logits = [
             ops.expand_dims(o.logits, 1)
             if o.head_logits is None
             else o.head_logits
@@ -88,7 +90,9 @@ class _LogitsFn:
             for key in outputs[0].shown
         }
         return losses.Outputs(
-            ops.mean(stacked, axis=1), ops.concatenate(answers, axis=1), shown
+            ops.mean(stacked, axis=1),
+            ops.concatenate(head_logits, axis=1),
+            shown,
         )
 
     def _outputs(self, images):
@@ -107,13 +111,15 @@ class _LogitsFn:
 
 
 def compiled(model, key, make, reading=None):
-    """Returns the compiled function `key` of a model, made at first use.
+    """Returns the compiled function `key` of a model.
+
+    It is compiled at the first call and reused afterwards.
 
     Args:
         model: The model.
         key: Hashable name of the function.
         make: Callable that takes a `logits_fn` and returns the function.
-        reading: A `Reading`; the default is the deterministic one.
+        reading: A `Reading`; by default that of a deterministic model.
     """
     reading = reading or Reading()
     functions = _COMPILED.setdefault(model, {})
@@ -123,7 +129,8 @@ def compiled(model, key, make, reading=None):
         if reading.shown or reading.read_outs == "all":
             read = model_backbone.shown(model)
         else:
-            # A closure over the model itself would keep it for ever.
+            # A closure over the model would keep it alive: `_COMPILED` holds
+            # the function.
             reference = weakref.ref(model)
 
             def read(images, training):
@@ -137,7 +144,7 @@ def compiled(model, key, make, reading=None):
 
 
 def logits(model, images, size, reading=None):
-    """Runs a model over images, `size` at a time; float32 NumPy."""
+    """Returns logits in float32 NumPy, with `size` images in a batch."""
     reading = dataclasses.replace(
         reading or Reading(), read_outs="last", shown=False
     )
@@ -157,14 +164,14 @@ def logits(model, images, size, reading=None):
 
 
 def pad(values, size):
-    """Repeats the last row until the batch has a size that is compiled.
+    """Repeats the last row until the batch has a size of `row_count`.
 
     Args:
         values: Array of 1 to `size` rows.
         size: The largest batch size.
 
     Returns:
-        Array of `numerics.row_count` rows, the first of them `values`.
+        Array of `numerics.row_count` rows, of which the first are `values`.
     """
     missing = numerics.row_count(len(values), size) - len(values)
     if not missing:
@@ -173,15 +180,18 @@ def pad(values, size):
 
 
 class Crafter:
-    """One attack on one model, compiled in pieces.
+    """Runs one attack on one model.
+
+    Each method of the attack (`open`, `begin`, ...) is compiled separately.
 
     Args:
-        model: The model that is attacked (or a surrogate of it).
-        attack: An `attack_rounds.Attack` that is no ensemble.
+        model: The model on which images are crafted: the attacked model, or a
+            surrogate of it.
+        attack: An `attack_rounds.Attack` that is not an ensemble.
         reading: A `Reading`.
-        size: Most rows of a batch.
-        confirm: Callable from images, labels and targets (or None) to whether
-            each reaches its goal in the model's own eyes.
+        size: The largest batch size.
+        confirm: Callable from images, labels and targets (or None) to booleans:
+            whether the attack succeeds on the attacked model.
     """
 
     def __init__(self, model, attack, reading, size, confirm):
@@ -190,131 +200,136 @@ class Crafter:
         self.reading = dataclasses.replace(
             reading, shown=bool(getattr(attack, "distraction", 0))
         )
-        late = {*attack.RUNTIME_PARAMETERS, "step_size"}
+        runtime = {*attack.RUNTIME_PARAMETERS, "step_size"}
         self.key = (
             type(attack),
             *(
                 (field.name, getattr(attack, field.name))
                 for field in dataclasses.fields(attack)
-                if field.name not in late
+                if field.name not in runtime
             ),
         )
 
     def run(self, rows, saved=None, save=None):
-        """Attacks rows to the end.
+        """Runs the whole attack.
 
         Args:
             rows: Dict of arrays: "images", "labels", "keys", and "targets" if
-                the attack is a targeted one.
-            saved: Where to go on: what `save` was called with.
-            save: Callable of a dict of arrays, called between chunks.
+                the attack is targeted.
+            saved: Optional state to resume from: an argument of `save`.
+            save: Callable that takes a dict of arrays, called between chunks.
 
         Returns:
-            Dict of arrays: the state, with "best" and "success".
+            The final state, a dict of arrays, with "best" and "success".
         """
         if saved is not None:
             state = {k: v for k, v in saved.items() if not k.startswith("at_")}
-            begun, first = int(saved["at_round"]), int(saved["at_step"])
+            first_round = int(saved["at_round"])
+            first = int(saved["at_step"])
         else:
-            state, begun, first = dict(rows), 0, -1
-            everyone = np.arange(len(rows["labels"]))
-            self._apply("open", state, everyone)
-            self._check(state, everyone)
+            # A negative step means that the round has not begun.
+            state, first_round, first = dict(rows), 0, -1
+            all_rows = np.arange(len(rows["labels"]))
+            self._apply("open", state, all_rows)
+            self._confirm_successes(state, all_rows)
         total = int(self.attack.steps_a_round)
-        for number in range(begun, int(self.attack.rounds)):
+        for round_index in range(first_round, int(self.attack.rounds)):
             if first < 0:
-                self._apply("begin", state, self._alive(state), number)
+                self._apply("begin", state, self._remaining(state), round_index)
                 first = 0
-            while first < total and len(active := self._alive(state)):
+            while first < total and len(active := self._remaining(state)):
                 count = min(_chunk(first), total - first)
-                self._apply("advance", state, active, number, first, count)
-                self._check(state, active)
+                self._apply("advance", state, active, round_index, first, count)
+                self._confirm_successes(state, active)
                 first += count
                 if save is not None and first < total:
-                    save({**state, "at_round": number, "at_step": first})
-            active = self._alive(state)
-            self._apply("end", state, active, number)
-            self._check(state, active)
+                    save({**state, "at_round": round_index, "at_step": first})
+            active = self._remaining(state)
+            self._apply("end", state, active, round_index)
+            self._confirm_successes(state, active)
             first = -1
             if save is not None:
-                save({**state, "at_round": number + 1, "at_step": first})
+                save({**state, "at_round": round_index + 1, "at_step": first})
         return state
 
-    def _alive(self, state):
-        """Rows to attack on; those that must run to the end are all alive."""
+    def _remaining(self, state):
+        """Rows still to attack; all rows if the attack keeps the best."""
         if self.attack.keep == "best":
             return np.arange(len(state["labels"]))
         return np.flatnonzero(~state["success"])
 
-    def _check(self, state, active):
-        """Takes back a success that the verdict does not share."""
+    def _confirm_successes(self, state, active):
+        """Clears each success among `active` that `confirm` rejects."""
         if self.attack.keep == "best":
             return
-        fallen = active[state["success"][active]]
-        if not len(fallen):
+        succeeded = active[state["success"][active]]
+        if not len(succeeded):
             return
         targets = state.get("targets")
-        sure = self.confirm(
-            state["best"][fallen],
-            state["labels"][fallen],
-            None if targets is None else targets[fallen],
+        confirmed = self.confirm(
+            state["best"][succeeded],
+            state["labels"][succeeded],
+            None if targets is None else targets[succeeded],
         )
-        doubted = fallen[~sure]
-        state["success"][doubted] = False
-        state["wrong"][doubted] = False
-        state["loss"][doubted] = -np.inf
+        unconfirmed = succeeded[~confirmed]
+        state["success"][unconfirmed] = False
+        state["wrong"][unconfirmed] = False
+        state["loss"][unconfirmed] = -np.inf
 
-    def _apply(self, piece, state, active, *scalars):
-        """Runs a compiled piece on some rows, in full batches."""
-        run = self._piece(piece)
-        numbers = self.attack.numbers()
+    def _apply(self, method, state, active, *scalars):
+        """Runs a method of the attack on the `active` rows, in batches."""
+        run = self._compiled(method)
+        parameters = self.attack.runtime_parameters()
         for start in range(0, len(active), self.size):
             index = active[start : start + self.size]
             take = pad(index, self.size)
             batch = {k: v[take] for k, v in state.items()}
-            for name, value in run(batch, numbers, *scalars).items():
+            for name, value in run(batch, parameters, *scalars).items():
                 value = ops.convert_to_numpy(value)[: len(index)]
                 if name not in state:
                     shape = (len(state["labels"]), *value.shape[1:])
                     state[name] = np.zeros(shape, value.dtype)
                 state[name][index] = value
 
-    def _piece(self, piece):
+    def _compiled(self, method):
         attack = self.attack
 
         def make(logits_fn):
-            def opening(rows, numbers):
-                state = attack.bind(numbers).open(
-                    logits_fn.at(_VERDICT - 1, 0),
+            def open_rows(rows, parameters):
+                state = attack.bind(parameters).open(
+                    logits_fn.at_step(_VERDICT_ROUND - 1, 0),
                     rows["images"],
                     rows["labels"],
                     rows["keys"],
                     rows.get("targets"),
                 )
-                return {k: v for k, v in state.items() if k not in _FIXED}
+                return {k: v for k, v in state.items() if k not in _CONSTANT}
 
-            def later(rows, numbers, *scalars):
-                bound = attack.bind(numbers)
-                if piece == "advance":
+            def run_method(rows, parameters, *scalars):
+                bound = attack.bind(parameters)
+                if method == "advance":
                     state = bound.advance(logits_fn, rows, *scalars)
                 else:
-                    index = 0 if piece == "begin" else attack.steps_a_round
-                    fn = logits_fn.at(scalars[0], index)
-                    state = getattr(bound, piece)(fn, rows, *scalars)
+                    step_index = (
+                        0 if method == "begin" else attack.steps_a_round
+                    )
+                    fn = logits_fn.at_step(scalars[0], step_index)
+                    state = getattr(bound, method)(fn, rows, *scalars)
                 return {
                     k: v
                     for k, v in state.items()
-                    if k not in _FIXED and not k.startswith("clean_")
+                    if k not in _CONSTANT and not k.startswith("clean_")
                 }
 
-            return opening if piece == "open" else later
+            return open_rows if method == "open" else run_method
 
-        return compiled(self.model, (piece, self.key), make, self.reading)
+        return compiled(self.model, (method, self.key), make, self.reading)
 
 
 def _chunk(first):
-    """How many steps to take before looking who has fallen.
+    """The number of steps in the chunk that starts at step `first`.
 
-    Most fall early: the chunks grow with the steps taken.
+    Most examples are misclassified after few steps, so that the first chunks
+    are short.
     """
-    return min(max(2, first // 2), _LONGEST)
+    return min(max(2, first // 2), _MAX_CHUNK)

@@ -1,8 +1,9 @@
-"""The fast adaptive boundary attack, which looks for the nearest error.
+"""The fast adaptive boundary attack, which finds near misclassified images.
 
-It walks along the decision boundary: each step linearizes the model, projects
-the iterate and the clean image onto that hyperplane inside the box, and goes to
-a point between them. What it finds counts if it lies within epsilon.
+Each step linearizes the model at the iterate, which gives a hyperplane for the
+decision boundary. It projects the iterate and the clean image onto that
+hyperplane inside the pixel range, and continues from a point between the two.
+A misclassified iterate is a success if it lies within epsilon.
 
 References:
     - [Croce and Hein, 2020](https://arxiv.org/abs/1907.02044)
@@ -23,7 +24,7 @@ _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def check_rounds(steps, restarts, keep):
-    """Raises a ValueError, one line, if steps, restarts or keep is wrong."""
+    """Raises a ValueError, in one line, if an argument is invalid."""
     if steps < 0 or restarts < 1:
         raise ValueError(
             "Expected steps >= 0 and restarts >= 1. Received: "
@@ -36,7 +37,7 @@ def check_rounds(steps, restarts, keep):
 
 
 def check_targets(num_targets):
-    """Raises a ValueError, one line, if there is no class to aim at."""
+    """Raises a ValueError, in one line, if there is no target class."""
     if num_targets < 1:
         raise ValueError(
             f"Expected num_targets >= 1. Received: num_targets={num_targets}."
@@ -44,20 +45,23 @@ def check_targets(num_targets):
 
 
 def check_untargeted(name, targets):
-    """Raises a ValueError, one line, if the caller has chosen the targets."""
+    """Raises a ValueError, in one line, if the caller passes targets."""
     if targets is not None:
         raise ValueError(
-            f"Expected no targets: {name} looks for any error, through classes "
-            "that it chooses itself. Take apgd or pgd to reach a given class."
+            f"Expected no targets: {name} is untargeted and chooses its target "
+            "classes itself. Take apgd or pgd for targets of your own."
         )
 
 
-def aim(state, rank):
-    """The class of the `rank`-th largest clean logit but the label's.
+def target_of_rank(state, rank):
+    """Returns the class with the `rank`-th largest clean logit.
+
+    The label is not counted.
 
     Args:
         state: Dict with "scores", the clean logits, and "labels".
-        rank: Integer or integer scalar tensor; counts round and round.
+        rank: Integer or integer scalar tensor. After the last class it starts
+            again from the first.
 
     Returns:
         Int32 tensor of shape `(batch,)`.
@@ -71,25 +75,29 @@ def aim(state, rank):
 class FAB(attack_rounds.Attack):
     """The fast adaptive boundary attack, targeted (FAB-T) or not.
 
-    An example that is not felled within epsilon keeps its clean image. The loss
-    of the result is the margin, at the image that is returned.
+    An example without a misclassified iterate within epsilon keeps its clean
+    image. The loss in the result is the margin at the returned image.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
         steps: Steps of one round.
-        restarts: Rounds (for each target): the first from the clean image, the
-            others from a random point at half of epsilon.
-        targeted: Whether a round looks at the boundary to one class (those of
-            largest clean logit, one after the other) or at the nearest of all
-            boundaries, for which each step takes the gradients of all classes.
-        num_targets: How many classes a targeted FAB aims at. A model with
-            fewer other classes gets them again; `fit` avoids that.
+        restarts: Rounds for each target. The first starts at the clean image,
+            the others at a random point at distance epsilon / 2.
+        targeted: Whether each round considers the decision boundary to one
+            target class, in the order of the clean logits. Otherwise each step
+            considers the boundaries to all classes and uses the nearest, which
+            needs the gradients of all classes.
+        num_targets: The number of target classes of targeted FAB. If the model
+            has fewer other classes, they are targeted repeatedly; `fit` avoids
+            that.
         alpha_max: Largest weight of the clean image's projection.
-        eta: Overshoot of the projections; above 1 crosses the boundary.
-        beta: Where the walk goes on after an error, between image and error.
-        keep: `"first"` leaves an example in peace once it has fallen within
-            epsilon; `"best"` goes on and keeps its nearest error.
+        eta: Overshoot of the projections; above 1 they cross the boundary.
+        beta: Position between the clean image (0) and a misclassified iterate
+            (1) from which the search continues.
+        keep: `"first"` stops attacking an example once it is misclassified
+            within epsilon; `"best"` continues and keeps the nearest
+            misclassified iterate.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/1907.02044)
@@ -118,13 +126,13 @@ class FAB(attack_rounds.Attack):
             )
         if not (math.isfinite(self.eta) and self.eta >= 1):
             raise ValueError(
-                "Expected a finite eta >= 1, an overshoot. Received: "
+                "Expected a finite eta >= 1, the overshoot. Received: "
                 f"eta={self.eta:g}."
             )
 
     @property
     def random(self):
-        """Whether it draws noise."""
+        """Whether the attack draws noise."""
         return self.restarts > 1
 
     @property
@@ -138,14 +146,14 @@ class FAB(attack_rounds.Attack):
         return self.steps
 
     def fit(self, num_classes, targeted=False):
-        """See `Attack.fit`; drops the targets that do not exist."""
-        del targeted  # It chooses its targets by itself.
+        """See `Attack.fit`; at most one target for each other class."""
+        del targeted  # The attack chooses its targets itself.
         losses.check_loss("margin", num_classes)
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
 
     def ascended_loss(self, logits_fn, state):
-        """See `Attack.ascended_loss`: the margin, by which it is reported."""
+        """See `Attack.ascended_loss`: the margin, as in the result."""
         labels = state["labels"]
 
         def evaluate(images):
@@ -158,10 +166,10 @@ class FAB(attack_rounds.Attack):
     def open(self, logits_fn, images, labels, keys=None, targets=None):
         """See `Attack.open`."""
         check_untargeted(self.name, targets)
-        state = self._rows(images, labels, keys, targets)
+        state = self._initial_state(images, labels, keys, targets)
         images = state["images"]
         value, logits = self.ascended_loss(logits_fn, state)(images)
-        state = self._offer(state, images, value, logits)
+        state = self._update_best(state, images, value, logits)
         distance = ops.where(state["success"], 0.0, math.inf)
         return {
             **state,
@@ -171,21 +179,21 @@ class FAB(attack_rounds.Attack):
             "aim": state["labels"],
         }
 
-    def begin(self, logits_fn, state, number):
+    def begin(self, logits_fn, state, round_index):
         """See `Attack.begin`."""
         del logits_fn
         images = state["images"]
         state = {**state, "point": images}
         if self.targeted:
-            state["aim"] = aim(state, number // self.restarts)
+            state["aim"] = target_of_rank(state, round_index // self.restarts)
         if self.restarts > 1:
-            keys = numerics.fold_in(state["keys"], number)
-            again = ops.not_equal(ops.mod(number, self.restarts), 0)
-            start = self._start(images, keys)
-            state["point"] = ops.where(again, start, images)
+            keys = numerics.fold_in(state["keys"], round_index)
+            is_restart = ops.not_equal(ops.mod(round_index, self.restarts), 0)
+            start = self._random_start(images, keys)
+            state["point"] = ops.where(is_restart, start, images)
         return state
 
-    def _start(self, images, keys):
+    def _random_start(self, images, keys):
         shape = tuple(images.shape[1:])
         if self.norm == "linf":
             delta = numerics.uniform(keys, shape, -1.0, 1.0)
@@ -196,46 +204,50 @@ class FAB(attack_rounds.Attack):
         delta = radius * delta / numerics.per_example(size, delta)
         return attack_rounds.perturbed(images, delta)
 
-    def step(self, logits_fn, state, number, index):
+    def step(self, logits_fn, state, round_index, step_index):
         """See `Attack.step`."""
-        del number, index
+        del round_index, step_index
         images, point = state["images"], state["point"]
         gap, grad, flags = self._linearize(logits_fn, state)
-        state = attack_rounds.mark(state, flags)
-        # Both rows of a pair meet the same hyperplane: the iterate's distance
-        # to it is known, the image's follows from the gradient.
-        away = ops.sum(grad * (images - point), axis=(1, 2, 3))
+        state = attack_rounds.mark_nonfinite(state, flags)
+        # The iterate and the image are projected onto the same hyperplane. The
+        # gap at the image follows from the linearization at the iterate.
+        image_offset = ops.sum(grad * (images - point), axis=(1, 2, 3))
         to_point, to_image = to_hyperplane(
             ops.stack([point, images], axis=1),
             grad,
-            ops.stack([gap, gap + away], axis=1),
+            ops.stack([gap, gap + image_offset], axis=1),
             self.norm,
         )
-        near = ops.maximum(numerics.lp_norm(to_point, self.norm), 1e-8)
-        far = ops.maximum(numerics.lp_norm(to_image, self.norm), 1e-8)
-        bias = ops.minimum(near / (near + far), self.alpha_max)
-        bias = numerics.per_example(bias, point)
-        point = (1.0 - bias) * (point + self.eta * to_point) + bias * (
+        point_distance = numerics.lp_norm(to_point, self.norm)
+        point_distance = ops.maximum(point_distance, 1e-8)
+        image_distance = numerics.lp_norm(to_image, self.norm)
+        image_distance = ops.maximum(image_distance, 1e-8)
+        alpha = point_distance / (point_distance + image_distance)
+        alpha = ops.minimum(alpha, self.alpha_max)
+        alpha = numerics.per_example(alpha, point)
+        point = (1.0 - alpha) * (point + self.eta * to_point) + alpha * (
             images + self.eta * to_image
         )
         point = ops.clip(point, 0.0, 1.0)
         value, logits = self.ascended_loss(logits_fn, state)(point)
-        _, wrong = losses.judge(logits, state["labels"])
+        _, misclassified = losses.judge(logits, state["labels"])
         value = losses.comparable(value, logits)
-        state = attack_rounds.mark(state, losses.nonfinite(logits))
-        state = self._take(state, point, value, wrong)
-        back = images + self.beta * (point - images)
-        wrong = numerics.per_example(wrong, point)
-        return {**state, "point": ops.where(wrong, back, point)}
+        state = attack_rounds.mark_nonfinite(state, losses.nonfinite(logits))
+        state = self._keep_nearest(state, point, value, misclassified)
+        closer = images + self.beta * (point - images)
+        misclassified = numerics.per_example(misclassified, point)
+        return {**state, "point": ops.where(misclassified, closer, point)}
 
-    def _take(self, state, point, value, wrong):
-        """Keeps an error within epsilon, if it is nearer than the one before.
+    def _keep_nearest(self, state, point, value, misclassified):
+        """Keeps a misclassified iterate within epsilon if it is nearer.
 
-        Rejected is what lies outside, not shrunk: that could make it right.
+        Points outside epsilon are rejected rather than projected, because a
+        projected point may be classified correctly.
         """
         distance = numerics.lp_norm(point - state["images"], self.norm)
         epsilon = ops.cast(self.epsilon, "float32")
-        better = ops.logical_and(wrong, distance <= epsilon)
+        better = ops.logical_and(misclassified, distance <= epsilon)
         if self.keep == "first":
             better = ops.logical_and(better, ops.logical_not(state["success"]))
         else:
@@ -251,12 +263,13 @@ class FAB(attack_rounds.Attack):
         }
 
     def _linearize(self, logits_fn, state):
-        """The boundary that counts, to first order around the iterate.
+        """Linearizes the decision boundary of this step at the iterate.
 
         Returns:
-            Tuple of the other logit minus the own one, `(batch,)`, its
-            gradient, of the shape of the images, and whether either was not
-            finite, `(batch,)`. Both are finite.
+            Tuple of the other class's logit minus the label's, `(batch,)`; its
+            gradient, of the shape of the images; and whether either was not
+            finite, `(batch,)`. Non-finite values have been replaced by finite
+            ones.
         """
         labels, point = state["labels"], state["point"]
 
@@ -279,12 +292,12 @@ class FAB(attack_rounds.Attack):
         if self.targeted:
             return gap_to(state["aim"])
 
-        def nearer(other, best):
+        def keep_nearer(other, best):
             value, grad, flags = gap_to(ops.zeros_like(labels) + other)
             slope = numerics.lp_norm(grad, _DUAL[self.norm])
             distance = ops.abs(value) / (slope + 1e-12)
-            own = ops.equal(labels, other)
-            distance = ops.where(own, math.inf, distance)
+            is_label = ops.equal(labels, other)
+            distance = ops.where(is_label, math.inf, distance)
             better = distance < best[0]
             return (
                 ops.where(better, distance, best[0]),
@@ -294,10 +307,10 @@ class FAB(attack_rounds.Attack):
             )
 
         zero = ops.zeros_like(state["loss"])
-        clear = ops.zeros_like(state["nonfinite"])
-        none = (zero + math.inf, zero, ops.zeros_like(point), clear)
+        no_flags = ops.zeros_like(state["nonfinite"])
+        initial = (zero + math.inf, zero, ops.zeros_like(point), no_flags)
         classes = state["scores"].shape[-1]
-        return ops.fori_loop(0, classes, nearer, none)[1:]
+        return ops.fori_loop(0, classes, keep_nearer, initial)[1:]
 
 
 def _pick(logits, classes):
@@ -305,25 +318,27 @@ def _pick(logits, classes):
     return ops.take_along_axis(logits, index, axis=-1)[:, 0]
 
 
-# --- Hyperplane and box ------------------------------------------------------
+# --- Projection onto a hyperplane inside the pixel range ----------------------
 
 
 def to_hyperplane(points, weights, gaps, norm):
-    """The shortest way to a hyperplane inside the box [0, 1].
+    """Projects points onto a hyperplane inside the box [0, 1].
 
-    Finds the d of smallest norm with weights . d = -gap and 0 <= point + d <=
-    1; if the box does not reach that far, the d that comes nearest.
+    Finds the d of smallest norm with weights . d = -gap and
+    0 <= point + d <= 1. If there is none, finds the d in the box that comes
+    nearest to the hyperplane.
 
     Args:
         points: Pairs of points of the box, `(batch, 2, height, width,
             channels)`.
-        weights: Normals, `(batch, height, width, channels)`, one a pair.
+        weights: Normals of the hyperplanes, one for each pair, `(batch,
+            height, width, channels)`.
         gaps: Signed weights . point - offset, `(batch, 2)`.
         norm: One of `numerics.NORMS`.
 
     Returns:
-        The ways of the first and of the second points, each of the shape of
-        `weights`.
+        Tuple of d for the first and for the second points, each of the shape
+        of `weights`.
     """
     size = math.prod(weights.shape[1:])
     points = ops.reshape(points, (-1, 2, size))
@@ -337,61 +352,62 @@ def to_hyperplane(points, weights, gaps, norm):
     peak = ops.maximum(ops.max(slopes, axis=-1, keepdims=True), _TINY)
     slopes, need = slopes / peak, ops.abs(gaps) / peak
     if norm == "l1":
-        length = _steepest_first(slopes, room, need)
+        length = _largest_first(slopes, room, need)
     else:
-        pace = slopes
+        direction = slopes
         if norm == "linf":
-            pace = ops.cast(slopes > 0, slopes.dtype)
-        length = _all_at_once(slopes, pace, room, need)
-    ways = ops.reshape(signs * length, (-1, 2, *weights.shape[1:]))
-    return ways[:, 0], ways[:, 1]
+            direction = ops.cast(slopes > 0, slopes.dtype)
+        length = _along_direction(slopes, direction, room, need)
+    shifts = ops.reshape(signs * length, (-1, 2, *weights.shape[1:]))
+    return shifts[:, 0], shifts[:, 1]
 
 
-def _all_at_once(slopes, pace, room, need):
-    """Finds t so that slopes . min(t * pace, room) is `need`.
+def _along_direction(slopes, direction, room, need):
+    """Finds t so that slopes . min(t * direction, room) is `need`.
 
-    The sum is concave, increasing and piecewise linear in t: Newton's method
-    from the left never overshoots and ends at the exact root. A row's result
-    does not hang on how long the others go on.
+    The sum is concave, increasing and piecewise linear in t, so that Newton's
+    method from the left never overshoots and ends at the exact root. A row
+    does not change after it has converged, so that its result does not depend
+    on the other rows.
     """
 
-    def rows_move(t, moving):
-        return ops.any(moving)
+    def any_active(t, active):
+        return ops.any(active)
 
-    def newton(t, moving):
-        free = t * pace < room
-        rate = ops.where(free, slopes * pace, 0.0)
+    def newton(t, active):
+        free = t * direction < room
+        rate = ops.where(free, slopes * direction, 0.0)
         full = ops.where(free, 0.0, slopes * room)
         left = need - ops.sum(full, axis=-1, keepdims=True)
         new = left / ops.maximum(ops.sum(rate, axis=-1, keepdims=True), _TINY)
-        new = ops.where(moving, ops.clip(new, t, 1e12), t)
+        new = ops.where(active, ops.clip(new, t, 1e12), t)
         return new, new > t * (1.0 + 1e-7)
 
     start = ops.zeros_like(need)
     t, _ = ops.while_loop(
-        rows_move, newton, (start, need > 0), maximum_iterations=60
+        any_active, newton, (start, need > 0), maximum_iterations=60
     )
-    return ops.minimum(t * pace, room)
+    return ops.minimum(t * direction, room)
 
 
-def _steepest_first(slopes, room, need):
-    """Moves the entries of largest slope to their end until `need` is met.
+def _largest_first(slopes, room, need):
+    """Moves the entries of largest slope by all their room until `need` is met.
 
-    The last ones, all those of the slope at which it is met, go a part of the
-    way.
+    The last entries, all those of the slope at which `need` is met, move by
+    the same fraction of their room.
     """
     order = ops.argsort(-slopes, axis=-1)
-    falling = ops.take_along_axis(slopes, order, axis=-1)
+    descending = ops.take_along_axis(slopes, order, axis=-1)
     gains = slopes * room
     order = ops.broadcast_to(order, ops.shape(gains))
     reached = ops.cumsum(ops.take_along_axis(gains, order, axis=-1), axis=-1)
-    short = ops.cast(reached < need, "int32")
-    last = ops.sum(short, axis=-1, keepdims=True)
+    insufficient = ops.cast(reached < need, "int32")
+    last = ops.sum(insufficient, axis=-1, keepdims=True)
     last = ops.minimum(last, slopes.shape[-1] - 1)
-    falling = ops.broadcast_to(falling, ops.shape(gains))
-    edge = ops.take_along_axis(falling, last, axis=-1)
-    full = slopes > edge
-    partly = ops.logical_and(ops.equal(slopes, edge), slopes > 0)
+    descending = ops.broadcast_to(descending, ops.shape(gains))
+    threshold = ops.take_along_axis(descending, last, axis=-1)
+    full = slopes > threshold
+    partly = ops.logical_and(ops.equal(slopes, threshold), slopes > 0)
     left = need - ops.sum(ops.where(full, gains, 0.0), axis=-1, keepdims=True)
     rest = ops.sum(ops.where(partly, gains, 0.0), axis=-1, keepdims=True)
     part = ops.clip(left / ops.maximum(rest, _TINY), 0.0, 1.0)

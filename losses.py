@@ -1,8 +1,8 @@
-"""What an attack maximizes: losses on logits, targets, and how to choose.
+"""Attack losses, target classes, and the comparison of candidates.
 
-A loss is written so that the attack ascends it: larger is worse for the model.
-`labels` are always the true labels; `targets`, one class an example, turn each
-loss into its targeted form. Nothing here calls a model or moves an image.
+An attack ascends these losses: a larger value is worse for the model. `labels`
+are always the true labels. With `targets`, one class for each example, each
+loss takes its targeted form. Nothing here calls a model or changes an image.
 """
 
 import math
@@ -12,24 +12,24 @@ from keras import ops
 
 import numerics
 
-_TINY = 1e-12  # AutoAttack's guard of the DLR denominator.
-# Log-odds from which the cross-entropy goes on as a straight line.
-_SURE = 60.0
+_TINY = 1e-12  # Added to the denominator of DLR, as in AutoAttack.
+# Log-odds above which the cross-entropy is linear.
+_MAX_ODDS = 60.0
 
 
 class Outputs(NamedTuple):
-    """What a `logits_fn` may return in place of bare logits.
+    """What a `logits_fn` may return instead of a tensor of logits.
 
     Attributes:
-        logits: `(batch, classes)`: what the verdict is read from.
+        logits: `(batch, classes)`, which determine the predictions.
         head_logits: Optional `(batch, n, classes)`: several logits for one
             image (auxiliary heads, draws of a stochastic model, read-outs of a
             recurrent one). The attack loss is the mean of their losses. None:
             the loss is that of `logits`.
-        shown: Dict of tensors `(batch, ...)` that tell where the model looks
+        shown: Dict of tensors `(batch, ...)` with the model's attention
             ("gazes", "boxes", "maps"), for attacks on the attention.
-        ascended: Optional `(batch,)`: what an attack ascends in place of a
-            loss of the logits (a divergence from the clean answer, say).
+        ascended: Optional `(batch,)`: the attack loss itself, if it is not one
+            of `LOSSES`, for example a divergence from the clean logits.
     """
 
     logits: object
@@ -39,10 +39,10 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(value):
-    """Returns what a `logits_fn` returned as `Outputs`.
+    """Converts the result of a `logits_fn` to `Outputs`.
 
-    The verdict on a model of several heads, whose bare logits are
-    `(batch, heads, classes)`, is read from their mean.
+    A tensor `(batch, heads, classes)` of a model with several heads is
+    replaced by the mean over the heads.
     """
     if isinstance(value, Outputs):
         return value
@@ -53,13 +53,14 @@ def outputs_of(value):
 
 
 def cross_entropy(logits, classes):
-    """Cross-entropy from logits whose gradient does not vanish too early.
+    """Cross-entropy from logits, with a gradient at any confidence.
 
-    It equals the usual one up to 1e-26 times the log-odds. The usual form
-    rounds the probability to 1 at 1 - 1e-8 and then has no gradient. This one
-    is softplus(-z), with z the log-odds of the class, for z up to 60, and goes
-    on as its tangent beyond. It therefore stays monotone in z with a gradient
-    in the range of float32, and logits of any scale can be attacked.
+    The usual form in float32 rounds probabilities above 1 - 1e-8 to 1, where
+    its gradient is zero. This one is softplus(-z), where z is the log-odds of
+    the class, for z up to 60, and the tangent at 60 beyond. It is strictly
+    monotone in z, with a gradient in the range of float32, so that attacks
+    work for logits of any scale. It differs from the exact cross-entropy by at
+    most 1e-26 times the log-odds.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
@@ -69,17 +70,18 @@ def cross_entropy(logits, classes):
         Tensor of shape `(batch,)`, in nats.
     """
     odds = log_odds(logits, classes)
-    # The clipped branch keeps the gradient of the other one finite.
-    near = ops.softplus(-ops.minimum(odds, _SURE))
-    tangent = math.exp(-_SURE) * (1.0 + _SURE - odds)
-    return ops.where(odds <= _SURE, near, tangent)
+    # Without the clip, the unused branch could have a gradient that is NaN.
+    exact = ops.softplus(-ops.minimum(odds, _MAX_ODDS))
+    tangent = math.exp(-_MAX_ODDS) * (1.0 + _MAX_ODDS - odds)
+    return ops.where(odds <= _MAX_ODDS, exact, tangent)
 
 
 def log_odds(logits, classes):
-    """Returns log(p / (1 - p)), p the probability of a class.
+    """Returns log(p / (1 - p)), where p is the probability of a class.
 
-    Softplus of it is -log(1 - p), of its negative -log p, its sigmoid p: each
-    to full relative precision, where 1 - p itself would round to zero.
+    With z the log-odds, -log(1 - p) is softplus(z), -log p is softplus(-z) and
+    p is sigmoid(z). Each has full relative precision, even where 1 - p rounds
+    to zero.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
@@ -89,28 +91,30 @@ def log_odds(logits, classes):
         Tensor of shape `(batch,)`.
     """
     logits = ops.cast(logits, "float32")
-    own = _own(logits, classes)
-    rest = ops.logsumexp(_without(logits, own), axis=-1)
-    return _pick(logits, own) - rest
+    mask = _class_mask(logits, classes)
+    rest = ops.logsumexp(_mask_out(logits, mask), axis=-1)
+    return _pick(logits, mask) - rest
 
 
 def divergence(reference, logits):
-    """The Kullback-Leibler divergence KL(p || q) between two answers.
+    """The Kullback-Leibler divergence KL(p || q) between two predictions.
 
     Args:
         reference: Logits of p, `(batch, classes)`.
         logits: Logits of q, `(batch, classes)`.
 
     Returns:
-        Tensor of shape `(batch,)`, in nats. Both sides pass gradients on.
+        Tensor of shape `(batch,)`, in nats, differentiable in both arguments.
     """
-    wanted = ops.log_softmax(ops.cast(reference, "float32"), axis=-1)
-    found = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
-    return ops.sum(ops.exp(wanted) * (wanted - found), axis=-1)
+    log_p = ops.log_softmax(ops.cast(reference, "float32"), axis=-1)
+    log_q = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def margin(logits, classes):
-    """The largest other logit minus the own one; above 0 is an error.
+    """The largest other logit minus the logit of the class.
+
+    It is positive where the class is not predicted.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
@@ -123,23 +127,25 @@ def margin(logits, classes):
         - [Carlini and Wagner, 2017](https://arxiv.org/abs/1608.04644)
     """
     logits = ops.cast(logits, "float32")
-    own = _own(logits, classes)
-    return ops.max(_without(logits, own), axis=-1) - _pick(logits, own)
+    mask = _class_mask(logits, classes)
+    return ops.max(_mask_out(logits, mask), axis=-1) - _pick(logits, mask)
 
 
 def dlr(logits, labels):
-    """Difference of logits ratio: the margin over the spread of the top three.
+    """Difference of logits ratio: the margin relative to the largest logits.
 
-    Neither a shift nor a rescaling of the logits changes it, so that a large
-    temperature cannot make its gradient vanish.
+    The denominator is the difference between the largest and the third largest
+    logit. The loss is invariant to shifts and rescaling of the logits, so that
+    large logits do not make its gradient vanish.
 
     Args:
         logits: Tensor of shape `(batch, classes)`, at least 3 classes.
         labels: Integers of shape `(batch,)`.
 
     Returns:
-        Tensor of shape `(batch,)`: between -1 and 0 where the label is on top,
-        above 0 otherwise, and above 1 where it is not among the top three.
+        Tensor of shape `(batch,)`: between -1 and 0 where the label has the
+        largest logit, above 0 otherwise, and above 1 where the label is not
+        among the largest three.
 
     References:
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 6
@@ -165,8 +171,8 @@ def targeted_dlr(logits, labels, targets):
     """
     logits = ops.cast(logits, "float32")
     top = _top(logits, 4)
-    gap = _pick(logits, _own(logits, targets)) - _pick(
-        logits, _own(logits, labels)
+    gap = _pick(logits, _class_mask(logits, targets)) - _pick(
+        logits, _class_mask(logits, labels)
     )
     return gap / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _TINY)
 
@@ -175,11 +181,11 @@ LOSSES = ("cross_entropy", "margin", "dlr")
 
 
 def check_loss(name, num_classes=None, targeted=False):
-    """Raises a ValueError, one line, if an objective cannot be used.
+    """Raises a ValueError, in one line, if an attack loss cannot be used.
 
     Args:
         name: One of `LOSSES`.
-        num_classes: How many classes there are, if that is known.
+        num_classes: The number of classes, if known.
         targeted: Whether there are targets.
     """
     if name not in LOSSES:
@@ -197,7 +203,7 @@ def check_loss(name, num_classes=None, targeted=False):
 
 
 def loss(name, logits, labels, targets=None):
-    """Returns what an attack ascends, per example.
+    """Returns the attack loss of each example.
 
     Args:
         name: One of `LOSSES`.
@@ -206,8 +212,8 @@ def loss(name, logits, labels, targets=None):
         targets: Optional integers of shape `(batch,)`: the classes to reach.
 
     Returns:
-        Tensor of shape `(batch,)`: the loss of the label, or, with targets,
-        minus that of the target (for DLR its targeted form).
+        Tensor of shape `(batch,)`: the loss for the label, or, with targets,
+        minus the loss for the target (for DLR, its targeted form).
     """
     check_loss(name, logits.shape[-1], targets is not None)
     if name == "dlr":
@@ -220,20 +226,23 @@ def loss(name, logits, labels, targets=None):
     return -function(logits, targets)
 
 
-def _own(logits, classes):
+def _class_mask(logits, classes):
+    """Booleans of the shape of `logits`, true at `classes`."""
     hot = ops.one_hot(
         ops.cast(classes, "int32"), logits.shape[-1], dtype="float32"
     )
     return ops.cast(hot, "bool")
 
 
-def _without(logits, own):
-    return ops.where(own, ops.full_like(logits, -math.inf), logits)
+def _mask_out(logits, mask):
+    """Replaces the logits at the mask by minus infinity."""
+    return ops.where(mask, ops.full_like(logits, -math.inf), logits)
 
 
-def _pick(logits, own):
-    # Not a sum with the one-hot: zero times an infinite logit is NaN.
-    return ops.sum(ops.where(own, logits, ops.zeros_like(logits)), axis=-1)
+def _pick(logits, mask):
+    """Returns the logit at the mask, `(batch,)`."""
+    # A product with a one-hot vector would be NaN for infinite logits.
+    return ops.sum(ops.where(mask, logits, ops.zeros_like(logits)), axis=-1)
 
 
 def _top(logits, count):
@@ -245,12 +254,12 @@ def _top(logits, count):
 
 
 def random_targets(keys, labels, num_classes):
-    """Draws a target for each example, uniform over the other classes.
+    """Draws a target for each example, uniformly from the other classes.
 
     Args:
         keys: Int32 tensor of shape `(batch, 2)`.
         labels: Integers of shape `(batch,)`.
-        num_classes: How many classes there are, at least 2.
+        num_classes: The number of classes, at least 2.
 
     Returns:
         Int32 tensor of shape `(batch,)`, never equal to the label.
@@ -267,7 +276,7 @@ def next_targets(labels, num_classes):
 
 
 def least_likely_targets(logits, labels):
-    """Returns the class of the smallest logit but the label's.
+    """Returns the class of the smallest logit, other than the label.
 
     Args:
         logits: Tensor of shape `(batch, classes)`, of the clean images.
@@ -281,24 +290,26 @@ def least_likely_targets(logits, labels):
     """
     _check_classes(logits.shape[-1])
     logits = ops.cast(logits, "float32")
-    own = _own(logits, labels)
-    others = ops.where(own, ops.full_like(logits, math.inf), logits)
+    mask = _class_mask(logits, labels)
+    others = ops.where(mask, ops.full_like(logits, math.inf), logits)
     return ops.cast(ops.argmin(others, axis=-1), "int32")
 
 
 def fixed_targets(labels, target, num_classes):
-    """Returns one class for all; its own examples get the class after it.
+    """Returns the same target for all examples not labelled with it.
+
+    Examples with that label get the next class.
 
     Args:
         labels: Integers of shape `(batch,)`.
-        target: The class.
-        num_classes: How many classes there are, at least 2.
+        target: The target class.
+        num_classes: The number of classes, at least 2.
 
     Returns:
         Int32 tensor of shape `(batch,)`, never equal to the label.
 
     Raises:
-        ValueError: If there is no such class.
+        ValueError: If `target` is not a class.
     """
     _check_classes(num_classes)
     if not 0 <= target < num_classes:
@@ -307,16 +318,16 @@ def fixed_targets(labels, target, num_classes):
             f"Received: {target}."
         )
     labels = ops.cast(labels, "int32")
-    after = (target + 1) % num_classes
+    next_class = (target + 1) % num_classes
     return ops.where(
         ops.equal(labels, target),
-        ops.full_like(labels, after),
+        ops.full_like(labels, next_class),
         ops.full_like(labels, target),
     )
 
 
 def likely_targets(logits, labels, rank):
-    """Returns the class of the `rank`-th largest logit but the label's.
+    """Returns the class of the `rank`-th largest logit, without the label.
 
     Args:
         logits: Tensor of shape `(batch, classes)`, of the clean images.
@@ -327,7 +338,7 @@ def likely_targets(logits, labels, rank):
         Int32 tensor of shape `(batch,)`, never equal to the label.
     """
     logits = ops.cast(logits, "float32")
-    others = _without(logits, _own(logits, labels))
+    others = _mask_out(logits, _class_mask(logits, labels))
     order = ops.argsort(-others, axis=-1)
     return ops.cast(ops.take(order, rank, axis=-1), "int32")
 
@@ -340,16 +351,17 @@ def _check_classes(num_classes):
         )
 
 
-# --- Where a model looks -----------------------------------------------------
+# --- Attention ---------------------------------------------------------------
 
 
 def attention_distance(shown, reference, image_shape):
-    """How far the attention moved from where it was on the clean images.
+    """The distance between the attention and that on the clean images.
 
-    Every kind is scaled to about [0, 1], and the kinds are averaged: gazes by
-    their mean Euclidean distance in half image sides, boxes by the mean
-    absolute difference of their corners, maps (non-negative, of sum 1 over
-    the positions) by the mean total variation distance.
+    It is the mean over the kinds of attention that the model has, each scaled
+    to about [0, 1]: for gazes the mean Euclidean distance, in units of half
+    the larger image side; for boxes the mean absolute difference of the
+    corners; for maps (non-negative, with sum 1 over the positions) the mean
+    total variation distance.
 
     Args:
         shown: Dict of tensors, as in `Outputs.shown`: "gazes"
@@ -362,27 +374,29 @@ def attention_distance(shown, reference, image_shape):
         Tensor of shape `(batch,)`.
 
     Raises:
-        ValueError: If the model shows nothing that could be moved.
+        ValueError: If the model has no attention.
     """
     parts = []
     for name in ("gazes", "boxes", "maps"):
         if name not in reference:
             continue
-        moved = ops.cast(shown[name], "float32") - reference[name]
+        shift = ops.cast(shown[name], "float32") - reference[name]
         if name == "gazes":
-            moved = moved / (0.5 * max(image_shape[:2]))
-            # The root has no gradient at zero; 1e-12 is a millionth of a side.
-            moved = ops.sqrt(ops.sum(ops.square(moved), axis=-1) + 1e-12)
-            parts.append(ops.mean(moved, axis=-1))
+            shift = shift / (0.5 * max(image_shape[:2]))
+            # The square root has no gradient at 0; with 1e-12 the error is at
+            # most a millionth of half a side.
+            length = ops.sqrt(ops.sum(ops.square(shift), axis=-1) + 1e-12)
+            parts.append(ops.mean(length, axis=-1))
         elif name == "boxes":
-            parts.append(ops.mean(ops.abs(moved), axis=(1, 2)))
+            parts.append(ops.mean(ops.abs(shift), axis=(1, 2)))
         else:
-            distance = 0.5 * ops.sum(ops.abs(moved), axis=(2, 3))
+            distance = 0.5 * ops.sum(ops.abs(shift), axis=(2, 3))
             parts.append(ops.mean(distance, axis=-1))
     if not parts:
         raise ValueError(
-            "The model shows no gazes, boxes or attention maps, so there is "
-            "nothing to distract. Attack it without distraction."
+            "Expected a model with gazes, boxes or attention maps for "
+            "distraction. Received: a model with no gazes, boxes or attention "
+            "maps, so there is nothing to distract."
         )
     return sum(parts) / len(parts)
 
@@ -391,7 +405,7 @@ def attention_distance(shown, reference, image_shape):
 
 
 def nonfinite(logits):
-    """Tells which rows of logits hold a NaN or an infinity, `(batch,)`."""
+    """Returns whether a row of logits holds NaN or infinity, `(batch,)`."""
     finite = ops.isfinite(ops.cast(logits, "float32"))
     return ops.any(ops.logical_not(finite), axis=-1)
 
@@ -403,19 +417,19 @@ def predictions(logits):
         logits: Tensor of shape `(batch, classes)`.
 
     Returns:
-        Int32 tensor of shape `(batch,)`; -1, which is no class, where a logit
-        is not finite (`metrics.predictions` is the same in NumPy).
+        Int32 tensor of shape `(batch,)`; -1, which is not a class, where a
+        logit is not finite. `metrics.predictions` is the same in NumPy.
     """
     found = ops.cast(ops.argmax(logits, axis=-1), "int32")
     return ops.where(nonfinite(logits), -ops.ones_like(found), found)
 
 
 def judge(logits, labels, targets=None):
-    """Tells which images are adversarial.
+    """Returns which images are adversarial.
 
-    Logits that are not finite count as misclassified, and as a success of the
-    attack, with targets too: a model is not robust to an image on which it
-    fails to answer.
+    Non-finite logits count as misclassified and as a success of the attack,
+    also with targets: a model is not robust to an image for which it returns
+    no valid prediction.
 
     Args:
         logits: Tensor of shape `(batch, classes)`.
@@ -423,19 +437,20 @@ def judge(logits, labels, targets=None):
         targets: Optional integers of shape `(batch,)`.
 
     Returns:
-        Booleans (success, wrong), each of shape `(batch,)`: whether the goal
-        (the target, or any error) is reached, and whether there is an error.
+        Booleans (success, misclassified), each of shape `(batch,)`. A success
+        is the prediction of the target, or without targets any
+        misclassification.
     """
     predicted = predictions(logits)
-    wrong = ops.not_equal(predicted, ops.cast(labels, "int32"))
+    misclassified = ops.not_equal(predicted, ops.cast(labels, "int32"))
     if targets is None:
-        return wrong, wrong
+        return misclassified, misclassified
     hit = ops.equal(predicted, ops.cast(targets, "int32"))
-    return ops.logical_or(hit, predicted < 0), wrong
+    return ops.logical_or(hit, predicted < 0), misclassified
 
 
 def comparable(values, logits):
-    """Returns losses by which candidates can be compared.
+    """Returns losses without NaN, by which candidates can be compared.
 
     Args:
         values: The loss of each example, `(batch,)`.
@@ -450,28 +465,31 @@ def comparable(values, logits):
     return ops.where(nonfinite(logits), high, values)
 
 
-def offer(state, images, values, success, wrong, keep="best"):
-    """Puts forward an image an example; the better one stays in the state.
+def update_best(state, images, values, success, misclassified, keep="best"):
+    """Replaces the best candidate of each example if the new one is better.
 
-    Prefers success, then any misclassification, then the higher loss.
+    A success is better than another misclassified image, which is better than
+    a correctly classified one. Among equals, the higher loss is better.
 
     Args:
         state: Dict with "best" (images), "success", "wrong" and "loss".
         images: Candidates, of the shape of "best".
         values: Their losses, `(batch,)`.
-        success: Whether they reach the goal, `(batch,)`.
-        wrong: Whether they are misclassified, `(batch,)`.
-        keep: `"first"` never replaces a success, so that what an example gets
-            does not depend on how long its neighbours are attacked.
+        success: Whether they are successes, `(batch,)`.
+        misclassified: Whether they are misclassified, `(batch,)`.
+        keep: `"first"` never replaces a success, so that results do not depend
+            on how long the other examples are attacked.
 
     Returns:
         The new state.
     """
 
-    def rank(success, wrong):
-        return 2 * ops.cast(success, "int32") + ops.cast(wrong, "int32")
+    def rank(success, misclassified):
+        success = ops.cast(success, "int32")
+        return 2 * success + ops.cast(misclassified, "int32")
 
-    old, new = rank(state["success"], state["wrong"]), rank(success, wrong)
+    old = rank(state["success"], state["wrong"])
+    new = rank(success, misclassified)
     higher = ops.logical_and(ops.equal(new, old), values > state["loss"])
     better = ops.logical_or(new > old, higher)
     if keep == "first":
@@ -481,6 +499,6 @@ def offer(state, images, values, success, wrong, keep="best"):
         **state,
         "best": ops.where(mask, images, state["best"]),
         "success": ops.where(better, success, state["success"]),
-        "wrong": ops.where(better, wrong, state["wrong"]),
+        "wrong": ops.where(better, misclassified, state["wrong"]),
         "loss": ops.where(better, values, state["loss"]),
     }

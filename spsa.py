@@ -1,4 +1,4 @@
-"""SPSA, which climbs a gradient that it estimates from the logits alone.
+"""SPSA: PGD with a gradient that is estimated from logits alone.
 
 References:
     - [Uesato et al., 2018](https://arxiv.org/abs/1802.05666)
@@ -19,18 +19,19 @@ import numerics
 class SPSA(attack_backbone.Iterative):
     """PGD on a gradient that is estimated from logits alone.
 
-    Simultaneous perturbation stochastic approximation: the mean, over random
-    directions v of +-1 entries, of (f(x + d v) - f(x - d v)) / (2 d) v,
-    with f the loss, taken at the current iterate. The form of Uesato et al. as
-    the S3TA paper uses it: 4096 directions, 100 iterations of signed steps.
+    Simultaneous perturbation stochastic approximation estimates the gradient
+    of the loss f at the iterate x as the mean of
+    (f(x + d v) - f(x - d v)) / (2 d) v over random directions v with entries
+    -1 and 1. The defaults are those of the S3TA paper, after Uesato et al.:
+    4096 directions and 100 steps along the sign of the estimate.
 
     Attributes:
-        samples: Directions v of one estimate; each costs two calls.
+        samples: Directions v in one estimate; each needs two model calls.
         radius: The distance d, in units of the pixel range.
-        step_size: Length of one step; None is the rule of `PGD`.
-        chunk: Directions held in memory at a time: it bounds the batch of the
-            model to 2 * chunk * images, and changes the sums by rounding only.
-        l1_fraction: Part of the coordinates that share an L1 step.
+        step_size: Length of one step; None means the rule of `PGD`.
+        chunk: Directions evaluated at a time. The model is called on batches
+            of 2 * chunk * images. The result depends on it only by rounding.
+        l1_fraction: Fraction of the coordinates that an L1 step changes.
 
     References:
         - [Uesato et al., 2018](https://arxiv.org/abs/1802.05666)
@@ -73,17 +74,17 @@ class SPSA(attack_backbone.Iterative):
         """See `Attack.calls`."""
         return 2 * min(self.chunk, self.samples)
 
-    def step(self, logits_fn, state, number, index):
+    def step(self, logits_fn, state, round_index, step_index):
         """See `Attack.step`."""
-        here = attack_rounds.perturbed(state["images"], state["delta"])
+        iterate = attack_rounds.perturbed(state["images"], state["delta"])
         ascended_loss = self.ascended_loss(logits_fn, state)
         if self.keep != "last":
-            state = self._offer(state, here, *ascended_loss(here))
+            state = self._update_best(state, iterate, *ascended_loss(iterate))
         keys = numerics.fold_in(state["keys"], 2)
-        keys = numerics.fold_in(numerics.fold_in(keys, number), index)
-        grad, flags = self.estimate(logits_fn, state, here, keys)
-        state = attack_rounds.mark(state, flags)
-        delta = attack_backbone.move(
+        keys = numerics.fold_in(numerics.fold_in(keys, round_index), step_index)
+        grad, flags = self.estimate(logits_fn, state, iterate, keys)
+        state = attack_rounds.mark_nonfinite(state, flags)
+        delta = attack_backbone.gradient_step(
             state["delta"], grad, state["images"], self, self.step_length
         )
         return {**state, "delta": delta}
@@ -93,18 +94,19 @@ class SPSA(attack_backbone.Iterative):
 
         Args:
             logits_fn: See `Attack.open`.
-            state: The rows: labels, and targets if there are any.
+            state: The state, of which labels and targets are used.
             images: Tensor of shape `(batch, height, width, channels)`.
             keys: Int32 tensor of shape `(batch, 2)`.
 
         Returns:
             Tuple of the estimate, of the shape of `images`, and booleans
-            `(batch,)`: where a probe had no finite loss. Such a probe counts
-            as one of higher loss, by 1.
+            `(batch,)`: whether the loss was not finite at any probe. The
+            difference of such a pair of probes is replaced by 1 or -1, so that
+            the estimate points towards the non-finite loss.
         """
         chunk = min(self.chunk, self.samples)
         shape = tuple(images.shape[1:])
-        # Each row stands `2 * chunk` times: for every v, plus and minus.
+        # Each row is repeated `2 * chunk` times: plus and minus of every v.
         rows = {
             key: ops.repeat(value, 2 * chunk, axis=0)
             for key, value in state.items()
@@ -113,41 +115,42 @@ class SPSA(attack_backbone.Iterative):
         }
         ascended_loss = self.ascended_loss(logits_fn, rows)
 
-        def add(part, sums):
+        def add_chunk(part, sums):
             total, flags = sums
-            # Each direction has a key, so that it is the same in any chunk.
-            wanted = part * chunk + ops.arange(chunk, dtype="int32")
-            drawn = numerics.fold_in(ops.expand_dims(keys, 1), wanted)
-            v = numerics.signs(ops.reshape(drawn, (-1, 2)), shape)
+            # Each direction has its own key, so that it does not depend on the
+            # size of the chunks.
+            indices = part * chunk + ops.arange(chunk, dtype="int32")
+            v_keys = numerics.fold_in(ops.expand_dims(keys, 1), indices)
+            v = numerics.signs(ops.reshape(v_keys, (-1, 2)), shape)
             v = ops.reshape(v, (-1, chunk, *shape))
-            # The last part may be a shorter one.
-            used = ops.cast(wanted < self.samples, "float32")
-            both = ops.stack([self.radius * v, -self.radius * v], axis=2)
-            probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + both
+            # The last chunk may be a shorter one.
+            used = ops.cast(indices < self.samples, "float32")
+            offsets = ops.stack([self.radius * v, -self.radius * v], axis=2)
+            probes = ops.expand_dims(ops.expand_dims(images, 1), 1) + offsets
             values = losses.comparable(
                 *ascended_loss(ops.reshape(probes, (-1, *shape)))
             )
             values = ops.reshape(values, (-1, chunk, 2))
             slopes = (values[..., 0] - values[..., 1]) * used
             finite = ops.isfinite(slopes)
-            # A probe without a finite answer is one to go to.
+            # The step goes towards a probe with non-finite logits.
             signs = ops.where(slopes < 0, -used, used)
             slopes = ops.where(finite, slopes, signs)
             total = total + ops.einsum("bk,bkhwc->bhwc", slopes, v)
-            broken = ops.any(ops.logical_not(finite), axis=1)
-            return total, ops.logical_or(flags, broken)
+            nonfinite = ops.any(ops.logical_not(finite), axis=1)
+            return total, ops.logical_or(flags, nonfinite)
 
-        none = ops.cast(ops.zeros_like(images[:, 0, 0, 0]), "bool")
+        no_flags = ops.cast(ops.zeros_like(images[:, 0, 0, 0]), "bool")
         total, flags = ops.fori_loop(
             0,
             -(-self.samples // chunk),
-            add,
-            (ops.zeros_like(images), none),
+            add_chunk,
+            (ops.zeros_like(images), no_flags),
         )
         return total / (2.0 * self.radius * self.samples), flags
 
-    def _walk(self, state, grad, index):
-        raise AssertionError("SPSA has no gradient to walk along.")
+    def _update_delta(self, state, grad, step_index):
+        raise AssertionError("SPSA overrides step, which calls this method.")
 
 
 ATTACKS = {SPSA.name: SPSA}

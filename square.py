@@ -1,12 +1,12 @@
 """The Square attack: random search over squares, from logits alone.
 
-Each query changes one square of the current perturbation at random and keeps
-the change if it raises the loss. No gradient is taken, so an attack that gains
-by it where gradient attacks stop tells of masked gradients.
+Each query changes one random square of the current perturbation and keeps the
+change if it increases the loss. The attack uses no gradients. If it succeeds
+where gradient-based attacks fail, the gradients of the model are masked.
 
-In L-inf a square is set to +-epsilon, one sign a channel. In L2 and L1 it gets
-a peaked pattern on top of what it holds, paid for with the budget that is
-unused and with that of a second square, which is wiped.
+In L-inf a square is set to +epsilon or -epsilon, with one sign per channel. In
+L2 and L1 a peaked pattern is added to the square. Its norm comes from the
+unused part of epsilon and from a second square, which is set to zero.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import attack_rounds
 import losses
 import numerics
 
-# The last of 10000 queries with each size; the area is halved after it.
+# With 10000 queries, the area of the squares is halved after each of these.
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _TINY = 1e-12
 
@@ -29,26 +29,25 @@ _TINY = 1e-12
 class Square(attack_rounds.Attack):
     """The Square attack, as AutoAttack runs it.
 
-    Three choices where the published programs differ from each other or from
-    the papers: a square may lie at every position, the last row and column
-    included; each example draws its own squares; and an image of any shape is
-    tiled as a whole to begin with.
+    The published programs differ from each other and from the papers in three
+    points. Here a square may lie at every position, including the last row and
+    column; each example draws its own squares; and the start in L2 and L1
+    tiles the whole image, whatever its shape.
 
     Attributes:
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        epsilon: Radius of the ball, in units of the pixel range [0, 1].
-        n_queries: Calls of the model in one restart. The first one judges the
+        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
+        n_queries: Model calls in one restart. The first one evaluates the
             start: vertical stripes in L-inf, a tiling with the pattern in L2
             and L1.
-        p_init: Part of the pixels that a square covers at first. It is halved
-            along the published schedule, rescaled to `n_queries`.
+        p_init: Fraction of the pixels that a square covers at first. It is
+            halved along the published schedule, rescaled to `n_queries`.
         restarts: Independent runs.
-        loss: One of `losses.LOSSES`, with targets in its targeted
-            form. AutoAttack takes the margin, and with targets the
-            cross-entropy.
-        spared: Last rows and columns that no square reaches. In the text, and
-            here, there are none; the authors' program, and with it the other
-            libraries, draws from an interval that is open at its end: 1.
+        loss: One of `losses.LOSSES`; with targets, its targeted form.
+            AutoAttack uses the margin, and the cross-entropy with targets.
+        spared: The number of last rows and columns that no square reaches: 0
+            in the paper. The authors' program and other libraries exclude the
+            last position when they draw one, which corresponds to 1.
 
     References:
         - [Andriushchenko et al., 2020](https://arxiv.org/abs/1912.00049),
@@ -75,7 +74,7 @@ class Square(attack_rounds.Attack):
             )
         if not 0 < self.p_init <= 1:
             raise ValueError(
-                "Expected p_init in (0, 1], the part of the pixels in the "
+                "Expected p_init in (0, 1], the fraction of the pixels in the "
                 f"first squares. Received: p_init={self.p_init:g}."
             )
         if self.spared < 0:
@@ -101,38 +100,39 @@ class Square(attack_rounds.Attack):
         lowest = ops.full_like(state["loss"], -math.inf)
         return {**state, "current": state["images"], "value": lowest}
 
-    def begin(self, logits_fn, state, number):
-        """See `Attack.begin`: makes the start, which step 0 judges."""
+    def begin(self, logits_fn, state, round_index):
+        """See `Attack.begin`: creates the start, which step 0 evaluates."""
         del logits_fn
-        keys = numerics.fold_in(numerics.fold_in(state["keys"], number), 0)
+        keys = numerics.fold_in(numerics.fold_in(state["keys"], round_index), 0)
         start = _stripes if self.norm == "linf" else _tiles
         lowest = ops.full_like(state["value"], -math.inf)
         current = start(state["images"], self, keys)
         return {**state, "current": current, "value": lowest}
 
-    def step(self, logits_fn, state, number, index):
+    def step(self, logits_fn, state, round_index, step_index):
         """See `Attack.step`: one query."""
-        keys = numerics.fold_in(state["keys"], number)
-        keys = numerics.fold_in(keys, ops.cast(index, "int32") + 1)
-        propose = _repaint if self.norm == "linf" else _reshape
-        proposed = propose(state, self, keys, self.stage(index))
-        proposed = ops.where(ops.equal(index, 0), state["current"], proposed)
+        keys = numerics.fold_in(state["keys"], round_index)
+        keys = numerics.fold_in(keys, ops.cast(step_index, "int32") + 1)
+        propose = _propose_linf if self.norm == "linf" else _propose_l1_l2
+        proposed = propose(state, self, keys, self.stage(step_index))
+        is_start = ops.equal(step_index, 0)
+        proposed = ops.where(is_start, state["current"], proposed)
         value, logits = self.ascended_loss(logits_fn, state)(proposed)
         success, _ = losses.judge(logits, state["labels"], state.get("targets"))
         value = losses.comparable(value, logits)
-        taken = ops.logical_or(value > state["value"], success)
-        mask = numerics.per_example(taken, proposed)
-        state = self._offer(state, proposed, value, logits)
+        accepted = ops.logical_or(value > state["value"], success)
+        mask = numerics.per_example(accepted, proposed)
+        state = self._update_best(state, proposed, value, logits)
         return {
             **state,
             "current": ops.where(mask, proposed, state["current"]),
-            "value": ops.where(taken, value, state["value"]),
+            "value": ops.where(accepted, value, state["value"]),
         }
 
     def stage(self, index):
-        """How often the area has been halved by query `index`, 0 to 9."""
+        """The number of times the area has been halved by query `index`."""
         index = ops.cast(index, "int32")
-        # floor(index * 10000 / n_queries) > last, in integers that stay small.
+        # floor(index * 10000 / n_queries) > last, without large integers.
         whole, rest = self.n_queries // 10_000, self.n_queries % 10_000
         return sum(
             ops.cast(
@@ -147,14 +147,14 @@ class Square(attack_rounds.Attack):
         """Returns the side of the squares at each stage, a list of integers.
 
         Args:
-            height, width: Those of the images, in pixels.
+            height, width: Height and width of the images, in pixels.
         """
         most = min(height, width)
         sides = []
         for stage in range(len(_SCHEDULE) + 1):
             area = self.p_init * height * width / 2**stage
             side = round(math.sqrt(area))
-            if self.norm != "linf":  # The pattern has a middle: 3, 5, 7...
+            if self.norm != "linf":  # The pattern needs an odd side >= 3.
                 side = max(side, 3)
                 side += 1 - side % 2
                 side = min(side, most - 1 + most % 2)
@@ -165,19 +165,20 @@ class Square(attack_rounds.Attack):
 ATTACKS = {Square.name: Square}
 
 
-# --- Where a run begins ------------------------------------------------------
+# --- Starts ------------------------------------------------------------------
 
 
 def _stripes(images, attack, keys):
-    """Vertical stripes of +-epsilon, one sign a column and channel."""
+    """Vertical stripes of +-epsilon, one sign per column and channel."""
     signs = numerics.signs(keys, (1, *images.shape[2:]))
     return attack_rounds.perturbed(images, attack.epsilon * signs)
 
 
 def _tiles(images, attack, keys):
-    """A tiling with the pattern, five tiles or more along each side.
+    """A tiling with the pattern, at least five tiles along each side.
 
-    Each tile turns by chance, and each of its channels draws a sign.
+    Each tile is transposed with probability 1/2, and each of its channels has
+    a random sign.
     """
     height, width, channels = images.shape[1:]
     side = max(min(height, width) // 5, 1)
@@ -207,23 +208,23 @@ def _tiles(images, attack, keys):
         ),
     )
     if attack.norm == "l1":
-        # Every tile and channel has norm 1, far more than epsilon together as
-        # a rule; else they are raised as the squares are.
+        # Every tile and channel has norm 1, usually far more than epsilon
+        # together. If it is less, the tiles are scaled up to epsilon.
         scale = ops.cast(attack.epsilon, "float32") / (rows * columns)
         delta = delta * ops.maximum(scale, 1.0)
-    return _inside(images, delta, attack)
+    return _project(images, delta, attack)
 
 
-# --- What a query tries ------------------------------------------------------
+# --- Proposals ---------------------------------------------------------------
 
 
-def _repaint(state, attack, keys, stage):
-    """L-inf: one square of +-epsilon, one sign a channel."""
+def _propose_linf(state, attack, keys, stage):
+    """L-inf: sets one square to +-epsilon, with one sign per channel."""
     images = state["images"]
     height, width, channels = images.shape[1:]
-    sides = _table(attack.sides(height, width))
+    sides = _int_tensor(attack.sides(height, width))
     side = ops.take(sides, stage)
-    row, column, _ = _square(keys, height, width, side, attack.spared)
+    row, column, _ = _draw_square(keys, height, width, side, attack.spared)
     inside = ops.logical_and(row >= 0, column >= 0)
     inside = ops.expand_dims(inside, -1)
     signs = numerics.signs(numerics.fold_in(keys, 1), (1, 1, channels))
@@ -231,15 +232,17 @@ def _repaint(state, attack, keys, stage):
     return ops.where(inside, painted, state["current"])
 
 
-def _reshape(state, attack, keys, stage):
-    """L2 and L1: the pattern onto one square, at the expense of another."""
+def _propose_l1_l2(state, attack, keys, stage):
+    """L2 and L1: adds the pattern to one square and clears another."""
     images, norm = state["images"], attack.norm
     height, width, channels = images.shape[1:]
     sides = attack.sides(height, width)
-    side = ops.take(_table(sides), stage)
+    side = ops.take(_int_tensor(sides), stage)
     delta = state["current"] - images
-    (row, column, one), (*_, two) = (
-        _square(numerics.fold_in(keys, i), height, width, side, attack.spared)
+    (row, column, first), (*_, second) = (
+        _draw_square(
+            numerics.fold_in(keys, i), height, width, side, attack.spared
+        )
         for i in (0, 1)
     )
     zero = ops.zeros_like(delta)
@@ -247,12 +250,12 @@ def _reshape(state, attack, keys, stage):
     signs = numerics.signs(numerics.fold_in(keys, 2), (1, 1, channels))
     turned = numerics.uniform(numerics.fold_in(keys, 3), (1, 1)) < 0.5
     peaks = _peaks(sides, norm, stage, row, column, turned)
-    before = ops.where(one, delta, zero)
+    before = ops.where(first, delta, zero)
     new = signs * peaks + before / (_channel_norm(before, norm) + _TINY)
-    new = ops.where(one, new, zero)
+    new = ops.where(first, new, zero)
     new = new / (_channel_norm(new, norm) + _TINY)
 
-    both = ops.where(ops.logical_or(one, two), delta, zero)
+    both = ops.where(ops.logical_or(first, second), delta, zero)
     spent = numerics.per_example(numerics.lp_norm(delta, norm), delta)
     held = _channel_norm(both, norm)
     epsilon = ops.cast(attack.epsilon, "float32")
@@ -260,16 +263,16 @@ def _reshape(state, attack, keys, stage):
         unused = ops.maximum(ops.square(epsilon) - ops.square(spent), 0.0)
         budget = ops.sqrt(unused / channels + ops.square(held))
     else:
-        # Larger than there is room for: the projection takes it back from
-        # the smallest entries, those of the whole image.
+        # This exceeds epsilon. The projection reduces all entries of the image
+        # alike, which sets the smallest to zero.
         unused = ops.maximum(epsilon - spent, 0.0)
         budget = channels * (unused / channels + held)
-    delta = ops.where(one, budget * new, ops.where(two, zero, delta))
-    return _inside(images, delta, attack)
+    delta = ops.where(first, budget * new, ops.where(second, zero, delta))
+    return _project(images, delta, attack)
 
 
-def _inside(images, delta, attack):
-    """Brings a perturbation of L2 or L1 onto the ball and into the box."""
+def _project(images, delta, attack):
+    """Projects onto the L2 sphere or L1 ball, and into the pixel range."""
     if attack.norm == "l1":
         delta = numerics.project(delta, attack.epsilon, "l1", images)
     else:
@@ -279,43 +282,45 @@ def _inside(images, delta, attack):
     return attack_rounds.perturbed(images, delta)
 
 
-def _square(keys, height, width, side, spared):
-    """Draws a square of `side` for each example, uniform over its positions.
+def _draw_square(keys, height, width, side, spared):
+    """Draws the position of a square for each example, uniformly.
 
-    The last `spared` of them along each side are left out, if others are left.
+    The last `spared` positions along each axis are excluded, unless no other
+    would remain.
 
     Returns:
-        Tuple of the row inside the square, int32 `(batch, height, 1)`, the
-        column, `(batch, 1, width)`, each -1 outside, and a mask of booleans,
-        `(batch, height, width, 1)`.
+        Tuple of the row inside the square for each image row, int32 `(batch,
+        height, 1)`; the column for each image column, `(batch, 1, width)`;
+        both -1 outside the square; and a boolean mask of the square, `(batch,
+        height, width, 1)`.
     """
     draws = numerics.uniform(numerics.fold_in(keys, 0), (2,))
 
-    def inner(draw, length):
-        room = ops.maximum(length - side - spared, 0)
-        places = ops.cast(room + 1, "float32")
-        first = ops.cast(ops.floor(draw * places), "int32")
-        first = ops.minimum(first, room)  # The product may round up.
-        at = ops.arange(length, dtype="int32") - ops.expand_dims(first, -1)
-        inside = ops.logical_and(at >= 0, at < side)
-        return ops.where(inside, at, -ops.ones_like(at))
+    def offsets(draw, length):
+        last = ops.maximum(length - side - spared, 0)
+        count = ops.cast(last + 1, "float32")
+        first = ops.cast(ops.floor(draw * count), "int32")
+        first = ops.minimum(first, last)  # The product may round up.
+        offset = ops.arange(length, dtype="int32") - ops.expand_dims(first, -1)
+        inside = ops.logical_and(offset >= 0, offset < side)
+        return ops.where(inside, offset, -ops.ones_like(offset))
 
-    row = ops.expand_dims(inner(draws[:, 0], height), 2)
-    column = ops.expand_dims(inner(draws[:, 1], width), 1)
+    row = ops.expand_dims(offsets(draws[:, 0], height), 2)
+    column = ops.expand_dims(offsets(draws[:, 1], width), 1)
     mask = ops.logical_and(row >= 0, column >= 0)
     return row, column, ops.expand_dims(mask, -1)
 
 
 def _peaks(sides, norm, stage, row, column, turned):
-    """Looks the pattern up at each pixel; junk outside the square."""
+    """The pattern at each pixel; values outside the square are undefined."""
     most = max(sides)
     table = np.zeros((len(sides), most, most), "float32")
     for index, side in enumerate(sides):
         table[index, :side, :side] = pattern(side, norm)
     row, column = ops.maximum(row, 0), ops.maximum(column, 0)
-    place = ops.where(turned, column * most + row, row * most + column)
+    position = ops.where(turned, column * most + row, row * most + column)
     table = ops.convert_to_tensor(table.reshape(len(sides), -1))
-    peaks = ops.take(ops.take(table, stage, axis=0), place)
+    peaks = ops.take(ops.take(table, stage, axis=0), position)
     return ops.expand_dims(peaks, -1)
 
 
@@ -325,7 +330,7 @@ def _channel_norm(delta, norm):
     return ops.sqrt(ops.sum(ops.square(delta), axis=(1, 2), keepdims=True))
 
 
-def _table(values):
+def _int_tensor(values):
     return ops.convert_to_tensor(np.array(values, "int32"))
 
 
@@ -333,9 +338,9 @@ def pattern(side, norm):
     """The pattern of a square: a positive peak above a negative one.
 
     Args:
-        side: In pixels.
-        norm: `"l2"` or `"l1"`, in which it has length 1. The peaks of L1 are
-            the steeper ones.
+        side: Side of the square, in pixels.
+        norm: `"l2"` or `"l1"`. The pattern has norm 1, and steeper peaks for
+            L1.
 
     Returns:
         Float32 NumPy array of shape `(side, side)`.
@@ -353,8 +358,8 @@ def pattern(side, norm):
     def peak(height):
         rows = np.abs(np.arange(height) - height // 2)[:, None]
         columns = np.abs(np.arange(side) - side // 2)[None]
-        far = max(height, side) // 2
-        terms = np.arange(1, far + 2) ** -float(power)
+        farthest = max(height, side) // 2
+        terms = np.arange(1, farthest + 2) ** -float(power)
         # Entry d holds the sum of the terms from d on.
         tails = np.cumsum(terms[::-1])[::-1]
         return unit(tails[np.maximum(rows, columns)])

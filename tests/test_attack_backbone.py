@@ -64,8 +64,8 @@ def compiled(name, targeted, frozen):
     """A whole attack; its late numbers and the net are arguments."""
     known = ATTACKS[name](**dict(frozen))
 
-    def whole(net, images, labels, keys, targets, numbers):
-        return known.bind(numbers)(
+    def whole(net, images, labels, keys, targets, parameters):
+        return known.bind(parameters)(
             logits_fn(net), images, labels, keys, targets if targeted else None
         )
 
@@ -81,7 +81,7 @@ def attack(name, net, images, labels, targets=None, keys=None, **fields):
     keys = keys_for(len(labels)) if keys is None else keys
     aims = labels if targets is None else targets
     run = compiled(name, targets is not None, frozen)
-    return run(net, images, labels, keys, aims, known.numbers())
+    return run(net, images, labels, keys, aims, known.runtime_parameters())
 
 
 def run(known, logits_fn, images, labels, targets=None):
@@ -653,8 +653,8 @@ def test_the_noise_of_a_model_belongs_to_round_and_step():
         def __init__(self, place=0):
             self.place = place
 
-        def at(self, number, index):
-            return Turning(ops.cast(4 * number + index, "int32"))
+        def at_step(self, round_index, step_index):
+            return Turning(ops.cast(4 * round_index + step_index, "int32"))
 
         def __call__(self, x):
             one = ops.one_hot(self.place, 16, dtype="float32")

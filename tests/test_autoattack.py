@@ -80,9 +80,9 @@ def predictions(logits_fn, images):
 def compiled(config, logits_fn, seeded=True):
     """A whole attack, compiled; its late numbers are arguments."""
 
-    def whole(images, labels, keys, numbers):
+    def whole(images, labels, keys, parameters):
         keys = keys if seeded else None
-        return tuple(config.bind(numbers)(logits_fn, images, labels, keys))
+        return tuple(config.bind(parameters)(logits_fn, images, labels, keys))
 
     return numerics.compile_call(whole)
 
@@ -92,7 +92,7 @@ def run(config, logits_fn=curved, data=None, seed=0):
     images, labels = data or make_data()
     static = dataclasses.replace(config, epsilon=0.0)
     out = compiled(static, logits_fn)(
-        images, labels, keys_for(len(labels), seed), config.numbers()
+        images, labels, keys_for(len(labels), seed), config.runtime_parameters()
     )
     return tuple(map(array, out))
 
@@ -832,7 +832,9 @@ class TestEnsembles:
             "scores": ops.convert_to_tensor(scores),
             "labels": ops.convert_to_tensor(np.array([0], "int32")),
         }
-        aims = [array(fab.aim(state, rank)).item() for rank in range(5)]
+        aims = [
+            array(fab.target_of_rank(state, rank)).item() for rank in range(5)
+        ]
         assert aims == [2, 1, 3, 2, 1]
 
 

@@ -338,7 +338,7 @@ def test_the_order_of_preference(keep):
         "loss": tensor(old[:, 2].astype("f4")),
         "other": tensor(np.arange(len(old))),
     }
-    after = losses.offer(
+    after = losses.update_best(
         state,
         tensor(np.ones(shape, "f4")),
         tensor(new[:, 2].astype("f4")),

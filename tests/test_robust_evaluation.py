@@ -571,7 +571,12 @@ def test_noise_differs_between_steps_and_from_the_final_check(noisy):
     whole = crafting.compiled(
         noisy,
         "two steps",
-        lambda fn: lambda x: (fn.at(0, 1)(x).logits, fn.at(0, 2)(x).logits),
+        lambda fn: (
+            lambda x: (
+                fn.at_step(0, 1)(x).logits,
+                fn.at_step(0, 2)(x).logits,
+            )
+        ),
         crafting.Reading(1),
     )
     first, second = (array(values) for values in whole(images))

@@ -41,8 +41,8 @@ def compiled(norm, targeted, loss):
     """A whole attack; its late numbers and the net are arguments."""
     known = Square(norm=norm, loss=loss)
 
-    def whole(net, images, labels, keys, targets, numbers):
-        return known.bind(numbers)(
+    def whole(net, images, labels, keys, targets, parameters):
+        return known.bind(parameters)(
             logits_fn(net), images, labels, keys, targets if targeted else None
         )
 
@@ -57,7 +57,7 @@ def attack(norm, net=NET, rows=slice(None), goal=None, **fields):
     known = Square(norm=norm, loss=loss, **fields)
     result = compiled(norm, targeted, loss)(
         net, IMAGES[rows], labels, array(keys_for(len(LABELS)))[rows],
-        (labels + 1) % CLASSES, known.numbers(),
+        (labels + 1) % CLASSES, known.runtime_parameters(),
     )  # fmt: skip
     return tuple(map(array, result))
 
@@ -140,7 +140,7 @@ class TestEveryNorm:
         known = Square(norm=norm, loss=loss, epsilon=epsilon, n_queries=300)
         result = compiled(norm, targeted, loss)(
             two.net, two.images, two.labels, keys_for(len(two.labels)),
-            1 - two.labels, known.numbers(),
+            1 - two.labels, known.runtime_parameters(),
         )  # fmt: skip
         gain = two.gain(array(result.images))
         best = two.optimum(norm, epsilon)
