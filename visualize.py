@@ -1,14 +1,14 @@
-"""Figures from arrays: where a model looked, and what an attack changed.
+"""Figures from arrays: where a model looks, and what an attack changes.
 
-Every function takes NumPy arrays and returns a `matplotlib.figure.Figure` that
-belongs to nobody's window manager (no `pyplot`, no global state), so it can be
-made on a server, in a thread or in a notebook, and nothing is left open behind
-it. Nothing is written unless `path` is given; then the file appears whole.
+Every function takes NumPy arrays and returns a `matplotlib.figure.Figure`. The
+figures do not use `pyplot` or global state, so they can be made on a server, in
+a thread or in a notebook, and need not be closed. A file is written only if
+`path` is given; it is replaced atomically.
 
-A branch (a gaze, its box, its view) has one colour and one number everywhere.
-Coordinates follow the project: `(row, column)`, (0, 0) at the centre of the
-top-left pixel; a gaze is an offset from the image centre in pixels; a box is
-`(top, left, bottom, right)` in [0, 1], the outer edges of the image.
+A branch (a gaze, its box and its view) has the same colour and number in every
+figure. Coordinates are `(row, column)`, with (0, 0) at the centre of the
+top-left pixel. A gaze is an offset from the image centre in pixels. A box is
+`(top, left, bottom, right)` as fractions of the image, from edge to edge.
 """
 
 import functools
@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 import record_text
 import run_folder
 
-# Okabe and Ito's palette (safe for colour-blind readers) less black, with the
-# bright ones first, since the digits are white on black; then three more.
+# Okabe and Ito's palette (safe for colour-blind readers) without black. Bright
+# colours come first, because the digits are white on black. The last three are
+# additions.
 PALETTE = (
     "#e69f00",
     "#56b4e9",
@@ -41,14 +42,14 @@ PALETTE = (
 )
 RIGHT, WRONG = "#1a7f37", "#c62828"
 _INK, _FAINT = "#222222", "#9a9a9a"
-_PANEL = 1.75  # Inches, the longer side of one image.
+_PANEL_INCHES = 1.75  # Length of the longer side of an image.
 _DPI = 120
-_HEAT = "magma"  # Of attention.
-_BAR = 0.9  # Inches of a colour bar with its label.
-_TITLE_LINE = 0.22  # Inches.
-_MISSING = "□"  # Stands for a character that no font has.
-# DejaVu Sans comes with matplotlib and has both marks. The others hold the
-# scripts that it lacks; those that are installed are used.
+_ATTENTION_COLOURS = "magma"  # Colour map of attention.
+_COLOUR_BAR_INCHES = 0.9  # Width of a colour bar with its label.
+_TITLE_LINE_INCHES = 0.22
+_MISSING_GLYPH = "□"  # Replaces characters that no font has.
+# DejaVu Sans comes with matplotlib and has the check mark and the cross. The
+# other fonts have scripts that it lacks; installed ones are used.
 _FONTS = (
     "DejaVu Sans",
     "Noto Sans CJK JP",
@@ -82,7 +83,7 @@ _STYLE = {
 
 
 def style():
-    """Returns the context in which figures are made; see `finish`."""
+    """Returns the matplotlib context in which to make figures; see `finish`."""
     return matplotlib.rc_context({**_STYLE, "font.family": list(_families())})
 
 
@@ -104,27 +105,27 @@ def _glyphs():
 
 
 def _drawable(text):
-    """Returns text with a box for each character that no font has."""
+    """Replaces characters that no font has by boxes."""
     glyphs = _glyphs()
-    return "".join(c if ord(c) in glyphs else _MISSING for c in text)
+    return "".join(c if ord(c) in glyphs else _MISSING_GLYPH for c in text)
 
 
 def new_figure(
     width: float, height: float, title: str | None = None, dpi: int = _DPI
 ) -> Figure:
-    """Makes an empty figure that belongs to no window manager.
+    """Makes an empty figure without pyplot.
 
     Args:
-        width, height: Size in inches; the lines of the title are added.
-        title: A line above the figure, folded to its width.
+        width, height: Size in inches; the height of the title is added.
+        title: Title of the figure, wrapped to its width.
         dpi: Dots per inch.
     """
     size = 12
-    lines = _folded(title, width, size)
+    lines = _wrap_title(title, width, size)
     if len(lines) > 1:
         size = 10
-        lines = _folded(title, width, size)
-    height += _TITLE_LINE * len(lines)
+        lines = _wrap_title(title, width, size)
+    height += _TITLE_LINE_INCHES * len(lines)
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     if lines:
@@ -132,23 +133,24 @@ def new_figure(
     return figure
 
 
-def _folded(title, width, size):
-    """Folds the lines of a title to a width in inches, in `size` points."""
-    room = max(int(110 * width / size), 16)
+def _wrap_title(title, width, size):
+    """Wraps a title of `size` points to a width in inches."""
+    characters = max(int(110 * width / size), 16)
     lines = (title or "").splitlines()
-    return [part for line in lines for part in textwrap.wrap(line, room)]
+    return [part for line in lines for part in textwrap.wrap(line, characters)]
 
 
 def finish(figure: Figure, path: object = None) -> Figure:
-    """Makes all text of a figure plain, and saves the figure.
+    """Turns off formulas in all text of a figure, and saves the figure.
 
-    Every figure ends here. Text can come from folder names and class names: a
-    dollar sign, a backslash or an underscore in it is drawn as it is and not
-    parsed as a formula, and a character that no font has is drawn as a box.
+    Every figure must pass through this function. Text can come from folder and
+    class names, so dollar signs, backslashes and underscores are drawn
+    literally and not parsed as a formula. Characters that no font has become
+    boxes.
 
     Args:
         figure: The figure.
-        path: None, or where the figure is saved; the file appears whole.
+        path: None, or the path of the file to save.
 
     Returns:
         The figure.
@@ -166,20 +168,20 @@ def finish(figure: Figure, path: object = None) -> Figure:
 
 
 def branch_colour(branch):
-    """Returns the colour of a branch, the same in every figure."""
+    """Returns the colour of a branch; it is the same in every figure."""
     return PALETTE[branch % len(PALETTE)]
 
 
 def amplification(perturbation):
-    """Chooses the factor that shows a perturbation around mid-grey.
+    """Returns the factor by which to amplify a perturbation around mid-grey.
 
     Args:
         perturbation: Array of differences of images in [0, 1].
 
     Returns:
         The largest factor of two digits for which `0.5 + factor * perturbation`
-        stays within [0, 1] (to one part in ten thousand); 1.0 if there is
-        nothing to show.
+        stays within [0, 1] (to one part in ten thousand); 1.0 if the
+        perturbation is zero or not finite.
     """
     perturbation = np.asarray(perturbation, np.float64)
     largest = np.abs(perturbation).max(initial=0.0)
@@ -187,8 +189,8 @@ def amplification(perturbation):
         return 1.0
     factor = 0.5 / largest
     unit = 10.0 ** (math.floor(math.log10(factor)) - 1)
-    # An epsilon of 0.05 in float32 is a little more than that: without the
-    # slack its factor would be 9.9, not 10. No display shows the difference.
+    # In float32 0.05 is slightly larger: without the tolerance its factor would
+    # be 9.9 instead of 10. The difference is not visible.
     return round(math.floor(factor / unit * (1 + 1e-4)) * unit, 12)
 
 
@@ -211,13 +213,13 @@ def attack_grid(
     title=None,
     path=None,
 ):
-    """Shows clean and adversarial images and the perturbation between them.
+    """Shows clean images, adversarial images and the perturbations.
 
-    The perturbation is amplified around mid-grey by one factor for all rows,
-    which the header says. Where gazes are given for both images, a line on the
-    adversarial one leads from the old place of each gaze to the new. An image
-    that was misclassified before the attack is marked as such: the attack did
-    not do it.
+    Perturbations are amplified around mid-grey by the same factor in all rows;
+    the header shows it. If gazes are given for both images, a line on the
+    adversarial image connects the two positions of each gaze. Images that were
+    misclassified before the attack are marked, because the attack did not
+    cause this.
 
     Args:
         clean: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
@@ -225,32 +227,32 @@ def attack_grid(
         labels: True classes, `n` integers.
         clean_predictions: Predicted classes of `clean`, `n` integers.
         adversarial_predictions: Predicted classes of `adversarial`.
-        class_names: Names by class; a class beyond them shows its number.
+        class_names: Names by class id; a class without a name shows its id.
         clean_confidences: None or the probabilities of `clean_predictions` in
             [0, 1], `n` floats; NaN is not shown.
         adversarial_confidences: The same for `adversarial_predictions`.
-        targets: None or the classes that the attack aims at, `n` integers;
-            -1 is no target.
+        targets: None or the target classes of the attack, `n` integers; -1
+            means no target.
         clean_gazes: None or offsets from the centre in pixels, shape
             `(n, branches, 2)`.
         adversarial_gazes: The same for `adversarial`.
         clean_boxes: None or boxes of shape `(n, branches, 4)` in [0, 1].
         adversarial_boxes: The same for `adversarial`.
-        max_rows: How many of the `n` are shown, from the first.
-        title: A line above the figure.
-        path: Where the figure is saved as well.
+        max_rows: Largest number of rows; the first images are shown.
+        title: Title of the figure.
+        path: None, or the path of the file to save.
 
     Returns:
-        A `Figure` with three columns and a row an image.
+        A `Figure` with three columns and one row per image.
 
     Raises:
-        ValueError: If there is no image or the shapes do not fit.
+        ValueError: If present are no images or shapes do not match.
     """
-    clean = _images(clean, "clean")
-    adversarial = _images(adversarial, "adversarial")
+    clean = _check_images(clean, "clean")
+    adversarial = _check_images(adversarial, "adversarial")
     if clean.shape != adversarial.shape:
         raise ValueError(
-            "Expected clean and adversarial images of one shape, got "
+            "Expected clean and adversarial images of one shape. Received: "
             f"{clean.shape} and {adversarial.shape}."
         )
     rows = min(len(clean), max_rows)
@@ -275,43 +277,48 @@ def attack_grid(
         figure, axes = _grid(rows, 3, clean.shape[1:3], side, title, below)
         margin = _margin(clean_boxes, adversarial_boxes)
         for row in range(rows):
-            _row_name(axes[row, 0], class_names, int(labels[row]))
-            _pair(axes[row, :2], columns, row, class_names, int(labels[row]))
+            _draw_row_name(axes[row, 0], class_names, int(labels[row]))
+            _draw_pair(
+                axes[row, :2], columns, row, class_names, int(labels[row])
+            )
             axes[row, 1].set_xlabel(notes[row], fontsize=8)
             changed = 0.5 + factor * perturbation[row]
-            _panel(axes[row, 2], changed, exact=True)
-            axes[row, 2].set_title(_sizes(perturbation[row]), color="#666666")
+            _draw_image(axes[row, 2], changed, exact=True)
+            axes[row, 2].set_title(
+                _format_norms(perturbation[row]), color="#666666"
+            )
             for axis in axes[row]:
-                _room(axis, clean.shape[1:3], margin)
+                _set_margin(axis, clean.shape[1:3], margin)
         heads = ("clean", "adversarial", f"perturbation × {factor:g}")
-        _heads(axes[0], heads)
+        _draw_heads(axes[0], heads)
     return finish(figure, path)
 
 
-def _pair(axes, columns, row, class_names, true):
-    """Draws an image before and after, with its marks and its verdicts."""
+def _draw_pair(axes, columns, row, class_names, true):
+    """Draws a clean and an adversarial image with marks and predictions."""
     before = None
     for axis, column in zip(axes, columns, strict=True):
         images, predictions, confidences, gazes, boxes = column
-        _panel(axis, images[row])
-        gazes = _of(gazes, row)
-        _mark(axis, images[row], gazes, _of(boxes, row), before)
-        sure = _of(confidences, row)
-        _verdict(axis, class_names, predictions[row], true, sure)
+        _draw_image(axis, images[row])
+        gazes = _row_of(gazes, row)
+        _draw_marks(axis, images[row], gazes, _row_of(boxes, row), before)
+        confidence = _row_of(confidences, row)
+        _draw_prediction(axis, class_names, predictions[row], true, confidence)
         before = gazes
 
 
 def _attack_notes(class_names, labels, clean, adversarial, targets):
-    """What stands below each adversarial image."""
+    """Returns the text below each adversarial image."""
     notes = []
     for row, label in enumerate(labels):
         words = []
         if targets is not None and targets[row] >= 0:
-            hit = int(adversarial[row]) == int(targets[row])
-            name = _name(class_names, targets[row], 18)
-            words.append(f"target {name}: {'reached' if hit else 'missed'}")
+            reached = int(adversarial[row]) == int(targets[row])
+            name = _fit_name(class_names, targets[row], 18)
+            result = "reached" if reached else "missed"
+            words.append(f"target {name}: {result}")
         if int(clean[row]) != int(label):
-            words.append("wrong before the attack")
+            words.append("misclassified before attack")
         notes.append("\n".join(words))
     return notes
 
@@ -330,33 +337,33 @@ def glimpse_grid(
     title=None,
     path=None,
 ):
-    """Shows where a model looked and what each of its branches saw there.
+    """Shows where a model looks and what each of its branches sees.
 
     Args:
         images: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
         labels, predictions: True and predicted classes, `n` integers each.
-        class_names: Names by class; a class beyond them shows its number.
+        class_names: Names by class id; a class without a name shows its id.
         confidences: See `clean_confidences` of `attack_grid`.
         gazes, boxes: See `clean_gazes` and `clean_boxes` of `attack_grid`.
-        views: None or what each branch saw, shape `(n, branches, height,
-            width, 1 or 3)`; the size need not be that of the images.
+        views: None or the input of each branch, shape `(n, branches, height,
+            width, 1 or 3)`; its size may differ from that of the images.
         max_rows, title, path: See `attack_grid`.
 
     Returns:
-        A `Figure`: each row an image with its gazes and boxes, then its views,
-        framed in the colour of their branch.
+        A `Figure`: each row is an image with its gazes and boxes, then its
+        views, framed in the colour of their branch.
 
     Raises:
-        ValueError: If there is no image or the shapes do not fit.
+        ValueError: If present are no images or shapes do not match.
     """
-    images = _images(images, "images")
+    images = _check_images(images, "images")
     branches = 0
     if views is not None:
         views = np.asarray(views, np.float32)
         if views.ndim != 5 or views.shape[-1] not in (1, 3):
             raise ValueError(
                 "Expected views of shape (n, branches, height, width, 1 or 3)"
-                f", got {views.shape}."
+                f". Received: {views.shape}."
             )
         branches = views.shape[1]
     rows = min(len(images), max_rows)
@@ -367,24 +374,29 @@ def glimpse_grid(
         margin = _margin(boxes)
         for row in range(rows):
             true = int(labels[row])
-            _row_name(axes[row, 0], class_names, true)
-            _panel(axes[row, 0], images[row])
-            _mark(axes[row, 0], images[row], _of(gazes, row), _of(boxes, row))
-            _room(axes[row, 0], size, margin)
-            _verdict(
+            _draw_row_name(axes[row, 0], class_names, true)
+            _draw_image(axes[row, 0], images[row])
+            _draw_marks(
+                axes[row, 0],
+                images[row],
+                _row_of(gazes, row),
+                _row_of(boxes, row),
+            )
+            _set_margin(axes[row, 0], size, margin)
+            _draw_prediction(
                 axes[row, 0],
                 class_names,
                 predictions[row],
                 true,
-                _of(confidences, row),
+                _row_of(confidences, row),
             )
             for branch in range(branches):
                 axis = axes[row, 1 + branch]
-                _panel(axis, views[row, branch])
+                _draw_image(axis, views[row, branch])
                 for spine in axis.spines.values():
                     spine.set(edgecolor=branch_colour(branch), linewidth=3.5)
         heads = ["image", *(f"branch {i + 1}" for i in range(branches))]
-        _heads(axes[0], heads)
+        _draw_heads(axes[0], heads)
         for branch, axis in enumerate(axes[0, 1:]):
             axis.texts[-1].set_color(branch_colour(branch))
     return finish(figure, path)
@@ -406,43 +418,43 @@ def attention_grid(
     title=None,
     path=None,
 ):
-    """Shows where a recurrent model attends, step after step.
+    """Shows the attention maps of a recurrent model, step by step.
 
     Args:
         images: Array of shape `(n, height, width, 1 or 3)` in [0, 1].
-        maps: Attention maps, non-negative, shape `(n, num_steps * heads, rows,
-            columns)`, all heads of a step after one another.
-        num_steps: Steps that are in the maps.
+        maps: Non-negative attention maps of shape `(n, num_steps * heads,
+            rows, columns)`; the heads of a step are contiguous.
+        num_steps: Number of steps in the maps.
         labels, predictions: True and predicted classes, `n` integers each.
-        class_names: Names by class; a class beyond them shows its number.
+        class_names: Names by class id; a class without a name shows its id.
         confidences: See `clean_confidences` of `attack_grid`.
         row_names: None or `n` strings beside the rows ("clean", "attacked").
-        per_head: Whether each head has a row of its own; else a step shows
-            the mean of its heads.
-        max_steps: How many steps are shown, evenly spread, the last among them.
+        per_head: Whether each head has its own row; otherwise a step shows the
+            mean of its heads.
+        max_steps: Largest number of steps to show, evenly spread; the last
+            step is always shown.
         max_rows, title, path: See `attack_grid`.
 
     Returns:
-        A `Figure`: a row an image (or head), the image first, then the image
-        under each map; bright is attended. All panels share one scale, the
-        colour bar, whose unit is the attention of a uniform map; the maximum
-        of each panel stands above it in the same unit.
+        A `Figure` with a row for each image (or head): the image, then the
+        image under each map; bright means high attention. All panels share the
+        scale of the colour bar, whose unit is the attention of a uniform map.
+        The maximum of each panel is written above it in the same unit.
 
     Raises:
-        ValueError: If there is no image or the shapes do not fit.
+        ValueError: If present are no images or shapes do not match.
     """
-    images = _images(images, "images")
+    images = _check_images(images, "images")
     maps = _by_step(maps, num_steps, len(images), per_head)
     heads = maps.shape[2]
-    # The last step is read out: it is there whatever is left out, also if it
-    # is the only one.
+    # The last step, which is read out, is always shown.
     count = min(num_steps, max_steps)
     steps = np.linspace(num_steps, 1, count).round().astype(int)[::-1]
     shown = min(len(images), max_rows)
     maps = maps[:shown, steps - 1]
     norm = colors.Normalize(0.0, max(float(maps.max()), 1e-12))
     with style():
-        side = _side_width(class_names, labels[:shown]) + _BAR
+        side = _side_width(class_names, labels[:shown]) + _COLOUR_BAR_INCHES
         below = 0.16 if row_names or per_head else 0.0
         size = images.shape[1:3]
         figure, axes = _grid(shown * heads, 1 + count, size, side, title, below)
@@ -450,18 +462,20 @@ def attention_grid(
             row, head = divmod(line, heads)
             true, image = int(labels[row]), axes[line, 0]
             if head == 0:
-                _row_name(image, class_names, true)
-            _panel(image, images[row])
-            sure = _of(confidences, row)
-            _verdict(image, class_names, predictions[row], true, sure)
+                _draw_row_name(image, class_names, true)
+            _draw_image(image, images[row])
+            confidence = _row_of(confidences, row)
+            _draw_prediction(
+                image, class_names, predictions[row], true, confidence
+            )
             names = [fitted(row_names[row], 20)] if row_names else []
             names += [f"head {head + 1}"] if per_head else []
             image.set_xlabel(", ".join(names), fontsize=8)
             for axis, attention in zip(
                 axes[line, 1:], maps[row, :, head], strict=True
             ):
-                _attended(axis, images[row], attention, norm)
-        _heads(axes[0], ["image", *(f"step {step}" for step in steps)])
+                _draw_attention(axis, images[row], attention, norm)
+        _draw_heads(axes[0], ["image", *(f"step {step}" for step in steps)])
         _attention_bar(figure, axes, norm, maps[0, 0, 0].size)
     return finish(figure, path)
 
@@ -472,20 +486,20 @@ def _by_step(maps, num_steps, count, per_head):
     if maps.ndim != 4 or len(maps) != count or maps.shape[1] % num_steps:
         raise ValueError(
             "Expected maps of shape (n, num_steps * heads, rows, columns), n "
-            f"= {count} and num_steps = {num_steps}, got {maps.shape}."
+            f"= {count} and num_steps = {num_steps}. Received: {maps.shape}."
         )
     maps = maps.reshape(len(maps), num_steps, -1, *maps.shape[2:])
     return maps if per_head else maps.mean(axis=2, keepdims=True)
 
 
-def _attended(axis, image, attention, norm):
-    """Draws an image, dark where little attention is."""
+def _draw_attention(axis, image, attention, norm):
+    """Draws an image under an attention map; low attention is dark."""
     height, width = image.shape[:2]
     grey = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
-    _panel(axis, 0.15 + 0.5 * grey)
+    _draw_image(axis, 0.15 + 0.5 * grey)
     axis.imshow(
         attention,
-        cmap=_HEAT,
+        cmap=_ATTENTION_COLOURS,
         alpha=0.65,
         norm=norm,
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
@@ -495,12 +509,15 @@ def _attended(axis, image, attention, norm):
 
 
 def _attention_bar(figure, axes, norm, cells):
-    """Adds the colour bar: attention in units of a uniform map's."""
+    """Adds the colour bar: attention in multiples of a uniform map."""
     top = norm.vmax * cells
     ticks = ticker.MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(0.0, top)
     ticks = ticks[ticks <= top]
     bar = figure.colorbar(
-        cm.ScalarMappable(norm, _HEAT), ax=axes, aspect=30, fraction=0.05
+        cm.ScalarMappable(norm, _ATTENTION_COLOURS),
+        ax=axes,
+        aspect=30,
+        fraction=0.05,
     )
     bar.set_ticks(ticks / cells, labels=[f"{tick:g}x" for tick in ticks])
     bar.set_label(
@@ -517,26 +534,27 @@ def gaze_shift(
     title=None,
     path=None,
 ):
-    """Shows how far an attack moved each gaze.
+    """Shows how far an attack moves each gaze.
 
-    Only images that were correct before the attack tell what it did; see
+    Pass only images that were correct before the attack; see
     `metrics.outcomes`.
 
     Args:
         clean_gazes: Offsets from the image centre in pixels, shape
             `(n, branches, 2)`.
-        adversarial_gazes: The same for the attacked images.
+        adversarial_gazes: The same for the adversarial images.
         image_shape: `(height, width, ...)` of the images.
-        misclassified: None, or `n` booleans: whether the attack made the model
-            misclassify the image. The two groups have panels of their own.
+        misclassified: None, or `n` booleans: whether the model misclassifies
+            the adversarial image. Each group then has its own panel.
         title, path: See `attack_grid`.
 
     Returns:
-        A `Figure`: left, an arrow for each image and branch from the old place
-        to the new; right, the distribution of the distances in pixels.
+        A `Figure`: on the left an arrow for each image and branch from the
+        clean to the adversarial gaze, on the right the distribution of the
+        distances in pixels.
 
     Raises:
-        ValueError: If there is no gaze or the shapes differ.
+        ValueError: If present are no gazes or shapes differ.
     """
     clean = np.asarray(clean_gazes, np.float64)
     adversarial = np.asarray(adversarial_gazes, np.float64)
@@ -544,7 +562,7 @@ def gaze_shift(
     if shapes[0] != shapes[1] or clean.ndim != 3 or clean.size == 0:
         raise ValueError(
             "Expected two arrays of gazes of one shape (n, branches, 2), n at "
-            f"least 1, got {shapes[0]} and {shapes[1]}."
+            f"least 1. Received: {shapes[0]} and {shapes[1]}."
         )
     height, width = image_shape[:2]
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
@@ -553,20 +571,22 @@ def gaze_shift(
         left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.25))
         left = left.subplots()
         edges = (-0.5, -0.5, height - 0.5, width - 0.5)
-        _box(left, edges, fill=True, facecolor="#f4f4f4", edgecolor="k")
-        _arrows(left, clean + centre, adversarial + centre)
+        _draw_box(left, edges, fill=True, facecolor="#f4f4f4", edgecolor="k")
+        _draw_arrows(left, clean + centre, adversarial + centre)
         left.set_aspect("equal")
-        _limits(left, height, width, np.stack([clean, adversarial]) + centre)
+        _set_limits(
+            left, height, width, np.stack([clean, adversarial]) + centre
+        )
         left.set_xlabel("column (pixels)")
         left.set_ylabel("row (pixels)")
         left.set_title("from clean to adversarial; thick: the mean")
         distances = np.linalg.norm(adversarial - clean, axis=-1)
-        _moved(right, distances, misclassified)
+        _draw_distances(right, distances, misclassified)
     return finish(figure, path)
 
 
-def _moved(figure, distances, misclassified):
-    """Draws the distances, of both groups if there are two."""
+def _draw_distances(figure, distances, misclassified):
+    """Draws the distances, with one panel for each group."""
     groups = {"": np.ones(len(distances), bool)}
     if misclassified is not None:
         misclassified = np.asarray(misclassified, bool)
@@ -574,12 +594,12 @@ def _moved(figure, distances, misclassified):
             "misclassified by the attack": misclassified,
             "still robust": ~misclassified,
         }
-    there = {name: rows for name, rows in groups.items() if rows.any()}
-    axes = figure.subplots(len(there), 1, sharex=True, squeeze=False)[:, 0]
+    present = {name: rows for name, rows in groups.items() if rows.any()}
+    axes = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
     top = max(float(distances.max()), 1e-6)
-    for axis, (name, rows) in zip(axes, there.items(), strict=True):
-        said = f"{rows.sum()} {name}: " if name else ""
-        _distances(axis, distances[rows], top, said)
+    for axis, (name, rows) in zip(axes, present.items(), strict=True):
+        prefix = f"{rows.sum()} {name}: " if name else ""
+        _draw_histogram(axis, distances[rows], top, prefix)
     axes[-1].set_xlabel("distance moved (pixels)")
 
 
@@ -590,40 +610,42 @@ def confusion_matrices(
     title=None,
     path=None,
 ):
-    """Shows which classes are taken for which.
+    """Shows confusion matrices.
 
     Args:
         matrices: Dict from a name ("clean", "adversarial") to counts of shape
-            `(classes, len(columns))`: a row a true class, a column a predicted
-            one; see `metrics.class_report`.
-        columns: Names of the predicted classes; the last, "non-finite", is
-            drawn only where it was predicted.
+            `(classes, len(columns))`: one row per true class, one column per
+            predicted class; see `metrics.class_report`.
+        columns: Names of the predicted classes. The last one, "non-finite", is
+            drawn only if it was predicted.
         title, path: See `attack_grid`.
 
     Returns:
-        A `Figure` with a panel for each matrix. The colour is the share of the
-        true class; up to 12 classes the counts stand in the cells.
+        A `Figure` with a panel for each matrix. The colour is the fraction of
+        the true class. Up to 12 classes, cells show their counts.
 
     Raises:
-        ValueError: If there is no matrix or the shapes do not fit.
+        ValueError: If present is no matrix or shapes do not match.
     """
     matrices = {name: np.asarray(m) for name, m in matrices.items()}
-    wanted = (len(columns) - 1, len(columns))
-    if not matrices or any(m.shape != wanted for m in matrices.values()):
+    expected = (len(columns) - 1, len(columns))
+    if not matrices or any(m.shape != expected for m in matrices.values()):
         shapes = ", ".join(str(m.shape) for m in matrices.values())
         raise ValueError(
-            f"Expected matrices of shape {wanted} for {len(columns)} columns, "
-            f"got {shapes or 'none'}."
+            f"Expected matrices of shape {expected} for {len(columns)} "
+            f"columns. Received: {shapes or 'none'}."
         )
     count = len(columns)
     if not any(m[:, -1].any() for m in matrices.values()):
         count -= 1
-    names = [_name(columns, place, 14) for place in range(count)]
+    names = [_fit_name(columns, position, 14) for position in range(count)]
     with style():
         side = min(max(2.2, 0.36 * count), 6.0)
         wide = 0.075 * max(map(len, names))
         figure = new_figure(
-            len(matrices) * side + wide + _BAR, side + wide + 0.6, title
+            len(matrices) * side + wide + _COLOUR_BAR_INCHES,
+            side + wide + 0.6,
+            title,
         )
         axes = figure.subplots(1, len(matrices), squeeze=False)[0]
         for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
@@ -633,7 +655,7 @@ def confusion_matrices(
             )
             axis.set_xlabel("predicted class")
             _class_ticks(axis.xaxis, names, rotation=90)
-        _class_ticks(axes[0].yaxis, names[: wanted[0]])
+        _class_ticks(axes[0].yaxis, names[: expected[0]])
         axes[0].set_ylabel("true class")
         for axis in axes[1:]:
             axis.set_yticks([])
@@ -647,7 +669,7 @@ def confusion_matrices(
 
 
 def _confusion(axis, counts):
-    """Draws one matrix, and its counts where there is room."""
+    """Draws one matrix, with its counts if present are few classes."""
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
     axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
@@ -668,9 +690,11 @@ def _confusion(axis, counts):
 
 
 def _class_ticks(axis, names, **options):
-    """Names the classes; of many, only some."""
-    places = np.arange(0, len(names), math.ceil(len(names) / 40))
-    axis.set_ticks(places, [names[place] for place in places], **options)
+    """Labels an axis with class names; of many classes, only some."""
+    positions = np.arange(0, len(names), math.ceil(len(names) / 40))
+    axis.set_ticks(
+        positions, [names[position] for position in positions], **options
+    )
     axis.set_tick_params(length=0, labelsize=8)
 
 
@@ -678,21 +702,23 @@ def training_curves(history, *, title=None, path=None):
     """Shows loss, accuracy and learning rate by epoch.
 
     Args:
-        history: Rows of `history.csv`, mappings with `epoch`, `loss`,
-            `accuracy`, and where there are such `validation_loss`,
-            `validation_accuracy` and `learning_rate`; numbers, or their text.
+        history: Rows of `history.csv`: mappings with `epoch`, `loss`,
+            `accuracy` and optionally `validation_loss`,
+            `validation_accuracy` and `learning_rate`; numbers or strings.
         title, path: See `attack_grid`.
 
     Returns:
         A `Figure` with the losses and the accuracies. A star marks the best
-        validation accuracy, dotted lines the drops of the learning rate.
+        validation accuracy, dotted lines mark drops of the learning rate.
 
     Raises:
-        ValueError: If there is no row.
+        ValueError: If present are no rows.
     """
     rows = list(history)
     if not rows:
-        raise ValueError("Expected at least one epoch of history, got none.")
+        raise ValueError(
+            "Expected at least one epoch. Received: an empty history."
+        )
     epochs = _column(rows, "epoch")
     with style():
         figure = new_figure(9.0, 3.6, title)
@@ -717,39 +743,47 @@ def training_curves(history, *, title=None, path=None):
     return finish(figure, path)
 
 
-# -- what the figures are made of --------------------------------------------
+# -- Parts of figures ---------------------------------------------------------
 
 
-def _images(images, name):
+def _check_images(images, name):
     """Checks images and returns them as float32."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(
             f"Expected {name} images of shape (n, height, width, 1 or 3), n at "
-            f"least 1, got {images.shape}."
+            f"least 1. Received: {images.shape}."
         )
     return images
 
 
-def _of(values, row):
-    """The entry of one image, None where the model shows nothing."""
+def _row_of(values, row):
+    """Returns the values of one image; None if present are none."""
     return None if values is None else np.asarray(values[row], np.float64)
 
 
 def _side_width(class_names, labels):
-    """Inches that the names of the rows take."""
-    names = [_name(class_names, label, 12, lines=3) for label in labels]
+    """Returns the width in inches of the names beside the rows."""
+    names = [_fit_name(class_names, label, 12, lines=3) for label in labels]
     return 0.3 + 0.1 * max(len(x) for n in names for x in n.split("\n"))
 
 
 def _grid(rows, columns, image_size, side, title, below=0.0):
-    """Makes panels that have the proportions of the images.
+    """Makes a figure of panels with the proportions of the images.
 
-    `side` and `below` are inches beside all panels and below each row.
+    Args:
+        rows, columns: Number of panels.
+        image_size: `(height, width)` of the images.
+        side: Space beside the panels, in inches.
+        title: Title of the figure.
+        below: Space below each row, in inches.
+
+    Returns:
+        Tuple (figure, array of axes).
     """
     height, width = image_size
-    scale = _PANEL / max(height, width)
-    # Beside the panels: the names at the left, a verdict above each image.
+    scale = _PANEL_INCHES / max(height, width)
+    # Names need space on the left, predictions above each image.
     size = (
         columns * (width * scale + 0.1) + side,
         rows * (height * scale + 0.32 + below) + 0.35,
@@ -759,14 +793,14 @@ def _grid(rows, columns, image_size, side, title, below=0.0):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _panel(axis, image, exact=False):
-    """Draws one image, pixel for pixel.
+def _draw_image(axis, image, exact=False):
+    """Draws one image.
 
-    Large images are shrunk by averaging, which aliases less, but for a
-    perturbation (`exact`), whose alternating signs would average to nothing.
+    Large images are shrunk by averaging, which avoids aliasing. A perturbation
+    is drawn without averaging (`exact`), since its signs would cancel.
     """
     image = np.clip(image, 0.0, 1.0)
-    small = max(image.shape[:2]) <= _PANEL * _DPI
+    small = max(image.shape[:2]) <= _PANEL_INCHES * _DPI
     axis.imshow(
         image[..., 0] if image.shape[-1] == 1 else image,
         cmap="gray" if image.shape[-1] == 1 else None,
@@ -781,24 +815,26 @@ def _panel(axis, image, exact=False):
 
 
 def _margin(*all_boxes):
-    """The room around an image that its boxes need, as a part of its size."""
+    """Returns the margin that boxes need, as a fraction of the image size."""
     boxes = [np.asarray(boxes) for boxes in all_boxes if boxes is not None]
     if not boxes:
         return 0.0
-    over = max(max(-b.min(initial=0.0), b.max(initial=1.0) - 1) for b in boxes)
-    # A view far outside must not shrink the image to a stamp.
-    return min(float(over), 0.5) + 0.03
+    excess = max(
+        max(-b.min(initial=0.0), b.max(initial=1.0) - 1) for b in boxes
+    )
+    # The limit keeps the image large if a box is far outside.
+    return min(float(excess), 0.5) + 0.03
 
 
-def _room(axis, image_size, margin):
-    """Sets the limits to the image and a margin, whatever was marked."""
+def _set_margin(axis, image_size, margin):
+    """Sets the limits of an axis to the image and a margin around it."""
     height, width = image_size
     axis.set_xlim(-0.5 - margin * width, width - 0.5 + margin * width)
     axis.set_ylim(height - 0.5 + margin * height, -0.5 - margin * height)
     if margin:
         for spine in axis.spines.values():
             spine.set_visible(False)
-        _box(
+        _draw_box(
             axis,
             (-0.5, -0.5, height - 0.5, width - 0.5),
             edgecolor=_FAINT,
@@ -808,7 +844,7 @@ def _room(axis, image_size, margin):
         )
 
 
-def _box(axis, box, fill=False, **style):
+def _draw_box(axis, box, fill=False, **style):
     """Draws a box, `(top, left, bottom, right)` in pixels."""
     top, left, bottom, right = box
     axis.add_patch(
@@ -822,27 +858,27 @@ def _outline(width):
     return [patheffects.withStroke(linewidth=width, foreground="#000000b0")]
 
 
-def _later_twins(points, tolerance):
-    """Counts, for each mark, the later ones that would hide it."""
+def _count_hiding(points, tolerance):
+    """Counts for each mark the later marks at about the same position."""
     points = np.asarray(points, np.float64)
     gaps = np.abs(points[:, None] - points[None]).max(axis=-1)
     return np.triu(gaps < tolerance, 1).sum(axis=1)
 
 
-def _mark(axis, image, gazes, boxes, before=None):
-    """Marks gazes and boxes, and the way from where the gazes were before.
+def _draw_marks(axis, image, gazes, boxes, before=None):
+    """Draws gazes and boxes, and lines from the gazes in `before`.
 
-    Where branches agree their marks would hide each other: the earlier ones
-    are drawn wider there, so that every colour stays in sight.
+    Where branches coincide, later marks hide earlier ones. Earlier marks are
+    larger present, so that all colours stay visible.
     """
     height, width = image.shape[:2]
     if boxes is not None:
         pixels = boxes * [height, width, height, width] - 0.5
-        twins = _later_twins(boxes, 0.03)
+        hiding = _count_hiding(boxes, 0.03)
         for branch, box in enumerate(pixels):
-            # Beside a gaze a box is the lesser mark.
-            line = (1.7 if gazes is None else 1.2) + 2.4 * twins[branch]
-            _box(
+            # With gazes, boxes have thinner lines.
+            line = (1.7 if gazes is None else 1.2) + 2.4 * hiding[branch]
+            _draw_box(
                 axis,
                 box,
                 edgecolor=branch_colour(branch),
@@ -852,15 +888,17 @@ def _mark(axis, image, gazes, boxes, before=None):
             )
     if gazes is not None:
         centre = np.array([(height - 1) / 2, (width - 1) / 2])
-        places = gazes + centre
+        positions = gazes + centre
         if before is not None:
-            _ways(axis, before + centre, places)
-        twins = _later_twins(places, 0.06 * max(height, width))
-        for branch, place in enumerate(places):
-            _gaze_marker(axis, place, branch, twins[branch], len(places) > 1)
+            _draw_gaze_shifts(axis, before + centre, positions)
+        hiding = _count_hiding(positions, 0.06 * max(height, width))
+        for branch, position in enumerate(positions):
+            _gaze_marker(
+                axis, position, branch, hiding[branch], len(positions) > 1
+            )
 
 
-def _ways(axis, before, after):
+def _draw_gaze_shifts(axis, before, after):
     for branch, (old, new) in enumerate(zip(before, after, strict=True)):
         axis.plot(
             [old[1], new[1]],
@@ -871,17 +909,17 @@ def _ways(axis, before, after):
             path_effects=_outline(2.7),
             clip_on=False,
             zorder=3,
-            gid=f"way {branch + 1}",
+            gid=f"shift {branch + 1}",
         )
 
 
-def _gaze_marker(axis, place, branch, twins, numbered):
-    row, column = place
+def _gaze_marker(axis, position, branch, hiding, numbered):
+    row, column = position
     axis.plot(
         [column],
         [row],
         marker="o",
-        markersize=8.5 + 5.0 * twins,
+        markersize=8.5 + 5.0 * hiding,
         markerfacecolor=branch_colour(branch),
         markeredgecolor="white",
         markeredgewidth=0.9,
@@ -906,16 +944,17 @@ def _gaze_marker(axis, place, branch, twins, numbered):
         )
 
 
-def _name(class_names, label, width, lines=1):
-    """The name of a class, in at most so many lines of `width` characters."""
+def _fit_name(class_names, label, width, lines=1):
+    """Returns a class name in at most `lines` lines of `width` characters."""
     name = record_text.class_name(class_names, label)
-    if _drawable(name) != name:  # Boxes alone do not tell classes apart.
+    # Names that are shown as boxes would look alike without the id.
+    if _drawable(name) != name:
         name = f"{_drawable(name)} ({int(label)})"
     return fitted(name.replace("_", " "), width, lines) or str(label)
 
 
 def fitted(text: object, width: int, lines: int = 1) -> str:
-    """Returns text in at most so many lines of `width` characters."""
+    """Returns text in at most `lines` lines of `width` characters."""
     return "\n".join(
         textwrap.wrap(
             record_text.printable(text),
@@ -926,9 +965,9 @@ def fitted(text: object, width: int, lines: int = 1) -> str:
     )
 
 
-def _row_name(axis, class_names, label):
+def _draw_row_name(axis, class_names, label):
     axis.set_ylabel(
-        _name(class_names, label, 12, lines=3),
+        _fit_name(class_names, label, 12, lines=3),
         rotation=0,
         ha="right",
         va="center",
@@ -938,22 +977,22 @@ def _row_name(axis, class_names, label):
     )
 
 
-def _verdict(axis, class_names, prediction, label, confidence=None):
-    right = int(prediction) == label
-    sure = ""
+def _draw_prediction(axis, class_names, prediction, label, confidence=None):
+    correct = int(prediction) == label
+    percentage = ""
     if confidence is not None and np.isfinite(confidence):
-        # A model that is not certain is not shown as 100% sure.
+        # Rounding must not show a confidence below 1 as 100%.
         percent = min(round(100 * float(confidence), 1), 99.9)
-        sure = f" ({percent:.{int(percent >= 99)}f}%)"
-    name = _name(class_names, prediction, 24 - len(sure))
+        percentage = f" ({percent:.{int(percent >= 99)}f}%)"
+    name = _fit_name(class_names, prediction, 24 - len(percentage))
     axis.set_title(
-        f"{'✓' if right else '✗'} {name}{sure}",
-        color=RIGHT if right else WRONG,
+        f"{'✓' if correct else '✗'} {name}{percentage}",
+        color=RIGHT if correct else WRONG,
     )
 
 
-def _heads(axes, heads):
-    """Writes the header of each column above the first row's verdicts."""
+def _draw_heads(axes, heads):
+    """Writes the header of each column above the first row."""
     for axis, head in zip(axes, heads, strict=True):
         axis.annotate(
             head,
@@ -968,15 +1007,15 @@ def _heads(axes, heads):
         )
 
 
-def _sizes(perturbation):
+def _format_norms(perturbation):
     flat = np.asarray(perturbation, np.float64).ravel()
     return f"L∞ {np.abs(flat).max():.3g}, L2 {np.linalg.norm(flat):.3g}"
 
 
-def _arrows(axis, start, end):
-    """A thin arrow for each image, and a thick one for their mean."""
+def _draw_arrows(axis, start, end):
+    """Draws a thin arrow for each image and a thick one for their mean."""
     count, branches, _ = start.shape
-    # Many arrows: each is lighter, so that the crowd's shape shows.
+    # With many arrows each is more transparent, to show their density.
     alpha = float(np.clip(8 / np.sqrt(count * branches), 0.2, 0.9))
     for branch in range(branches):
         colour = branch_colour(branch)
@@ -1009,8 +1048,8 @@ def _arrows(axis, start, end):
         )
 
 
-def _limits(axis, height, width, points):
-    """Holds the whole image and every point, downwards as images are."""
+def _set_limits(axis, height, width, points):
+    """Sets limits around the image and all points; rows grow downwards."""
     low = np.minimum([-0.5, -0.5], points.reshape(-1, 2).min(axis=0))
     high = np.maximum(
         [height - 0.5, width - 0.5], points.reshape(-1, 2).max(axis=0)
@@ -1020,7 +1059,7 @@ def _limits(axis, height, width, points):
     axis.set_ylim(high[0] + margin, low[0] - margin)
 
 
-def _distances(axis, distances, top, said):
+def _draw_histogram(axis, distances, top, prefix):
     """Draws the distribution of distances from 0 to `top`, by branch."""
     branches = distances.shape[1]
     axis.hist(
@@ -1038,14 +1077,14 @@ def _distances(axis, distances, top, said):
     axis.set_ylabel("gazes")
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_title(
-        f"{said}median {np.median(distances):.2g} px, largest "
+        f"{prefix}median {np.median(distances):.2g} px, largest "
         f"{distances.max():.2g} px"
     )
     axis.legend(frameon=False, fontsize=8)
 
 
 def _column(rows, key):
-    """A column of the history as floats, NaN where a row has none."""
+    """Returns a column of the history as floats, NaN where it is missing."""
     values = [row.get(key) for row in rows]
     return np.array(
         [np.nan if value in (None, "") else float(value) for value in values]
@@ -1067,7 +1106,7 @@ def _curve(axis, rows, key, label, colour):
 
 
 def _rate_drops(axis, epochs, rates):
-    """A thin line at each epoch at which a steady learning rate dropped."""
+    """Draws a line at each epoch at which a constant learning rate drops."""
     for i in range(2, len(rates)):
         steady = abs(rates[i - 1] - rates[i - 2]) < 0.02 * rates[i - 2]
         if steady and rates[i] < 0.67 * rates[i - 1]:

@@ -1,4 +1,4 @@
-"""What the figures show is what they were given, in the right place."""
+"""Figures show the given arrays at the right positions."""
 
 import inspect
 import io
@@ -26,14 +26,14 @@ def panels(figure, columns):
 
 
 def drawn(axis):
-    """The one picture of a panel, as an array with channels."""
+    """Returns the only image of a panel, with channels."""
     (image,) = axis.get_images()
     array = np.ma.filled(image.get_array(), np.nan)
     return array[..., None] if array.ndim == 2 else array
 
 
 def marks(axis, kind):
-    """The marks of a kind ("gaze", "way", "box") by branch number."""
+    """Returns the marks of a kind ("gaze", "shift", "box") by branch."""
     found = {}
     for artist in [*axis.lines, *axis.patches]:
         words = (artist.get_gid() or "").split()
@@ -57,24 +57,24 @@ def attack_arguments(n=3, **size):
 
 class TestAmplification:
     @pytest.mark.parametrize("epsilon", [0.05, 1 / 255, 8 / 255, 0.3, 0.9])
-    def test_fills_the_range_and_no_more(self, epsilon):
+    def test_factor_uses_the_range_without_clipping(self, epsilon):
         delta = np.float32(epsilon) * np.array([-1, 0.3, 1], "float32")
         factor = visualize.amplification(delta)
         assert factor * epsilon <= 0.5 * (1 + 2e-4)
-        assert factor * epsilon > 0.5 * 0.9  # Two digits lose under a tenth.
+        assert factor * epsilon > 0.5 * 0.9  # Two digits lose at most 10%.
 
-    def test_is_a_number_one_can_say(self):
+    def test_factor_has_two_digits(self):
         assert visualize.amplification(np.float32([0.05])) == 10
         assert f"{visualize.amplification([8 / 255]):g}" == "15"
 
     @pytest.mark.parametrize("delta", [[0.0, 0.0], [np.nan, 1.0], []])
-    def test_nothing_to_show_is_shown_as_it_is(self, delta):
+    def test_factor_is_one_without_a_finite_perturbation(self, delta):
         assert visualize.amplification(np.array(delta)) == 1.0
 
 
 class TestAttackGrid:
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_shows_the_pixels_it_was_given(self, channels):
+    def test_images_are_drawn_unchanged(self, channels):
         arguments = attack_arguments(channels=channels)
         figure = visualize.attack_grid(**arguments)
         grid = panels(figure, 3)
@@ -85,8 +85,8 @@ class TestAttackGrid:
                 drawn(adversarial), arguments["adversarial"][row]
             )
 
-    def test_grey_is_grey_whatever_its_range(self):
-        """A dark image must not be stretched to white."""
+    def test_grey_scale_is_fixed(self):
+        """The contrast of a dark image is not stretched."""
         arguments = attack_arguments()
         arguments["clean"] = arguments["clean"] * 0.2
         arguments["adversarial"] = arguments["clean"]
@@ -97,7 +97,7 @@ class TestAttackGrid:
             assert image.cmap.name == "gray"
             assert image.get_interpolation() == "nearest"
 
-    def test_perturbation_is_the_difference_times_what_the_header_says(self):
+    def test_perturbation_is_amplified_by_the_factor_in_the_header(self):
         arguments = attack_arguments(channels=3)
         figure = visualize.attack_grid(**arguments)
         grid = panels(figure, 3)
@@ -110,22 +110,22 @@ class TestAttackGrid:
             assert shown.min() >= 0 and shown.max() <= 1
             assert f"L∞ {np.abs(delta).max():.3g}" in grid[row, 2].get_title()
 
-    def test_an_untouched_image_is_mid_grey(self):
+    def test_zero_perturbation_is_mid_grey(self):
         arguments = attack_arguments()
         arguments["adversarial"] = arguments["clean"]
         grid = panels(visualize.attack_grid(**arguments), 3)
         assert np.all(drawn(grid[0, 2]) == 0.5)
         assert "× 1" in grid[0, 2].texts[0].get_text()
 
-    def test_right_and_wrong_differ_in_sign_and_colour(self):
+    def test_correct_and_wrong_predictions_differ_in_mark_and_colour(self):
         grid = panels(visualize.attack_grid(**attack_arguments()), 3)
-        right, wrong = grid[1, 0].title, grid[1, 1].title
-        assert right.get_text() == "✓ leatherback turtle"
+        correct, wrong = grid[1, 0].title, grid[1, 1].title
+        assert correct.get_text() == "✓ leatherback turtle"
         assert wrong.get_text() == "✗ two"
-        assert right.get_color() == visualize.RIGHT
+        assert correct.get_color() == visualize.RIGHT
         assert wrong.get_color() == visualize.WRONG
 
-    def test_a_line_leads_from_each_old_gaze_to_the_new(self):
+    def test_lines_connect_clean_and_adversarial_gazes(self):
         before = np.array([[[0.0, 0.0], [2.0, -3.0]]])
         after = np.array([[[1.0, 4.0], [2.0, -3.5]]])
         figure = visualize.attack_grid(
@@ -135,20 +135,20 @@ class TestAttackGrid:
         )
         clean, adversarial, perturbation = panels(figure, 3)[0]
         centre = np.array([5.0, 10.0])  # Of 11 x 21 pixels.
-        for branch, way in enumerate(marks(adversarial, "way")):
-            ends = np.stack(way.get_data(), axis=-1)[:, ::-1] - centre
+        for branch, line in enumerate(marks(adversarial, "shift")):
+            ends = np.stack(line.get_data(), axis=-1)[:, ::-1] - centre
             np.testing.assert_allclose(
                 ends, [before[0, branch], after[0, branch]]
             )
-        assert len(marks(adversarial, "way")) == 2
-        assert not marks(clean, "way") and not marks(perturbation, "gaze")
+        assert len(marks(adversarial, "shift")) == 2
+        assert not marks(clean, "shift") and not marks(perturbation, "gaze")
 
-    def test_max_rows_and_fewer_images(self):
+    def test_max_rows_limits_the_rows(self):
         assert len(visualize.attack_grid(**attack_arguments(5)).axes) == 15
         figure = visualize.attack_grid(**attack_arguments(5), max_rows=2)
         assert len(figure.axes) == 6
 
-    def test_errors_say_what_came(self):
+    def test_errors_name_the_received_shapes(self):
         arguments = attack_arguments()
         with pytest.raises(ValueError, match=r"one shape.*\(2, 12"):
             visualize.attack_grid(
@@ -159,7 +159,7 @@ class TestAttackGrid:
                 **{**arguments, "clean": arguments["clean"][:0]}
             )
 
-    def test_says_how_sure_the_model_is_and_what_was_aimed_at(self):
+    def test_confidences_and_targets_are_shown(self):
         grid = panels(
             visualize.attack_grid(
                 **attack_arguments(),
@@ -180,18 +180,18 @@ class TestAttackGrid:
             "",
         ]
 
-    def test_marks_what_was_wrong_before_the_attack(self):
+    def test_images_misclassified_before_the_attack_are_marked(self):
         arguments = attack_arguments()
         arguments["clean_predictions"] = np.array([0, 2, -1])
         grid = panels(visualize.attack_grid(**arguments), 3)
         notes = [row[1].get_xlabel() for row in grid]
-        assert notes == ["", *["wrong before the attack"] * 2]
+        assert notes == ["", *["misclassified before attack"] * 2]
         assert grid[2, 0].get_title() == "✗ non-finite"
 
 
 class TestGlimpseGrid:
     @pytest.mark.parametrize("height,width", [(12, 12), (9, 30), (40, 16)])
-    def test_gazes_and_boxes_lie_where_they_should(self, height, width):
+    def test_gazes_and_boxes_are_at_their_coordinates(self, height, width):
         gazes = np.array([[[0.0, 0.0], [-3.0, 4.5]]])
         boxes = np.array([[[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.5, 1.25]]])
         figure = visualize.glimpse_grid(
@@ -203,13 +203,12 @@ class TestGlimpseGrid:
             boxes=boxes,
         )
         (axis,) = figure.axes
-        # Pixel (0, 0) is the centre of the top-left pixel, so the outer edges
-        # are half a pixel outside: the mean of the first and last is the
-        # centre of the image.
+        # (0, 0) is the centre of the top-left pixel, so the edges of the image
+        # are half a pixel outside, and its centre is at (size - 1) / 2.
         centre_row, centre_column = (height - 1) / 2, (width - 1) / 2
-        places = [mark.get_data() for mark in marks(axis, "gaze")]
+        positions = [mark.get_data() for mark in marks(axis, "gaze")]
         np.testing.assert_allclose(
-            np.ravel(places),
+            np.ravel(positions),
             [centre_column, centre_row, centre_column + 4.5, centre_row - 3],
         )
         whole, part = marks(axis, "box")
@@ -225,7 +224,7 @@ class TestGlimpseGrid:
             ]
         )
 
-    def test_a_box_beyond_the_image_is_in_sight(self):
+    def test_box_beyond_the_image_is_visible(self):
         boxes = np.array([[[-0.2, 0.0, 1.1, 1.0]]])
         figure = visualize.glimpse_grid(
             pictures(1), [0], [0], NAMES, boxes=boxes
@@ -237,7 +236,7 @@ class TestGlimpseGrid:
         assert axis.get_xlim()[0] < left and right < axis.get_xlim()[1]
 
     @pytest.mark.parametrize("branches", range(1, 11))
-    def test_a_branch_has_one_colour_everywhere(self, branches):
+    def test_branch_has_the_same_colour_everywhere(self, branches):
         rng = np.random.default_rng(branches)
         views = rng.random((2, branches, 7, 5, 1)).astype("float32")
         boxes = rng.random((2, branches, 4)) / 2 + [0, 0, 0.5, 0.5]
@@ -265,7 +264,7 @@ class TestGlimpseGrid:
             )
         assert len(colours) == branches
 
-    def test_branches_that_agree_do_not_hide_each_other(self):
+    def test_coinciding_branches_stay_visible(self):
         gazes = np.zeros((1, 3, 2))
         boxes = np.tile([0.2, 0.2, 0.8, 0.8], (1, 3, 1))
         figure = visualize.glimpse_grid(
@@ -276,21 +275,21 @@ class TestGlimpseGrid:
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
         assert lines == sorted(lines, reverse=True) and len(set(lines)) == 3
 
-    def test_a_model_that_shows_nothing(self):
+    def test_images_without_gazes_boxes_and_views(self):
         figure = visualize.glimpse_grid(
             pictures(2, channels=3), [0, 7], [0, 1], NAMES
         )
         assert len(figure.axes) == 2
-        assert figure.axes[1].get_ylabel() == "7"  # Beyond the names.
+        assert figure.axes[1].get_ylabel() == "7"  # A class without a name.
 
-    def test_large_photographs_are_averaged_not_thinned(self):
+    def test_large_photographs_are_antialiased(self):
         figure = visualize.glimpse_grid(
             pictures(1, 320, 320, 3), [0], [0], NAMES
         )
         (image,) = figure.axes[0].get_images()
         assert image.get_interpolation() == "antialiased"
 
-    def test_views_of_a_wrong_rank(self):
+    def test_views_of_wrong_rank_are_refused(self):
         with pytest.raises(ValueError, match=r"views.*\(3, 12, 12, 1\)"):
             visualize.glimpse_grid(
                 pictures(), [0] * 3, [0] * 3, NAMES, views=pictures()
@@ -300,20 +299,20 @@ class TestGlimpseGrid:
 class TestGazeShift:
     def test_distances_are_euclidean(self):
         clean = np.zeros((4, 2, 2))
-        moved = clean.copy()
-        moved[:, 0] = [3.0, 4.0]
-        figure = visualize.gaze_shift(clean, moved, (40, 60, 1))
+        adversarial = clean.copy()
+        adversarial[:, 0] = [3.0, 4.0]
+        figure = visualize.gaze_shift(clean, adversarial, (40, 60, 1))
         left, right = figure.axes
         assert right.get_title() == "median 2.5 px, largest 5 px"
         labels = [text.get_text() for text in right.get_legend().get_texts()]
         assert labels == ["gaze 1: median 5", "gaze 2: median 0"]
         heights = sum(patch.get_height() > 0 for patch in right.patches)
-        assert heights == 2  # All of gaze 1 in one bin, all of gaze 2.
+        assert heights == 2  # One bin for each gaze.
 
-    def test_arrows_start_at_the_clean_gaze_and_keep_the_image(self):
+    def test_arrows_start_at_the_clean_gaze_within_the_limits(self):
         clean = np.array([[[1.0, -2.0]], [[0.0, 30.0]]])
-        moved = clean + [[[2.0, 5.0]], [[-50.0, 0.0]]]
-        left = visualize.gaze_shift(clean, moved, (41, 61)).axes[0]
+        adversarial = clean + [[[2.0, 5.0]], [[-50.0, 0.0]]]
+        left = visualize.gaze_shift(clean, adversarial, (41, 61)).axes[0]
         (arrows,) = left.collections
         np.testing.assert_allclose(arrows.get_offsets(), [[28, 21], [60, 20]])
         np.testing.assert_allclose(arrows.U, [5, 0])
@@ -321,11 +320,11 @@ class TestGazeShift:
         bottom, top = left.get_ylim()
         assert bottom > 40.5 and top < -30  # Rows grow downwards.
 
-    def test_the_two_outcomes_have_medians_of_their_own(self):
+    def test_misclassified_and_robust_images_have_their_own_panels(self):
         clean = np.zeros((3, 1, 2))
-        moved = np.array([[[3.0, 4.0]], [[0.0, 1.0]], [[0.0, 7.0]]])
+        adversarial = np.array([[[3.0, 4.0]], [[0.0, 1.0]], [[0.0, 7.0]]])
         figure = visualize.gaze_shift(
-            clean, moved, (40, 40), misclassified=[True, False, True]
+            clean, adversarial, (40, 40), misclassified=[True, False, True]
         )
         titles = [axis.get_title() for axis in figure.axes[1:]]
         assert titles == [
@@ -333,12 +332,12 @@ class TestGazeShift:
             "1 still robust: median 1 px, largest 1 px",
         ]
         figure = visualize.gaze_shift(
-            clean, moved, (40, 40), misclassified=[True] * 3
+            clean, adversarial, (40, 40), misclassified=[True] * 3
         )
         assert len(figure.axes) == 2
 
     @pytest.mark.parametrize("shape", [(0, 2, 2), (3, 2)])
-    def test_no_gaze_is_an_error(self, shape):
+    def test_missing_gazes_are_refused(self, shape):
         with pytest.raises(ValueError, match="gazes of one shape"):
             visualize.gaze_shift(np.zeros(shape), np.zeros(shape), (40, 40))
 
@@ -352,7 +351,7 @@ class TestTrainingCurves:
             for i, value in enumerate(accuracy)
         ]
 
-    def test_curves_are_the_columns(self):
+    def test_curves_show_the_columns_of_the_history(self):
         rows = self.rows(
             validation_loss=("2.5", "2.0", "1.5"),
             validation_accuracy=("0.1", "0.4", "0.5"),
@@ -367,7 +366,7 @@ class TestTrainingCurves:
         labels = [t.get_text() for t in accuracy.get_legend().get_texts()]
         assert labels[-1] == "best: 50.0% in epoch 3"
 
-    def test_without_validation_there_is_no_star(self):
+    def test_no_star_without_validation(self):
         rows = self.rows(validation_accuracy=("", "", ""))
         loss, accuracy = visualize.training_curves(rows).axes
         assert len(loss.lines) == 1
@@ -390,12 +389,12 @@ class TestTrainingCurves:
         drops = [line.get_xdata()[0] for line in loss.lines[1:]]
         assert drops == expected
 
-    def test_no_epoch_is_an_error(self):
+    def test_empty_history_is_refused(self):
         with pytest.raises(ValueError, match="at least one epoch"):
             visualize.training_curves([])
 
 
-def test_a_saved_figure_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_figure_is_saved_atomically(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     figure = visualize.glimpse_grid(
         pictures(), [0] * 3, [0] * 3, NAMES, path=path
@@ -415,7 +414,7 @@ def test_a_saved_figure_is_whole_or_not_there(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
 
 
-def test_figures_need_no_window_and_leave_nothing_open():
+def test_figures_work_in_threads_without_pyplot():
     import matplotlib.pyplot
 
     results = []
@@ -444,7 +443,7 @@ class TestAttentionGrid:
             images, self.maps(), 3, [0, 1], [0, 0], ["cat", "dog"], **kwargs
         )
 
-    def test_a_step_is_a_column_and_shows_the_mean_of_its_heads(self):
+    def test_columns_show_the_mean_of_the_heads_of_a_step(self):
         *axes, _ = self.draw().axes  # The last is the colour bar.
         assert len(axes) == 2 * 4
         _, overlay = axes[2].images  # The first image's second step.
@@ -453,7 +452,7 @@ class TestAttentionGrid:
         peak = f"{want.max() * want.size:.1f}x"
         assert axes[2].get_title() == peak
 
-    def test_heads_can_have_rows_of_their_own(self):
+    def test_per_head_gives_each_head_a_row(self):
         figure = self.draw(per_head=True, row_names=["clean", "attacked"])
         *axes, _ = figure.axes
         assert len(axes) == 4 * 4
@@ -463,12 +462,12 @@ class TestAttentionGrid:
         )
         assert axes[12].get_xlabel() == "attacked, head 2"
 
-    def test_the_last_step_is_shown_whatever_is_left_out(self):
+    def test_last_step_is_always_shown(self):
         *axes, _ = self.draw(max_steps=2, max_rows=1).axes
         heads = [axis.texts[-1].get_text() for axis in axes]
         assert heads == ["image", "step 1", "step 3"]
 
-    def test_all_panels_share_the_scale_of_the_colour_bar(self):
+    def test_panels_share_the_scale_of_the_colour_bar(self):
         figure = self.draw(max_steps=2)
         *axes, bar = figure.axes
         shown = self.maps().reshape(2, 3, 2, 4, 5).mean(axis=2)[:, [0, 2]]
@@ -479,14 +478,14 @@ class TestAttentionGrid:
             np.testing.assert_allclose(limits, (0, shown.max()), rtol=1e-5)
         np.testing.assert_allclose(bar.get_ylim(), limits)
         figure.canvas.draw()
-        for place, label in zip(
+        for tick, label in zip(
             bar.get_yticks(), bar.get_yticklabels(), strict=True
         ):  # A uniform map of 4 x 5 cells is 1x everywhere.
-            said = float(label.get_text().removesuffix("x"))
-            assert said == pytest.approx(place * 20)
+            number = float(label.get_text().removesuffix("x"))
+            assert number == pytest.approx(tick * 20)
         assert "1x = 1/20" in bar.get_ylabel()
 
-    def test_maps_that_do_not_fit_are_refused(self):
+    def test_maps_of_wrong_shape_are_refused(self):
         with pytest.raises(ValueError, match="num_steps"):
             visualize.attention_grid(
                 np.zeros((2, 8, 8, 1)), self.maps(), 4, [0, 1], [0, 1], []
@@ -494,7 +493,7 @@ class TestAttentionGrid:
 
 
 class TestConfusionMatrices:
-    def test_shows_counts_and_shares_of_the_true_class(self):
+    def test_cells_show_counts_and_fractions(self):
         counts = np.array([[3, 1, 0], [0, 0, 0]])
         figure = visualize.confusion_matrices(
             {"clean": counts, "adversarial": counts[::-1]},
@@ -506,24 +505,23 @@ class TestConfusionMatrices:
         )
         assert [t.get_text() for t in clean.texts] == ["3", "1"]
         names = [label.get_text() for label in clean.get_xticklabels()]
-        assert names == ["cat", "dog"]  # Nothing was not finite.
+        assert names == ["cat", "dog"]  # No prediction was non-finite.
         assert adversarial.get_title() == "adversarial images"
 
-    def test_what_is_not_finite_has_a_column(self):
+    def test_nonfinite_predictions_have_a_column(self):
         figure = visualize.confusion_matrices(
             {"clean": [[1, 0, 2], [0, 3, 0]]}, ["cat", "dog", "non-finite"]
         )
         names = [x.get_text() for x in figure.axes[0].get_xticklabels()]
         assert names == ["cat", "dog", "non-finite"]
 
-    def test_shapes_that_do_not_fit_are_refused(self):
+    def test_matrices_of_wrong_shape_are_refused(self):
         with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
             visualize.confusion_matrices({"clean": np.eye(2)}, ["a", "b", "c"])
 
 
-# What class folders can be called, and what formulas, fonts and files make of
-# it.
-HOSTILE = (
+# Folder and class names that a formula parser, font or file system may misread.
+UNUSUAL_NAMES = (
     "$x$",
     "$",
     "\\frac{",
@@ -541,10 +539,10 @@ HOSTILE = (
 )
 
 
-@pytest.mark.parametrize("first", range(0, len(HOSTILE), 3))
-def test_every_figure_draws_every_name(first, recwarn):
-    """Its text is drawn as it is: no formula, no error, no warning."""
-    names = (*HOSTILE[first : first + 3], "b", "c")[:3]
+@pytest.mark.parametrize("first", range(0, len(UNUSUAL_NAMES), 3))
+def test_every_figure_draws_unusual_names_literally(first, recwarn):
+    """Names are drawn literally, without formulas, errors or warnings."""
+    names = (*UNUSUAL_NAMES[first : first + 3], "b", "c")[:3]
     title = "\n".join(names)
     gazes = np.random.default_rng(0).normal(size=(3, 2, 2))
     predictions = np.array([0, 2, -1])
@@ -592,8 +590,8 @@ def test_every_figure_draws_every_name(first, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_every_public_function_that_makes_a_figure_is_drawn_above():
-    source = inspect.getsource(test_every_figure_draws_every_name)
+def test_every_figure_function_is_in_the_test_above():
+    source = inspect.getsource(test_every_figure_draws_unusual_names_literally)
     for module in (visualize, curves):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             makes = "path" in inspect.signature(function).parameters
@@ -602,7 +600,7 @@ def test_every_public_function_that_makes_a_figure_is_drawn_above():
                 assert known or name == "finish", name
 
 
-def test_names_without_glyphs_are_told_apart():
+def test_names_without_glyphs_show_the_class_id():
     names = ["\U000f0000", "\U000f0001"]  # No font has these.
-    assert visualize._name(names, 0, 24) == "□ (0)"
-    assert visualize._name(names, 1, 24) == "□ (1)"
+    assert visualize._fit_name(names, 0, 24) == "□ (0)"
+    assert visualize._fit_name(names, 1, 24) == "□ (1)"
