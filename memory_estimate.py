@@ -1,12 +1,13 @@
-"""How much memory a training run will take, before it takes it.
+"""An estimate of the memory that a training run needs.
 
-What a step keeps for its backward pass is counted from the shapes of the
-layers' outputs. What comes on top was measured once, in child processes on two
-CPU cores (`resource.getrusage`). On TensorFlow ten cases (ResNet-20 at 32 and
-96 pixels, also under PGD and TRADES; two S3TA; `multi_gaze` at 40 pixels, and
-at 96 with 32 and 128 images; `parallel_transformers` at 96), with peaks of 1.1
-to 6.1 GB, were met within 6%; on Torch and on JAX three cases each (ResNet-20,
-S3TA, `multi_gaze` at 96 pixels) with peaks of 1.4 to 5.2 GB, also within 6%.
+The activations that a step keeps for its backward pass are counted from the
+shapes of the layers' outputs. The rest was measured in child processes on two
+CPU cores (`resource.getrusage`). The estimate is within 6% of the measured peak
+in all cases: on TensorFlow ten cases with peaks of 1.1 to 6.1 GB (ResNet-20 at
+32 and 96 pixels, also under PGD and TRADES; two S3TA; `multi_gaze` at 40
+pixels, and at 96 with 32 and 128 images; `parallel_transformers` at 96), and on
+Torch and JAX three cases each with peaks of 1.4 to 5.2 GB (ResNet-20, S3TA,
+`multi_gaze` at 96 pixels).
 """
 
 import math
@@ -17,11 +18,11 @@ import sys
 import keras
 from keras import ops
 
-# Layers whose outputs are those of others in another form.
+# Layers whose outputs are views of their inputs and need no memory.
 _VIEWS = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Identity)
-# Layers whose outputs the backward pass does not need: it has the inputs of a
-# normalization and the outputs of the activation behind an addition. Only
-# TensorFlow frees them.
+# Layers whose outputs the backward pass does not need: it uses the input of a
+# normalization and the output of the activation after an addition. Only
+# TensorFlow frees these outputs.
 _NOT_NEEDED = (
     keras.layers.BatchNormalization,
     keras.layers.Add,
@@ -29,20 +30,20 @@ _NOT_NEEDED = (
 )
 _FLOAT = 4  # Bytes.
 _FIXED = 150 * 2**20  # Graph, threads and buffers of the backend, in bytes.
-_FRAGMENTS = 1.15  # What freed tensors leave behind.
-# Gradients with what the optimizer makes of them, in sizes of the weights; JAX
-# makes weights and slots anew while it has the old ones.
+_FRAGMENTS = 1.15  # Factor for memory fragmentation.
+# Gradients and the temporaries of the optimizer, in multiples of the weights.
+# JAX creates new weights and slots while the old ones exist.
 _GRADIENTS, _GRADIENTS_JAX = 3, 7.5
 
 
 def kept_bytes(model: keras.Model, batch_size: int) -> int:
     """Returns the bytes that one training pass keeps for its backward pass.
 
-    Every call of a layer counts, so that a branch shared by several views
-    counts once for each. Nothing is computed.
+    Every call of a layer counts: a branch that several views share counts once
+    for each view. Only shapes are computed.
 
     Args:
-        model: A functional `keras.Model`, which may hold others.
+        model: A functional `keras.Model`, which may contain other models.
         batch_size: Images in a step.
     """
     shapes = []
@@ -50,16 +51,16 @@ def kept_bytes(model: keras.Model, batch_size: int) -> int:
     left_out = (*_VIEWS, *_NOT_NEEDED) if frees else _VIEWS
 
     def known(x):
-        # What is not known is the number of gazes that are drawn, one in
-        # training, and that of the steps of an unroll, whose rows are small.
+        # Unknown dimensions are the number of random gazes, which is 1 in
+        # training, and the number of unrolled steps, whose outputs are small.
         shape = [batch_size if x.shape[0] is None else x.shape[0]]
         shape += [1 if side is None else side for side in x.shape[1:]]
         return keras.KerasTensor(shape, x.dtype)
 
-    def walk(operation):
+    def counting(operation):
         def call(*inputs, **options):
             if isinstance(operation, keras.Function):
-                return operation._run_through_graph(inputs[0], walk)
+                return operation._run_through_graph(inputs[0], counting)
             options.pop("training", None)
             outputs = operation.compute_output_spec(*inputs, **options)
             outputs = keras.tree.map_structure(known, outputs)
@@ -70,16 +71,16 @@ def kept_bytes(model: keras.Model, batch_size: int) -> int:
         return call
 
     images = keras.KerasTensor((batch_size, *model.input_shape[1:]))
-    model._run_through_graph(images, walk)
+    model._run_through_graph(images, counting)
     return _FLOAT * sum(map(math.prod, shapes))
 
 
 def passes(objective, num_classes: int) -> float:
-    """Returns how many passes an objective keeps for one image.
+    """Returns how many forward passes an objective keeps for one image.
 
-    1 for standard and for Madry's training, 2 where the clean image is seen
-    beside the adversarial one. The attack is made before, on memory that is
-    free again.
+    This is 1 for standard training and for Madry, and 2 for objectives that use
+    the clean image too. The attack does not count: its memory is freed before
+    the training pass.
 
     Args:
         objective: An object of `objectives`.
@@ -100,14 +101,14 @@ def passes(objective, num_classes: int) -> float:
 def step_bytes(
     model: keras.Model, batch_size: int, objective, awp: bool = False
 ) -> int:
-    """Returns the bytes that a training step takes beside what is there.
+    """Returns the additional bytes that a training step needs.
 
     Args:
         model: The model, built.
         batch_size: Images in a step.
         objective: What the step minimizes.
-        awp: Whether the weights are perturbed, of which two more copies are
-            then made.
+        awp: Whether adversarial weight perturbation is used, which needs two
+            more copies of the weights.
     """
     weights = _FLOAT * sum(
         math.prod(v.shape) for v in model.trainable_variables
@@ -120,7 +121,7 @@ def step_bytes(
 
 
 def used() -> int:
-    """Returns the bytes of memory that this process has now."""
+    """Returns the bytes of memory that this process uses now."""
     try:
         pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -132,10 +133,10 @@ def used() -> int:
 
 
 def available() -> int | None:
-    """Returns the bytes that this process can still get; None if not known.
+    """Returns the bytes that this process can still allocate; None if unknown.
 
-    The smaller of what the machine has and what the process's container may
-    use.
+    This is the smaller of the free memory of the machine and the rest of the
+    container's limit.
     """
     found = [*_of_machine(), *_of_container()]
     return min(found, default=None)
@@ -159,6 +160,6 @@ def _of_container(root=pathlib.Path("/sys/fs/cgroup")):
         try:
             left = int((root / limit).read_text())
             left -= int((root / current).read_text())
-        except (OSError, ValueError):  # Not there, or "max".
+        except (OSError, ValueError):  # Missing, or "max" for no limit.
             continue
         yield max(0, left)

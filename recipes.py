@@ -1,7 +1,7 @@
-"""Recipes: the optimizer settings of a training run, by data set or by name.
+"""Recipes: optimizer and schedule of a training run, by data set or by name.
 
-A data set has a recipe for clean and one for adversarial training. A text has
-a recipe by its name, and the adversarial settings that go with it.
+Each data set has a recipe for clean and one for adversarial training. A recipe
+of a paper has a name and the settings of its adversarial training.
 """
 
 import dataclasses
@@ -23,34 +23,35 @@ class Recipe:
 
     Attributes:
         optimizer: `"adam"` or `"sgd"`.
-        learning_rate: The rate the schedule multiplies.
+        learning_rate: The learning rate that the schedule multiplies.
         epochs: Passes over the training images.
-        batch_size: Images a step.
+        batch_size: Images in a step.
         schedule: `"steps"` (see `drops`), `"cosine"` (to zero), `"constant"`
-            or `"cyclic"`: linear up to the rate at `peak` of the run, linear
-            down to zero at its end.
-        peak: Part of the run in which the cycle rises. Wong et al.'s programs
-            have 2/5 for MNIST and a half for CIFAR-10.
-        drops: Pairs (epoch, factor): from that epoch on the rate is
-            `learning_rate * factor`. If the epochs are overridden, the drops
-            move in proportion.
-        warmup: Epochs in which the rate rises linearly.
-        warmup_from: The part of the rate at which it begins to.
-        decay: Of the rate, which is divided by 1 + decay * step: the `decay`
-            of Keras 2, with which the handover trained on ImageNet.
-        momentum: Of SGD.
-        nesterov: Whether SGD's momentum is Nesterov's.
-        weight_decay: Decoupled from the gradient, on kernels alone.
+            or `"cyclic"`: linear from zero to the learning rate at `peak` of
+            the run, then linear to zero at its end.
+        peak: Part of the run in which the cycle rises. The code of Wong et al.
+            uses 2/5 for MNIST and 1/2 for CIFAR-10.
+        drops: Pairs (epoch, factor): from that epoch on the learning rate is
+            `learning_rate * factor`. If the epochs are overridden, the epochs
+            of the drops scale with them.
+        warmup: Epochs in which the learning rate rises linearly.
+        warmup_from: Factor of the learning rate at the start of the warm-up.
+        decay: The learning rate is divided by 1 + decay * step. This is the
+            `decay` of Keras 2, which the handover used on ImageNet.
+        momentum: Momentum of SGD.
+        nesterov: Whether SGD uses Nesterov momentum.
+        weight_decay: Decoupled weight decay, applied to kernels only.
         l2: Coefficient c of the loss c / 2 * sum of squares of the kernels of
             convolutions and dense layers; see `training_step.l2_loss`.
-        ema: Momentum of the running average of the weights that validation
-            and the kept weights use; 0 for none.
+        ema: Momentum of the running average of the weights, which is validated
+            and saved; 0 for no average.
         label_smoothing: Part of the label that is spread over all classes.
         augmentation: A name of `glimpse.AUGMENTATIONS`.
-        linear_rate: Whether the rate moves in proportion if the batch size is
-            overridden and the rate is not (Goyal et al., 2017).
+        linear_rate: Whether the learning rate scales with an overridden batch
+            size, unless it is overridden too (Goyal et al., 2017).
         read_outs: Pairs (epoch, step): from that epoch on a recurrent model
-            is read out, and so unrolled, at that step. Moves with the epochs.
+            is unrolled to that step and read out there. The epochs scale with
+            the number of epochs.
 
     References:
         - [Wong et al., 2020](https://arxiv.org/abs/2001.03994), the cycle
@@ -114,33 +115,33 @@ class Recipe:
         _check_read_outs(self.read_outs)
 
     def override(self, **changes):
-        """Returns the recipe with other settings; None keeps one.
+        """Returns the recipe with some settings changed; None keeps a setting.
 
-        Drops, warm-up and read-outs move in proportion to the epochs.
+        The epochs of drops, warm-up and read-outs scale with `epochs`.
         """
         changes = {k: v for k, v in changes.items() if v is not None}
         if "epochs" in changes:
             ratio = changes["epochs"] / self.epochs
-            moved = {
+            scaled = {
                 name: tuple((e * ratio, v) for e, v in getattr(self, name))
                 for name in ("drops", "read_outs")
             }
-            moved["read_outs"] = _all_begun(
-                moved["read_outs"], changes["epochs"]
+            scaled["read_outs"] = _reach_last_read_out(
+                scaled["read_outs"], changes["epochs"]
             )
-            changes = {**moved, "warmup": self.warmup * ratio, **changes}
+            changes = {**scaled, "warmup": self.warmup * ratio, **changes}
         if self.linear_rate and "batch_size" in changes:
             rate = self.learning_rate * changes["batch_size"] / self.batch_size
             changes = {"learning_rate": rate, **changes}
         return dataclasses.replace(self, **changes)
 
     def remarks(self) -> list[str]:
-        """Returns what too few epochs make of the schedules, a line each."""
+        """Returns warnings about schedules that the epochs are too few for."""
         found = []
-        places = [epoch for epoch, _ in self.drops]
-        edges = [0, *places, self.epochs]
-        if self.schedule == "steps" and places and _narrow(edges):
-            listed = ", ".join(f"{place:.3g}" for place in places)
+        drop_epochs = [epoch for epoch, _ in self.drops]
+        edges = [0, *drop_epochs, self.epochs]
+        if self.schedule == "steps" and drop_epochs and _too_close(edges):
+            listed = ", ".join(f"{epoch:.3g}" for epoch in drop_epochs)
             found.append(
                 f"With {self.epochs} epochs the learning rate drops at epochs "
                 f"{listed}, less than one epoch apart. Choose more --epochs "
@@ -157,15 +158,15 @@ class Recipe:
         return found
 
 
-def _narrow(edges):
-    """Whether two neighbours among numbers of epochs are less than 1 apart."""
+def _too_close(edges):
+    """Whether two successive epochs are less than 1 apart."""
     return any(b - a < 1 for a, b in zip(edges, edges[1:], strict=False))
 
 
-def _all_begun(pairs, epochs):
-    """Begins the last read-out in the last epoch at the latest.
+def _reach_last_read_out(pairs, epochs):
+    """Starts every read-out step in the last epoch at the latest.
 
-    A short run would else end at an earlier one than the model has.
+    Otherwise a short run would never train the last read-out step.
     """
     latest = max(epochs - 1, 0)
     return tuple({min(start, latest): step for start, step in pairs}.items())
@@ -189,7 +190,7 @@ def parse_read_outs(text):
     """Reads `0:4,35:8,70:16` as pairs (epoch, step).
 
     Raises:
-        ValueError: If the text is no such list.
+        ValueError: If the text is not such a list.
     """
     try:
         pairs = [part.split(":") for part in text.split(",")]
@@ -228,8 +229,8 @@ _CLUTTERED_MNIST = Recipe(
     drops=((40, 0.1), (60, 0.01), (80, 0.001), (90, 0.0005)),
     augmentation="digits",
 )
-# The handover's, except for the sets it did not have: those train as their
-# nearest relative does, in as many epochs as their size asks for.
+# The recipes of the handover. A data set that the handover did not have uses
+# the recipe of the most similar one, with epochs according to its size.
 RECIPES = {
     "cluttered_digits": Recipe(
         epochs=12,
@@ -256,7 +257,7 @@ RECIPES = {
     ),
     "folder": _CIFAR,
 }
-# On adversarial images; what is not here trains as it does on clean ones.
+# Adversarial training; data sets that are not listed use their clean recipe.
 _ADVERSARIAL_CIFAR = Recipe(
     optimizer="sgd",
     learning_rate=0.1,
@@ -274,13 +275,14 @@ ADVERSARIAL_RECIPES = {
 
 # --- By name -----------------------------------------------------------------
 
-# S3TA's supplement, section 2: 0.05 for 256 images, 1024 a step, five epochs
-# of warm-up, momentum, L2 as a loss, label smoothing. How large the momentum is
-# they do not say: 0.9 is DENOISE's, whose protocol they follow; so is the
-# augmentation ("the training procedure used in [55]"), but for DENOISE's random
-# brightness, contrast, saturation and lighting; crops are of the central
-# square of an image, which is also what is evaluated (DENOISE's program: 7/8 of
-# its side). Where the rise begins they do not say either.
+# S3TA, supplement, section 2: learning rate 0.05 for 256 images, batches of
+# 1024, five epochs of warm-up, momentum, an L2 loss, label smoothing. The paper
+# gives neither the momentum nor the start of the warm-up. 0.9 is the momentum
+# of DENOISE, whose training procedure the paper follows ("the training
+# procedure used in [55]"). The augmentation is that of DENOISE without its
+# random brightness, contrast, saturation and lighting. Crops are taken from the
+# central square of an image, which is also evaluated (DENOISE's code: 7/8 of
+# its side).
 _S3TA = Recipe(
     optimizer="sgd",
     learning_rate=0.2,
@@ -294,9 +296,9 @@ _S3TA = Recipe(
     label_smoothing=0.1,
     augmentation="resized_crops",
 )
-# Xie et al., 2019, section 5 and their program: 0.1 for 256 images, 4096 a
-# step (32 on each of 128 GPUs), 110 epochs, in five of which the rate rises
-# from 0.1.
+# Xie et al., 2019, section 5 and their code: learning rate 0.1 for 256 images,
+# batches of 4096 (32 on each of 128 GPUs), 110 epochs. In the first five the
+# learning rate rises from 0.1.
 _DENOISE = dataclasses.replace(
     _S3TA,
     learning_rate=1.6,
@@ -305,10 +307,10 @@ _DENOISE = dataclasses.replace(
     warmup_from=1 / 16,
     nesterov=True,
 )
-# The program of Kang et al., 2019 (advex-uar, for ImageNet): 0.0125 for each
-# worker of 32 images, that is 0.1 for 256, to which it rises from one worker's.
-# None of the texts here has it, and the number of workers is not in the
-# program; eight are assumed.
+# The code of Kang et al., 2019 (advex-uar, for ImageNet): learning rate 0.0125
+# for each worker of 32 images, that is 0.1 for 256. The warm-up starts at the
+# learning rate of one worker. The code does not give the number of workers;
+# eight are assumed.
 _ADVEX = dataclasses.replace(
     _S3TA,
     learning_rate=0.1,
@@ -318,14 +320,16 @@ _ADVEX = dataclasses.replace(
     warmup_from=1 / 8,
     label_smoothing=0.0,
 )
-# AT-eps of "Perceptually aligned gradients". Stated there: the networks (the
-# Madry net, WRN-28-10, ResNet-50), the radii, L-inf, and for CIFAR-10 and SVHN
-# 128 images a step and 30,000 and 5,000 steps: with 5% of the images held out
-# 81 epochs (30,051 steps) and 9 epochs (4,887). Not stated: optimizer, rates,
-# the attack's steps and, for MNIST and Restricted ImageNet, the length. Those
-# are Madry et al.'s (Adam 1e-4 for 100,000 steps of 50 images; SGD 0.1 with
-# L2 2e-4 and drops at a half and three quarters) and, for ImageNet, the
-# handover's, the usual L2 in place of its decaying rate.
+# AT-eps of "Perceptually aligned gradients" (Kaur et al., 2019). The paper
+# gives the networks (the Madry net, WRN-28-10, ResNet-50), the radii, L-inf
+# and, for CIFAR-10 and SVHN, batches of 128 and 30,000 and 5,000 steps. With 5%
+# of the images held out these are 81 epochs (30,051 steps) and 9 epochs
+# (4,887). It gives neither the optimizer, the learning rates, the steps of the
+# attack nor, for MNIST and Restricted ImageNet, the number of steps. These
+# values are those of Madry et al. (Adam 1e-4 for 100,000 steps of 50 images;
+# SGD 0.1 with L2 2e-4 and drops at 1/2 and 3/4 of the run). On ImageNet they
+# are those of the handover, with the usual L2 in place of its decaying learning
+# rate.
 _AT_MNIST = Recipe(
     learning_rate=1e-4, epochs=88, batch_size=50, schedule="constant"
 )
@@ -341,7 +345,7 @@ _AT_SVHN = dataclasses.replace(_AT_CIFAR, augmentation="none").override(
     epochs=9
 )
 _AT_IMAGENET = dataclasses.replace(RECIPES["imagenet"], decay=0.0, l2=1e-4)
-# Wong et al., 2020, for CIFAR-10: 15 epochs of a cycle up to 0.2.
+# Wong et al., 2020, for CIFAR-10: one cycle of 15 epochs with a maximum of 0.2.
 _FAST_CIFAR = Recipe(
     optimizer="sgd",
     learning_rate=0.2,
@@ -366,9 +370,9 @@ NAMED = {
     "fast_cifar10": _FAST_CIFAR,
 }
 
-# Targeted at a random class, 16/255 in steps of 1/255, a start at the image
-# for one in five. S3TA trains with 10 steps, and with 30 in its "-30" models,
-# as DENOISE does.
+# Targeted at a random class, radius 16/255, steps of 1/255; one example in five
+# starts at the clean image. S3TA trains with 10 steps. Its "-30" models train
+# with 30 steps, like DENOISE.
 _TARGETED = objectives.AdversarialConfig(
     epsilon=16 / 255,
     steps=10,
@@ -380,14 +384,15 @@ _TARGETED = objectives.AdversarialConfig(
 _SEVEN_STEPS = objectives.AdversarialConfig(
     epsilon=8 / 255, steps=7, step_size=2 / 255
 )
-# The adversarial settings of each named recipe. An --adv_epsilon makes AT-eps
-# of the default, which is the largest radius of the text.
+# The adversarial training of each named recipe. The default radius of the
+# AT-eps recipes is the largest one of the paper; --adv_epsilon selects another
+# one.
 ADVERSARIAL = {
     "s3ta": _TARGETED,
     "s3ta_16": _TARGETED,
     "denoise": dataclasses.replace(_TARGETED, steps=30),
-    # Steps of eps / sqrt(10), always from a random start; each image with a
-    # radius of its own.
+    # Step size eps / sqrt(10), always a random start, a random radius for each
+    # image.
     "advex": dataclasses.replace(
         _TARGETED,
         step_size=16 / 255 / 10**0.5,
@@ -399,32 +404,32 @@ ADVERSARIAL = {
     ),
     "at_svhn": _SEVEN_STEPS,
     "at_cifar10": _SEVEN_STEPS,
-    # ResNet-50 at eps = 2 is the text's one example; the unit is taken to be
-    # the pixel step, as for the other sets.
+    # ResNet-50 at eps = 2 is the only example in the paper. Its unit is assumed
+    # to be 1/255, as for the other data sets.
     "at_imagenet": _SEVEN_STEPS.override(epsilon=2 / 255),
     "fast_cifar10": objectives.AdversarialConfig(
         objective="fast", epsilon=8 / 255
     ),
 }
-# What a model trains by on a data set if no recipe is named.
+# The default recipe of a model on a data set.
 BY_MODEL = {
     ("s3ta", "imagenet"): "s3ta",
     ("denoise", "imagenet"): "denoise",
 }
 
 
-# Recipes whose texts train on ImageNet at 224x224, of which S3TA makes a map of
-# 28x28; the handover's own are for 320x320.
+# Recipes of papers that train on ImageNet at 224x224, where the map of S3TA has
+# 28x28 positions. The recipes of the handover are for 320x320.
 _AT_224 = ("s3ta", "s3ta_16", "denoise", "advex", "at_imagenet")
 
 
 def by_model(model, dataset, options):
-    """Returns the name of the recipe of a model on a data set, or None.
+    """Returns the name of the default recipe of a model, or None.
 
     Args:
         model: Name of the model.
         dataset: Name of the data set.
-        options: Dict of the model's options that are set.
+        options: Dict of the model options that are given.
     """
     name = BY_MODEL.get((model, dataset))
     if name == "s3ta" and options.get("num_steps", 16) == 16:
@@ -433,7 +438,7 @@ def by_model(model, dataset, options):
 
 
 def image_size(name, dataset):
-    """Returns the side that a text's recipe has on ImageNet; else None.
+    """Returns the image side of a paper's recipe on ImageNet; None otherwise.
 
     Args:
         name: Name of a recipe in `NAMED`, or None.
@@ -446,7 +451,7 @@ def image_size(name, dataset):
 
 
 def make_optimizer(recipe, steps_per_epoch):
-    """Builds the optimizer of a recipe, its schedule a function of the step.
+    """Builds the optimizer of a recipe, with its learning rate schedule.
 
     Args:
         recipe: A `Recipe`.
@@ -486,15 +491,16 @@ def make_optimizer(recipe, steps_per_epoch):
 
 @keras.saving.register_keras_serializable("saccade")
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then steps, a cosine, a cycle or a constant.
+    """Learning rate: a linear warm-up times steps, a cosine, a cycle or 1.
 
     Args:
         kind: One of `SCHEDULES`.
-        rate: The rate that everything multiplies.
-        total: Steps of the whole run, where cosine and cycle reach zero.
-        drops: Pairs (step, factor of `rate` from there on).
-        warmup: Steps of the linear rise.
-        start: The part of the rate at which that begins.
+        rate: The learning rate that the schedule multiplies.
+        total: Steps of the whole run; cosine and cycle reach zero there.
+        drops: Pairs (step, factor): from that step on the rate is
+            `rate * factor`.
+        warmup: Steps of the linear warm-up.
+        start: Factor of the rate at the start of the warm-up.
         decay: See `Recipe`.
         peak: See `Recipe`.
     """
@@ -518,13 +524,13 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         step = ops.cast(step, "float32")
         factor = ops.ones_like(step)
         if self.kind == "cosine":
-            share = ops.clip(step / self.total, 0.0, 1.0)
-            factor = 0.5 * (1.0 + ops.cos(math.pi * share))
+            done = ops.clip(step / self.total, 0.0, 1.0)
+            factor = 0.5 * (1.0 + ops.cos(math.pi * done))
         elif self.kind == "cyclic":
-            # At the step's end, as the warm-up: the first step moves.
-            share = ops.clip((step + 1.0) / self.total, 0.0, 1.0)
+            # step + 1, as in the warm-up: the first step has a rate above 0.
+            done = ops.clip((step + 1.0) / self.total, 0.0, 1.0)
             factor = ops.minimum(
-                share / self.peak, (1.0 - share) / (1.0 - self.peak)
+                done / self.peak, (1.0 - done) / (1.0 - self.peak)
             )
         elif self.kind == "steps":
             for start, value in self.drops:

@@ -1,6 +1,6 @@
-"""What a program says of a run before its long part begins.
+"""The summary of a run that a program prints before it starts.
 
-Every function returns lines of text, a heading and what belongs to it.
+A line of a summary is a heading and its content.
 """
 
 import math
@@ -17,7 +17,7 @@ import robust_evaluation
 import run_folder
 
 _HEADING = 11  # Characters.
-# Options that make a model smaller or larger, in the order in which to try.
+# Options that make a model smaller, in the order in which to try them.
 _SIZES = (
     *("width", "vision_width", "widen", "depth", "num_transformers"),
     *("num_steps", "backbone", "vision", "localization_width"),
@@ -25,32 +25,32 @@ _SIZES = (
 
 
 def row(heading: str, text: str) -> str:
-    """Returns a line of a summary: a heading and what belongs to it."""
+    """Returns a line of a summary."""
     return f"{heading:{_HEADING}}{text}"
 
 
 def of_training(config, data, loop) -> list[str]:
-    """Describes a training run; see `warnings` for what to heed.
+    """Returns the summary of a training run, without its `warnings`.
 
     Args:
         config: The `RunConfig` of the program.
         data: Its `datasets.Dataset`.
-        loop: Its `robust_training.Loop`, whose state is loaded if the run is
-            resumed.
+        loop: Its `robust_training.Loop`; for a resumed run with its state
+            loaded.
     """
     return [
-        row("run", f"{config.folder}/{_begun(loop)}"),
+        row("run", f"{config.folder}/{_resumed(loop)}"),
         row("data", _data(data)),
         row("images", _images(config, data)),
         row("model", _model(config, loop.model)),
         row("objective", _objective(config)),
         row("recipe", _recipe(config, loop)),
         row("device", device()),
-        row("memory", _memory(_needed(config, loop))),
+        row("memory", _memory(_bytes_needed(config, loop))),
     ]
 
 
-def _begun(loop):
+def _resumed(loop):
     step = loop.progress["step"]
     total = loop.epochs * loop.steps_per_epoch
     return f" (resumed at step {step} of {total})" if step else ""
@@ -85,7 +85,7 @@ def _images(config, data):
 
 
 def _views(augmentation):
-    """What an augmentation does, in brackets; nothing if it does nothing."""
+    """The transforms of an augmentation in brackets; "" without transforms."""
     parts = []
     if augmentation.flip:
         parts.append("flips")
@@ -141,19 +141,19 @@ def _recipe(config, loop):
 
 
 def device() -> str:
-    """Returns the device and the backend in words."""
-    where = robust_evaluation.device()
-    if where.lower().startswith("cpu") or not where:
-        where = f"CPU, {run_folder.cores()} cores"
-    return f"{where}; {keras.config.backend()} backend"
+    """Returns the names of the device and of the backend."""
+    name = robust_evaluation.device()
+    if name.lower().startswith("cpu") or not name:
+        name = f"CPU, {run_folder.cores()} cores"
+    return f"{name}; {keras.config.backend()} backend"
 
 
 def _on_cpu():
     return device().startswith("CPU")
 
 
-def _needed(config, loop):
-    """Bytes that a step takes beside what is there; None if not known."""
+def _bytes_needed(config, loop):
+    """The additional bytes that a step needs; None if unknown."""
     if not isinstance(loop.model, keras.Function):
         return None
     return memory_estimate.step_bytes(
@@ -166,7 +166,7 @@ def _needed(config, loop):
 
 def _memory(needed):
     if needed is None:
-        return "not known: the model is no graph of layers"
+        return "unknown: the model is not a graph of layers"
     if not _on_cpu():
         return f"about {_size(needed)} on the device for a step"
     text = f"about {_size(memory_estimate.used() + needed)} at the peak"
@@ -179,11 +179,12 @@ def _size(count):
 
 
 def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
-    """Describes evaluations under attack.
+    """Returns the summary of evaluations under attack.
 
     Args:
-        context: What opens their records: run, model, data set, weights.
-        evaluations: Those that are run, `robust_evaluation.EvaluationConfig`.
+        context: The fields with which their records begin: run, model, data
+            set, weights and so on.
+        evaluations: The `robust_evaluation.EvaluationConfig`s.
         count: Number of images in the split.
     """
     evaluations = list(evaluations)
@@ -193,9 +194,9 @@ def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
         chosen = len(first.indices)
     options = [f"eot {first.eot}"] if first.eot else []
     if first.craft_dtype != "float32":
-        options.append(f"made in {first.craft_dtype}")
+        options.append(f"crafted in {first.craft_dtype}")
     if context["surrogate"]:
-        options.append(f"made on {context['surrogate']}")
+        options.append(f"crafted on the surrogate {context['surrogate']}")
     return [
         row("run", f"{context['run']}, {context['weights']} weights"),
         row(
@@ -210,7 +211,7 @@ def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
 
 
 def _attacks(evaluations):
-    """Each attack once, with its steps and restarts."""
+    """A text for each attack, with its steps and restarts."""
     found = {}
     for evaluation in evaluations:
         attack = evaluation.attack
@@ -231,27 +232,27 @@ def _listed(name, values):
 
 
 def _threats(evaluations):
-    """Each norm and target once, with its radii."""
+    """A text for each norm and target, with its radii."""
     found = {}
     for evaluation in evaluations:
         key = evaluation.attack.norm, evaluation.target
         found.setdefault(key, {})[evaluation.attack.epsilon] = None
     for (norm, target), radii in found.items():
-        aim = "untargeted" if target == "none" else f"target {target}"
+        goal = "untargeted" if target == "none" else f"target {target}"
         listed = ", ".join(map(record_text.radius, radii))
-        yield f"{norm} {listed}, {aim}"
+        yield f"{norm} {listed}, {goal}"
 
 
-# --- What to heed ------------------------------------------------------------
+# --- Warnings ----------------------------------------------------------------
 
 
 def warnings(config, data, loop) -> list[str]:
-    """Returns what will probably not be as it is meant, a line each."""
+    """Returns warnings about settings that are probably a mistake."""
     found = [
         *config.recipe.remarks(),
         *_short_warmups(config),
     ]
-    needed, left = _needed(config, loop), memory_estimate.available()
+    needed, left = _bytes_needed(config, loop), memory_estimate.available()
     if _on_cpu() and None not in (needed, left) and needed > left:
         found.append(
             f"Training needs about {_size(needed)} more memory and "
@@ -261,7 +262,7 @@ def warnings(config, data, loop) -> list[str]:
 
 
 def _short_warmups(config):
-    """What takes epochs to begin, more of them than there are."""
+    """Warns of warm-ups that are as long as the run or longer."""
     for name, what in (
         ("epsilon_warmup", "the radius never reaches epsilon"),
         ("awp_warmup", "the weight perturbation never begins"),
@@ -275,7 +276,7 @@ def _short_warmups(config):
 
 
 def advice(config, data) -> str:
-    """Returns the sentence that says what makes a training shorter."""
+    """Returns a sentence that says how to shorten the training."""
     first = ["epochs"]
     if config.adversarial is not None and config.adversarial.steps:
         first.append("adv_steps")
@@ -283,7 +284,7 @@ def advice(config, data) -> str:
 
 
 def _smaller(config, data, first):
-    """Names the flags that make a run smaller, those in `first` before."""
+    """Names the flags that make a run smaller, beginning with `first`."""
     known = model_registry.entry(config.model).options
     names = [*first, *(name for name in _SIZES if name in known)]
     if not datasets.sizes(data.name):

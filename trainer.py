@@ -2,13 +2,14 @@
 
     python trainer.py --model=multi_gaze --dataset=imagenet10 --data_dir=data
 
-Without flags it trains multi_gaze on digits that come with scikit-learn. The
-weights, the history and the test accuracy go to the folder
+Without flags it trains multi_gaze on the digits of scikit-learn. The weights,
+the history and the test accuracy are written to the folder
 runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
 --resume continues.
 """
 
-# This file holds flags and the order of things, no formula and no layer.
+# This module defines the flags and the order of a run. Layers and formulas are
+# in other modules.
 
 import contextlib
 import dataclasses
@@ -18,7 +19,7 @@ import time
 from absl import flags
 
 import catalogue
-import command_line  # Before Keras: it quiets TensorFlow.
+import command_line  # Before Keras: it sets TensorFlow's log level.
 import datasets
 import handover_flags
 import model_flags
@@ -27,22 +28,22 @@ import run_folder
 import trained_runs
 import training_flags
 
-# Keras and what needs it is imported when it is needed: a missing data set
-# must be said before TensorFlow has taken its seconds to load.
+# Keras is imported inside functions: a missing data set must be reported before
+# TensorFlow has taken seconds to load.
 
 _MODEL = flags.DEFINE_string(
-    "model", "multi_gaze", "Model that is trained, one of those listed below."
+    "model", "multi_gaze", "Model to train, one of those listed below."
 )
 _DATASET = flags.DEFINE_string(
     "dataset",
     "cluttered_digits",
-    "Data set that it is trained on, one of those listed below.",
+    "Data set to train on, one of those listed below.",
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
-    "Folder of the data set's files, or the folder above it. By default none, "
-    "which is enough for cluttered_digits.",
+    "Folder of the data set's files, or the folder above it. By default none: "
+    "cluttered_digits needs no files.",
 )
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size",
@@ -61,13 +62,14 @@ _VALIDATION = flags.DEFINE_float(
     "validation_fraction",
     0.05,
     "Part of the training images held out to choose the best weights, in [0, "
-    "1); not used where the data set has validation images; 0 for none.",
+    "1); 0 disables validation. Not used if the data set has a validation "
+    "split.",
 )
 _SKIP_CORRUPT = flags.DEFINE_boolean(
     "skip_corrupt",
     False,
-    "Whether unreadable images are left out and counted (1) or end the "
-    "program (0).",
+    "Whether to skip and count unreadable images (1) or to stop with an error "
+    "(0).",
 )
 _DOWNLOAD = flags.DEFINE_boolean(
     "download",
@@ -77,28 +79,29 @@ _DOWNLOAD = flags.DEFINE_boolean(
 _RUNS_DIR = flags.DEFINE_string(
     "runs_dir",
     "runs",
-    "Folder of all runs; this one goes to <dataset>-<model>[-<tag>] in it.",
+    "Folder of all runs; this run goes to its subfolder "
+    "<dataset>-<model>[-<tag>].",
 )
 _TAG = flags.DEFINE_string(
     "tag", "", "Last part of the name of the run's folder. By default none."
 )
 _OVERWRITE = flags.DEFINE_boolean(
-    "overwrite", False, "Whether an earlier run of the same name is replaced."
+    "overwrite", False, "Whether to replace an earlier run of the same name."
 )
 _RESUME = flags.DEFINE_boolean(
     "resume",
     False,
-    "Whether the run of that name is continued where it stopped.",
+    "Whether to continue the run of that name where it stopped.",
 )
 _ONLY_EVALUATE = flags.DEFINE_boolean(
     "only_evaluate",
     False,
-    "Whether the finished run of that name is tested again, without training.",
+    "Whether to test the finished run of that name again, without training.",
 )
 _SEED = flags.DEFINE_integer(
     "seed",
     0,
-    "Seed from which all randomness comes.",
+    "Seed of all random numbers.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -111,7 +114,7 @@ _DISTRIBUTE = flags.DEFINE_string(
 _SAVE_EVERY = flags.DEFINE_float(
     "save_every",
     300.0,
-    "Seconds between two saves of the state within an epoch.",
+    "Seconds between saves of the training state within an epoch.",
     lower_bound=0.0,
 )
 _EVAL_BATCH = flags.DEFINE_integer(
@@ -123,27 +126,28 @@ _EVAL_BATCH = flags.DEFINE_integer(
 _WORST_CLASSES = flags.DEFINE_integer(
     "worst_classes",
     5,
-    "Number of classes in the table of the least accurate classes; 0 prints "
-    "no such table.",
+    "Number of classes in the table of the least accurate classes; 0 for no "
+    "table.",
     lower_bound=0,
 )
 _AUGMENT = flags.DEFINE_boolean(
     "augment",
     True,
-    "Whether the training images are augmented (1) or not (0).",
+    "Whether to augment the training images.",
 )
 
 _RECIPE_NAME = flags.DEFINE_string(
     "recipe",
     None,
-    "Recipe of a paper, one of those listed below, which brings its own "
-    "adversarial training. By default that of the data set.",
+    "Recipe of a paper, one of those listed below; it includes adversarial "
+    "training. By default the recipe of the data set.",
 )
 _CURRICULUM = flags.DEFINE_string(
     "read_out_curriculum",
     None,
-    "Read-out step of a recurrent model by epoch, pairs of epoch and step: "
-    "0:4,35:8,70:16. By default the recipe's, or always the last step.",
+    "Read-out step of a recurrent model by epoch, as epoch:step pairs, for "
+    "example 0:4,35:8,70:16. By default the recipe's, or always the last "
+    "step.",
 )
 _ON_COLLAPSE = flags.DEFINE_string(
     "on_collapse",
@@ -162,7 +166,7 @@ _ROBUST_VALIDATION = flags.DEFINE_integer(
 _ROBUST_STEPS = flags.DEFINE_integer(
     "robust_validation_steps",
     10,
-    "Gradient steps of that PGD.",
+    "Gradient steps of the PGD of --robust_validation.",
     lower_bound=1,
 )
 _ADV_TRAIN = flags.DEFINE_boolean(
@@ -171,12 +175,12 @@ _ADV_TRAIN = flags.DEFINE_boolean(
     "Whether to train on adversarial images. By default 0, and 1 with "
     "--adv_objective or the recipe of a paper.",
 )
-# What free training, which has no loop of its own, would not look at.
-_NOT_FREE = {
+# Attack settings that free training, which has no attack loop, does not use.
+_NOT_IN_FREE_TRAINING = {
     *("attack", "steps", "step_size", "step_rule", "random_start"),
     *("momentum", "loss", "l1_fraction", "epsilon_per_image", "train_mode"),
 }
-# Overrides; unset flags keep what recipe, data set and model have.
+# Unset flags keep the values of the recipe, the data set and the model.
 _RECIPE = model_flags.define(
     (*training_flags.RECIPE, *training_flags.AUGMENTATION)
 )
@@ -184,7 +188,7 @@ _STEP = model_flags.define(training_flags.STEP)
 _ADVERSARIAL = model_flags.define(training_flags.ADVERSARIAL)
 _OPTIONS = model_flags.define(model_flags.ROWS)
 flags.adopt_module_key_flags(model_flags)  # For --helpfull.
-# The themes of --help, which are those of the README; each flag is in one.
+# The sections of --help; each flag is in exactly one.
 THEMES = {
     "what": ("model", "dataset", "seed"),
     "devices": ("distribute",),
@@ -239,7 +243,7 @@ HELP = command_line.Help(
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run depends on; goes into its `config.json`.
+    """Everything that a run depends on; it is written to `config.json`.
 
     Attributes:
         model: Name in the registry.
@@ -248,18 +252,20 @@ class RunConfig:
             training.
         dataset: Name of the data set.
         recipe: A `recipes.Recipe`.
-        recipe_name: Its name in `recipes.NAMED`; None for the data set's.
+        recipe_name: Its name in `recipes.NAMED`; None for the recipe of the
+            data set.
         step: A `training_step.StepConfig`.
-        robust_validation: Validation images attacked after each epoch.
-        robust_validation_steps: Steps of that PGD.
+        robust_validation: Number of validation images that PGD attacks after
+            each epoch.
+        robust_validation_steps: Gradient steps of that PGD.
         on_collapse: See `robust_training.Loop`.
         data_dir, image_size, class_list, validation_fraction, skip_corrupt,
             download: Arguments of `datasets.load`.
-        runs_dir, tag: Where the run lives.
-        seed: Seed of everything.
+        runs_dir, tag: They determine the run's folder; see `folder`.
+        seed: Seed of all random numbers.
         distribute: See `training_step.scope`.
         save_every: Seconds between saves within an epoch.
-        eval_batch_size: Images a step in evaluation.
+        eval_batch_size: Images in a batch of validation and test.
     """
 
     model: str
@@ -294,10 +300,11 @@ class RunConfig:
 
 
 def config_from_flags():
-    """Makes the `RunConfig` of the parsed flags.
+    """Returns the `RunConfig` of the parsed flags.
 
     Raises:
-        ValueError: If a name or a value does not fit; names the near ones.
+        ValueError: If a name or a value does not fit. The message suggests
+            similar names.
     """
     import model_backbone
     import recipes
@@ -307,29 +314,29 @@ def config_from_flags():
     row = model_backbone.entry(_MODEL.value)
     run_folder.folder("", _DATASET.value, _MODEL.value, _TAG.value)  # Raises.
     if _DATASET.value not in datasets.names():
-        datasets.load(_DATASET.value)  # Raises, with the near names.
+        datasets.load(_DATASET.value)  # Raises and suggests similar names.
     options = {
         name: flag.value
         for name, flag in _OPTIONS.items()
-        # The handover's command lines switch off what a model does not have.
+        # The handover's command lines set options to 0 that the model lacks.
         if flag.value is not None
         and (flag.value is not False or name in row.options)
     }
     name = _recipe_name(options)
     adversarial = _adversarial_from_flags(name)
     step = training_step.StepConfig(**_given(_STEP))
-    if step.replays:  # Each is a pass: what counts in epochs is as much less.
+    if step.replays:  # Each replay is a pass over the images.
         step = dataclasses.replace(
             step,
             epsilon_warmup=step.epsilon_warmup / step.replays,
             awp_warmup=step.awp_warmup / step.replays,
         )
     fast = adversarial is not None and adversarial.objective == "fast"
-    attacked = _ROBUST_VALIDATION.value
-    if attacked is None:
-        attacked = 500 if adversarial else 0
+    num_attacked = _ROBUST_VALIDATION.value
+    if num_attacked is None:
+        num_attacked = 500 if adversarial else 0
     command_line.refuse_idle(
-        (not attacked, (_ROBUST_STEPS,), "without --robust_validation"),
+        (not num_attacked, (_ROBUST_STEPS,), "without --robust_validation"),
     )
     return RunConfig(
         model=_MODEL.value,
@@ -339,7 +346,7 @@ def config_from_flags():
         model_options=options,
         adversarial=adversarial,
         step=step,
-        robust_validation=attacked,
+        robust_validation=num_attacked,
         robust_validation_steps=_ROBUST_STEPS.value,
         on_collapse=_ON_COLLAPSE.value or ("restore" if fast else "stop"),
         data_dir=_DATA_DIR.value,
@@ -359,7 +366,7 @@ def config_from_flags():
 
 
 def _check_effect():
-    """Raises a ValueError for a flag that another one makes idle."""
+    """Raises a ValueError for a flag that has no effect beside another one."""
     command_line.refuse_idle(
         (
             _ONLY_EVALUATE.value,
@@ -381,7 +388,7 @@ def _given(flags_by_name):
 
 
 def _recipe_name(options):
-    """The recipe that is named, or that goes with model and data set."""
+    """The name of --recipe, or of the recipe of the model and data set."""
     import recipes
 
     name = _RECIPE_NAME.value
@@ -410,7 +417,7 @@ def _recipe_from_flags(name, adversarial, replays):
     if not _AUGMENT.value:
         given["augmentation"] = "none"
     recipe = recipe.override(**given)
-    if replays:  # Each of which is a pass over the images.
+    if replays:  # Each replay is a pass over the images.
         recipe = recipe.override(epochs=-(-recipe.epochs // replays))
     return recipe
 
@@ -420,23 +427,28 @@ def _adversarial_from_flags(recipe_name):
     import recipes
 
     given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
-    wanted = _ADV_TRAIN.value
-    if wanted is None:
-        wanted = base or "objective" in given
-    if not wanted:
+    enabled = _ADV_TRAIN.value
+    if enabled is None:
+        enabled = base or "objective" in given
+    if not enabled:
         for name, value in {**given, **_given(_STEP)}.items():
             shown = int(value) if isinstance(value, bool) else value
             raise ValueError(
-                f"--adv_{name}={shown} is a matter of adversarial "
-                "training; add --adv_train=1."
+                f"Expected --adv_train=1 with --adv_{name}, which is a setting "
+                f"of adversarial training. Received: --adv_{name}={shown}; add "
+                "--adv_train=1."
             )
         return None
-    free = sorted(_NOT_FREE & set(given)) if _STEP["replays"].value else ()
-    if free:
+    unused = (
+        sorted(_NOT_IN_FREE_TRAINING & set(given))
+        if _STEP["replays"].value
+        else ()
+    )
+    if unused:
         raise ValueError(
-            "Expected no attack of its own with --adv_replays, which take one "
-            "step of epsilon along the loss each. Received: "
-            f"--adv_{free[0]}={given[free[0]]}."
+            "Expected no settings of the attack with --adv_replays: each "
+            "replay is one step of epsilon along the gradient. Received: "
+            f"--adv_{unused[0]}={given[unused[0]]}."
         )
     for name in {"epsilon", "step_size", "sigma"} & set(given):
         given[name] = command_line.parsed(
@@ -446,14 +458,13 @@ def _adversarial_from_flags(recipe_name):
     if found.objective == "fast" and _STEP["replays"].value:
         raise ValueError(
             "Expected --adv_objective=madry or alp with --adv_replays, which "
-            "take the place of the one step of fast. Received: "
-            "--adv_objective=fast."
+            "replace the one step of fast. Received: --adv_objective=fast."
         )
     if found.objective == "fast" and _ROBUST_VALIDATION.value == 0:
         raise ValueError(
-            "Expected --robust_validation of some images with "
-            "--adv_objective=fast: they tell when it overfits its one step. "
-            "Received: --robust_validation=0."
+            "Expected --robust_validation > 0 with --adv_objective=fast: "
+            "robust validation detects when the model overfits the one-step "
+            "attack. Received: --robust_validation=0."
         )
     return found
 
@@ -473,7 +484,7 @@ def load_data(config):
 
 
 def build(config, data):
-    """Makes model and optimizer, deterministically from the seed."""
+    """Builds model and optimizer; the seed determines the weights."""
     import keras
 
     import recipes
@@ -498,7 +509,7 @@ def _model(config, data, dtype=None):
 
 
 def _objective(config, data):
-    """What the run minimizes, an object of `losses`."""
+    """The training objective of a run."""
     import keras
 
     import objectives
@@ -507,18 +518,18 @@ def _objective(config, data):
     if not config.adversarial:
         return objectives.Standard(label_smoothing=smoothing)
     backend = keras.config.backend()
-    twice = config.adversarial.objective == "llr"
-    if twice and config.model_options.get("remat") and backend == "tensorflow":
+    is_llr = config.adversarial.objective == "llr"
+    if is_llr and config.model_options.get("remat") and backend == "tensorflow":
         raise ValueError(
             "Expected no --remat with --adv_objective=llr on TensorFlow, which "
-            "cannot differentiate twice what it computes again. Received: "
-            "remat=True. Leave it out, or use KERAS_BACKEND=jax or torch."
+            "has no second derivatives of rematerialized layers. Received: "
+            "remat=True. Omit it, or use KERAS_BACKEND=jax or torch."
         )
     return config.adversarial.build(len(data.class_names), smoothing)
 
 
 def _loop(config, data, folder, callbacks):
-    """Makes the training loop of a run."""
+    """Builds the training loop of a run."""
     import robust_training
     import training_progress
 
@@ -572,24 +583,24 @@ def describe(config, data, model):
     }
 
 
-# What may differ between a run and its continuation: how it is computed, and
-# where it and its files lie, for a run may be moved or copied. What the files
-# hold is compared.
-_FREE = {
+# Fields that may differ when a run is resumed: how it is computed, and the
+# locations of the run and of its data, because runs may be moved or copied. The
+# content of the data is compared.
+_MAY_DIFFER = {
     *("provenance", "save_every", "eval_batch_size", "data_dir", "source"),
     *("distribute", "runs_dir", "tag", "download", "class_list_file"),
 }
 
 
 def open_folder(config, described, *, overwrite=False, resume=False):
-    """Makes the run's folder, or checks that it is the one to continue.
+    """Creates the run's folder, or checks that the run can be resumed.
 
-    The caller owns the folder.
+    The caller must own the folder (see `run_folder.own`).
 
     Raises:
         FileExistsError: If it exists and is neither resumed nor overwritten.
-        FileNotFoundError: If it is to be resumed and does not exist.
-        ValueError: If it is to be resumed with other settings.
+        FileNotFoundError: If it does not exist and `resume` is true.
+        ValueError: If `resume` is true and the settings differ.
     """
     folder = config.folder
     if not resume:
@@ -601,9 +612,9 @@ def open_folder(config, described, *, overwrite=False, resume=False):
         )
     needed = ("model", "dataset", "recipe", "seed")
     earlier = _completed(run_folder.read_config(folder, needed), config)
-    here = {k: v for k, v in described.items() if k not in _FREE}
+    current = {k: v for k, v in described.items() if k not in _MAY_DIFFER}
     changed = run_folder.differences(
-        earlier, {k: v for k, v in here.items() if k in earlier}
+        earlier, {k: v for k, v in current.items() if k in earlier}
     )
     if changed:
         raise ValueError(
@@ -615,7 +626,7 @@ def open_folder(config, described, *, overwrite=False, resume=False):
 
 
 def _completed(earlier, config):
-    """Adds the defaults of settings to a config that is older than they are."""
+    """Adds the defaults of newer settings to the config of an older version."""
 
     def complete(found, settings):
         for field in dataclasses.fields(settings):
@@ -635,10 +646,10 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
 
     Args:
         config: A `RunConfig`.
-        data: Its data set, if it is loaded already.
-        overwrite: Whether an earlier run of that name is replaced.
-        resume: Whether to go on with an earlier run of that name.
-        callbacks: Further Keras callbacks.
+        data: Its `datasets.Dataset`; None loads it.
+        overwrite: Whether to replace an earlier run of that name.
+        resume: Whether to continue an earlier run of that name.
+        callbacks: Additional Keras callbacks.
 
     Returns:
         The record of the final evaluation, also in `results.json`.
@@ -662,7 +673,7 @@ def _run(config, data, overwrite, resume, callbacks):
         shown = training_progress.Progress(
             config.recipe.batch_size, run_summary.advice(config, data)
         )
-        # Everything that can be wrong is, before the folder is made.
+        # Bad settings raise here, before the folder is created.
         with progress.busy("building the model"):
             loop = _loop(config, data, config.folder, (shown, *callbacks))
         described = describe(config, data, loop.model)
@@ -706,12 +717,12 @@ def _trained(config, data, loop, resume):
         kept = "Nothing was saved"
         if folder.exists():
             kept = (
-                f"What is in {folder} is of the last good epoch "
+                f"{folder} holds the last good epoch "
                 f"({len(loop.progress['history'])})"
             )
         command_line.fail(
-            f"{collapse}. {kept}. Lower --learning_rate, or end a run there "
-            "by --on_collapse=restore."
+            f"{collapse}. {kept}. Lower --learning_rate, or use "
+            "--on_collapse=restore to end the run with its last good weights."
         )
     record = _evaluate(config, data, loop)
     record["seconds"] = round(time.monotonic() - started, 1)
@@ -725,7 +736,7 @@ def _trained(config, data, loop, resume):
 def _kept_if_saved(folder, resume):
     """Deletes the folder of a new run that fails before its first save.
 
-    Otherwise the folder would stand in the way of the corrected command.
+    Otherwise the corrected command would need --overwrite.
     """
     try:
         yield
@@ -737,19 +748,20 @@ def _kept_if_saved(folder, resume):
 
 
 def _check_validation(config, data):
-    """Raises a ValueError if what needs validation images has none.
+    """Raises a ValueError if validation images are needed and there are none.
 
-    Nor is it to have any if the user says 0, though the set brings its own.
+    `validation_fraction=0` disables validation even if the data set has a
+    validation split.
     """
     fraction = config.validation_fraction
     if data.validation is not None and fraction:
         return
     if config.adversarial:
-        what = "adversarial training, which keeps the most robust weights"
+        what = "adversarial training, which saves the most robust weights"
     elif config.robust_validation:
         what = f"--robust_validation={config.robust_validation}"
     elif fraction:
-        what = "validation, or 0 to go without"
+        what = "validation, or 0 for no validation"
     else:
         return
     raise ValueError(
@@ -760,12 +772,12 @@ def _check_validation(config, data):
 
 
 def _validation(config, data):
-    """Returns what validates after each epoch; None without such images.
+    """Returns the function that validates a model; None without images.
 
-    Beside the clean accuracy that under PGD on a fixed subset: of the epochs
-    of adversarial training the best on clean images can be among the least
-    robust. A run without a radius of its own (standard training, noise) is
-    attacked at that of the data set's adversarial training.
+    It computes the clean accuracy and the accuracy under PGD on a fixed subset:
+    in adversarial training the epoch with the best clean accuracy can be among
+    the least robust. If the config has no radius (standard training, noise),
+    the attack uses the threat model of the data set's adversarial training.
     """
     import attack_backbone
     import model_backbone
@@ -807,7 +819,7 @@ def _validation(config, data):
 
 
 def _evaluate(config, data, loop):
-    """Counts every test image with the last and with the best weights."""
+    """Tests the last and the best weights on all test images."""
     folder, model, progress = loop.folder, loop.model, loop.progress
     best = progress["history"][progress["best_epoch"] - 1]
     record = {
@@ -838,7 +850,7 @@ def _evaluate(config, data, loop):
 
 
 def _test(config, images, model, weights, class_names):
-    """Counts the images of a split that a run's weights get right."""
+    """Computes the accuracy of a run's weights on a split."""
     import robust_evaluation
     import robust_training
 
@@ -852,14 +864,15 @@ def _test(config, images, model, weights, class_names):
 
 
 def evaluate(config, data=None):
-    """Tests a finished run again; trains and writes nothing.
+    """Tests a finished run again, without training and without writing.
 
     Args:
-        config: A `RunConfig`. It names the folder; the rest is the run's own.
-        data: The run's `datasets.Dataset`, if it is loaded already.
+        config: A `RunConfig` that determines the folder. All other settings
+            come from the run.
+        data: The run's `datasets.Dataset`; None loads it.
 
     Returns:
-        The record of the run, with what its weights reach now.
+        The record of the run, with new test results.
     """
     import robust_evaluation
     import robust_training
@@ -885,7 +898,7 @@ def evaluate(config, data=None):
     return record
 
 
-# What has to be in the record of a training run.
+# Required fields of the record of a training run, with a check of each.
 _RESULTS = {
     "best_epoch": ("a number", lambda v: type(v) is int),
     "ended": ("null or an object", lambda v: v is None or isinstance(v, dict)),
@@ -893,11 +906,11 @@ _RESULTS = {
 
 
 def _finished(config):
-    """Returns `results.json` and `config.json` of the run a config names.
+    """Returns `results.json` and `config.json` of the run of a config.
 
     Raises:
-        FileNotFoundError: If there is no such run, or none that has ended.
-        ValueError: If its model has other options than the config's.
+        FileNotFoundError: If there is no such run or it has not finished.
+        ValueError: If its model has other options than the config.
     """
     import model_backbone
 
@@ -909,8 +922,8 @@ def _finished(config):
         )
     if not (folder / "results.json").exists():
         raise FileNotFoundError(
-            f"The run in {folder} has not come to its end; continue it with "
-            "--resume in place of --only_evaluate."
+            f"The run in {folder} has not finished; continue it with --resume "
+            "instead of --only_evaluate."
         )
     run = run_folder.read_config(folder, ("model", "dataset", "model_options"))
     made = {
@@ -921,7 +934,7 @@ def _finished(config):
     for name in run_folder.changed(made, wanted):
         raise ValueError(
             f"The model in {folder} was made with {name}={made.get(name)}, not "
-            f"{wanted[name]}. Leave that out, or name another run with --tag."
+            f"{wanted[name]}. Omit that option, or name another run with --tag."
         )
     path = folder / "results.json"
     record = run_folder.read_json(path)
@@ -930,16 +943,16 @@ def _finished(config):
 
 
 def _nonfinite(count):
-    """Says how many images have no finite answer; empty if there is none."""
+    """The number of images with non-finite logits in words; "" for 0."""
     if not count:
         return ""
     return f" ({count} with NaN or infinite logits, counted as misclassified)"
 
 
 def main():
-    """Trains what the flags say and prints where everything is."""
+    """Runs the program: trains or tests a run and prints the results."""
     with command_line.guard():
-        if not _ONLY_EVALUATE.value:  # The run knows where its files lie.
+        if not _ONLY_EVALUATE.value:  # A run knows its data folder.
             datasets.require(
                 _DATASET.value,
                 data_dir=_DATA_DIR.value,
@@ -968,7 +981,7 @@ def main():
         ended = record["ended"]
         print(
             f"ended early: {ended['reason']} at step {ended['step']} (epoch "
-            f"{ended['epoch']}); these are the weights before"
+            f"{ended['epoch']}); the weights are those before it"
         )
     print(f"run: {config.folder}{os.sep}")
 

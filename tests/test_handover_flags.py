@@ -439,7 +439,7 @@ class TestOnlyEvaluate:
         refused("", "trained on another data set: its class_names is")
         run_folder.write_json(folder / run_folder.CONFIG, run)
         (folder / "results.json").unlink()
-        refused("", "has not come to its end; continue it with --resume")
+        refused("", "has not finished; continue it with --resume")
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, math.nan])

@@ -1,4 +1,4 @@
-"""Recipes are those of the texts, and schedules are their formulas."""
+"""Recipes have the values of the papers; schedules equal their formulas."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def numpy(x):
 
 
 class TestRecipes:
-    def test_every_data_set_has_one(self):
+    def test_every_data_set_has_a_recipe(self):
         assert set(recipes.RECIPES) == set(datasets.names())
 
     @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ class TestRecipes:
             ("cluttered_mnist", 95, 5e-7),
         ],
     )
-    def test_rates_are_the_handovers(self, name, epoch, want):
+    def test_learning_rates_are_those_of_the_handover(self, name, epoch, want):
         recipe = recipes.RECIPES[name]
         optimizer = recipes.make_optimizer(recipe, 10)
         optimizer.iterations.assign(epoch * 10)
@@ -43,11 +43,11 @@ class TestRecipes:
         want /= 1 + recipe.decay * epoch * 10
         assert rate == pytest.approx(want, rel=1e-5)
 
-    def test_drops_move_with_the_epochs(self):
+    def test_drops_scale_with_the_epochs(self):
         recipe = recipes.RECIPES["cifar10"].override(epochs=20)
         assert [epoch for epoch, _ in recipe.drops] == [8, 12, 16, 18]
 
-    def test_epochs_that_compress_a_schedule_are_said(self):
+    def test_too_few_epochs_for_the_drops_give_a_remark(self):
         usual = recipes.RECIPES["cifar10"]
         assert usual.remarks() == []
         assert usual.override(epochs=10).remarks() == []
@@ -55,13 +55,13 @@ class TestRecipes:
         assert "epochs 0.8, 1.2, 1.6, 1.8, less than one epoch" in line
         assert not usual.override(epochs=2, schedule="cosine").remarks()
 
-    def test_a_read_out_that_no_epoch_has_is_said(self):
+    def test_read_out_steps_without_an_epoch_give_a_remark(self):
         usual = recipes.NAMED["s3ta_16"].override(schedule="constant")
         assert usual.remarks() == usual.override(epochs=3).remarks() == []
         (line,) = usual.override(epochs=2).remarks()
         assert "read out at step 8." in line
 
-    def test_weight_decay_spares_biases_and_norms(self):
+    def test_weight_decay_excludes_biases_and_normalizations(self):
         recipe = recipes.Recipe(
             optimizer="sgd", learning_rate=1.0, weight_decay=0.1
         )
@@ -76,9 +76,9 @@ class TestRecipes:
         )
         optimizer.build(model.trainable_variables)
         before = [numpy(v).copy() for v in model.trainable_variables]
-        still = [np.zeros_like(b) for b in before]
+        zeros = [np.zeros_like(b) for b in before]
         optimizer.apply(
-            [ops.convert_to_tensor(g) for g in still],
+            [ops.convert_to_tensor(g) for g in zeros],
             model.trainable_variables,
         )
         for v, old in zip(model.trainable_variables, before, strict=True):
@@ -100,11 +100,11 @@ class TestRecipes:
             ({"read_outs": ((0, 0),)}, "read-out steps >= 1"),
         ],
     )
-    def test_bad_settings_are_named(self, changes, match):
+    def test_bad_settings_raise(self, changes, match):
         with pytest.raises(ValueError, match=match):
             recipes.Recipe().override(**changes)
 
-    def test_recipes_are_json(self):
+    def test_recipes_can_be_written_as_json(self):
         for recipe in {**recipes.RECIPES, **recipes.NAMED}.values():
             json.dumps(dataclasses.asdict(recipe))
 
@@ -117,7 +117,7 @@ def rate_at(recipe, epoch, steps=10):
 
 
 class TestNamed:
-    # S3TA, supplement 2; Xie et al., 2019, and its program; advex-uar's.
+    # S3TA, supplement 2; Xie et al., 2019, and their code; advex-uar.
     @pytest.mark.parametrize(
         "name,rates",
         [
@@ -140,26 +140,26 @@ class TestNamed:
             ),
         ],
     )
-    def test_rates_are_those_of_the_texts(self, name, rates):
+    def test_learning_rates_are_those_of_the_papers(self, name, rates):
         recipe = recipes.NAMED[name]
         found = {epoch: rate_at(recipe, epoch) for epoch in rates}
         assert found == pytest.approx(rates, rel=1e-4, abs=1e-8)
 
-    def test_the_handovers_rate_on_imagenet_decays_by_the_step(self):
-        """Keras 2's `decay`: it divides, and it is none of the weights."""
+    def test_imagenet_rate_of_the_handover_decays_with_the_step(self):
+        """The `decay` of Keras 2 divides the rate; it is no weight decay."""
         for name in ("imagenet", "imagenet100"):
             recipe = recipes.RECIPES[name]
             found = rate_at(recipe, 20, steps=100)
             assert found == pytest.approx(0.1 / 1.2)
             assert not recipe.weight_decay
 
-    def test_denoise_has_nesterovs_momentum(self):
+    def test_denoise_uses_nesterov_momentum(self):
         for name, want in (("denoise", True), ("s3ta", False)):
             optimizer = recipes.make_optimizer(recipes.NAMED[name], 10)
             assert optimizer.nesterov is want
             assert optimizer.momentum == 0.9
 
-    def test_s3ta_is_the_supplements(self):
+    def test_s3ta_has_the_settings_of_its_supplement(self):
         recipe = recipes.NAMED["s3ta"]
         assert (recipe.epochs, recipe.batch_size) == (120, 1024)
         assert recipe.learning_rate * 256 / 1024 == 0.05
@@ -168,26 +168,26 @@ class TestNamed:
         curriculum = recipes.NAMED["s3ta_16"].read_outs
         assert curriculum == ((0, 4), (35, 8), (70, 16))
 
-    def test_the_rate_moves_with_the_batch_unless_it_is_given(self):
+    def test_learning_rate_scales_with_the_batch_size_unless_given(self):
         recipe = recipes.NAMED["s3ta"]
         assert recipe.override(batch_size=256).learning_rate == 0.05
         given = recipe.override(batch_size=256, learning_rate=0.3)
         assert given.learning_rate == 0.3
-        still = recipes.RECIPES["imagenet"].override(batch_size=64)
-        assert still.learning_rate == 0.1
+        fixed = recipes.RECIPES["imagenet"].override(batch_size=64)
+        assert fixed.learning_rate == 0.1
 
-    def test_the_curriculum_moves_with_the_epochs_unless_it_is_given(self):
+    def test_read_outs_scale_with_the_epochs_unless_given(self):
         recipe = recipes.NAMED["s3ta_16"]
-        moved = recipe.override(epochs=12).read_outs
-        assert moved == ((0, 4), (3.5, 8), (7, 16))
-        # However short, it ends with the steps that the model has.
+        scaled = recipe.override(epochs=12).read_outs
+        assert scaled == ((0, 4), (3.5, 8), (7, 16))
+        # A run of any length ends with the last read-out step.
         assert recipe.override(epochs=2).read_outs[-1] == (1, 16)
         assert recipe.override(epochs=1).read_outs == ((0, 16),)
         pairs = ((0, 2), (5, 4))
         given = recipe.override(epochs=12, read_outs=pairs)
         assert given.read_outs == pairs
 
-    def test_the_attacks_are_those_of_the_texts(self):
+    def test_attacks_are_those_of_the_papers(self):
         attack = recipes.ADVERSARIAL["s3ta"].build(1000)
         assert attack.target == "random"
         attack = attack.attack
@@ -201,7 +201,7 @@ class TestNamed:
         assert fast.steps == 1
         assert fast.step_length == pytest.approx(10 / 255)
 
-    def test_every_one_has_an_attack(self):
+    def test_every_named_recipe_has_an_attack(self):
         assert set(recipes.ADVERSARIAL) == set(recipes.NAMED)
         for config in recipes.ADVERSARIAL.values():
             assert isinstance(config, objectives.AdversarialConfig)
@@ -216,13 +216,13 @@ class TestNamed:
             ("resnet", "imagenet", {}, None),
         ],
     )
-    def test_a_model_has_the_recipe_of_its_text(
+    def test_models_have_the_recipe_of_their_paper(
         self, model, dataset, options, want
     ):
         assert recipes.by_model(model, dataset, options) == want
 
     @pytest.mark.parametrize("text", ["4", "0:4,8", "0:a", "0:4:8", ""])
-    def test_read_outs_that_are_none_are_named(self, text):
+    def test_bad_read_outs_raise(self, text):
         with pytest.raises(ValueError, match="read_outs like 0:4,35:8"):
             recipes.parse_read_outs(text)
 
@@ -237,7 +237,7 @@ def test_warmup_and_cosine_by_formula():
 
 
 def test_cycle_by_formula():
-    """Wong et al.'s: interpolated between 0, 2/5 of the run and its end."""
+    """Linear between 0, 2/5 of the run and its end, as in Wong et al."""
     schedule = recipes.Schedule("cyclic", 2.0, 50)
     for step in (0, 10, 19, 20, 35, 49, 60):
         want = np.interp(step + 1, [0, 20, 50], [0.0, 2.0, 0.0])

@@ -1,4 +1,4 @@
-"""What is said before a run: numbers that are counted, and what to heed."""
+"""The summary before a run: memory estimate, lines and warnings."""
 
 import dataclasses
 import types
@@ -23,7 +23,7 @@ import training_step
 
 
 def model_of_two_views():
-    """One branch that is called twice, in a model that holds it."""
+    """A model that calls one branch twice."""
     inner = keras.Input((8, 8, 1))
     x = layers.Conv2D(4, 3, padding="same")(inner)
     x = layers.ReLU()(layers.BatchNormalization()(x))
@@ -36,14 +36,14 @@ def model_of_two_views():
 
 class TestMemory:
     def test_kept_outputs_are_counted_by_hand(self):
-        # Convolution and activation twice, what joins them, pool, logits; only
-        # TensorFlow frees the output of the normalization.
+        # Convolution and activation twice, the concatenation, the pool and the
+        # logits. Only TensorFlow frees the output of the normalization.
         each = 2 if keras.config.backend() == "tensorflow" else 3
         values = 2 * (each * 8 * 8 * 4) + 8 * 8 * 8 + 8 + 3
         model = model_of_two_views()
         assert memory_estimate.kept_bytes(model, 5) == 5 * 4 * values
 
-    def test_counting_leaves_the_model_as_it_is(self):
+    def test_counting_does_not_change_the_model(self):
         model = model_of_two_views()
         nodes = [len(layer._inbound_nodes) for layer in model.layers]
         memory_estimate.kept_bytes(model, 5)
@@ -66,23 +66,23 @@ class TestMemory:
         one = memory_estimate.kept_bytes(model, 1)
         assert 0 < one and memory_estimate.kept_bytes(model, 7) == 7 * one
 
-    def test_views_that_are_folded_into_the_batch_count_each(self):
+    def test_each_folded_view_counts(self):
         views = keras.Input((3, 8, 8, 1))
         folded = model_parts.FoldViews()(views)
         joined = model_parts.JoinViews(3)(
             layers.Dense(2)(layers.Flatten()(folded))
         )
         model = keras.Model(views, joined)
-        # The views folded, two values each, and those joined.
+        # The folded views, two features of each, and the joined features.
         values = 3 * 64 + 3 * 2 + 6
         assert memory_estimate.kept_bytes(model, 5) == 5 * 4 * values
 
-    def test_of_random_gazes_one_is_drawn_in_training(self):
+    def test_random_gazes_count_once_in_training(self):
         build = {"num_classes": 3, "image_shape": (32, 32, 3)}
-        alone = model_backbone.create("resnet_cifar", **build)
-        looking = model_backbone.create("resnet_cifar", sampling=True, **build)
-        ratio = memory_estimate.kept_bytes(looking, 2)
-        ratio /= memory_estimate.kept_bytes(alone, 2)
+        plain = model_backbone.create("resnet_cifar", **build)
+        sampling = model_backbone.create("resnet_cifar", sampling=True, **build)
+        ratio = memory_estimate.kept_bytes(sampling, 2)
+        ratio /= memory_estimate.kept_bytes(plain, 2)
         assert 1.0 < ratio < 1.2
 
     @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ class TestMemory:
             ("llr", 2),
         ],
     )
-    def test_passes_of_an_objective(self, name, want):
+    def test_passes_of_each_objective(self, name, want):
         settings = {} if name == "noise" else {"epsilon": 0.1}
         objective = objectives.AdversarialConfig(name, **settings).build(3, 0.0)
         if name == "llr" and keras.config.backend() == "jax":
-            want = 4  # The slope is traced in a pass of its own.
+            want = 4  # JAX traces the slope in a separate pass.
         assert memory_estimate.passes(objective, 3) == want
 
     def test_standard_training_is_one_pass(self):
         assert memory_estimate.passes(objectives.Standard(), 3) == 1
 
-    def test_a_step_grows_with_batch_and_weights(self):
+    def test_step_bytes_grow_with_the_batch_and_the_weights(self):
         model = model_of_two_views()
         need = memory_estimate.step_bytes
         small = need(model, 10, objectives.Standard())
@@ -120,7 +120,7 @@ class TestMemory:
             model, 10, objectives.Standard(), awp=True
         ) == pytest.approx(small + 2 * weights, abs=1)
 
-    def test_the_container_counts(self, tmp_path):
+    def test_available_memory_of_a_container(self, tmp_path):
         assert list(memory_estimate._of_container(tmp_path)) == []
         (tmp_path / "memory.current").write_text("300\n")
         (tmp_path / "memory.max").write_text("max\n")
@@ -128,7 +128,7 @@ class TestMemory:
         (tmp_path / "memory.max").write_text("1000\n")
         assert list(memory_estimate._of_container(tmp_path)) == [700]
 
-    def test_this_process_uses_some(self):
+    def test_memory_of_this_process(self):
         assert 2**24 < memory_estimate.used() < 2**40
 
 
@@ -152,7 +152,7 @@ def tiny(name="folder"):
 
 
 def run_of(tmp_path, model="multi_gaze", **changes):
-    """A config, its data and its loop on a small model."""
+    """A config, a data set and the loop of a small model."""
     recipe = recipes.Recipe(
         epochs=10,
         batch_size=8,
@@ -187,7 +187,7 @@ def run_of(tmp_path, model="multi_gaze", **changes):
 
 
 class TestTraining:
-    def test_it_says_what_is_trained_on_what(self, tmp_path):
+    def test_summary_names_model_data_and_recipe(self, tmp_path):
         lines = run_summary.of_training(*run_of(tmp_path))
         text = "\n".join(lines)
         for part in (
@@ -206,7 +206,7 @@ class TestTraining:
         ):
             assert part in text, (part, text)
 
-    def test_it_says_how_it_is_attacked(self, tmp_path):
+    def test_summary_describes_the_attack(self, tmp_path):
         attacked = objectives.AdversarialConfig(
             epsilon=8 / 255, steps=5, step_size=0.01, target="random"
         )
@@ -217,16 +217,16 @@ class TestTraining:
             for line in lines
         )
 
-    def test_what_is_resumed_says_where(self, tmp_path):
+    def test_resumed_run_names_its_step(self, tmp_path):
         config, data, loop = run_of(tmp_path)
         loop.progress["step"] = 7
         (line, *_) = run_summary.of_training(config, data, loop)
         assert line.endswith("(resumed at step 7 of 50)")
 
-    def test_a_usual_run_has_no_warning(self, tmp_path):
+    def test_default_run_has_no_warning(self, tmp_path):
         assert run_summary.warnings(*run_of(tmp_path)) == []
 
-    def test_too_little_memory_is_said_with_what_to_change(
+    def test_too_little_memory_is_a_warning_with_flags(
         self, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(memory_estimate, "available", lambda: 10**8)
@@ -235,14 +235,14 @@ class TestTraining:
         for flag in ("batch_size", "width", "num_transformers", "image_size"):
             assert f"--{flag}" in line
 
-    def test_a_set_of_one_size_is_not_to_be_made_smaller(self, tmp_path):
+    def test_advice_omits_image_size_for_fixed_sizes(self, tmp_path):
         config, _, _ = run_of(tmp_path)
         said = run_summary.advice(config, tiny("mnist"))
         assert "--image_size" not in said and "--adv_steps" not in said
         assert said.startswith("Choose a smaller --epochs, --width,")
 
     @pytest.mark.parametrize("name", ["epsilon_warmup", "awp_warmup"])
-    def test_a_warmup_as_long_as_the_run_is_said(self, name, tmp_path):
+    def test_warmup_as_long_as_the_run_is_a_warning(self, name, tmp_path):
         step = training_step.StepConfig(awp=0.1, **{name: 10})
         (line,) = run_summary.warnings(*run_of(tmp_path, step=step))
         assert f"--adv_{name}=10 and 10 epochs" in line
@@ -250,7 +250,7 @@ class TestTraining:
         assert not run_summary.warnings(*run_of(tmp_path, step=step))
 
 
-def test_an_attack_says_what_is_attacked_and_how():
+def test_summary_of_an_attack():
     context = {
         "run": "runs/x",
         "weights": "best",
@@ -271,7 +271,7 @@ def test_an_attack_says_what_is_attacked_and_how():
     for part in (
         "run        runs/x, best weights",
         "200 of 200 test images of mnist",
-        "pgd steps 10, 100 restarts 1; eot 3; made on runs/y",
+        "pgd steps 10, 100 restarts 1; eot 3; crafted on the surrogate runs/y",
         "linf 1/255, 0.1, untargeted",
         "batches of 64",
     ):

@@ -1,4 +1,4 @@
-"""Flags become one config, one config becomes one run."""
+"""The training program: flags to a config, and a config to a run."""
 
 import contextlib
 import csv
@@ -90,7 +90,7 @@ def history(folder):
 
 
 class TestFlags:
-    def test_without_flags_it_is_multi_gaze_on_the_embedded_digits(self):
+    def test_defaults_are_multi_gaze_on_cluttered_digits(self):
         found = parse("")
         assert (found.model, found.dataset) == (
             "multi_gaze",
@@ -100,7 +100,7 @@ class TestFlags:
         assert found.model_options == {}
 
     @pytest.mark.parametrize("line", HANDOVER)
-    def test_the_handovers_lines_are_taken_word_for_word(self, line):
+    def test_command_lines_of_the_handover_are_accepted(self, line):
         found = parse(line + " --data_dir=somewhere")
         assert found.recipe == recipes.RECIPES["imagenet10"]
         assert found.recipe.epochs == 400 and found.recipe.batch_size == 32
@@ -129,9 +129,7 @@ class TestFlags:
             ("--augment=0", "augmentation", "none"),
         ],
     )
-    def test_every_default_of_the_recipe_can_be_overridden(
-        self, line, field, want
-    ):
+    def test_recipe_settings_can_be_overridden(self, line, field, want):
         assert getattr(parse(line).recipe, field) == want
 
     @pytest.mark.parametrize("name", sorted(trainer._OPTIONS))
@@ -167,23 +165,23 @@ class TestFlags:
             ("--ema=1", "momentum of the averaged weights.*ema=1"),
             (
                 "--adv_train=1 --adv_replays=4 --adv_steps=7",
-                "no attack of its own with --adv_replays.*--adv_steps=7",
+                "no settings of the attack with --adv_replays.*--adv_steps=7",
             ),
             (
                 "--adv_train=1 --adv_replays=4 --adv_loss=margin",
-                "no attack of its own with --adv_replays.*--adv_loss=margin",
+                "no settings of the attack with.*--adv_loss=margin",
             ),
             (
                 "--adv_objective=fast --adv_replays=4",
-                "take the place of the one step of fast",
+                "replace the one step of fast",
             ),
             (
                 "--adv_objective=fast --robust_validation=0",
-                "tell when it overfits.*--robust_validation=0",
+                "detects when the model overfits.*--robust_validation=0",
             ),
         ],
     )
-    def test_bad_values_name_what_is_near(self, line, match):
+    def test_bad_values_raise(self, line, match):
         with pytest.raises(ValueError, match=match):
             parse(line)
 
@@ -195,7 +193,9 @@ class TestFlags:
         assert found.adversarial == objectives.CONFIGS[dataset]
         assert found.recipe == recipes.ADVERSARIAL_RECIPES[dataset]
 
-    def test_adversarial_training_on_cifar_is_the_handovers(self):
+    def test_adversarial_training_on_cifar_has_the_settings_of_the_handover(
+        self,
+    ):
         found = parse("--dataset=cifar10 --adv_train=1")
         assert found.recipe == recipes.Recipe(
             optimizer="sgd",
@@ -241,7 +241,7 @@ class TestFlags:
             weight=0.3,
         )
 
-    def test_slope_weight_and_sigma_belong_to_one_objective_each(self):
+    def test_slope_weight_is_for_llr_and_sigma_for_noise(self):
         with flagsaver.flagsaver():
             found = parse("--adv_objective=llr --adv_slope_weight=2")
         found = found.adversarial
@@ -250,8 +250,8 @@ class TestFlags:
         assert found.sigma == 16 / 255 and found.epsilon is None
 
     @pytest.mark.parametrize("name", objectives.OBJECTIVES)
-    def test_an_objective_implies_adversarial_training(self, name):
-        """And keeps the radius of the data set; noise makes it its sigma."""
+    def test_adv_objective_implies_adversarial_training(self, name):
+        """The radius is that of the data set; noise uses it as sigma."""
         found = parse(f"--dataset=mnist --data_dir=x --adv_objective={name}")
         assert found.adversarial.objective == name
         radius = found.adversarial.epsilon or found.adversarial.sigma
@@ -259,8 +259,8 @@ class TestFlags:
         assert found.recipe == recipes.ADVERSARIAL_RECIPES["mnist"]
 
     @pytest.mark.parametrize("name", ["trades", "llr", "noise"])
-    def test_an_objective_trains(self, name, tmp_path):
-        """With smoothed labels, which its losses are given."""
+    def test_training_with_each_objective(self, name, tmp_path):
+        """Label smoothing of the recipe is passed to the objective."""
         size = "" if name == "noise" else "--adv_steps=1"
         chosen = parse(
             f"--runs_dir={tmp_path} --model=madry_cnn --width=2 --epochs=1 "
@@ -273,8 +273,8 @@ class TestFlags:
         record = trainer.run(chosen, tiny())
         assert record["best_validation_robust_accuracy"] is not None
 
-    def test_a_run_is_summed_up_before_it_begins(self, tmp_path, capsys):
-        """With what a schedule of steps comes to in two epochs."""
+    def test_prints_a_summary_before_training(self, tmp_path, capsys):
+        """Warnings included: the drops of the rate are too close together."""
         chosen = adversarial(
             tmp_path, "--schedule=steps --adv_epsilon_warmup=2"
         )
@@ -291,7 +291,7 @@ class TestFlags:
         assert heads[10] == "epoch"
 
     def test_local_linearity_is_not_rematerialized_on_tensorflow(self):
-        """Which says so itself, late, in a paragraph about recompute_grad."""
+        """TensorFlow's own error comes late and is hard to understand."""
         line = "--model=s3ta --vision=simple_cnn --remat=1 --adv_objective=llr"
         chosen = parse(line)
         if keras.config.backend() == "tensorflow":
@@ -301,12 +301,12 @@ class TestFlags:
             assert trainer._objective(chosen, tiny()).weight == 4.0
 
     @pytest.mark.parametrize("name", sorted(trainer._ADVERSARIAL))
-    def test_its_flags_ask_for_it(self, name):
+    def test_adversarial_flags_need_adv_train(self, name):
         with pytest.raises(ValueError, match=f"adv_{name}=1.*add --adv_train"):
             parse(f"--adv_train=0 --adv_{name}=1")
 
     @pytest.mark.parametrize("name", sorted(trainer._STEP))
-    def test_flags_of_its_step_ask_for_it(self, name):
+    def test_flags_of_the_step_need_adv_train(self, name):
         value = {"craft_dtype": "bfloat16"}.get(name, 1)
         with pytest.raises(ValueError, match=f"adv_{name}=.*add --adv_train"):
             parse(f"--adv_{name}={value}")
@@ -315,7 +315,7 @@ class TestFlags:
         assert getattr(found, name) == value
 
     @pytest.mark.parametrize("name", recipes.NAMED)
-    def test_a_named_recipe_comes_with_its_attack(self, name):
+    def test_named_recipe_includes_its_attack(self, name):
         line = f"--recipe={name} --dataset=cifar10"
         found = parse(line)
         assert found.recipe == recipes.NAMED[name]
@@ -325,7 +325,7 @@ class TestFlags:
         assert clean.adversarial is None
         assert clean.recipe == found.recipe and not clean.robust_validation
 
-    def test_a_named_recipe_can_be_overridden(self):
+    def test_named_recipe_can_be_overridden(self):
         found = parse("--recipe=s3ta --batch_size=256 --adv_steps=30")
         assert found.recipe.learning_rate == 0.05
         assert found.adversarial.steps == 30
@@ -333,7 +333,7 @@ class TestFlags:
         found = parse("--recipe=at_cifar10 --adv_epsilon=1/255")
         assert found.adversarial.step_size == pytest.approx(2 / 255 / 8)
 
-    def test_s3ta_on_imagenet_is_the_papers_training(self):
+    def test_s3ta_on_imagenet_uses_the_recipe_of_its_paper(self):
         line = "--model=s3ta --dataset=imagenet --data_dir=somewhere"
         assert parse(line).recipe_name == "s3ta_16"
         assert parse(f"{line} --num_steps=4").recipe_name == "s3ta"
@@ -349,8 +349,8 @@ class TestFlags:
             ("--model=s3ta --recipe=s3ta --dataset=cifar10", None),
         ],
     )
-    def test_the_texts_sides_go_with_their_recipes(self, line, side):
-        """Of 224 pixels S3TA makes its map of 28x28."""
+    def test_recipes_of_papers_set_the_image_size(self, line, side):
+        """From 224 pixels S3TA computes a map of 28x28."""
         assert parse(f"{line} --data_dir=somewhere").image_size == side
 
     @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ class TestFlags:
             ("--adv_objective=fast --on_collapse=stop", "stop"),
         ],
     )
-    def test_fast_training_ends_where_it_overfits(self, line, want):
+    def test_fast_training_restores_by_default(self, line, want):
         assert parse(line).on_collapse == want
 
     def test_replays_divide_the_epochs(self):
@@ -374,7 +374,7 @@ class TestFlags:
 
 
 class TestRun:
-    def test_leaves_everything_a_run_consists_of(self, tmp_path):
+    def test_writes_all_files_of_a_run(self, tmp_path):
         chosen = config(tmp_path, "--tag=x --seed=5")
         record = trainer.run(chosen, tiny())
         folder = tmp_path / "cluttered_digits-multi_gaze-x"
@@ -401,16 +401,16 @@ class TestRun:
             assert sum(classes["num_examples"]) == 10
             counts = record[weights]["confusion"]["clean"]
             assert np.sum(counts) == 10
-            right = np.diagonal(counts).tolist()
-            assert right == classes["clean_correct"]
-        # Independent: count again with the rebuilt model.
+            correct = np.diagonal(counts).tolist()
+            assert correct == classes["clean_correct"]
+        # Compared with the accuracy of the rebuilt model.
         model, _ = robust_training.load_run(folder)
         data = tiny().test
         logits = model.predict(data.read(np.arange(10)), verbose=0)
         want = np.mean(logits.argmax(-1) == data.labels)
         assert record["best"]["accuracy"] == pytest.approx(want)
 
-    def test_is_the_same_twice_and_differs_by_seed(self, tmp_path):
+    def test_training_is_reproducible_and_depends_on_the_seed(self, tmp_path):
         def weights(line):
             chosen = config(tmp_path, line)
             trainer.run(chosen, tiny())
@@ -439,7 +439,7 @@ class TestRun:
         assert chosen.folder.exists() == resume
         assert resume or not [*tmp_path.iterdir()]
 
-    def test_exists_already(self, tmp_path, capsys):
+    def test_existing_run_is_not_overwritten(self, tmp_path, capsys):
         chosen = config(tmp_path)
         trainer.run(chosen, tiny())
         weights = chosen.folder / "best.weights.h5"
@@ -452,7 +452,7 @@ class TestRun:
         assert weights.read_bytes() == before
         trainer.run(chosen, tiny(), overwrite=True)
 
-    def test_resume_wants_the_same_settings(self, tmp_path, capsys):
+    def test_resume_needs_the_same_settings(self, tmp_path, capsys):
         trainer.run(config(tmp_path), tiny())
         with pytest.raises(SystemExit):
             trainer.run(config(tmp_path, "--seed=4"), tiny(), resume=True)
@@ -477,7 +477,7 @@ class TestRun:
         given = {"epsilon": 0.1, "steps": 2, "target": "random"}
         assert given.items() <= written["adversarial"].items()
         part = adversarial(tmp_path, line + "part")
-        asked = iter([False, True])  # To stop, in the middle of an epoch.
+        asked = iter([False, True])  # Stops in the middle of an epoch.
         with monkeypatch.context() as patch:
             patch.setattr(
                 command_line,
@@ -506,8 +506,8 @@ class TestRun:
         for a, b in zip(*rows, strict=True):
             assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
-    def test_validation_is_clean_and_under_attack(self, tmp_path):
-        """Counted again with the kept weights, on the subset of the seed."""
+    def test_validation_has_clean_and_robust_accuracy(self, tmp_path):
+        """Compared with an evaluation of the saved weights."""
         line = "--epochs=1 --robust_validation=7 --robust_validation_steps=3"
         chosen = adversarial(tmp_path, line)
         record = trainer.run(chosen, tiny())
@@ -540,7 +540,7 @@ class TestRun:
             ),
         ],
     )
-    def test_no_validation_images_is_one_line(
+    def test_missing_validation_images_raise_one_line(
         self, tmp_path, capsys, line, match
     ):
         data = dataclasses.replace(tiny(), validation=None)
@@ -552,7 +552,7 @@ class TestRun:
         assert match in error and error.count("\n") == 1
         assert not chosen.folder.exists()
 
-    def test_none_are_wanted_though_the_set_brings_its_own(
+    def test_validation_fraction_0_ignores_the_split_of_the_data_set(
         self, tmp_path, capsys
     ):
         chosen = config(tmp_path, "--validation_fraction=0 --adv_train=1")
@@ -561,7 +561,7 @@ class TestRun:
         assert stopped.value.code == 2
         assert "validation_fraction=0 of" in capsys.readouterr().err
 
-    def test_every_part_of_the_step_in_one_run(self, tmp_path):
+    def test_run_with_every_option_of_the_step(self, tmp_path):
         chosen = adversarial(
             tmp_path,
             "--adv_craft_dtype=bfloat16 --adv_awp=0.01 --l2=1e-4 --ema=0.5 "
@@ -579,13 +579,13 @@ class TestRun:
         }
         assert record["ended"] is None and record["step"] == written["step"]
         assert record["objective"]["train_mode"] is False
-        # What was validated and is kept are the averaged weights.
+        # The averaged weights are validated and saved.
         model, _ = robust_training.load_run(chosen.folder, "last")
         held = robust_evaluation.accuracy(model, tiny().validation)
         row = history(chosen.folder)[0]
         assert float(row["validation_loss"]) == pytest.approx(held["loss"])
 
-    def test_free_training(self, tmp_path):
+    def test_free_training_repeats_each_batch(self, tmp_path):
         line = "--recipe=at_mnist --adv_replays=2 --learning_rate=1e-3"
         chosen = parse(
             f"--runs_dir={tmp_path} --model=madry_cnn --width=2 --epochs=3 "
@@ -597,7 +597,7 @@ class TestRun:
         assert [row["step"] for row in rows] == ["6", "12"]
 
     @pytest.mark.parametrize("choice", ["stop", "restore"])
-    def test_a_collapse_is_told(self, tmp_path, capsys, monkeypatch, choice):
+    def test_collapse_is_reported(self, tmp_path, capsys, monkeypatch, choice):
         scores = iter([0.9, 0.2])
 
         def validate(model):
@@ -620,7 +620,7 @@ class TestRun:
         assert not (chosen.folder / "results.json").exists()
         assert (chosen.folder / "last.weights.h5").exists()
 
-    def test_a_full_disk_is_one_line(self, tmp_path, capsys, monkeypatch):
+    def test_full_disk_is_one_line(self, tmp_path, capsys, monkeypatch):
         def full(*arguments):
             raise OSError(28, "No space left on device", "state.npz")
 
@@ -630,7 +630,7 @@ class TestRun:
         assert stopped.value.code == 2
         assert "No space left on device" in capsys.readouterr().err
 
-    def test_a_batch_that_does_not_fit_is_one_line(self, tmp_path, capsys):
+    def test_batch_larger_than_the_data_is_one_line(self, tmp_path, capsys):
         with pytest.raises(SystemExit):
             trainer.run(config(tmp_path, "--batch_size=100"), tiny())
         assert "batch of 100 images" in capsys.readouterr().err
@@ -654,7 +654,7 @@ def call(*arguments, **environment):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
-    """From the shell; the next test has more of it, and no new process."""
+    """In a new process; the next test has more cases without one."""
     done = call(*arguments, f"--runs_dir={tmp_path}")
     assert done.returncode == 2
     assert message in done.stderr
@@ -679,7 +679,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
         ("--distribute=all", "one of none, mirrored"),
     ],
 )
-def test_what_does_not_fit_is_one_line(line, message, tmp_path, capsys):
+def test_bad_settings_are_one_line(line, message, tmp_path, capsys):
     flags.FLAGS(["trainer.py", *shlex.split(line), f"--runs_dir={tmp_path}"])
     status, _, said = programs.outcome(trainer.main, capsys)
     assert status == 2 and message in said
