@@ -158,9 +158,9 @@ class FGSM(attack_rounds.Attack):
         del round_index, step_index
         images = state["images"]
         state, value, logits, grad = self.gradient(logits_fn, state, images)
-        state = self._update_best(state, images, value, logits)
+        state = self.update_best(state, images, value, logits)
         candidates = self._take_step(images, ops.zeros_like(images), grad)
-        return self._update_best(
+        return self.update_best(
             state, candidates, *self.ascended_loss(logits_fn, state)(candidates)
         )
 
@@ -286,13 +286,13 @@ class Iterative(attack_rounds.Attack):
             value, logits = self.ascended_loss(logits_fn, state)(
                 state["images"]
             )
-            return self._update_best(state, state["images"], value, logits)
+            return self.update_best(state, state["images"], value, logits)
         outputs = losses.outputs_of(logits_fn(state["images"]))
         state = {**state, **_clean_attention(outputs)}
         value = attack_rounds.mean_loss(
             self.loss, outputs, state["labels"], state.get("targets")
         )
-        return self._update_best(state, state["images"], value, outputs.logits)
+        return self.update_best(state, state["images"], value, outputs.logits)
 
     def _optimizer_state(self, images):
         """Zero state of the optimizer, from which each round starts."""
@@ -312,7 +312,7 @@ class Iterative(attack_rounds.Attack):
         iterate = attack_rounds.perturbed(state["images"], state["delta"])
         state, value, logits, grad = self.gradient(logits_fn, state, iterate)
         if self.keep != "last":
-            state = self._update_best(state, iterate, value, logits)
+            state = self.update_best(state, iterate, value, logits)
         return self._update_delta(state, grad, step_index)
 
     def _update_delta(self, state, grad, step_index):
@@ -342,7 +342,7 @@ class Iterative(attack_rounds.Attack):
         """See `Attack.end`: evaluates the last iterate."""
         del round_index
         iterate = attack_rounds.perturbed(state["images"], state["delta"])
-        return self._update_best(
+        return self.update_best(
             state, iterate, *self.ascended_loss(logits_fn, state)(iterate)
         )
 

@@ -135,7 +135,7 @@ class Attack:
         """
         state = self._initial_state(images, labels, keys, targets)
         value, logits = self.ascended_loss(logits_fn, state)(state["images"])
-        return self._update_best(state, state["images"], value, logits)
+        return self.update_best(state, state["images"], value, logits)
 
     def begin(self, logits_fn, state, round_index):
         """Starts round `round_index`, an integer or a scalar tensor."""
@@ -320,10 +320,19 @@ class Attack:
         )
         return mark_nonfinite(state, flags), value, logits, grad
 
-    def _update_best(self, state, images, value, logits, allowed=True):
+    def update_best(self, state, images, value, logits, allowed=True):
         """Compares candidates with the best so far and keeps the better.
 
-        Candidates that are not `allowed` are never kept.
+        Args:
+            state: The state.
+            images: Candidates, of the shape of `state["images"]`.
+            value: Their attack loss, `(batch,)`.
+            logits: Their logits, `(batch, classes)`.
+            allowed: Booleans, scalar or `(batch,)`; other candidates are never
+                kept.
+
+        Returns:
+            The new state.
         """
         success, misclassified = losses.judge(
             logits, state["labels"], state.get("targets")

@@ -224,7 +224,7 @@ class APGD(attack_rounds.Attack):
         delta = self._next_iterate(state, row)
         iterate = attack_rounds.perturbed(state["images"], delta)
         state, value, logits, grad = self.gradient(logits_fn, state, iterate)
-        state = self._update_best(
+        state = self.update_best(
             state,
             iterate,
             self._candidate_loss(value, logits, state),
@@ -429,7 +429,7 @@ class APGDT(APGD):
         outputs = losses.outputs_of(logits_fn(state["images"]))
         logits = ops.cast(outputs.logits, "float32")
         value = self._candidate_loss(None, logits, state)
-        state = self._update_best(state, state["images"], value, logits)
+        state = self.update_best(state, state["images"], value, logits)
         state = {**state, **self._optimizer_state(state["images"])}
         return {**state, "scores": logits, "aim": state["labels"]}
 

@@ -169,7 +169,7 @@ class FAB(attack_rounds.Attack):
         state = self._initial_state(images, labels, keys, targets)
         images = state["images"]
         value, logits = self.ascended_loss(logits_fn, state)(images)
-        state = self._update_best(state, images, value, logits)
+        state = self.update_best(state, images, value, logits)
         distance = ops.where(state["success"], 0.0, math.inf)
         return {
             **state,

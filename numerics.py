@@ -1,14 +1,14 @@
 """Lp geometry, input gradients and keyed randomness for every Keras backend.
 
-`keras.ops` has neither a gradient transform nor one way to compile a function,
-so `value_and_grad`, `compile_call` and `fuse` are where TensorFlow, JAX and
-Torch differ. Everything else is plain `keras.ops`. Nothing here knows about
-models, data or flags.
+`keras.ops` has no gradient transform and no function that compiles another, so
+that `value_and_grad`, `compile_call` and `fuse` have code for TensorFlow, JAX
+and Torch each. The rest is plain `keras.ops`. Nothing here depends on models,
+data or flags.
 
-Randomness is counter-based: a key of two 32-bit words belongs to one example,
-and every number is a hash of (key, position inside the example). The same
-example therefore meets the same noise whatever the batch size, the order, the
-number of replicas or the backend.
+Randomness is counter-based: each example has a key of two 32-bit words, and
+each random number is a hash of the key and the position inside the example.
+The noise of an example therefore does not depend on the batch size, the order,
+the number of replicas or the backend.
 """
 
 import math
@@ -17,12 +17,12 @@ import keras
 from keras import ops
 
 NORMS = ("l1", "l2", "linf")
-_TINY = 1e-30  # Keeps 0/0 out of the direction of an all-zero tensor.
-# Largest entry of a clean gradient: 1e8 squares of such entries add up.
-_STEEPEST = 1e15
-_ROUNDS = 60  # More passes than either search below needs in float32.
+_TINY = 1e-30  # Avoids 0/0 in the direction of an all-zero tensor.
+# Largest entry of a cleaned gradient: 1e8 squares of it do not overflow.
+_MAX_GRADIENT = 1e15
+_MAX_ITERATIONS = 60  # More than either search below needs in float32.
 
-# Odd constants of the hash; written as the int32 with the same bits.
+# Odd constants of the hash, written as the int32 with the same bits.
 _MIX_1 = 0x7FEB352D
 _MIX_2 = 0x846CA68B - 2**32
 _SEED_SALT = 0x3C6EF372
@@ -36,16 +36,16 @@ _WORD_SALT = 0x5851F42D
 def set_up_keras():
     """Sets Keras's image layout, float type and epsilon to the project's.
 
-    Keras reads them from a file of the user, `keras.json`, which may hold
-    those of another project: images with their channels first make another
-    network, float16 another result. This module and every module that makes
-    layers without it call this function when they are imported. The backend
-    stays the user's choice: `KERAS_BACKEND`, or else that of `keras.json`.
+    Keras reads them from the user's `keras.json`, which may have been written
+    for another project. Another image layout changes the network, and float16
+    changes the results. This module calls the function when it is imported, as
+    does every module that creates layers without importing this one. The
+    backend stays the user's choice: `KERAS_BACKEND`, or else `keras.json`.
     """
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
-    # The policy that Keras may have derived from the user's float type.
+    # Keras may have derived its dtype policy from the user's float type.
     if keras.config.dtype_policy().name in ("float16", "float64"):
         keras.config.set_dtype_policy("float32")
 
@@ -53,7 +53,7 @@ def set_up_keras():
 set_up_keras()
 
 
-# --- The seams -----------------------------------------------------------
+# --- Gradients and compilation, per backend ------------------------------
 
 
 def value_and_grad(
@@ -61,37 +61,35 @@ def value_and_grad(
 ):
     """Evaluates a per-example loss and its gradient with respect to the input.
 
-    This is the one place where input gradients are cleaned: see
-    `clean_gradient`. One bad entry would otherwise spoil the direction of a
-    whole image and make the model look robust.
+    Input gradients are cleaned here and nowhere else; see `clean_gradient`.
+    Otherwise one non-finite entry would ruin the direction of a whole image
+    and make the model look robust.
 
-    The per-example losses are summed, not averaged, before differentiation, so
-    row `i` of the gradient depends on example `i` alone and does not change
-    with the batch size (as long as `fn` treats examples independently; a model
-    in batch-norm training mode does not).
+    The per-example losses are summed before differentiation, not averaged.
+    Row `i` of the gradient therefore depends only on example `i` and not on
+    the batch size, as long as `fn` treats examples independently (a model with
+    batch normalization in training mode does not).
 
     Args:
         fn: Callable from a `(batch, ...)` tensor to losses of shape `(batch,)`,
             or to a tuple of such losses and anything else if `has_aux`.
-        x: Float tensor of shape `(batch, ...)`, the point of evaluation, or a
-            list of them (images and gazes, say); `fn` is called with `x`.
-        has_aux: Whether `fn` returns a second value that is not differentiated
-            (the logits, say).
-        differentiable: Whether the results are themselves to be differentiated
-            (second value included), with respect to whatever `fn` reads or to
-            `x`: for training losses with an input gradient inside. `fn` may
-            then assign variables, as a model in training mode does. The
-            gradient is then returned as it is, since training has to see
-            values that are not finite.
-        with_flags: Whether to return, as a third result, booleans of shape
-            `(batch,)`: which examples had a gradient entry that was NaN or
-            infinite.
+        x: Float tensor of shape `(batch, ...)` at which to evaluate, or a list
+            of such tensors, for example images and gazes.
+        has_aux: Whether `fn` returns a second value that is not differentiated,
+            for example the logits.
+        differentiable: Whether all results can be differentiated again, with
+            respect to `x` or to variables that `fn` reads. Training losses
+            that contain an input gradient need this. `fn` may then assign
+            variables, as a model in training mode does. The gradient is not
+            cleaned, because training must detect non-finite values.
+        with_flags: Whether to also return booleans of shape `(batch,)`: which
+            examples had a gradient entry that was NaN or infinite.
 
     Returns:
-        Tuple of the losses, shape `(batch,)`, and the gradient, like `x`;
-        with `has_aux` a tuple of (losses, second value) and the gradient. The
-        gradient is zero where `fn` does not depend on `x`. With `with_flags`
-        the flags follow.
+        Tuple of the losses, shape `(batch,)`, and the gradient, like `x`. With
+        `has_aux`, the first element is a tuple (losses, second value). With
+        `with_flags`, the flags are a third element. The gradient is zero where
+        `fn` does not depend on `x`.
 
     Raises:
         NotImplementedError: If the active backend has no automatic gradient.
@@ -125,12 +123,12 @@ def value_and_grad(
 
 
 def clean_gradient(grad):
-    """Returns a gradient in which every entry is finite.
+    """Replaces the non-finite entries of a gradient.
 
-    NaN becomes 0. An infinite entry becomes the largest finite magnitude of
-    its example (1 if there is none above 0) with its sign, so that it takes
-    part in the step without displacing all other entries. An example with a
-    magnitude above 1e15 is rescaled to it, so that squares stay in range.
+    NaN becomes 0. An infinite entry keeps its sign and gets the largest finite
+    magnitude of its example, or 1 if that is 0, so that it takes part in the
+    step without dominating it. An example with entries above 1e15 is rescaled
+    to a maximum of 1e15, so that squares do not overflow.
 
     Args:
         grad: Float tensor of shape `(batch, ...)`.
@@ -145,18 +143,19 @@ def clean_gradient(grad):
     peak = ops.where(peak > 0, peak, ops.ones_like(peak))
     signs = ops.where(ops.isnan(grad), zero, ops.sign(grad))
     cleaned = ops.where(finite, kept, signs * per_example(peak, grad))
-    return cleaned * per_example(ops.minimum(1.0, _STEEPEST / peak), grad)
+    return cleaned * per_example(ops.minimum(1.0, _MAX_GRADIENT / peak), grad)
 
 
 def _any_nonfinite(x):
-    """Tells which examples hold a NaN or an infinity, `(batch,)`."""
+    """Returns which examples hold NaN or infinity, `(batch,)`."""
     return ops.any(_flatten(ops.logical_not(ops.isfinite(x))), axis=-1)
 
 
 def _value_and_grad_tensorflow(outputs, x):
     import tensorflow as tf
 
-    # What is recorded here an outer tape records too: always differentiable.
+    # An outer tape records these operations too, so that the result is
+    # always differentiable.
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
         losses, aux = outputs(x)
@@ -164,7 +163,7 @@ def _value_and_grad_tensorflow(outputs, x):
     grad = tape.gradient(
         total, x, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    # A gather straight from `x` has a sparse gradient.
+    # The gradient of a gather from `x` is sparse (`tf.IndexedSlices`).
     return losses, aux, keras.tree.map_structure(tf.convert_to_tensor, grad)
 
 
@@ -178,8 +177,8 @@ def _value_and_grad_jax(outputs, x, differentiable):
     if not differentiable:
         (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(x)
         return losses, aux, grad
-    # What is assigned under a transform (batch statistics) must not leave it,
-    # so those assignments are thrown away, and made by a second call outside.
+    # Values assigned inside a transform, such as batch statistics, must not
+    # leave it. They are discarded, and a second call outside assigns them.
     with keras.StatelessScope() as scope:
         if scope.original_scope is not None:
             scope.state_mapping.update(scope.original_scope.state_mapping)
@@ -221,33 +220,33 @@ def concrete(values):
     """Returns values as a NumPy array, or None inside a compiled function."""
     try:
         return ops.convert_to_numpy(values)
-    except (NotImplementedError, TypeError):  # TensorFlow's and JAX's way.
+    except (NotImplementedError, TypeError):  # TensorFlow, JAX.
         return None
 
 
 def compile_call(fn, variables=(), rows=False):
-    """Compiles an inference function; whatever it updates is thrown away.
+    """Compiles an inference function, which leaves all variables unchanged.
 
-    TensorFlow gets a graph (with XLA only where there is an accelerator: on the
-    CPU XLA runs convolutional nets several times slower than the plain graph),
-    JAX a jit with the variables as arguments, Torch runs as it is, without
-    gradients other than those of `value_and_grad`.
+    TensorFlow compiles a graph, with XLA only on an accelerator, because on
+    the CPU XLA runs convolutional nets several times slower. JAX compiles a
+    jit function that takes the variables as arguments. Torch runs the function
+    itself, without gradients other than those of `value_and_grad`.
 
     Args:
         fn: Callable from tensors to a nest of tensors. It may read Keras
-            variables. What it assigns to them (batch statistics, seed states)
-            is visible inside the call and discarded after it, so that an
-            evaluation leaves the model as it found it, bit for bit.
+            variables. Values that it assigns to them (batch statistics, seed
+            states) are visible inside the call and discarded afterwards, so
+            that an evaluation does not change the model.
         variables: Every Keras variable that `fn` reads (`model.variables`).
-            On JAX a variable that is left out is frozen at its present value.
-        rows: Whether every argument that has a dimension has one row an
+            On JAX, a variable that is not listed keeps its current value.
+        rows: Whether every argument other than a scalar has one row for each
             example. TensorFlow without an accelerator then traces once for all
             batch sizes, instead of once for the first and once for the rest.
 
     Returns:
         Callable with the arguments of `fn`, as NumPy arrays or tensors. It is
-        traced once for each combination of shapes and dtypes (on TensorFlow
-        without an accelerator at most twice, whatever the batch sizes).
+        traced once for each combination of shapes and dtypes. TensorFlow
+        without an accelerator traces at most twice for all batch sizes.
 
     Raises:
         NotImplementedError: If the active backend is none of the three.
@@ -270,7 +269,7 @@ def compile_call(fn, variables=(), rows=False):
                 stateless,
                 autograph=False,
                 jit_compile=accelerated or None,
-                # The second batch size makes the graph one for all of them.
+                # From the second batch size on, one graph serves all sizes.
                 reduce_retracing=not accelerated,
             )
     elif backend == "jax":
@@ -300,10 +299,10 @@ def compile_call(fn, variables=(), rows=False):
 
 
 def _for_any_size(fn):
-    """A TensorFlow function of nested rows with one graph for every size."""
+    """Compiles a TensorFlow function with one graph for all batch sizes."""
     import tensorflow as tf
 
-    made = {}
+    functions = {}
 
     def spec(value):
         if not value.shape.rank:
@@ -313,28 +312,28 @@ def _for_any_size(fn):
     def call(args):
         specs = keras.tree.map_structure(spec, args)
         key = repr(specs)
-        if key not in made:
-            made[key] = tf.function(
+        if key not in functions:
+            functions[key] = tf.function(
                 fn, autograph=False, input_signature=[specs]
             )
-        return made[key](args)
+        return functions[key](args)
 
     return call
 
 
 def row_count(rows, limit):
-    """The batch size to which `rows` rows are padded.
+    """Returns the batch size to which `rows` rows are padded.
 
-    Padding wastes time and a new size costs a compilation: where every size is
-    compiled anew, only halves of `limit` are offered, otherwise its
-    thirty-seconds, as the kernels of a new size take a moment too.
+    Padding costs time, and so does compiling a new batch size. Where each size
+    is compiled, the sizes are `limit` and its repeated halves; elsewhere they
+    are multiples of `limit` / 32, since a new size has a small cost too.
 
-    The size is a multiple of `row_multiple`, also where `limit` is not: the
-    kernels sum fewer rows in another order, so that the logits of an image
-    would depend on the batch size.
+    The size is a multiple of `row_multiple` even if `limit` is not. Kernels
+    sum in another order for fewer rows, so that the logits of an image would
+    depend on the batch size.
 
     Args:
-        rows: How many rows there are, from 1 to `limit`.
+        rows: The number of rows, from 1 to `limit`.
         limit: The largest batch size.
 
     Returns:
@@ -352,11 +351,12 @@ def row_count(rows, limit):
 
 
 def row_multiple():
-    """The rows of which a batch is a multiple, at least two.
+    """Returns the number of which every batch size is a multiple.
 
-    A dense layer on a single row is a product of a matrix and a vector, which
-    every backend sums in another order than that of two matrices. Torch also
-    does so with the one to three rows that are left over from groups of four.
+    It is at least two: a dense layer on a single row is a matrix-vector
+    product, which every backend sums in another order than a matrix product.
+    Torch needs four, because it also sums the one to three rows beyond a
+    multiple of four in another order.
     """
     return 4 if keras.config.backend() == "torch" else 2
 
@@ -375,15 +375,15 @@ def _accelerated():
 
 
 def fuse(fn):
-    """Compiles a small piece of a graph as one kernel, on every device.
+    """Compiles a small function as one kernel, on every device.
 
-    For index arithmetic and gathers, which TensorFlow's graph runs operation
-    by operation (four times slower for the bilinear sampler on two CPU cores);
-    the piece is compiled with XLA inside whatever graph it is called from. JAX
-    compiles the whole step anyway, and Torch has no cheap equivalent.
+    It is meant for index arithmetic and gathers. TensorFlow's graph runs them
+    operation by operation, which makes the bilinear sampler four times slower
+    on two CPU cores. XLA compiles the function inside any graph that calls it.
+    JAX compiles the whole step anyway, and Torch has no cheap equivalent.
 
     Args:
-        fn: Callable from tensors to a nest of tensors, free of variables.
+        fn: Callable from tensors to a nest of tensors. It reads no variables.
 
     Returns:
         Callable with the same arguments and results.
@@ -435,22 +435,22 @@ def per_example(values, like):
 
 
 def ascent_direction(grad, norm, *, fraction=0.01, room=None):
-    """Returns the step of unit norm that increases a linear loss.
+    """Returns the step of norm 1 that increases a linear loss.
 
-    L-inf and L2 have the steepest one. The steepest in L1 is a single
-    coordinate, which takes as many steps as there are pixels to change; the
-    step is shared instead equally between the largest `fraction` of the
-    gradient (SLIDE). A coordinate that meets the edge of the box before it has
-    gone its share passes the rest on to the next largest, so that no length is
-    lost: it is the best step of L1 norm 1 with entries up to the share and the
-    room. A fraction near 0 makes it the best one without the share.
+    In L-inf and L2 it is the steepest one. The steepest step in L1 changes a
+    single coordinate and would need one step for each pixel to change. In L1
+    the step is instead divided equally between the `fraction` of coordinates
+    with the largest gradient (SLIDE). If a coordinate reaches the end of its
+    `room` before its share, the next largest coordinates take the rest.
+    The result is the best step of L1 norm 1 whose entries are limited by the
+    share and the room. With a `fraction` near 0, only the room limits it.
 
     Args:
-        grad: Finite tensor of shape `(batch, ...)`; `value_and_grad` returns
-            such.
+        grad: Finite tensor of shape `(batch, ...)`, as from
+            `value_and_grad`.
         norm: One of `"l1"`, `"l2"`, `"linf"`.
-        fraction: Float in (0, 1], L1 only: the part of the coordinates that
-            share the step; at least one does.
+        fraction: Float in (0, 1], L1 only: the fraction of the coordinates
+            that share the step; at least one coordinate is used.
         room: Optional tensor of the shape of `grad`, L1 only: how far each
             coordinate can move along its gradient, in units of the step.
 
@@ -463,7 +463,7 @@ def ascent_direction(grad, norm, *, fraction=0.01, room=None):
     check_norm(norm)
     if norm == "linf":
         return ops.sign(grad)
-    # Rescaled first: the square of a small gradient underflows.
+    # Rescale first, because the square of a small gradient underflows.
     peak = ops.maximum(lp_norm(grad, "linf"), _TINY)
     grad = grad / per_example(peak, grad)
     if norm == "l2":
@@ -473,16 +473,16 @@ def ascent_direction(grad, norm, *, fraction=0.01, room=None):
     limits = ops.cast(ops.abs(grad) > 0, grad.dtype) * share
     if room is not None:
         limits = ops.minimum(limits, room)
-    filled = _fill(_flatten(ops.abs(grad)), _flatten(limits))
+    filled = _fill_largest_first(_flatten(ops.abs(grad)), _flatten(limits))
     return ops.sign(grad) * ops.reshape(filled, ops.shape(grad))
 
 
-def _fill(values, limits):
-    """Spends a length of 1 on the entries of largest value, each to its limit.
+def _fill_largest_first(values, limits):
+    """Distributes a total of 1 over the largest values, up to their limits.
 
-    A bisection for the value at which the length is spent, instead of a sort:
-    each pass is a sum over the pixels. What is left inside the last bracket
-    (equal values, in practice) is filled in proportion.
+    A bisection finds the smallest value that gets a part, without sorting:
+    each pass is a sum over the pixels. The values inside the last bracket,
+    which are equal in practice, get parts in proportion to their limits.
 
     Args:
         values: Tensor of shape `(batch, size)` in [0, 1].
@@ -493,41 +493,42 @@ def _fill(values, limits):
     """
     zero = ops.zeros_like(values)
 
-    def spent(threshold):
-        over = ops.where(values > threshold, limits, zero)
-        return ops.sum(over, axis=-1, keepdims=True)
+    def total_above(threshold):
+        above = ops.where(values > threshold, limits, zero)
+        return ops.sum(above, axis=-1, keepdims=True)
 
-    def unsettled(low, high):
+    def unconverged(low, high):
         return ops.any(high - low > 1e-7 * high)
 
     def halve(low, high):
         middle = 0.5 * (low + high)
-        fits = spent(middle) <= 1.0
+        fits = total_above(middle) <= 1.0
         return ops.where(fits, low, middle), ops.where(fits, middle, high)
 
-    # Nothing is over 1; if all that is over 0 fits, there is no search.
+    # No value is above 1. If the limits of all positive values fit, the search
+    # ends at once.
     low = ops.zeros_like(values[:, :1])
-    high = ops.where(spent(0.0) <= 1.0, low, ops.ones_like(low))
+    high = ops.where(total_above(0.0) <= 1.0, low, ops.ones_like(low))
     low, high = ops.while_loop(
-        unsettled, halve, (low, high), maximum_iterations=32
+        unconverged, halve, (low, high), maximum_iterations=32
     )
-    sure = values > high
-    edge = ops.logical_and(values > low, ops.logical_not(sure))
-    edge = ops.where(edge, limits, zero)
-    left = 1.0 - spent(high)
-    part = left / ops.maximum(ops.sum(edge, axis=-1, keepdims=True), _TINY)
-    return ops.where(sure, limits, edge * ops.clip(part, 0.0, 1.0))
+    full = values > high
+    partial = ops.logical_and(values > low, ops.logical_not(full))
+    partial = ops.where(partial, limits, zero)
+    rest = 1.0 - total_above(high)
+    share = rest / ops.maximum(ops.sum(partial, axis=-1, keepdims=True), _TINY)
+    return ops.where(full, limits, partial * ops.clip(share, 0.0, 1.0))
 
 
 def project(delta, epsilon, norm, images=None):
-    """Projects every perturbation onto the Lp ball, and the box if asked.
+    """Projects perturbations onto the Lp ball and, optionally, the box.
 
-    The result is the nearest point (in the Euclidean sense) of the set of all
+    The result is the point nearest to `delta` in Euclidean distance among all
     d with |d| <= epsilon and, if `images` are given, 0 <= images + d <= 1. In
-    L1 and L2 both constraints together hang on one scalar dual variable, which
-    is searched with sums over the pixels, without sorting them. To clip after
-    the ball, or to rescale onto the L1 ball, gives a feasible point that is
-    not the nearest.
+    L1 and L2 it is determined by one scalar dual variable, which is found with
+    sums over the pixels, without sorting them. Clipping after the projection
+    onto the ball, or rescaling onto the L1 ball, gives a point that is
+    feasible but not the nearest.
 
     Args:
         delta: Float tensor of shape `(batch, ...)`.
@@ -537,8 +538,8 @@ def project(delta, epsilon, norm, images=None):
         images: Optional tensor of the shape of `delta` with values in [0, 1].
 
     Returns:
-        Tensor of the shape of `delta`; rows already inside are unchanged. It
-        holds a loop of unknown length: gradients are not meant to pass it.
+        Tensor of the shape of `delta`; rows already inside are unchanged. The
+        function is not meant to be differentiated.
 
     References:
         - [Duchi et al., 2008](https://dl.acm.org/doi/10.1145/1390156.1390191)
@@ -567,7 +568,8 @@ def project(delta, epsilon, norm, images=None):
     else:
         shrunk = _shrink_l1(magnitude, radius, room)
     out = ops.sign(delta) * ops.reshape(shrunk, ops.shape(delta))
-    # The search ends a rounding error away; shrinking cannot leave the box.
+    # The search is exact up to rounding. Shrinking the result to epsilon keeps
+    # it inside the box.
     scale = epsilon / ops.maximum(lp_norm(out, norm), _TINY)
     out = out * per_example(ops.minimum(scale, 1.0), out)
     untouched = per_example(lp_norm(inside, norm) <= epsilon, out)
@@ -577,10 +579,10 @@ def project(delta, epsilon, norm, images=None):
 def _shrink_l2(magnitude, radius, room):
     """Finds s so that min(s * magnitude, room) has the L2 norm `radius`.
 
-    In q = s**2 the squared norm is concave, increasing and piecewise linear.
-    Newton's method from the left then never overshoots, and stops at the exact
-    root once the set of saturated pixels is right; gap times slope falls at
-    least fourfold a step.
+    The squared norm is a concave, increasing and piecewise linear function of
+    q = s**2. Newton's method from the left therefore never overshoots and ends
+    at the exact root once it has found the set of saturated pixels. The product
+    of gap and slope decreases at least fourfold in each step.
     """
     # In units of the largest entry, so that squares stay in range.
     unit = ops.maximum(ops.max(magnitude, axis=-1, keepdims=True), _TINY)
@@ -591,10 +593,10 @@ def _shrink_l2(magnitude, radius, room):
         return ops.sqrt(ops.minimum(q, 1.0)) * magnitude
     limits = ops.square(room / unit)
 
-    def rows_move(q, moving):
-        return ops.any(moving)
+    def any_active(q, active):
+        return ops.any(active)
 
-    def newton(q, moving):
+    def newton(q, active):
         free = q * squares < limits
         zero = ops.zeros_like(squares)
         slope = ops.sum(ops.where(free, squares, zero), -1, keepdims=True)
@@ -605,7 +607,7 @@ def _shrink_l2(magnitude, radius, room):
 
     q = ops.zeros_like(unit)
     q, _ = ops.while_loop(
-        rows_move, newton, (q, q < 1.0), maximum_iterations=_ROUNDS
+        any_active, newton, (q, q < 1.0), maximum_iterations=_MAX_ITERATIONS
     )
     return ops.minimum(ops.sqrt(q) * magnitude, room)
 
@@ -613,19 +615,20 @@ def _shrink_l2(magnitude, radius, room):
 def _shrink_l1(magnitude, radius, room):
     """Finds t so that clip(magnitude - t, 0, room) sums to `radius`.
 
-    The sum falls in t but is neither convex nor concave once `room` is finite:
-    Newton's step, which is the closed form on the active set, is taken while it
-    halves the gap inside the bracket; otherwise the bracket is halved.
+    The sum decreases in t but is neither convex nor concave if `room` is
+    finite. Newton's step, the closed form for the current active set, is taken
+    while it stays inside the bracket and halves the gap. Otherwise the bracket
+    is halved.
     """
 
     def entries(t):
         out = ops.maximum(magnitude - t, 0.0)
         return out if room is None else ops.minimum(out, room)
 
-    def rows_move(t, low, high, gap, moving):
-        return ops.any(moving)
+    def any_active(t, low, high, gap, active):
+        return ops.any(active)
 
-    def search(t, low, high, gap, moving):
+    def search(t, low, high, gap, active):
         rest = magnitude - t
         free = rest > 0
         if room is not None:
@@ -638,17 +641,19 @@ def _shrink_l1(magnitude, radius, room):
         good = ops.logical_and(step > low, step < high)
         good = ops.logical_and(good, ops.abs(new_gap) <= 0.5 * ops.abs(gap))
         new = ops.where(good, step, 0.5 * (low + high))
-        open_ = ops.logical_and(
+        unconverged = ops.logical_and(
             ops.abs(new_gap) > 1e-6 * radius, high - low > 1e-7 * high
         )
-        moving = ops.logical_and(moving, open_)
-        return ops.where(moving, new, t), low, high, new_gap, moving
+        active = ops.logical_and(active, unconverged)
+        return ops.where(active, new, t), low, high, new_gap, active
 
     low = ops.zeros_like(radius)
     high = ops.max(magnitude, axis=-1, keepdims=True)
     gap = ops.full_like(radius, math.inf)
     state = (low, low, high, gap, high > low)
-    t, *_ = ops.while_loop(rows_move, search, state, maximum_iterations=_ROUNDS)
+    t, *_ = ops.while_loop(
+        any_active, search, state, maximum_iterations=_MAX_ITERATIONS
+    )
     return entries(t)
 
 
@@ -656,14 +661,15 @@ def _shrink_l1(magnitude, radius, room):
 
 
 def example_keys(seed, indices, *stream):
-    """Makes one key an example from the run's seed and the example's index.
+    """Derives one key for each example from a seed and the example's index.
 
     Args:
-        seed: Python integer (its low 64 bits count) or int32 scalar tensor.
+        seed: Python integer, of which the low 64 bits are used, or int32 scalar
+            tensor.
         indices: Integers of shape `(batch,)`, below 2**31: the position of
-            each example in its data set (in training, in the whole batch).
-        *stream: Further integers, Python or scalar or `(batch,)` tensors, that
-            tell this use from others: a step, a restart, an attack's number.
+            each example in its data set or, in training, in the global batch.
+        *stream: Further integers (Python integers, scalar tensors or `(batch,)`
+            tensors) that select a stream, for example a step or a restart.
 
     Returns:
         Int32 tensor of shape `(batch, 2)`.
@@ -686,8 +692,8 @@ def example_keys(seed, indices, *stream):
 def fold_in(keys, value):
     """Derives new keys from keys and an integer.
 
-    For a fixed value the map is a bijection of the 64 key bits, so that two
-    examples' keys never fall together.
+    For a fixed value the map is a bijection of the 64 key bits, so that the
+    keys of two examples stay different.
 
     Args:
         keys: Int32 tensor of shape `(batch, 2)`.
@@ -711,12 +717,12 @@ def uniform(keys, shape, low=0.0, high=1.0):
     Args:
         keys: Int32 tensor of shape `(batch, 2)`.
         shape: Tuple of integers, the shape of one example; may be `()`.
-        low: Float, the lower end, which can be drawn.
-        high: Float, the upper end, which is drawn only by rounding.
+        low: Float, the lower end (inclusive).
+        high: Float, the upper end (exclusive, up to rounding).
 
     Returns:
-        Float32 tensor of shape `(batch, *shape)`, the same bits on every
-        backend for the unit interval (otherwise up to one rounding).
+        Float32 tensor of shape `(batch, *shape)`. For the unit interval it is
+        bit-identical on all backends, otherwise equal up to one rounding.
     """
     unit = ops.cast(_shift(_bits(keys, shape), 8), "float32") * 2.0**-24
     if (low, high) == (0.0, 1.0):
@@ -732,17 +738,18 @@ def normal(keys, shape):
         shape: Tuple of integers, the shape of one example; may be `()`.
 
     Returns:
-        Float32 tensor of shape `(batch, *shape)`, cut at 5.4 standard
-        deviations; backends agree up to the rounding of their `erfinv`.
+        Float32 tensor of shape `(batch, *shape)`, truncated at 5.4 standard
+        deviations. Backends agree up to the rounding of their `erfinv`.
     """
-    # Odd multiples of 2**-24 in (-1, 1): symmetric, exact, never at an end.
+    # Odd multiples of 2**-24 in (-1, 1): symmetric, exact, and never -1 or 1,
+    # where `erfinv` is infinite.
     odd = 2 * _shift(_bits(keys, shape), 8) + (1 - 2**24)
     centred = ops.cast(odd, "float32") * 2.0**-24
     return math.sqrt(2.0) * ops.erfinv(centred)
 
 
 def signs(keys, shape):
-    """Draws -1 or 1 with equal chances; float32, `(batch, *shape)`."""
+    """Draws -1 or 1 with equal probability; float32, `(batch, *shape)`."""
     return 1.0 - 2.0 * ops.cast(_bits(keys, shape) < 0, "float32")
 
 
@@ -754,7 +761,7 @@ def exponential(keys, shape):
         shape: Tuple of integers, the shape of one example; may be `()`.
 
     Returns:
-        Float32 tensor of shape `(batch, *shape)`, cut at 16.7.
+        Float32 tensor of shape `(batch, *shape)`, truncated at 16.7.
     """
     return -ops.log1p(-uniform(keys, shape))
 
@@ -762,7 +769,7 @@ def exponential(keys, shape):
 def integers(keys, shape, bound):
     """Draws integers from 0 to `bound` - 1; int32, `(batch, *shape)`.
 
-    The bias of the 24-bit draw is below `bound` / 2**24.
+    The draw has 24 bits, so that the relative bias is below `bound` / 2**24.
     """
     scaled = ops.floor(uniform(keys, shape) * float(bound))
     # The product may round up to `bound` itself.
@@ -770,7 +777,7 @@ def integers(keys, shape, bound):
 
 
 def random_in_ball(keys, shape, epsilon, norm):
-    """Draws points uniformly from the inside of an Lp ball.
+    """Draws points uniformly from an Lp ball.
 
     Args:
         keys: Int32 tensor of shape `(batch, 2)`.
@@ -796,7 +803,7 @@ def random_in_ball(keys, shape, epsilon, norm):
         radius = uniform(fold_in(keys, 1), ()) ** (1.0 / size)
         unit = direction * ops.reshape(radius / length, (-1, 1))
     else:
-        # The first d of d + 1 spacings are uniform in the simplex.
+        # The first d of d + 1 normalized spacings are uniform in the simplex.
         spacings = exponential(fold_in(keys, 0), (size + 1,))
         whole = ops.maximum(ops.sum(spacings, axis=-1, keepdims=True), _TINY)
         unit = signs(fold_in(keys, 1), (size,)) * spacings[:, :size] / whole
@@ -817,7 +824,7 @@ def _wrap(value):
 
 
 def _shift(x, count):
-    """Logical right shift; that of int32 is arithmetic, so mask its sign."""
+    """Logical right shift: arithmetic int32 shift, with sign bits masked."""
     return ops.bitwise_and(ops.right_shift(x, count), 2 ** (32 - count) - 1)
 
 
@@ -833,7 +840,7 @@ def _mix(x):
 
 
 def _bits(keys, shape):
-    """Hashes every position of an example, twice, each time with a key."""
+    """Hashes every position of an example with both words of its key."""
     positions = ops.arange(math.prod(shape), dtype="int32")
     first, second = keys[..., 0:1], keys[..., 1:2]
     words = _mix(ops.bitwise_xor(_mix(first + positions), second))

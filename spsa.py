@@ -79,7 +79,7 @@ class SPSA(attack_backbone.Iterative):
         iterate = attack_rounds.perturbed(state["images"], state["delta"])
         ascended_loss = self.ascended_loss(logits_fn, state)
         if self.keep != "last":
-            state = self._update_best(state, iterate, *ascended_loss(iterate))
+            state = self.update_best(state, iterate, *ascended_loss(iterate))
         keys = numerics.fold_in(state["keys"], 2)
         keys = numerics.fold_in(numerics.fold_in(keys, round_index), step_index)
         grad, flags = self.estimate(logits_fn, state, iterate, keys)

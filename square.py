@@ -122,7 +122,7 @@ class Square(attack_rounds.Attack):
         value = losses.comparable(value, logits)
         accepted = ops.logical_or(value > state["value"], success)
         mask = numerics.per_example(accepted, proposed)
-        state = self._update_best(state, proposed, value, logits)
+        state = self.update_best(state, proposed, value, logits)
         return {
             **state,
             "current": ops.where(mask, proposed, state["current"]),
