@@ -394,9 +394,7 @@ def run(
     """
     folder = pathlib.Path(folder)
     config = _resolve_config(config, settings, data)
-    result_folder = run_folder.inside(
-        folder, f"nonrobust_features-{config.target}"
-    )
+    output = run_folder.inside(folder, f"nonrobust_features-{config.target}")
     sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     model, described = robust_training.load_run(folder, weights)
     recipe = _recipe(described).override(epochs=epochs)
@@ -410,20 +408,19 @@ def run(
             data.test.sha256(),
         ],
     }
-    with run_folder.own(result_folder):
-        if (
-            record := _open_result(result_folder, request, overwrite)
-        ) is not None:
+    with run_folder.own(output):
+        record = _open_result(output, request, overwrite)
+        if record is not None:
             return record
         provenance = run_folder.provenance()
-        path = run_folder.inside(result_folder, "crafted")
+        path = run_folder.inside(output, "crafted")
         made = {"weights_sha256": sha256, "should_stop": should_stop}
         crafted = build(model, data.train, config, path, progress, **made)
         loop = _new_loop(
             described,
             recipe,
             as_split(path),
-            result_folder,
+            output,
             config.seed,
             callbacks=tuple(callbacks),
             save_every=save_every,
@@ -438,7 +435,7 @@ def run(
             "request": request,
             "provenance": provenance,
         }
-        run_folder.write_json(result_folder / "results.json", record)
+        run_folder.write_json(output / "results.json", record)
     return record
 
 
@@ -491,28 +488,28 @@ def _recipe(described):
         ) from error
 
 
-def _open_result(result_folder, request, overwrite):
+def _open_result(output, request, overwrite):
     """Creates the folder of a result; returns an earlier record or None."""
-    path = result_folder / "request.json"
+    path = output / "request.json"
     if path.exists() and not overwrite:
         changed = run_folder.changed(run_folder.read_json(path), request)
         if changed:
             raise FileExistsError(
-                f"{result_folder} holds a complete or partial result with "
-                f"another {', '.join(changed)}. Replace it with --overwrite."
+                f"{output} holds a complete or partial result with another "
+                f"{', '.join(changed)}. Replace it with --overwrite."
             )
-        found = result_folder / "results.json"
+        found = output / "results.json"
         return run_folder.read_json(found) if found.exists() else None
     # The folder and its request appear at once, so that it never holds parts of
     # another result.
     run_folder.replace_folder(
-        result_folder,
+        output,
         lambda folder: run_folder.write_json(folder / path.name, request),
     )
     return None
 
 
-def _new_loop(described, recipe, split, result_folder, seed, **settings):
+def _new_loop(described, recipe, split, output, seed, **settings):
     """Returns a training loop on a new model, with a seed of its own."""
     seed = int(
         np.random.SeedSequence([seed, _MODEL_STREAM]).generate_state(1)[0]
@@ -533,7 +530,7 @@ def _new_loop(described, recipe, split, result_folder, seed, **settings):
         l2=recipe.l2,
         read_outs=recipe.read_outs,
         split=split,
-        folder=result_folder,
+        folder=output,
         seed=seed,
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,

@@ -278,15 +278,11 @@ def attack_grid(
         margin = _margin(clean_boxes, adversarial_boxes)
         for row in range(rows):
             _draw_row_name(axes[row, 0], class_names, int(labels[row]))
-            _draw_pair(
-                axes[row, :2], columns, row, class_names, int(labels[row])
-            )
+            _draw_pair(axes[row, :2], columns, row, class_names, labels)
             axes[row, 1].set_xlabel(notes[row], fontsize=8)
             changed = 0.5 + factor * perturbation[row]
             _draw_image(axes[row, 2], changed, exact=True)
-            axes[row, 2].set_title(
-                _format_norms(perturbation[row]), color="#666666"
-            )
+            axes[row, 2].set_title(_norms(perturbation[row]), color="#666666")
             for axis in axes[row]:
                 _set_margin(axis, clean.shape[1:3], margin)
         heads = ("clean", "adversarial", f"perturbation × {factor:g}")
@@ -294,9 +290,9 @@ def attack_grid(
     return finish(figure, path)
 
 
-def _draw_pair(axes, columns, row, class_names, true):
+def _draw_pair(axes, columns, row, class_names, labels):
     """Draws a clean and an adversarial image with marks and predictions."""
-    before = None
+    before, true = None, int(labels[row])
     for axis, column in zip(axes, columns, strict=True):
         images, predictions, confidences, gazes, boxes = column
         _draw_image(axis, images[row])
@@ -1007,7 +1003,7 @@ def _draw_heads(axes, heads):
         )
 
 
-def _format_norms(perturbation):
+def _norms(perturbation):
     flat = np.asarray(perturbation, np.float64).ravel()
     return f"L∞ {np.abs(flat).max():.3g}, L2 {np.linalg.norm(flat):.3g}"
 
