@@ -1,7 +1,7 @@
-"""The flags of the models' options, defined once for every program.
+"""The flags of the model options, defined once for both programs.
 
-What a flag means depends on the program: `trainer.py` builds a model with it,
-`adversary.py` looks for a run that was made with it.
+`trainer.py` builds a model with these options. `adversary.py` selects a run
+whose model has them.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ class Row:
 
     Attributes:
         option: Name of the option in `model_registry.create`.
-        kind: What of absl defines it: `"integer"`, `"string"`, ...
-        help: Its line in `--help`.
-        least: Lower bound, None for none.
-        flag: Its name, where that is not the option's.
+        kind: Kind of the flag in absl: `"integer"`, `"string"`, ...
+        help: Its text in `--help`.
+        least: Lower bound; None for no bound.
+        flag: Name of the flag if it differs from the option.
     """
 
     option: str
@@ -33,7 +33,7 @@ GLIMPSES = (
         "num_transformers",
         "integer",
         "Number of gazes (multi_gaze) or views (parallel_transformers), each "
-        "with a branch of its own. By default 5.",
+        "with its own branch. By default 5.",
         1,
     ),
     Row(
@@ -41,13 +41,13 @@ GLIMPSES = (
         "float",
         "Largest offset of a gaze from the image centre, in pixels. By "
         "default 0: half of the image for learned gazes, a quarter for random "
-        "gazes of a retina, and as far as the crop stays inside for crops.",
+        "gazes of a retina, and as far as a crop stays inside the image.",
     ),
     Row(
         "initialize_fixations",
         "boolean",
-        "Whether the learned gazes of multi_gaze start spread over the image "
-        "(1) or all at its centre (0). By default 1.",
+        "Whether the learned gazes of multi_gaze start spread out over the "
+        "image (1) or all at its centre (0). By default 1.",
     ),
     Row(
         "restricted_attention",
@@ -66,8 +66,8 @@ GLIMPSES = (
     Row(
         "max_ratio",
         "float",
-        "Sampling density of the retina at the centre of gaze over that at "
-        "its border. By default 10.",
+        "Sampling density of the retina at the centre of gaze, relative to "
+        "that at its border. By default 10.",
     ),
     Row(
         "regularization",
@@ -78,15 +78,15 @@ GLIMPSES = (
     Row(
         "sampling",
         "boolean",
-        "Whether resnet and resnet_cifar see the image through a retina: at a "
+        "Whether a retina samples the image for resnet and resnet_cifar: at a "
         "random gaze in training, and at the gazes of --test_gazes in "
         "evaluation. By default 0.",
     ),
     Row(
         "coarse_fixations",
         "boolean",
-        "Whether resnet and resnet_cifar see a crop around such a gaze in "
-        "place of the image. By default 0.",
+        "Whether resnet and resnet_cifar get a crop around such a gaze instead "
+        "of the image. By default 0.",
     ),
     Row(
         "coarse_variant",
@@ -107,9 +107,9 @@ SAMPLER = (
     Row(
         "interpolation",
         "string",
-        "How views and retinas read pixels: bilinear, nearest (without a "
-        "gradient to the gaze) or straight_through (nearest, with the "
-        "gradient of bilinear). By default bilinear.",
+        "Interpolation of views and retinas: bilinear, nearest (no gradient "
+        "for the gaze) or straight_through (nearest, with the gradient of "
+        "bilinear). By default bilinear.",
     ),
 )
 NETS = (
@@ -124,8 +124,8 @@ NETS = (
     Row(
         "width",
         "integer",
-        "Filters of the first stage of the network; later stages follow in "
-        "proportion. By default 0: the network's own.",
+        "Filters of the first stage of the network; later stages scale with "
+        "it. By default 0: the network's default.",
         0,
     ),
     Row(
@@ -145,9 +145,8 @@ NETS = (
     Row(
         "global_pooling",
         "boolean",
-        "Whether simple_cnn (of the model resnet) averages its last feature "
-        "map over all positions before the dense layer. By default 0: the "
-        "dense layer sees the whole map.",
+        "Global average pooling before the dense layer of simple_cnn (model "
+        "resnet). By default 0: the map is flattened.",
     ),
     Row(
         "shared",
@@ -159,7 +158,7 @@ NETS = (
         "downsampling",
         "string",
         "Stages of resnet_cifar that halve the resolution: all, not_last or "
-        "none. By default all, and not_last behind s3ta.",
+        "none. By default all, and not_last in s3ta.",
     ),
     Row(
         "dropout",
@@ -177,7 +176,7 @@ NETS = (
         "localization_width",
         "integer",
         "Filters of the first stage of the localization network. By default "
-        "0: the network's own.",
+        "0: the network's default.",
         0,
     ),
     Row(
@@ -209,14 +208,14 @@ NETS = (
     Row(
         "branched_network",
         "boolean",
-        "Whether the model resnet runs four narrow networks side by side on "
+        "Whether the model resnet runs four narrow networks in parallel on "
         "the image and concatenates their features. By default 0.",
     ),
     Row(
         "feedback",
         "boolean",
-        "Whether each stage of resnet_cifar has a feedback connection in place "
-        "of its second block. By default 0.",
+        "Whether a feedback connection replaces the second block in each "
+        "stage of resnet_cifar. By default 0.",
     ),
 )
 CORTICAL = (
@@ -229,7 +228,7 @@ CORTICAL = (
     Row(
         "single_scale",
         "boolean",
-        "Whether ecnn has only its largest scale. By default 0.",
+        "Whether ecnn uses only its largest scale. By default 0.",
     ),
     Row(
         "scale4_freeze",
@@ -240,7 +239,7 @@ CORTICAL = (
     Row(
         "auxiliary",
         "boolean",
-        "Whether each scale of ecnn has a classification head of its own in "
+        "Whether each scale of ecnn has an auxiliary classification head in "
         "training. By default 0.",
     ),
 )
@@ -262,20 +261,21 @@ S3TA = (
         "vision_width",
         "integer",
         "Filters of the first stage of the vision network. By default 0: the "
-        "network's own.",
+        "network's default.",
         0,
     ),
     Row(
         "vision_strides",
         "list",
-        "Strides of the four stages of a ResNet V2 as vision network. By "
-        "default 1,2,1,1, as in the paper.",
+        "Strides of the four stages of a vision network that is a ResNet V2. "
+        "By default 1,2,1,1, as in the paper.",
     ),
     Row(
         "key_channels",
         "integer",
-        "Channels of the vision network's map that serve as keys; the others "
-        "are values. By default 0: 32, or half of fewer than 64 channels.",
+        "Channels of the vision network's map that are keys; the others are "
+        "values. By default 0: 32, or half of the channels if there are fewer "
+        "than 64.",
     ),
     Row(
         "num_heads",
@@ -306,17 +306,17 @@ S3TA = (
     Row(
         "remat",
         "boolean",
-        "Whether s3ta computes its steps again in the backward pass, which "
-        "takes less memory and more time. By default 0.",
+        "Whether s3ta recomputes its steps in the backward pass, which takes "
+        "less memory and more time. By default 0.",
     ),
 )
 EVALUATION = (
     Row(
         "test_gazes",
         "string",
-        "Gazes in evaluation of models that draw their gazes: five (fixed "
-        "gazes, whose logits are averaged) or random (one gaze, a stochastic "
-        "model). By default five.",
+        "Gazes in evaluation of models with random gazes: five (fixed gazes, "
+        "whose logits are averaged) or random (one gaze, a stochastic model). "
+        "By default five.",
     ),
 )
 ROWS = (*GLIMPSES, *SAMPLER, *NETS, *CORTICAL, *S3TA, *EVALUATION)
@@ -332,7 +332,7 @@ def define(rows, leave_out=()):
 
     Args:
         rows: `Row`s.
-        leave_out: Options for which the program has a flag of its own.
+        leave_out: Options to skip, for which the program defines its own flag.
 
     Returns:
         Dict from options to `absl.flags.FlagHolder`.

@@ -1,8 +1,8 @@
-"""The flags of the settings of a training run, by what they override.
+"""The flags of the settings of a training run.
 
-An option is the name of a field: of `recipes.Recipe`, of
-`training_step.StepConfig` or of `objectives.AdversarialConfig`. A flag that is
-not given keeps what the recipe, or the data set's adversarial training, has.
+An option is the name of a field of `recipes.Recipe`,
+`training_step.StepConfig` or `objectives.AdversarialConfig`. A flag that is not
+given keeps the value of the recipe or of the data set's adversarial training.
 """
 
 from model_flags import Row
@@ -11,8 +11,8 @@ RECIPE = (
     Row(
         "epochs",
         "integer",
-        "Passes over the training images. By default the recipe's; drops of "
-        "the learning rate, warm-up and read-outs move in proportion.",
+        "Passes over the training images. By default the recipe's. The epochs "
+        "of learning rate drops, warm-up and read-outs scale with it.",
         1,
     ),
     Row(
@@ -58,8 +58,8 @@ RECIPE = (
     Row(
         "ema",
         "float",
-        "Momentum of a running average of the weights, which is then "
-        "validated and kept; 0 for no average. By default the recipe's.",
+        "Momentum of a running average of the weights, which is validated and "
+        "saved; 0 for no average. By default the recipe's.",
     ),
     Row(
         "label_smoothing",
@@ -82,7 +82,7 @@ AUGMENTATION = (
 
 
 def _adversarial(option, *row):
-    """A row whose flag begins with `adv_`."""
+    """Returns a row whose flag begins with `adv_`."""
     return Row(option, *row, flag=f"adv_{option}")
 
 
@@ -96,14 +96,15 @@ STEP = (
     _adversarial(
         "craft_dtype",
         "string",
-        "Number format of the model while images are attacked: float32 or "
-        "bfloat16. By default float32.",
+        "Dtype in which the model computes while images are crafted: float32 "
+        "or bfloat16. By default float32.",
     ),
     _adversarial(
         "awp",
         "float",
         "Size of the adversarial weight perturbation relative to each weight "
-        "tensor (0.01 in the paper, 0.005 with trades). By default 0: none.",
+        "tensor (in the paper 0.01, and 0.005 with trades). By default 0: no "
+        "perturbation.",
     ),
     _adversarial(
         "awp_warmup",
@@ -113,8 +114,9 @@ STEP = (
     _adversarial(
         "replays",
         "integer",
-        "Free adversarial training: times that each batch is repeated; the "
-        "epochs are divided by it. By default 0: no free training.",
+        "Free adversarial training: number of times that each batch is "
+        "repeated; the epochs are divided by it. By default 0: no free "
+        "training.",
     ),
 )
 OBJECTIVE = (
@@ -157,13 +159,15 @@ ATTACK = (
         "objective, usually pgd.",
     ),
     _adversarial(
-        "norm", "string", "Norm of the ball: linf, l2 or l1. By default linf."
+        "norm",
+        "string",
+        "Norm of the perturbation: linf, l2 or l1. By default linf.",
     ),
     _adversarial(
         "epsilon",
         "string",
-        "Radius of the ball, in units of the pixel range: 0.1 or 8/255, for "
-        "example. By default that of the data set or the recipe.",
+        "Largest norm of the perturbation, in units of the pixel range: 0.1 or "
+        "8/255, for example. By default that of the data set or the recipe.",
     ),
     _adversarial(
         "epsilon_per_image",
@@ -198,14 +202,14 @@ ATTACK = (
     _adversarial(
         "l1_fraction",
         "float",
-        "Part of the coordinates that share an L1 step, in (0, 1]. By default "
-        "0.01.",
+        "Part of the coordinates that an L1 step changes, in (0, 1]. By "
+        "default 0.01.",
     ),
     _adversarial(
         "random_start",
         "float",
-        "Probability that the attack starts at a random point of the ball. By "
-        "default that of the objective, usually 1.",
+        "Probability that the attack starts at a random point of the norm "
+        "ball. By default that of the objective, usually 1.",
     ),
     _adversarial(
         "target",

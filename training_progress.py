@@ -1,4 +1,4 @@
-"""What is shown of a training run: its epochs, and how long it will take."""
+"""Progress of a training run: progress bar, time estimate, TensorBoard."""
 
 import pathlib
 
@@ -6,17 +6,20 @@ import keras
 
 import progress
 
-# Steps and seconds after the first step, when the time of an epoch is told.
+# The time estimate is printed after this many steps and seconds, counted from
+# the end of the first step.
 _STEPS, _SECONDS = 3, 2.0
-LONG = 3600.0  # From here on a run is told to be long, with what to change.
+LONG = 3600.0  # Seconds; a longer run gets a warning with advice.
 
 
 class Progress(keras.callbacks.Callback):
-    """The progress of each epoch, one line when it ends, and an estimate.
+    """Shows a progress bar and prints a line for each epoch.
+
+    It also prints an estimate of the time, once, in the first epoch.
 
     Args:
         batch_size: Images in a step.
-        advice: What shortens the run, for runs of more than an hour.
+        advice: How to shorten the run; printed for runs of more than an hour.
         **display: Arguments of `progress.Progress`, for tests.
     """
 
@@ -54,26 +57,26 @@ class Progress(keras.callbacks.Callback):
         self._estimate()
 
     def _detail(self):
-        """The speed, and what is left of the epoch and of the training."""
+        """The speed and the remaining time of the epoch and the training."""
         rate = self.shown.rate()
         if rate is None:
             return ""
-        whole = self._whole(rate)
+        remaining = self._remaining(rate)
         return (
             f"{_speed(rate * self.batch_size)}, "
             f"{progress.duration(self.shown.left())} left in the epoch and "
-            f"{progress.duration(whole)} in the training, "
-            f"{progress.ends(whole)}"
+            f"{progress.duration(remaining)} in the training, "
+            f"{progress.ends(remaining)}"
         )
 
-    def _whole(self, rate):
-        """Seconds to the end of the run, at a rate of steps a second."""
+    def _remaining(self, rate):
+        """Seconds to the end of the run, at `rate` steps per second."""
         done = self.epoch * self.steps + self.shown.done
         left = self.epochs * self.steps - done
         return left / rate + (self.epochs - self.epoch) * self.validation
 
     def _estimate(self):
-        """Tells once how long an epoch and the run take."""
+        """Prints once how long an epoch and the run take."""
         shown, rate = self.shown, self.shown.rate()
         if self.estimated or rate is None or shown.done == self.steps:
             return
@@ -81,7 +84,7 @@ class Progress(keras.callbacks.Callback):
         if steps < _STEPS or shown.clock() - shown.first[0] < _SECONDS:
             return
         self.estimated = True
-        left = self._whole(rate)
+        left = self._remaining(rate)
         shown.say(
             f"estimate   {progress.duration(self.steps / rate)} for an epoch, "
             f"{progress.duration(left)} for the training without validation; "
@@ -91,7 +94,7 @@ class Progress(keras.callbacks.Callback):
         self._warn(left)
 
     def _warn(self, left):
-        """Says what shortens a training that is long."""
+        """Prints the advice if the training is long."""
         if left > LONG and self.advice:
             self.shown.say(f"warning    This training is long. {self.advice}")
 
@@ -101,7 +104,7 @@ class Progress(keras.callbacks.Callback):
         self.validation = now - self.trained
         done = epoch + 1 - self.first
         left = (now - self.started) / done * (self.epochs - epoch - 1)
-        checked = "".join(
+        validation = "".join(
             f"  {name} {logs[key]:.1%}"
             for name, key in (
                 ("validation", "validation_accuracy"),
@@ -111,34 +114,34 @@ class Progress(keras.callbacks.Callback):
         )
         print(
             f"epoch {epoch + 1}/{self.epochs}  loss {logs['loss']:.4f}  "
-            f"accuracy {logs['accuracy']:.1%}{checked}  "
+            f"accuracy {logs['accuracy']:.1%}{validation}  "
             f"{now - self.shown.started:.1f} s, "
             f"{progress.duration(left)} left",
             flush=True,
         )
-        if not self.estimated:  # Epochs of few steps.
+        if not self.estimated:  # The epoch had too few steps for an estimate.
             self.estimated = True
             self._warn(left)
 
     def close(self):
-        """Ends the display of an epoch that an error or a signal ended."""
+        """Closes the progress bar, also after an error or a signal."""
         if self.shown is not None:
             self.shown.close()
 
 
 def _speed(rate):
-    """Images a second, with three digits at least."""
+    """Formats a number of images per second with at least three digits."""
     return f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
 
 
 class TensorBoard(keras.callbacks.Callback):
-    """Writes the numbers of each epoch for TensorBoard, on every backend.
+    """Writes the metrics of each epoch for TensorBoard, on every backend.
 
-    The callback of Keras of this name needs TensorFlow to write. This one
-    needs the package `tensorboard` alone, and does nothing without it.
+    The Keras callback of this name needs TensorFlow. This one needs only the
+    package `tensorboard`, and does nothing without it.
 
     Args:
-        folder: Where `train/` and `validation/` are written.
+        folder: Folder in which `train/` and `validation/` are written.
     """
 
     def __init__(self, folder: pathlib.Path):

@@ -251,7 +251,7 @@ class TestTraining:
         callback.on_epoch_end(0, {"loss": 0.5, "accuracy": 0.25})
         assert callback.validation == 40
         callback.on_epoch_begin(1)
-        assert callback._whole(1.0) == 9 * 40 + 18
+        assert callback._remaining(1.0) == 9 * 40 + 18
 
 
 def test_an_epoch_line(clock, capsys):

@@ -1,4 +1,4 @@
-"""A run survives a kill at every write, moves, links and a second process."""
+"""Runs that are killed, moved, damaged or used by a second process."""
 
 import json
 import os
@@ -25,7 +25,7 @@ tiny = test_trainer.tiny
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
-    """A linear model without TensorBoard; flags as they were."""
+    """Uses a linear model without TensorBoard and restores the flags."""
 
     def model(config, data, dtype=None):
         return keras.Sequential(
@@ -54,14 +54,14 @@ def config(runs_dir, line=""):
 
 
 def outcome(capsys, chosen, **how):
-    """Trains; returns the exit status, 0 for none, and what was said."""
+    """Trains; returns the exit status, 0 for success, and the error line."""
     capsys.readouterr()
     try:
         trainer.run(chosen, tiny(), **how)
     except SystemExit as end:
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1, said
-        return end.code, said
+        output = capsys.readouterr().err
+        assert output.count("\n") == 1, output
+        return end.code, output
     return 0, ""
 
 
@@ -76,11 +76,13 @@ def assert_same(first, second):
         np.testing.assert_array_equal(values, second[name])
 
 
-def test_a_kill_at_every_write(tmp_path, monkeypatch, capsys):
-    """The disk is copied before and after each file is put in its place.
+def test_run_killed_at_any_write_can_be_continued(
+    tmp_path, monkeypatch, capsys
+):
+    """Copies the disk before and after each file is renamed or created.
 
-    A patched function that raises would not do: `finally` runs then, as it
-    does not in a process that is killed.
+    A patched function that raises would not simulate a kill: `finally` blocks
+    would run, which they do not in a killed process.
     """
     runs, disks = tmp_path / "runs", []
     replace, mkdir = os.replace, pathlib.Path.mkdir
@@ -117,21 +119,21 @@ def test_a_kill_at_every_write(tmp_path, monkeypatch, capsys):
         again = config(disk.with_name(f"{disk.name}-again"))
         shutil.copytree(disk, again.runs_dir)
         with run_folder.own(again.folder):
-            if known:  # The same command says what to do.
+            if known:  # The same command names --resume and --overwrite.
                 with pytest.raises(FileExistsError, match="--resume.*--overw"):
                     trainer.open_folder(again, {})
             trainer.open_folder(again, {"seed": 5}, overwrite=True)
         assert run_folder.read_config(again.folder) == {"seed": 5}
-        status, said = outcome(capsys, chosen, resume=known)
-        assert status == 0, (files, said)
+        status, output = outcome(capsys, chosen, resume=known)
+        assert status == 0, (files, output)
         assert_same(weights(chosen.folder), wanted)
-        for place in (disk, pathlib.Path(again.runs_dir)):
-            assert not list(place.rglob(".*"))
+        for folder in (disk, pathlib.Path(again.runs_dir)):
+            assert not list(folder.rglob(".*"))
     assert len(seen) >= 8
 
 
-def test_a_folder_that_an_earlier_version_left_can_be_started(tmp_path, capsys):
-    """Killed between the folder and its config.json."""
+def test_folder_without_config_can_be_started(tmp_path, capsys):
+    """Killed after the folder was made and before its config.json."""
     chosen = config(tmp_path)
     chosen.folder.mkdir()
     (chosen.folder / ".123.tmp.config.json").write_text('{"model"')
@@ -140,7 +142,7 @@ def test_a_folder_that_an_earlier_version_left_can_be_started(tmp_path, capsys):
 
 
 def interrupted(chosen, monkeypatch, capsys):
-    """Trains the first epoch and a step of the second."""
+    """Trains the first epoch and one step of the second."""
     train = robust_training.Loop.train
 
     def stopping(loop):
@@ -149,65 +151,63 @@ def interrupted(chosen, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(robust_training.Loop, "train", stopping)
-        status, said = outcome(capsys, chosen)
-    assert status == 130 and "--resume" in said
+        status, output = outcome(capsys, chosen)
+    assert status == 130 and "--resume" in output
     return chosen
 
 
-def test_a_run_that_was_moved_goes_on(tmp_path, monkeypatch, capsys):
-    """Renamed, copied, or spelled otherwise: bit for bit as it would have."""
+def test_moved_run_resumes_exactly(tmp_path, monkeypatch, capsys):
+    """A copied or renamed folder, or another spelling of its path."""
     whole = config(tmp_path / "whole")
     assert outcome(capsys, whole) == (0, "")
     part = interrupted(config(tmp_path / "a"), monkeypatch, capsys)
-    places = {
+    configs = {
         "copied": config(tmp_path / "b"),
         "renamed": config(tmp_path / "a", "--tag=other"),
         "spelled": config(tmp_path / "b" / ".." / "a"),
     }
-    for place in list(places.values())[:2]:
-        shutil.copytree(part.folder, place.folder)
-    for name, place in places.items():
-        assert outcome(capsys, place, resume=True) == (0, ""), name
-        assert_same(weights(place.folder), weights(whole.folder))
+    for moved in list(configs.values())[:2]:
+        shutil.copytree(part.folder, moved.folder)
+    for name, moved in configs.items():
+        assert outcome(capsys, moved, resume=True) == (0, ""), name
+        assert_same(weights(moved.folder), weights(whole.folder))
 
 
-def test_a_run_without_the_newest_settings_goes_on(
-    tmp_path, monkeypatch, capsys
-):
-    """As an earlier version left it, that did not have them yet."""
+def test_run_without_newer_settings_resumes(tmp_path, monkeypatch, capsys):
+    """The config was written by an earlier version without them."""
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     path = chosen.folder / run_folder.CONFIG
     found = json.loads(path.read_text())
     del found["on_collapse"], found["recipe"]["ema"], found["skipped"]
     path.write_text(json.dumps(found))
     changed = config(tmp_path, "--ema=0.5")
-    status, said = outcome(capsys, changed, resume=True)
-    assert status == 2 and "recipe.ema was 0.0, now 0.5." in said
+    status, output = outcome(capsys, changed, resume=True)
+    assert status == 2 and "recipe.ema was 0.0, now 0.5." in output
     assert outcome(capsys, chosen, resume=True) == (0, "")
 
 
-def test_a_refused_resume_says_what_differs(tmp_path, monkeypatch, capsys):
+def test_refused_resume_names_the_differences(tmp_path, monkeypatch, capsys):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     other = config(tmp_path, "--epochs=3 --learning_rate=0.5")
-    status, said = outcome(capsys, other, resume=True)
-    assert status == 2 and len(said) < 350
-    assert "recipe.epochs was 2, now 3" in said
-    assert "now 0.5" in said and "batch_size" not in said
+    status, output = outcome(capsys, other, resume=True)
+    assert status == 2 and len(output) < 350
+    assert "recipe.epochs was 2, now 3" in output
+    assert "now 0.5" in output and "batch_size" not in output
     assert outcome(capsys, chosen, resume=True) == (0, "")
 
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
-def test_another_process_is_at_it(tmp_path, monkeypatch, capsys, how):
+def test_run_of_another_process_is_refused(tmp_path, monkeypatch, capsys, how):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     before = {p: p.stat().st_mtime_ns for p in chosen.folder.iterdir()}
     with second_process.owning(chosen.folder) as process:
-        status, said = outcome(capsys, chosen, **how)
-    assert status == 2 and f"in use by process {process.pid} on " in said
+        status, output = outcome(capsys, chosen, **how)
+    assert status == 2 and f"in use by process {process.pid} on " in output
     assert {p: p.stat().st_mtime_ns for p in chosen.folder.iterdir()} == before
     assert outcome(capsys, chosen, resume=True) == (0, "")
 
 
-def test_a_finished_run_is_not_tested_while_it_is_trained(tmp_path, capsys):
+def test_evaluating_a_run_in_training_is_refused(tmp_path, capsys):
     chosen = config(tmp_path)
     assert outcome(capsys, chosen) == (0, "")
     with run_folder.own(chosen.folder):
@@ -217,22 +217,22 @@ def test_a_finished_run_is_not_tested_while_it_is_trained(tmp_path, capsys):
     assert f"process {os.getpid()}" in capsys.readouterr().err
 
 
-def test_logs_that_are_a_file_are_one_line(tmp_path, monkeypatch, capsys):
+def test_logs_that_are_a_file_raise_one_line(tmp_path, monkeypatch, capsys):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     (chosen.folder / "logs").write_text("")
-    status, said = outcome(capsys, chosen, resume=True)
-    assert status == 2 and "logs to be a folder. Received: a file" in said
+    status, output = outcome(capsys, chosen, resume=True)
+    assert status == 2 and "logs to be a folder. Received: a file" in output
     assert outcome(capsys, chosen, overwrite=True) == (0, "")
 
 
 @pytest.mark.parametrize("tag", ["a/b", "../../x", ".x", "x" * 250])
-def test_a_tag_is_no_path(tmp_path, tag):
+def test_tag_that_is_a_path_is_refused(tmp_path, tag):
     with pytest.raises(ValueError, match="Expected --tag to be part of a file"):
         config(tmp_path, f"--tag={tag}")
     assert not list(tmp_path.iterdir())
 
 
-def test_paths_of_flags_may_begin_at_home(tmp_path, monkeypatch):
+def test_paths_of_flags_expand_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     test_trainer.parse("--runs_dir=~/runs --data_dir=~/data --class_list=~/l")
     command_line.expand_home(flags.FLAGS)
@@ -248,7 +248,7 @@ def rewritten(path, **changes):
     np.savez(path, **{n: v for n, v in arrays.items() if v is not None})
 
 
-def test_a_damaged_state_is_one_line(tmp_path, monkeypatch, capsys):
+def test_damaged_state_is_one_line(tmp_path, monkeypatch, capsys):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     path = chosen.folder / robust_training.STATE
     whole = path.read_bytes()
@@ -285,26 +285,26 @@ def test_a_damaged_state_is_one_line(tmp_path, monkeypatch, capsys):
         ("claims 209715200 bytes", {"v0": np.zeros(200 * 2**20, "uint8")}),
     ):  # fmt: skip
         rewritten(path, **changes)
-        status, said = outcome(capsys, chosen, resume=True)
-        assert status == 2 and words in said, (words, said)
-        assert len(said) < 600
+        status, output = outcome(capsys, chosen, resume=True)
+        assert status == 2 and words in output, (words, output)
+        assert len(output) < 600
         path.write_bytes(whole)
     assert outcome(capsys, chosen, resume=True) == (0, "")
 
 
-def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
+def test_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
     chosen = interrupted(config(tmp_path), monkeypatch, capsys)
     path = chosen.folder / run_folder.CONFIG
     for text in ("null", "{}", "[]", "[" * 200_000, '{"recipe": 3}'):
         path.write_text(text)
-        status, said = outcome(capsys, chosen, resume=True)
-        assert status == 2 and "config.json" in said
+        status, output = outcome(capsys, chosen, resume=True)
+        assert status == 2 and "config.json" in output
     assert outcome(capsys, chosen, overwrite=True) == (0, "")
     results = chosen.folder / "results.json"
     for text in ("null", "{}", "[]", "[" * 200_000):
         results.write_text(text)
         with pytest.raises(SystemExit) as end:
             trainer.evaluate(chosen, tiny())
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and said.count("\n") == 1
-        assert "results.json" in said or "config.json" in said
+        output = capsys.readouterr().err
+        assert end.value.code == 2 and output.count("\n") == 1
+        assert "results.json" in output or "config.json" in output

@@ -1,4 +1,4 @@
-"""One owner of a run, folders that survive kills, names, the typed reader."""
+"""Run folders: ownership, recovery after kills, links, names and reading."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import run_folder
 
 
 class TestOwn:
-    def test_a_second_process_is_told_who_owns_it(self, tmp_path):
-        """And owns it as soon as the first one is killed."""
+    def test_second_process_is_refused_and_told_the_owner(self, tmp_path):
+        """The second process owns the folder once the first one is killed."""
         folder = tmp_path / "runs" / "d-m"
         with second_process.owning(folder) as process:
             with pytest.raises(BlockingIOError) as error:
@@ -23,20 +23,20 @@ class TestOwn:
             assert "\n" not in str(error.value)
         with run_folder.own(folder):
             pass
-        # The folder of the runs was made for the killed owner's lock.
+        # Only the lock of the killed owner was in the folder of the runs.
         assert not list((tmp_path / "runs").iterdir())
 
-    def test_nothing_is_left(self, tmp_path):
+    def test_owning_leaves_no_files(self, tmp_path):
         with run_folder.own(tmp_path / "a" / "b" / "c"):
             assert (tmp_path / "a" / "b" / ".c.lock").exists()
         assert not list(tmp_path.iterdir())
 
-    def test_what_was_written_stays(self, tmp_path):
+    def test_owning_keeps_what_was_written(self, tmp_path):
         with run_folder.own(tmp_path / "a" / "b"):
             (tmp_path / "a" / "b").mkdir()
         assert [p.name for p in tmp_path.rglob("*")] == ["a", "b"]
 
-    def test_a_link_and_another_spelling_are_the_same_folder(self, tmp_path):
+    def test_links_and_other_spellings_are_the_same_folder(self, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "link").symlink_to(tmp_path / "a")
         with run_folder.own(tmp_path / "a"):
@@ -45,23 +45,23 @@ class TestOwn:
                     with run_folder.own(other):
                         raise AssertionError
 
-    def test_neighbours_do_not_wait(self, tmp_path):
+    def test_different_folders_can_be_owned_together(self, tmp_path):
         with run_folder.own(tmp_path / "a"), run_folder.own(tmp_path / "b"):
             pass
 
-    def test_waits_if_told(self, tmp_path):
+    def test_own_waits_if_asked(self, tmp_path):
         with second_process.owning(tmp_path / "a") as process:
             process.kill()
             with run_folder.own(tmp_path / "a", wait=30):
                 pass
 
-    def test_a_damaged_lock_is_taken_over(self, tmp_path):
+    def test_damaged_lock_is_replaced(self, tmp_path):
         (tmp_path / ".a.lock").write_bytes(b"\xff[[[")
         with run_folder.own(tmp_path / "a"):
             found = json.loads((tmp_path / ".a.lock").read_text())
             assert found["pid"] == os.getpid()
 
-    def test_an_overwrite_waits_for_evaluations(self, tmp_path):
+    def test_overwrite_is_refused_during_an_evaluation(self, tmp_path):
         run_folder.create(tmp_path / "d-m", {})
         with run_folder.own(tmp_path / "d-m" / "attacks" / "pgd"):
             with pytest.raises(BlockingIOError, match="attacks/pgd is in use"):
@@ -70,7 +70,7 @@ class TestOwn:
 
 
 class TestRecover:
-    def test_temporary_files_go_and_others_stay(self, tmp_path):
+    def test_recovery_deletes_only_temporary_files(self, tmp_path):
         folder = tmp_path / "d-m"
         folder.mkdir()
         for name in ("state.npz", ".17.tmp.state.npz", ".hidden", "a.tmp.b"):
@@ -81,15 +81,15 @@ class TestRecover:
         with run_folder.own(folder):
             found = {p.name for p in folder.iterdir()}
             assert found == {"state.npz", ".hidden", "a.tmp.b"}
-            # A run may be called d-m.5; its files are its owner's matter.
+            # The last one belongs to a run named d-m.5 and its own owner.
             left = {p.name for p in tmp_path.iterdir()}
             assert left == {"d-m", ".d-m.lock", ".17.tmp.d-m.5"}
 
     @pytest.mark.parametrize("earlier", [False, True])
-    def test_a_kill_at_any_step_leaves_the_old_or_the_new(
+    def test_kill_at_any_step_leaves_the_old_or_the_new_run(
         self, tmp_path, monkeypatch, earlier
     ):
-        """`finally` does not run in a killed process: copy the disk then."""
+        """Copies the disk: in a killed process no `finally` block runs."""
         import shutil
 
         replace, disks = os.replace, []
@@ -120,7 +120,7 @@ class TestRecover:
             exists = (disk / "d-m").exists()
             run_folder.create(disk / "d-m", {"seed": 2}, overwrite=exists)
 
-    def test_a_discarded_folder_is_whole_or_gone(self, tmp_path, monkeypatch):
+    def test_discarding_is_atomic(self, tmp_path, monkeypatch):
         state = tmp_path / ".x.partial"
         state.mkdir()
         (state / "evaluation.json").write_text("{}")
@@ -138,7 +138,7 @@ class TestRecover:
 
 
 class TestLinks:
-    def test_are_never_written_or_deleted_through(self, tmp_path):
+    def test_links_are_never_followed_by_writes_and_deletions(self, tmp_path):
         precious = tmp_path / "precious"
         precious.mkdir()
         (precious / "config.json").write_text("{}")
@@ -162,14 +162,14 @@ class TestLinks:
         assert (precious / "config.json").read_text() == "{}"
         assert [p.name for p in precious.iterdir()] == ["config.json"]
 
-    def test_a_run_may_be_a_link_itself(self, tmp_path):
+    def test_run_folder_can_be_a_link(self, tmp_path):
         (tmp_path / "disk").mkdir()
         (tmp_path / "run").symlink_to(tmp_path / "disk")
         run_folder.inside(tmp_path / "run", "attacks", "x")
         run_folder.create(tmp_path / "run", {"seed": 3})
         assert run_folder.read_config(tmp_path / "disk") == {"seed": 3}
 
-    def test_a_file_in_place_of_a_folder_is_named(self, tmp_path):
+    def test_file_in_place_of_a_folder_raises(self, tmp_path):
         (tmp_path / "logs").write_text("")
         with pytest.raises(ValueError, match="logs to be a folder.*a file"):
             run_folder.inside(tmp_path, "logs")
@@ -180,7 +180,7 @@ class TestLinks:
     ["a/b", "../../x", "a\\b", "..", "a..b", ".x", "a\0b", "a\nb", "x" * 240,
      "\u00e9" * 120],
 )  # fmt: skip
-def test_a_tag_names_no_other_place(tag):
+def test_tags_that_are_paths_are_refused(tag):
     with pytest.raises(ValueError, match="Expected .*file name") as error:
         run_folder.folder("runs", "d", "m", tag)
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
@@ -195,16 +195,16 @@ class TestRead:
         ["", "null", "[]", "3", "{", "[" * 200_000, '{"a":' * 100_000, "\xff",
          "1" * 5000],
     )  # fmt: skip
-    def test_what_is_no_object_is_one_line(self, tmp_path, text):
+    def test_invalid_json_is_one_line(self, tmp_path, text):
         path = tmp_path / run_folder.CONFIG
         path.write_bytes(text.encode("latin1"))
         with pytest.raises(ValueError, match="is not valid JSON") as error:
             run_folder.read_config(tmp_path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
-    def test_a_huge_file_is_not_read(self, tmp_path):
+    def test_huge_file_is_refused_before_reading(self, tmp_path):
         with open(tmp_path / "x.json", "wb") as file:
-            file.truncate(2**40)  # A hole: no disk is used.
+            file.truncate(2**40)  # A sparse file, which uses no disk space.
         with pytest.raises(ValueError, match="1099511627776 bytes"):
             run_folder.read_json(tmp_path / "x.json")
 
@@ -223,44 +223,40 @@ class TestRead:
             ("validation_fraction", 10**400),
         ],
     )  # fmt: skip
-    def test_a_mistyped_field_is_named(self, tmp_path, field, value):
+    def test_field_of_wrong_type_is_named(self, tmp_path, field, value):
         config = {**self.CONFIG, field: value}
         run_folder.write_json(tmp_path / run_folder.CONFIG, config)
         with pytest.raises(ValueError, match=f"Expected '{field}' in") as error:
             run_folder.read_config(tmp_path)
         assert "\n" not in str(error.value)
 
-    def test_a_missing_field_is_named(self, tmp_path):
+    def test_missing_field_is_named(self, tmp_path):
         run_folder.write_json(tmp_path / run_folder.CONFIG, {})
         with pytest.raises(ValueError, match="have the field 'model'"):
             run_folder.read_config(tmp_path, ["model"])
 
-    def test_a_class_without_a_name_is_told(self, tmp_path):
+    def test_missing_class_name_raises(self, tmp_path):
         config = {**self.CONFIG, "num_classes": 3}
         run_folder.write_json(tmp_path / run_folder.CONFIG, config)
         with pytest.raises(ValueError, match="3 classes. Received: 2"):
             run_folder.read_config(tmp_path)
 
-    def test_damaged_neighbours_are_named_and_passed_over(
-        self, tmp_path, capsys
-    ):
+    def test_damaged_records_are_reported_and_skipped(self, tmp_path, capsys):
         good = {"attack": "pgd", "norm": "l2", "epsilon": 1, "num_examples": 3}
         good |= {"clean_accuracy": 1.0, "robust_accuracy": 0.5}
         texts = {"a": json.dumps(good), "b": "null", "c": "{", "d": "{}"}
         texts["e"] = json.dumps({**good, "epsilon": "1"})
         for name, text in texts.items():
-            place = tmp_path / "attacks" / name
-            place.mkdir(parents=True)
-            (place / "results.json").write_text(text)
+            folder = tmp_path / "attacks" / name
+            folder.mkdir(parents=True)
+            (folder / "results.json").write_text(text)
         assert run_folder.records(tmp_path) == {"a": good}
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 4
-        for line, name in zip(said, "bcde", strict=True):
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 4
+        for line, name in zip(lines, "bcde", strict=True):
             assert os.path.join(name, "results.json") in line
 
-    def test_the_newest_run_is_found_beside_a_damaged_one(
-        self, tmp_path, capsys
-    ):
+    def test_newest_run_is_found_beside_damaged_ones(self, tmp_path, capsys):
         for name, text in (("x", '{"model": "a"}'), ("y", "[]"), ("z", "{")):
             (tmp_path / name).mkdir()
             (tmp_path / name / run_folder.CONFIG).write_text(text)
@@ -273,7 +269,7 @@ class TestRead:
 
 
 class TestArrays:
-    def test_are_those_of_numpy(self, tmp_path):
+    def test_arrays_equal_those_of_numpy(self, tmp_path):
         rng = np.random.default_rng(0)
         arrays = {
             "a": rng.random((3, 4)),
@@ -292,15 +288,15 @@ class TestArrays:
                 np.testing.assert_array_equal(found[name], values)
             assert found["a"].flags.writeable
 
-    def test_a_bomb_is_refused_before_it_is_read(self, tmp_path):
+    def test_zip_bomb_is_refused_before_reading(self, tmp_path):
         path = tmp_path / "bomb.npz"
         np.savez_compressed(path, v0=np.zeros(2**24, "uint8"))
         assert path.stat().st_size < 2**16
         with pytest.raises(ValueError, match="claims 16777216 bytes"):
             run_folder.read_npz(path, 2**20)
 
-    def test_claims_beyond_the_file_are_refused(self, tmp_path):
-        """10^13 numbers in a few bytes, and with a limit that allows them."""
+    def test_header_larger_than_the_file_is_refused(self, tmp_path):
+        """A header of 10^13 numbers in a small file, with a high size limit."""
         header = "{'descr': '<f8', 'fortran_order': False, 'shape': (%d,)}"
         text = (header % 10**13).ljust(117) + "\n"
         magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
@@ -309,12 +305,12 @@ class TestArrays:
         with pytest.raises(ValueError, match="claims 80000000000000 bytes"):
             run_folder.read_npz(tmp_path / "x.npz", 2**60)
 
-    def test_damage_is_one_line(self, tmp_path):
+    def test_damaged_files_are_one_line(self, tmp_path):
         path = tmp_path / "x.npz"
         np.savez(path, a=np.arange(1000))
         whole = path.read_bytes()
         flipped = bytearray(whole)
-        flipped[2000] ^= 1  # In the numbers: only the checksum tells.
+        flipped[2000] ^= 1  # Inside the numbers: only the checksum differs.
         objects = np.empty(1, object)
         np.savez(tmp_path / "o.npz", a=objects)
         for data in (

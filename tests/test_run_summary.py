@@ -237,9 +237,9 @@ class TestTraining:
 
     def test_advice_omits_image_size_for_fixed_sizes(self, tmp_path):
         config, _, _ = run_of(tmp_path)
-        said = run_summary.advice(config, tiny("mnist"))
-        assert "--image_size" not in said and "--adv_steps" not in said
-        assert said.startswith("Choose a smaller --epochs, --width,")
+        advice = run_summary.advice(config, tiny("mnist"))
+        assert "--image_size" not in advice and "--adv_steps" not in advice
+        assert advice.startswith("Choose a smaller --epochs, --width,")
 
     @pytest.mark.parametrize("name", ["epsilon_warmup", "awp_warmup"])
     def test_warmup_as_long_as_the_run_is_a_warning(self, name, tmp_path):

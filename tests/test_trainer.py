@@ -280,14 +280,14 @@ class TestFlags:
         )
         recipe = dataclasses.replace(chosen.recipe, drops=((0.8, 0.1),))
         trainer.run(dataclasses.replace(chosen, recipe=recipe), tiny())
-        said = capsys.readouterr().out.splitlines()
-        heads = [line.split()[0] for line in said]
+        output = capsys.readouterr().out.splitlines()
+        heads = [line.split()[0] for line in output]
         assert heads[:8] == (
             "run data images model objective recipe device memory".split()
         )
         assert heads[8:10] == ["warning", "warning"]
-        assert "less than one epoch apart" in said[8]
-        assert "the radius never reaches epsilon" in said[9]
+        assert "less than one epoch apart" in output[8]
+        assert "the radius never reaches epsilon" in output[9]
         assert heads[10] == "epoch"
 
     def test_local_linearity_is_not_rematerialized_on_tensorflow(self):
@@ -491,8 +491,8 @@ class TestRun:
         with pytest.raises(SystemExit):
             changed = adversarial(tmp_path, line + "part --adv_epsilon=0.2")
             trainer.run(changed, tiny(), resume=True)
-        said = capsys.readouterr().err
-        assert "settings: adversarial.epsilon was 0.1, now 0.2." in said
+        output = capsys.readouterr().err
+        assert "settings: adversarial.epsilon was 0.1, now 0.2." in output
         trainer.run(part, tiny(), resume=True)
         first, again = (
             np.load(chosen.folder / "state.npz") for chosen in (whole, part)
@@ -681,7 +681,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
 )
 def test_bad_settings_are_one_line(line, message, tmp_path, capsys):
     flags.FLAGS(["trainer.py", *shlex.split(line), f"--runs_dir={tmp_path}"])
-    status, _, said = programs.outcome(trainer.main, capsys)
-    assert status == 2 and message in said
-    assert said.count("\n") == 1 and "Traceback" not in said
+    status, _, output = programs.outcome(trainer.main, capsys)
+    assert status == 2 and message in output
+    assert output.count("\n") == 1 and "Traceback" not in output
     assert not list(tmp_path.iterdir())
