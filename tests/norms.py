@@ -1,4 +1,4 @@
-"""Lp norms in float64 NumPy: the oracle of the tests of balls and attacks."""
+"""Lp norms in float64 NumPy, the reference for projections and attacks."""
 
 import numpy as np
 from keras import ops

@@ -1,4 +1,4 @@
-"""Invariants and closed forms of the attacks, on the active backend."""
+"""FGSM, PGD, BIM, MIM, PGD with Adam and SPSA: invariants and closed forms."""
 
 import functools
 
@@ -34,7 +34,7 @@ CLASSES = 3
 IMAGES, LABELS = make_data(SHAPE, CLASSES)
 CURVED = curved(SHAPE, CLASSES)
 TWO = TwoClasses(SHAPE, CLASSES)
-# Every norm of every attack, and both kinds of goal of every attack.
+# Every attack in every norm, and every attack both targeted and untargeted.
 CASES = [
     (name, norm, (row + column) % 2 == 1)
     for row, name in enumerate(ATTACKS)
@@ -43,9 +43,10 @@ CASES = [
 PGD_CASES = [
     (norm, targeted) for name, norm, targeted in CASES if name == "pgd"
 ]
-# What does not come late is the same in all tests: one compilation each.
+# Settings that are compiled into an attack are the same in all tests, so that
+# each attack is compiled once.
 FIELDS = {
-    "bim": dict(keep="best"),  # To see where all of its steps lead.
+    "bim": dict(keep="best"),  # The default, "first", stops early.
     "pgd_adam": dict(boundaries=(30, 60)),
     "spsa": dict(samples=48, chunk=30, loss="cross_entropy"),
 }
@@ -61,7 +62,7 @@ QUICK = {
 
 @functools.cache
 def compiled(name, targeted, frozen):
-    """A whole attack; its late numbers and the net are arguments."""
+    """A compiled attack; its runtime parameters and the net are arguments."""
     known = ATTACKS[name](**dict(frozen))
 
     def whole(net, images, labels, keys, targets, parameters):
@@ -76,24 +77,24 @@ def attack(name, net, images, labels, targets=None, keys=None, **fields):
     """Attacks a net, compiled."""
     fields = {**FIELDS.get(name, {}), **fields}
     known = ATTACKS[name](**fields)
-    late = {*known.RUNTIME_PARAMETERS, "step_size"}
-    frozen = tuple((k, v) for k, v in fields.items() if k not in late)
+    runtime = {*known.RUNTIME_PARAMETERS, "step_size"}
+    frozen = tuple((k, v) for k, v in fields.items() if k not in runtime)
     keys = keys_for(len(labels)) if keys is None else keys
-    aims = labels if targets is None else targets
+    goals = labels if targets is None else targets
     run = compiled(name, targets is not None, frozen)
-    return run(net, images, labels, keys, aims, known.runtime_parameters())
+    return run(net, images, labels, keys, goals, known.runtime_parameters())
 
 
 def run(known, logits_fn, images, labels, targets=None):
     """Attacks any `logits_fn`, compiled for it."""
 
-    def whole(images, labels, keys, aims):
-        targets_ = None if targets is None else aims
+    def whole(images, labels, keys, goals):
+        targets_ = None if targets is None else goals
         return known(logits_fn, images, labels, keys, targets_)
 
-    aims = labels if targets is None else targets
+    goals = labels if targets is None else targets
     return numerics.compile_call(whole)(
-        images, labels, keys_for(len(labels)), aims
+        images, labels, keys_for(len(labels)), goals
     )
 
 
@@ -120,23 +121,25 @@ def loss_of(net, images, classes):
 
 @pytest.mark.parametrize("name,norm,targeted", CASES)
 class TestEveryAttack:
-    def test_keeps_its_promises(self, name, norm, targeted):
+    def test_result_is_within_the_threat_model_and_consistent(
+        self, name, norm, targeted
+    ):
         targets, out, success, loss = quick(name, norm, targeted)
-        # In the ball and in the box, and it went somewhere.
+        # The result is within the threat model, and the image has changed.
         assert out.dtype == np.float32 and out.shape == IMAGES.shape
         reach = norm_of(out - IMAGES, norm)
         assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
         assert reach.max() > 0.5 * RADIUS[norm]
         assert out.min() >= 0 and out.max() <= 1
-        # It reports what a fresh forward pass finds.
+        # Success and loss equal those of a new forward pass.
         after = predictions(CURVED, out)
         hit = after == targets if targeted else after != LABELS
         np.testing.assert_array_equal(success, hit)
-        aims = targets if targeted else LABELS
-        want = loss_of(CURVED, out, aims)
+        goals = targets if targeted else LABELS
+        want = loss_of(CURVED, out, goals)
         np.testing.assert_allclose(loss, -want if targeted else want, atol=1e-4)
-        # It does harm, and mends no error.
-        harm = want.mean() - loss_of(CURVED, IMAGES, aims).mean()
+        # The loss gets worse, and no misclassified image becomes correct.
+        harm = want.mean() - loss_of(CURVED, IMAGES, goals).mean()
         assert harm < 0 if targeted else harm > 0
         before = predictions(CURVED, IMAGES)
         assert np.all((before == LABELS)[after == LABELS])
@@ -146,7 +149,9 @@ class TestEveryAttack:
         _, out, *_ = quick(name, norm, targeted, epsilon=0.0)
         np.testing.assert_array_equal(out, IMAGES)
 
-    def test_order_and_neighbours_change_nothing(self, name, norm, targeted):
+    def test_results_do_not_depend_on_the_order_of_the_batch(
+        self, name, norm, targeted
+    ):
         rows = np.random.default_rng(0).integers(0, len(LABELS), len(LABELS))
         _, *want = quick(name, norm, targeted)
         _, *got = quick(name, norm, targeted, rows)
@@ -154,16 +159,16 @@ class TestEveryAttack:
             np.testing.assert_allclose(a, b[rows], atol=1e-6)
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
-    def test_logits_that_are_not_finite_are_a_success(
-        self, name, norm, targeted, bad
-    ):
+    def test_nonfinite_logits_count_as_success(self, name, norm, targeted, bad):
         net = {**CURVED, "bias": np.full(CLASSES, bad, "float32")}
         _, out, success, _ = quick(name, norm, targeted, net=net)
         assert np.all(success)
         np.testing.assert_array_equal(out, IMAGES)
 
-    def test_the_worst_case_of_a_linear_model(self, name, norm, targeted):
-        """It is known: no attack goes beyond, and each comes near."""
+    def test_comes_near_the_worst_case_of_a_linear_model(
+        self, name, norm, targeted
+    ):
+        """No attack exceeds the known optimum, and each comes near it."""
         steps = {"fgsm": {}, "spsa": {"steps": 30}}.get(name, {"steps": 100})
         fields = {"norm": norm, "epsilon": RADIUS[norm], **steps}
         result = attack(
@@ -173,9 +178,9 @@ class TestEveryAttack:
         best = TWO.optimum(norm, RADIUS[norm])
         gain = TWO.gain(array(result.images))
         assert np.all(gain <= best * (1 + 1e-4))
-        # What is lost: a long step in L1 overshoots; PGD has a random start
-        # to leave; steps that add up to epsilon are cut off by the box (MIM,
-        # FGSM in L2); Adam's are all of one size; SPSA's are noisy.
+        # Reasons for a share below 1: a long step in L1 overshoots; PGD starts
+        # at a random point; MIM and FGSM in L2 lose length to the pixel range;
+        # Adam's steps have one size in all coordinates; SPSA's are noisy.
         share = {
             "fgsm": dict(linf=1, l2=0.7, l1=1),
             "pgd": dict(linf=1, l2=0.95, l1=0.99),
@@ -188,7 +193,7 @@ class TestEveryAttack:
 
 
 @pytest.mark.parametrize("name,norm", [("pgd", "l2"), ("spsa", "linf")])
-def test_the_batch_size_changes_nothing(name, norm):
+def test_results_do_not_depend_on_the_batch_size(name, norm):
     _, want, *_ = quick(name, norm, False)
     _, part, *_ = quick(name, norm, False, np.array([5, 0, 3]))
     np.testing.assert_allclose(part, want[[5, 0, 3]], atol=1e-6)
@@ -197,7 +202,7 @@ def test_the_batch_size_changes_nothing(name, norm):
 @pytest.mark.parametrize(
     "name,norm", [("pgd", "l2"), ("pgd_adam", "linf"), ("spsa", "linf")]
 )
-def test_compiled_equals_plain(name, norm):
+def test_compiled_and_eager_results_agree(name, norm):
     _, *want = quick(name, norm, False)
     fields = {**FIELDS.get(name, {}), **QUICK[name]}
     plain = ATTACKS[name](norm=norm, epsilon=RADIUS[norm], **fields)(
@@ -206,13 +211,13 @@ def test_compiled_equals_plain(name, norm):
     out, success, loss = map(array, plain)
     np.testing.assert_array_equal(success, want[1])
     np.testing.assert_allclose(loss, want[2], rtol=1e-2, atol=1e-3)
-    # A sign that flips in the rounding moves a pixel a whole step.
+    # If rounding flips a sign, the pixel differs by a whole step.
     assert np.mean(np.abs(out - want[0]) > 1e-4) < 0.02
 
 
 @pytest.mark.parametrize("compile_it", [False, True])
-def test_a_model_is_left_as_it_was(compile_it):
-    """Bit for bit, batch statistics and all."""
+def test_an_attack_does_not_change_the_model(compile_it):
+    """All variables stay equal bit for bit, including batch statistics."""
     model = keras.Sequential(
         [
             keras.Input(SHAPE),
@@ -238,8 +243,8 @@ def test_a_model_is_left_as_it_was(compile_it):
 
 
 @pytest.mark.parametrize("keep", attack_backbone.KEEPS)
-def test_a_walk_in_pieces_is_the_walk(keep):
-    """What an evaluation does: chunks of steps, rows dropped in between."""
+def test_running_in_chunks_gives_the_same_result(keep):
+    """An evaluation runs chunks of steps and drops rows between them."""
     known = PGD(epsilon=0.06, steps=5, restarts=2, keep=keep, step_size=0.02)
     fn = logits_fn(CURVED)
     pieces = {
@@ -308,11 +313,11 @@ def test_fgsm_equals_pgd_with_one_full_step(norm):
     # BIM is PGD from the image.
     other = quick("bim", norm, targeted, steps=1, step_size=RADIUS[norm])
     for a, b in zip(one[1:], other[1:], strict=True):
-        # The loop is a program of its own: another order of rounding.
+        # The loop is compiled separately and rounds in another order.
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_a_targeted_step_is_the_untargeted_one_with_two_classes():
+def test_targeted_equals_untargeted_with_two_classes():
     fields = dict(norm="l2", epsilon=RADIUS["l2"], steps=20)
     args = ("bim", TWO.net, TWO.images, TWO.labels)
     away = attack(*args, **fields)
@@ -323,7 +328,7 @@ def test_a_targeted_step_is_the_untargeted_one_with_two_classes():
 
 
 def own_class():
-    """Labels that the curved net gives the images, and the next ones."""
+    """Predictions of the curved net, and the next classes as targets."""
     labels = predictions(CURVED, IMAGES).astype("int32")
     return labels, (labels + 1) % CLASSES
 
@@ -331,7 +336,7 @@ def own_class():
 @pytest.mark.parametrize("norm,targeted", PGD_CASES)
 @pytest.mark.parametrize("field,values", [("restarts", (1, 2, 4)),
                                           ("steps", (1, 3, 8))])  # fmt: skip
-def test_restarts_and_steps_never_weaken(norm, targeted, field, values):
+def test_more_restarts_or_steps_are_never_weaker(norm, targeted, field, values):
     labels, targets = own_class()
     rank, loss = [], []
     for value in values:
@@ -352,7 +357,7 @@ def test_restarts_and_steps_never_weaken(norm, targeted, field, values):
 
 
 @pytest.mark.parametrize("norm,targeted", PGD_CASES)
-def test_a_larger_ball_breaks_more(norm, targeted):
+def test_a_larger_epsilon_succeeds_more_often(norm, targeted):
     labels, targets = own_class()
     rates = [
         array(
@@ -367,21 +372,21 @@ def test_a_larger_ball_breaks_more(norm, targeted):
     assert rates[2] == 1.0
 
 
-def test_the_random_start_happens_with_its_probability():
+def test_random_start_has_the_given_probability():
     images = np.full((400, 2, 2, 1), 0.5, "float32")
 
-    def indifferent(x):  # Grows with any move; its gradient moves nothing.
-        moved = ops.sum(ops.abs(ops.stop_gradient(x) - 0.5), axis=(1, 2))
-        return ops.concatenate([-moved, 0 * moved], axis=-1)
+    def no_gradient(x):  # The loss grows with the distance from the image.
+        distance = ops.sum(ops.abs(ops.stop_gradient(x) - 0.5), axis=(1, 2))
+        return ops.concatenate([-distance, 0 * distance], axis=-1)
 
     known = PGD(epsilon=0.1, steps=1, random_start=0.3)
-    out = run(known, indifferent, images, np.zeros(400, "int32"))
-    moved = np.any(array(out.images) != images, axis=(1, 2, 3)).mean()
-    assert abs(moved - 0.3) <= 4 * np.sqrt(0.3 * 0.7 / 400)
+    out = run(known, no_gradient, images, np.zeros(400, "int32"))
+    share = np.any(array(out.images) != images, axis=(1, 2, 3)).mean()
+    assert abs(share - 0.3) <= 4 * np.sqrt(0.3 * 0.7 / 400)
 
 
-def test_restarts_start_elsewhere():
-    """With no step to take, each restart is one more random point."""
+def test_restarts_start_at_other_points():
+    """Without steps, each restart evaluates one more random point."""
     losses = [
         quick("pgd", "l2", False, steps=0, restarts=restarts)[-1]
         for restarts in (1, 10)
@@ -389,49 +394,50 @@ def test_restarts_start_elsewhere():
     assert np.mean(losses[1] > losses[0] + 1e-6) > 0.5
 
 
-# --- Which candidate counts --------------------------------------------------
+# --- Which candidate is kept --------------------------------------------------
 
 
-def walk(cases, targets=None, **fields):
-    """Steps of 0.1 from a pixel at 0.5, a batch of cases.
+def attack_one_pixel(cases, targets=None, **fields):
+    """Attacks one pixel for each case, from 0.5 in steps of 0.1.
 
-    A case holds the logits at 0.5, 0.6, 0.7... The gradient points up, away
-    from the first class and towards the last.
+    A case lists the logits at the pixel values 0.5, 0.6, 0.7... The gradient
+    is positive, away from the first class and towards the last.
 
     Returns:
-        Where each case ends, and whether it succeeds.
+        The final pixel of each case, and whether it is a success.
     """
     cases = np.array(cases, "float32")
-    count, places, classes = cases.shape
+    count, positions, classes = cases.shape
     slopes = np.linspace(-1e-3, 1e-3, classes, dtype="float32")
 
     def line(x):
         x = x[:, 0, 0, :]
-        place = ops.cast(ops.round((x - 0.5) * 10), "int32")
-        here = ops.one_hot(ops.clip(place, 0, places - 1)[:, 0], places)
-        found = ops.convert_to_tensor(cases) * ops.expand_dims(here, -1)
-        return ops.sum(found, axis=1) + x * ops.convert_to_tensor(slopes)
+        position = ops.cast(ops.round((x - 0.5) * 10), "int32")
+        position = ops.clip(position, 0, positions - 1)[:, 0]
+        mask = ops.expand_dims(ops.one_hot(position, positions), -1)
+        logits = ops.convert_to_tensor(cases) * mask
+        return ops.sum(logits, axis=1) + x * ops.convert_to_tensor(slopes)
 
     known = PGD(
         **{"epsilon": 0.4, "step_size": 0.1, "random_start": 0, **fields}
     )
     images = np.full((count, 1, 1, 1), 0.5, "float32")
     labels = np.zeros(count, "int32")
-    aims = None if targets is None else np.full(count, targets, "int32")
-    result = run(known, line, images, labels, aims)
+    goals = None if targets is None else np.full(count, targets, "int32")
+    result = run(known, line, images, labels, goals)
     return array(result.images).ravel(), array(result.success)
 
 
 @pytest.mark.parametrize(
-    "keep,places,success",
+    "keep,pixels,success",
     [
         ("best", [0.7, 0.6, 0.8, 0.5], [1, 1, 1, 0]),
         ("first", [0.6, 0.6, 0.8, 0.5], [1, 1, 1, 0]),
         ("last", [0.5, 0.8, 0.8, 0.5], [0, 0, 1, 0]),
     ],
 )
-def test_keep_says_which_iterate_counts(keep, places, success):
-    got = walk(
+def test_keep_selects_the_iterate_that_is_returned(keep, pixels, success):
+    got = attack_one_pixel(
         [
             [[5, 0], [0, 1], [0, 2], [6, 0]],
             [[5, 0], [0, 1], [5, 0], [4, 0]],
@@ -441,33 +447,33 @@ def test_keep_says_which_iterate_counts(keep, places, success):
         steps=3,
         keep=keep,
     )
-    np.testing.assert_allclose(got[0], places, atol=1e-5)
+    np.testing.assert_allclose(got[0], pixels, atol=1e-5)
     np.testing.assert_array_equal(got[1], success)
 
 
-def test_a_targeted_attack_keeps_target_then_any_error_then_loss():
-    """The order of preference decides, not the loss."""
+def test_targeted_attack_prefers_target_then_error_then_loss():
+    """The order of preference is decisive, not the loss."""
     clean, near, far = [5, 0, 0], [5, 0, 4.9], [5, 6, 0]
     hit = [4, 9, 9.5]  # The target, though another class is close to it.
-    places, _ = walk(
+    pixels, _ = attack_one_pixel(
         [
-            [clean, near, far],  # Wrong beats nearer to the target.
+            [clean, near, far],  # Misclassified beats nearer to the target.
             [clean, far, near],
             [clean, near, clean],  # Both right: the nearer one.
-            [clean, hit, far],  # The target beats wrong.
+            [clean, hit, far],  # The target beats misclassified.
             [clean, far, hit],
         ],
         targets=2,
         steps=2,
         epsilon=0.2,
     )
-    np.testing.assert_allclose(places, [0.7, 0.6, 0.6, 0.6, 0.7], atol=1e-5)
+    np.testing.assert_allclose(pixels, [0.7, 0.6, 0.6, 0.6, 0.7], atol=1e-5)
 
 
 # --- How an attack steps -----------------------------------------------------
 
 
-def test_the_step_rules():
+def test_step_sizes_follow_the_step_rules():
     assert PGD(epsilon=0.1, steps=20).step_length == pytest.approx(0.0125)
     assert PGD(epsilon=0.1, steps=1).step_length == 0.1
     assert PGD(epsilon=0.1, step_size=0.2).step_length == 0.2
@@ -480,9 +486,9 @@ def test_the_step_rules():
     assert PGD(epsilon=5.0, norm="l2").epsilon == 5.0
 
 
-def test_decayed_steps():
-    """Half of the steps whole, a quarter a tenth, a quarter a hundredth."""
-    kept, _ = walk(
+def test_decayed_step_size():
+    """Half of the steps full, a quarter 1/10, a quarter 1/100."""
+    kept, _ = attack_one_pixel(
         [[[5, 0], [0, 5]]], steps=8, keep="last", step_size=0.05,
         step_rule="decayed",
     )  # fmt: skip
@@ -500,7 +506,7 @@ def softmax_gradient(weights, x, labels):
 
 
 def interior():
-    """Images far from the box, and a model whose gradient turns on the way."""
+    """Images far from 0 and 1, and a model whose gradient is not constant."""
     rng = np.random.default_rng(3)
     images = rng.uniform(0.4, 0.6, (8, *SHAPE)).astype("float32")
     weights = random_weights(SHAPE, CLASSES, 5) * 4
@@ -513,7 +519,7 @@ def to_sphere(delta, epsilon):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_momentum_against_numpy(momentum):
+def test_momentum_equals_a_numpy_implementation(momentum):
     images, labels, weights = interior()
     known = PGD(
         norm="l2", epsilon=0.25, steps=6, step_size=0.1, momentum=momentum,
@@ -530,7 +536,7 @@ def test_momentum_against_numpy(momentum):
     np.testing.assert_allclose(array(result.images) - images, delta, atol=2e-5)
 
 
-def test_adam_against_numpy():
+def test_adam_equals_a_numpy_implementation():
     images, labels, weights = interior()
     rates, boundaries = (0.05, 0.01), (4,)
     known = PGDAdam(
@@ -565,7 +571,7 @@ class TestSPSA:
             )
         )
 
-    def test_the_estimate_is_the_gradient(self):
+    def test_the_estimate_approximates_the_gradient(self):
         """The angle of n random directions in d dimensions: sqrt(n/(n+d))."""
         grad = TWO.gradient
         got = self.estimate(samples=600, chunk=100).astype("float64")
@@ -578,13 +584,13 @@ class TestSPSA:
             np.mean(dot / norm_of(grad, "l2") ** 2), 1, atol=0.05
         )
 
-    def test_the_chunk_changes_the_rounding_alone(self):
+    def test_the_estimate_does_not_depend_on_the_chunk_size(self):
         want = self.estimate(samples=10, chunk=10)
         for chunk in (4, 64):
             got = self.estimate(samples=10, chunk=chunk)
             np.testing.assert_allclose(got, want, atol=1e-4)
 
-    def test_a_row_draws_directions_of_its_own(self):
+    def test_each_example_draws_its_own_directions(self):
         got = self.estimate(samples=1)
         unit = got / np.abs(got).max((1, 2, 3), keepdims=True)
         np.testing.assert_allclose(np.abs(unit), 1, rtol=1e-5)
@@ -593,18 +599,18 @@ class TestSPSA:
         )
 
 
-# --- What a model may say ----------------------------------------------------
+# --- Kinds of model outputs ---------------------------------------------------
 
 
-def test_several_answers_average_the_loss():
+def test_loss_is_averaged_over_head_logits():
     """The gradient is that of the mean loss, not of the loss of the mean."""
     images, labels, weights = interior()
     other = random_weights(SHAPE, CLASSES, 6) * 4
     first, second = logits_fn(straight(weights)), logits_fn(straight(other))
 
     def both(x):
-        answers = ops.stack([first(x), second(x)], axis=1)
-        return losses.Outputs(first(x), answers)
+        head_logits = ops.stack([first(x), second(x)], axis=1)
+        return losses.Outputs(first(x), head_logits)
 
     known = PGD(
         norm="l2", epsilon=0.1, steps=1, step_size=0.1, random_start=0,
@@ -617,7 +623,7 @@ def test_several_answers_average_the_loss():
     want = 0.1 * grad / norm_of(grad, "l2").reshape(-1, 1, 1, 1)
     out = array(result.images)
     np.testing.assert_allclose(out - images, want, atol=1e-5)
-    # The loss is the mean, the verdict that of the logits.
+    # The loss is the mean over the heads; success depends on the logits.
     mean = (
         loss_of(straight(weights), out, labels)
         + loss_of(straight(other), out, labels)
@@ -629,25 +635,28 @@ def test_several_answers_average_the_loss():
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_mean_loss(name):
+def test_mean_loss_is_the_mean_over_the_heads(name):
     rng = np.random.default_rng(0)
-    answers = rng.normal(size=(5, 3, 4)).astype("float32")
+    head_logits = rng.normal(size=(5, 3, 4)).astype("float32")
     labels, targets = np.arange(5) % 4, (np.arange(5) + 1) % 4
 
-    def mean_losses(answers, labels, *targets):
-        outputs = losses.Outputs(answers[:, 0], answers)
+    def mean_losses(head_logits, labels, *targets):
+        outputs = losses.Outputs(head_logits[:, 0], head_logits)
         return attack_rounds.mean_loss(name, outputs, labels, *targets), [
-            losses.loss(name, answers[:, i], labels, *targets) for i in range(3)
+            losses.loss(name, head_logits[:, i], labels, *targets)
+            for i in range(3)
         ]
 
     for more in ((), (targets,)):
-        got, parts = numerics.compile_call(mean_losses)(answers, labels, *more)
+        got, parts = numerics.compile_call(mean_losses)(
+            head_logits, labels, *more
+        )
         want = np.mean([array(part) for part in parts], axis=0)
         np.testing.assert_allclose(array(got), want, rtol=1e-5)
 
 
-def test_the_noise_of_a_model_belongs_to_round_and_step():
-    """A model that says which pixel counts: another one in each step."""
+def test_model_noise_depends_on_round_and_step():
+    """The model depends on one pixel, another one in each step."""
 
     class Turning:
         def __init__(self, place=0):
@@ -687,15 +696,15 @@ def test_the_noise_of_a_model_belongs_to_round_and_step():
 
 
 @pytest.mark.parametrize("name", ["pgd", "pgd_adam", "spsa"])
-def test_distraction_moves_the_attention(name):
-    """The class does not depend on the image; where the model looks does."""
+def test_distraction_increases_the_attention_distance(name):
+    """The logits do not depend on the image; the attention does."""
 
     def looks(x):
         mass = ops.sum(x, axis=-1)
         maps = mass / ops.sum(mass, axis=(1, 2), keepdims=True)
-        places = ops.convert_to_tensor(np.arange(4, dtype="float32") - 1.5)
-        row = ops.sum(ops.sum(maps, axis=2) * places, axis=-1)
-        column = ops.sum(ops.sum(maps, axis=1) * places, axis=-1)
+        offsets = ops.convert_to_tensor(np.arange(4, dtype="float32") - 1.5)
+        row = ops.sum(ops.sum(maps, axis=2) * offsets, axis=-1)
+        column = ops.sum(ops.sum(maps, axis=1) * offsets, axis=-1)
         gazes = ops.stack([row, column], axis=-1)
         shown = {"gazes": gazes[:, None], "maps": maps[:, None]}
         logits = ops.zeros_like(x[:, 0, 0, :]) + ops.convert_to_tensor(
@@ -729,7 +738,7 @@ def test_distraction_moves_the_attention(name):
     }  # fmt: skip
     assert np.all(distance["attack"] > 1.5 * distance["noise"].mean())
     assert not np.any(array(result.success))
-    # The loss is the class's and the weighted distance.
+    # The loss is the class loss plus the weighted distance.
     logits = looks(ops.convert_to_tensor(out)).logits
     value = array(result.loss) - log_loss(logits, labels)
     np.testing.assert_allclose(value, 10 * distance["attack"], rtol=1e-3)
@@ -762,13 +771,13 @@ def test_distraction_moves_the_attention(name):
         (SPSA, dict(radius=0.0), "radius=0"),
     ],
 )
-def test_config_errors_are_one_line_and_say_what_came(make, fields, match):
+def test_config_errors_are_one_line_and_show_the_value(make, fields, match):
     with pytest.raises(ValueError, match=match) as caught:
         make(**fields)
     assert "\n" not in str(caught.value)
 
 
-def test_what_an_attack_lacks_is_said():
+def test_missing_keys_classes_or_attention_are_named():
     args = (logits_fn(CURVED), IMAGES, LABELS)
     with pytest.raises(ValueError, match="keys=None"):
         PGD()(*args)
@@ -781,8 +790,8 @@ def test_what_an_attack_lacks_is_said():
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow", reason="XLA through tf.function"
 )
-def test_xla_compiles_the_whole_attack(monkeypatch):
-    """What a GPU gets; here XLA runs on the CPU."""
+def test_xla_compiled_attack_gives_the_same_result(monkeypatch):
+    """XLA is used on GPUs; here it runs on the CPU."""
     import tensorflow as tf
 
     function = tf.function

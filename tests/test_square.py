@@ -1,4 +1,4 @@
-"""The Square attack: what it promises, what it draws, and how far it gets."""
+"""The Square attack: invariants, its random proposals and its strength."""
 
 import functools
 
@@ -26,7 +26,7 @@ SHAPE = (7, 6, 3)
 CLASSES = 3
 IMAGES, LABELS = make_data(SHAPE, CLASSES)
 NET = curved(SHAPE, CLASSES)
-# Both kinds of goal, and each loss.
+# Targeted and untargeted, with each loss.
 CASES = [
     ("l1", False, "margin"),
     ("l2", True, "cross_entropy"),
@@ -38,7 +38,7 @@ GOAL = {norm: (targeted, loss) for norm, targeted, loss in CASES}
 
 @functools.cache
 def compiled(norm, targeted, loss):
-    """A whole attack; its late numbers and the net are arguments."""
+    """A compiled attack; its runtime parameters and the net are arguments."""
     known = Square(norm=norm, loss=loss)
 
     def whole(net, images, labels, keys, targets, parameters):
@@ -75,26 +75,31 @@ def loss_of(name, images, classes):
 
 
 @pytest.mark.parametrize("norm,targeted,loss", CASES)
-def test_it_keeps_its_promises(norm, targeted, loss):
+def test_result_is_within_the_threat_model_and_consistent(norm, targeted, loss):
     out, success, value = attack(norm, goal=(targeted, loss))
     targets = (LABELS + 1) % CLASSES
-    # In the ball and in the box, and it went somewhere.
+    # The result is within the threat model, and the image has changed.
     assert out.dtype == np.float32 and out.shape == IMAGES.shape
     reach = norm_of(out - IMAGES, norm)
     assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
     assert reach.max() > 0.5 * RADIUS[norm]
     assert out.min() >= 0 and out.max() <= 1
-    # It reports what a fresh forward pass finds.
+    # Success and loss equal those of a new forward pass.
     after = predictions(NET, out)
     hit = after == targets if targeted else after != LABELS
     np.testing.assert_array_equal(success, hit)
     want = loss_of(loss, out, targets if targeted else LABELS)
     np.testing.assert_allclose(value, -want if targeted else want, atol=1e-4)
-    # It breaks some, mends none, and leaves in peace what falls by itself.
+    # Some become successes, none the reverse, and an image that is a success
+    # without a perturbation stays unchanged.
     before = predictions(NET, IMAGES)
-    fell = before == targets if targeted else before != LABELS
-    assert np.sum(hit) > np.sum(fell) and np.all(hit[fell])
-    np.testing.assert_array_equal(out[fell], IMAGES[fell])
+    misclassified_before = before == targets if targeted else before != LABELS
+    assert np.sum(hit) > np.sum(misclassified_before) and np.all(
+        hit[misclassified_before]
+    )
+    np.testing.assert_array_equal(
+        out[misclassified_before], IMAGES[misclassified_before]
+    )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -103,37 +108,37 @@ class TestEveryNorm:
         out, *_ = attack(norm, epsilon=0.0)
         np.testing.assert_array_equal(out, IMAGES)
 
-    def test_order_and_neighbours_change_nothing(self, norm):
+    def test_results_do_not_depend_on_the_order_of_the_batch(self, norm):
         rows = np.random.default_rng(0).integers(0, len(LABELS), len(LABELS))
         want = attack(norm)
         for got, values in zip(attack(norm, rows=rows), want, strict=True):
             np.testing.assert_allclose(got, values[rows], atol=1e-6)
 
-    def test_logits_that_are_not_finite_are_a_success(self, norm):
+    def test_nonfinite_logits_count_as_success(self, norm):
         net = {**NET, "bias": np.full(CLASSES, np.nan, "float32")}
         out, success, _ = attack(norm, net)
         assert np.all(success)
         np.testing.assert_array_equal(out, IMAGES)
 
-    def test_restarts_never_weaken_and_start_elsewhere(self, norm):
+    def test_restarts_are_never_weaker_and_start_at_other_points(self, norm):
         fields = dict(n_queries=1, epsilon=0.2 * RADIUS[norm])
         _, once, loss = attack(norm, **fields)
         _, often, more = attack(norm, restarts=8, **fields)
         assert np.all(often >= once)
         assert np.all(more[often == once] >= loss[often == once] - 1e-6)
-        stood = ~often
-        assert np.sum(stood) > 4
-        assert np.mean(more[stood] > loss[stood] + 1e-6) > 0.6
+        remaining = ~often
+        assert np.sum(remaining) > 4
+        assert np.mean(more[remaining] > loss[remaining] + 1e-6) > 0.6
 
-    def test_a_larger_ball_breaks_more(self, norm):
+    def test_a_larger_epsilon_succeeds_more_often(self, norm):
         rates = [
             attack(norm, epsilon=scale * RADIUS[norm])[1].mean()
             for scale in (0.0, 0.5, 8.0)
         ]
         assert rates[0] < rates[1] < rates[2]
 
-    def test_a_linear_model_falls_where_the_closed_form_says_so(self, norm):
-        """Never beyond the best there is, and near it with many queries."""
+    def test_success_on_a_linear_model_agrees_with_the_closed_form(self, norm):
+        """It never exceeds the optimum, and comes near it with many queries."""
         two = TwoClasses(SHAPE, CLASSES)
         targeted, loss = GOAL[norm]
         epsilon = 0.5 * RADIUS[norm]
@@ -148,22 +153,22 @@ class TestEveryNorm:
         success = array(result.success)
         assert np.all(gain <= best * (1 + 1e-4))
         assert not np.any(success[margin > best])
-        # The gradient is noise from pixel to pixel: smooth patterns fit badly.
+        # The gradient is independent between pixels, unlike the patterns.
         share = {"linf": 0.8, "l2": 0.35, "l1": 0.6}[norm]
         assert np.all(success[margin < share * best])
-        # Of both kinds there are some.
+        # Both cases occur.
         assert np.any(margin > best)
         assert np.sum((margin > 0) & (margin < share * best)) > 1
 
 
-def test_the_batch_size_changes_nothing():
+def test_results_do_not_depend_on_the_batch_size():
     rows = np.array([5, 0, 3])
     for part, whole in zip(attack("l2", rows=rows), attack("l2"), strict=True):
         np.testing.assert_allclose(part, whole[rows], atol=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
-def test_compiled_equals_plain(norm):
+def test_compiled_and_eager_results_agree(norm):
     targeted, loss = GOAL[norm]
     plain = Square(norm=norm, epsilon=RADIUS[norm], n_queries=30, loss=loss)(
         logits_fn(NET), IMAGES, LABELS, keys_for(len(LABELS)),
@@ -174,8 +179,8 @@ def test_compiled_equals_plain(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_in_chunks_each_query_keeps_or_raises_the_loss(norm):
-    """As an evaluation runs it; and the chunks add up to the whole."""
+def test_the_loss_never_decreases_and_chunks_equal_the_whole(norm):
+    """An evaluation runs the attack in chunks of queries."""
     targeted, loss = GOAL[norm]
     known = Square(norm=norm, epsilon=RADIUS[norm], n_queries=30, loss=loss)
     fn = logits_fn(NET)
@@ -201,11 +206,11 @@ def test_in_chunks_each_query_keeps_or_raises_the_loss(norm):
         np.testing.assert_allclose(got, array(state[want]), atol=1e-5)
 
 
-# --- What it draws -----------------------------------------------------------
+# --- Proposals ---------------------------------------------------------------
 
 
 def proposals(norm, height, width, queries, epsilon=0.05, **fields):
-    """What is tried by queries, each on top of the one before.
+    """Returns the proposals of queries that are all accepted.
 
     Returns:
         Float64 `(1 + queries, batch, height, width, 3)`: perturbations of grey
@@ -216,7 +221,7 @@ def proposals(norm, height, width, queries, epsilon=0.05, **fields):
     images = np.full((200, height, width, 3), 0.5, "float32")
     calls = []
 
-    def always_worse(x):  # Every query is taken, none succeeds.
+    def always_worse(x):  # Every query is accepted, none succeeds.
         calls.append(1)
         low = ops.sum(x, axis=(1, 2)) * 0.0
         return low + ops.convert_to_tensor(
@@ -235,8 +240,8 @@ def proposals(norm, height, width, queries, epsilon=0.05, **fields):
 
 
 @pytest.mark.parametrize("spared", [0, 1])
-def test_linf_begins_with_stripes_and_paints_squares_everywhere(spared):
-    """But for the rows and columns that the authors' program leaves out."""
+def test_linf_starts_with_stripes_and_squares_take_all_positions(spared):
+    """With `spared`, the last rows and columns are excluded."""
     queries = (0, 400, 401, 402)
     found, side = proposals("linf", 8, 6, queries, spared=spared)
     assert side == 2  # The area of 0.8 * 48 / 8 pixels.
@@ -248,7 +253,7 @@ def test_linf_begins_with_stripes_and_paints_squares_everywhere(spared):
     for before, after in zip(found, found[1:], strict=False):
         for delta in after - before:
             rows, columns = np.nonzero(np.abs(delta).max(-1))
-            if not len(rows):  # All its signs were there.
+            if not len(rows):  # The square already had these signs.
                 continue
             assert np.ptp(rows) < side and np.ptp(columns) < side
             for channel in delta.transpose(2, 0, 1):
@@ -260,7 +265,7 @@ def test_linf_begins_with_stripes_and_paints_squares_everywhere(spared):
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_l2_and_l1_spend_all_they_have(norm):
+def test_l2_and_l1_perturbations_have_norm_epsilon(norm):
     epsilon = {"l1": 2.0, "l2": 0.5}[norm]
     found, side = proposals(norm, 12, 15, (0, 1, 60, 700), epsilon)
     assert side == 3
@@ -271,7 +276,7 @@ def test_l2_and_l1_spend_all_they_have(norm):
     assert np.any(np.abs(found[0][..., 0] - found[0][..., 1]) > 1e-3)
 
 
-def test_l2_moves_the_budget_of_two_squares_into_one():
+def test_l2_moves_the_norm_of_two_squares_into_one():
     found, side = proposals("l2", 10, 10, (0, 700), 0.5)
     for before, after in zip(*found, strict=True):
         # Elsewhere the perturbation is the old one, at the same scale.
@@ -290,7 +295,7 @@ def test_l2_moves_the_budget_of_two_squares_into_one():
 
 
 @pytest.mark.parametrize("n_queries", [10, 333, 5000, 40_000, 400_000])
-def test_the_published_schedule(n_queries):
+def test_stages_follow_the_published_schedule(n_queries):
     bounds = [10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]
     known = Square(n_queries=n_queries)
     index = np.unique(np.linspace(1, n_queries - 1, 500).astype("int32"))
@@ -300,13 +305,13 @@ def test_the_published_schedule(n_queries):
     np.testing.assert_array_equal(array(known.stage(index)), want)
 
 
-def test_the_sides_of_the_squares():
+def test_sides_are_published_and_fit_the_image():
     sides = Square().sides(32, 32)
     assert sides == [29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
     sides = Square(norm="l2").sides(32, 32)
     assert sides[0] == 29 and sides[-1] == 3
     assert all(side % 2 == 1 for side in sides)
-    for norm in NORMS:  # They fit, whatever the image.
+    for norm in NORMS:  # They fit into any image.
         for shape in ((4, 4), (1, 9), (2, 3), (5, 40)):
             sides = Square(norm=norm, p_init=1.0).sides(*shape)
             assert 1 <= min(sides) and max(sides) <= min(shape)
@@ -314,7 +319,7 @@ def test_the_sides_of_the_squares():
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("side", [1, 2, 3, 8, 13])
-def test_the_pattern(side, norm):
+def test_pattern_is_equation_2(side, norm):
     """Equation 2 of the paper, term by term."""
 
     def half(height, sign):
@@ -333,14 +338,14 @@ def test_the_pattern(side, norm):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-# --- Beside another library, and errors --------------------------------------
+# --- Comparison with another library, and errors -----------------------------
 
 
 @pytest.mark.skipif(
     keras.config.backend() != "torch", reason="torchattacks needs Torch"
 )
 @pytest.mark.parametrize("norm,epsilon", [("linf", 0.12), ("l2", 0.8)])
-def test_as_strong_as_torchattacks(norm, epsilon):
+def test_success_rate_equals_that_of_torchattacks(norm, epsilon):
     torch = pytest.importorskip("torch")
     torchattacks = pytest.importorskip("torchattacks")
     shape = (10, 10, 3)  # A multiple of five: both tile it alike.
@@ -360,7 +365,7 @@ def test_as_strong_as_torchattacks(norm, epsilon):
     theirs = []
     x = torch.tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     y = torch.tensor(labels.astype("int64"))
-    # All images of one of its batches meet the same squares.
+    # It uses the same squares for all images of a batch.
     for start in range(0, len(labels), 8):
         other = torchattacks.Square(
             Module(), norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon,
@@ -389,7 +394,7 @@ def test_as_strong_as_torchattacks(norm, epsilon):
         (dict(epsilon=8.0), "Write 8/255"),
     ],
 )
-def test_config_errors_are_one_line_and_say_what_came(fields, match):
+def test_config_errors_are_one_line_and_show_the_value(fields, match):
     with pytest.raises(ValueError, match=match) as caught:
         Square(**fields)
     assert "\n" not in str(caught.value)

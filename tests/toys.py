@@ -1,4 +1,4 @@
-"""What the tests of attacks share: data, models whose worst case is known."""
+"""Data and small models for the tests of attacks."""
 
 import keras
 import numpy as np
@@ -11,12 +11,12 @@ HIDDEN = 8
 
 
 def keys_for(count, seed=0):
-    """Returns one key an example, int32 `(count, 2)`."""
+    """Returns one key for each example, int32 `(count, 2)`."""
     return numerics.example_keys(seed, np.arange(count, dtype="int32"))
 
 
 def make_data(shape, classes, count=24, seed=0):
-    """Returns images that meet the box, and labels that take turns."""
+    """Returns images with some pixels at 0 and 1, and cyclic labels."""
     rng = np.random.default_rng(seed)
     images = np.clip(rng.normal(0.5, 0.4, (count, *shape)), 0, 1)
     labels = np.arange(count) % classes
@@ -31,7 +31,7 @@ def random_weights(shape, classes, seed=0):
 
 
 def straight(weights):
-    """Returns the net that is linear, without a bias."""
+    """Returns the parameters of a linear net without a bias."""
     return {
         "skip": weights,
         "hidden": np.zeros((len(weights), HIDDEN), "float32"),
@@ -41,7 +41,7 @@ def straight(weights):
 
 
 def curved(shape, classes, seed=0):
-    """Returns a net of one hidden layer and a skip."""
+    """Returns the parameters of a net with a hidden layer and a skip."""
     rng = np.random.default_rng(seed + 1)
     out = rng.normal(size=(HIDDEN, classes)) * 1.5
     return {
@@ -55,8 +55,8 @@ def curved(shape, classes, seed=0):
 def logits_fn(net):
     """Returns the `logits_fn` of a net, a dict of arrays or tensors.
 
-    One graph serves all nets. Every sum runs row by row, in the same order
-    whatever the batch size.
+    All nets share one graph. Sums run row by row, in an order that does not
+    depend on the batch size.
     """
     net = {name: ops.convert_to_tensor(value) for name, value in net.items()}
 
@@ -73,17 +73,18 @@ def logits_fn(net):
 
 
 def predictions(net, images):
-    """Returns the classes of images, NumPy."""
+    """Returns the predicted classes of images, in NumPy."""
     return array(logits_fn(net)(ops.convert_to_tensor(images))).argmax(-1)
 
 
 class TwoClasses:
-    """A linear net of two classes: gains and largest gains in closed form.
+    """A linear net of two classes, whose worst case has a closed form.
 
     Attributes:
         images, labels: The data.
-        net: The net; further classes are far below these two.
-        gradient: Of (other logit - own logit), one an example.
+        net: The net. The logits of further classes are never the largest.
+        gradient: The gradient of (other logit - label's logit), one for each
+            example.
     """
 
     def __init__(self, shape, classes=2, count=24):
@@ -97,25 +98,27 @@ class TwoClasses:
         self.gradient = sign * gap
 
     def margin(self, images):
-        """Own logit minus the other one, float64; below 0 is an error."""
+        """Label's logit minus the other, float64; negative: misclassified."""
         return -self._dot(np.asarray(images, "float64"))
 
     def gain(self, images):
-        """How far the margin fell from that of the clean images."""
+        """The decrease of the margin from that of the clean images."""
         return self._dot(np.asarray(images, "float64") - self.images)
 
     def _dot(self, x):
         return np.sum(x * self.gradient, axis=(1, 2, 3), dtype="float64")
 
     def optimum(self, norm, epsilon):
-        """The largest gain in the ball and the box, float64."""
+        """The largest gain within epsilon and the pixel range, float64."""
         best = []
         for image, gradient in zip(self.images, self.gradient, strict=True):
             room = np.where(gradient > 0, 1.0 - image, image).ravel()
             size = np.abs(gradient).ravel().astype("float64")
             if norm == "linf":
                 move = np.minimum(room, epsilon)
-            elif norm == "l1":  # Greedy: steepest pixel first, to its end.
+            elif (
+                norm == "l1"
+            ):  # Greedy: largest gradient first, by all its room.
                 order = np.argsort(-size)
                 left = epsilon - np.cumsum(room[order]) + room[order]
                 move = np.zeros_like(room)
@@ -132,7 +135,7 @@ class TwoClasses:
 
 
 class Jitter(layers.Layer):
-    """Noise in inference also: a randomized defence."""
+    """Adds noise, also in inference: a randomized defence."""
 
     stochastic = True
 
@@ -147,10 +150,10 @@ class Jitter(layers.Layer):
 
 @keras.saving.register_keras_serializable("saccade_tests")
 class Unrolled(layers.Layer):
-    """Applies one dense layer again and again, `read_out` times.
+    """Applies one dense layer `read_out` times.
 
     Args:
-        num_steps: Most steps.
+        num_steps: The largest number of steps.
     """
 
     def __init__(self, num_steps=4, **kwargs):
