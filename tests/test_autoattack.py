@@ -1,4 +1,4 @@
-"""APGD, FAB and the ensembles: invariants, closed forms and other programs."""
+"""APGD, FAB and AutoAttack: invariants, closed forms and other libraries."""
 
 import dataclasses
 import functools
@@ -22,15 +22,22 @@ SHAPE = (4, 4, 3)
 SIZE = math.prod(SHAPE)
 CLASSES = 5
 COUNT = 16
-# About half of the examples fall.
+# With these, about half of the examples are misclassified.
 RADIUS = {"l1": 1.2, "l2": 0.3, "linf": 0.05}
 KINDS = {
-    "apgd": lambda **ball: APGD(
-        **ball, steps=9, restarts=2, largereps=ball["norm"] == "l1"
+    "apgd": lambda **threat_model: APGD(
+        **threat_model,
+        steps=9,
+        restarts=2,
+        largereps=threat_model["norm"] == "l1",
     ),
-    "apgd_t": lambda **ball: APGDT(**ball, steps=8, num_targets=4),
-    "fab_t": lambda **ball: FAB(**ball, steps=8, num_targets=4),
-    "fab": lambda **ball: FAB(**ball, steps=5, restarts=2, targeted=False),
+    "apgd_t": lambda **threat_model: APGDT(
+        **threat_model, steps=8, num_targets=4
+    ),
+    "fab_t": lambda **threat_model: FAB(**threat_model, steps=8, num_targets=4),
+    "fab": lambda **threat_model: FAB(
+        **threat_model, steps=5, restarts=2, targeted=False
+    ),
 }
 
 
@@ -48,14 +55,14 @@ def weights(scale=1.0):
 
 
 def curved(x, scale=1.0):
-    """A smooth net that sums row by row, alike for every batch size."""
+    """A smooth net, whose sums do not depend on the batch size."""
     inner, outer = map(ops.convert_to_tensor, weights(scale))
     x = ops.reshape(x, (-1, SIZE, 1)) - 0.5
     hidden = ops.tanh(ops.sum(x * inner[None], axis=1))
     return ops.sum(ops.expand_dims(hidden, -1) * outer[None], axis=1)
 
 
-STEEP = 3.0  # Scale of a net on which no walk goes straight.
+STEEP = 3.0  # With this scale, the gradient changes at every step.
 
 
 def steep(x):
@@ -68,7 +75,9 @@ def make_data(count=COUNT):
     images = np.clip(rng.normal(0.5, 0.4, (count, *SHAPE)), 0, 1)
     images = images.astype("float32")
     labels = predictions(curved, images).astype("int32")
-    labels[0] = (labels[0] + 1) % CLASSES  # One is wrong to begin with.
+    labels[0] = (
+        labels[0] + 1
+    ) % CLASSES  # One is misclassified before the attack.
     return images, labels
 
 
@@ -78,7 +87,7 @@ def predictions(logits_fn, images):
 
 @functools.cache
 def compiled(config, logits_fn, seeded=True):
-    """A whole attack, compiled; its late numbers are arguments."""
+    """A compiled attack; its runtime parameters are arguments."""
 
     def whole(images, labels, keys, parameters):
         keys = keys if seeded else None
@@ -105,16 +114,16 @@ def crafted(kind, norm, scale=1.0):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
 class TestEveryAttack:
-    def test_keeps_its_promises(self, kind, norm):
+    def test_result_is_within_the_threat_model_and_consistent(self, kind, norm):
         images, labels = make_data()
         out, success, loss = crafted(kind, norm)
-        # In the ball and in the box, and it went somewhere.
+        # The result is within the threat model, and the image has changed.
         assert out.dtype == np.float32 and out.shape == images.shape
         reach = norm_of(out - images, norm)
         assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
         assert reach.max() > 0.5 * RADIUS[norm]
         assert out.min() >= 0 and out.max() <= 1
-        # It reports what a fresh forward pass finds.
+        # Success and loss equal those of a new forward pass.
         np.testing.assert_array_equal(
             success, predictions(curved, out) != labels
         )
@@ -122,7 +131,7 @@ class TestEveryAttack:
         logits = curved(ops.convert_to_tensor(out))
         want = array(losses.loss(name, logits, labels))
         np.testing.assert_allclose(loss, want, atol=1e-4)
-        # What was wrong stays as it was.
+        # An image that is misclassified before the attack is not changed.
         assert success[0]
         np.testing.assert_array_equal(out[0], images[0])
         assert 0.2 < success.mean() < 1
@@ -132,30 +141,30 @@ class TestEveryAttack:
         np.testing.assert_array_equal(out, make_data()[0])
         assert success.sum() == 1
 
-    def test_a_larger_ball_breaks_more(self, kind, norm):
+    def test_a_larger_epsilon_succeeds_more_often(self, kind, norm):
         smaller, medium, larger = (
             crafted(kind, norm, scale)[1].mean() for scale in (0.3, 1.0, 20.0)
         )
         assert smaller < medium < larger or medium == larger == 1
         assert larger == 1.0
 
-    def test_noise_comes_from_the_keys(self, kind, norm):
+    def test_results_depend_on_the_keys_alone(self, kind, norm):
         config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
         again, other = run(config), run(config, seed=1)
         np.testing.assert_array_equal(again[0], crafted(kind, norm)[0])
-        moved = np.any(again[0] != other[0], axis=(1, 2, 3))
+        differs = np.any(again[0] != other[0], axis=(1, 2, 3))
         if config.random:
-            assert kind == "fab" or moved.any()
+            assert kind == "fab" or differs.any()
         else:
-            assert not moved.any()
+            assert not differs.any()
 
 
 @pytest.mark.parametrize(
     "kind,norm",
     [("apgd", "l1"), ("apgd_t", "l2"), ("fab_t", "linf"), ("fab", "l2")],
 )
-def test_rows_may_be_packed_anew_after_every_chunk(kind, norm):
-    """What an evaluation does: pieces, chunks, other batches, another order."""
+def test_running_in_chunks_with_other_batches_gives_the_same_result(kind, norm):
+    """An evaluation runs the methods in chunks, on changing batches."""
     images, labels = make_data()
     config = KINDS[kind](norm=norm, epsilon=RADIUS[norm])
     out, success, _ = crafted(kind, norm)
@@ -201,13 +210,13 @@ def test_rows_may_be_packed_anew_after_every_chunk(kind, norm):
         batches = repacked(batches, np.argsort(order))
     for state, rows in zip(batches, ([7, 2], [5, 9]), strict=True):
         np.testing.assert_array_equal(state["success"], success[rows])
-        # Rounding grows along a walk; a sign that flips moves a whole pixel.
+        # Rounding errors grow: a flipped sign changes a pixel by a step.
         far = np.abs(state["best"] - out[rows]) > 1e-3
         assert far.mean() < 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_that_are_not_finite_are_a_success(kind):
+def test_nonfinite_logits_count_as_success(kind):
     def broken(x):
         return ops.concatenate([x[:, 0, 0], x[:, 1, 1]], -1) * float("nan")
 
@@ -222,8 +231,8 @@ def test_logits_that_are_not_finite_are_a_success(kind):
 @pytest.mark.parametrize(
     "kind,norm", [("apgd", "linf"), ("apgd_t", "l1"), ("fab_t", "l2")]
 )
-def test_plain_equals_compiled_and_equal_answers_are_one(kind, norm):
-    """Uncompiled, and as the draws of a stochastic model that draws nothing."""
+def test_eager_run_on_equal_head_logits_gives_the_same_result(kind, norm):
+    """Not compiled, with the same logits twice as head logits."""
 
     def twice(x):
         logits = curved(x)
@@ -235,15 +244,15 @@ def test_plain_equals_compiled_and_equal_answers_are_one(kind, norm):
     two = config(twice, images, labels, keys_for(COUNT))
     np.testing.assert_array_equal(array(two.success), success)
     np.testing.assert_allclose(array(two.loss), loss, rtol=1e-2, atol=1e-3)
-    # Rounding grows along a walk; a sign that flips moves a whole pixel.
+    # Rounding errors grow. If a sign flips, a pixel differs by a whole step.
     assert np.mean(np.abs(array(two.images) - out) > 1e-3) < 0.02
 
 
-# --- Against a second implementation -----------------------------------------
+# --- Comparison with the published algorithms --------------------------------
 
 
 def differentiated(images, scale):
-    """The net in float64 NumPy: logits, and how to pull a gradient back."""
+    """The net in float64 NumPy: logits and the vector-Jacobian product."""
     inner, outer = (w.astype("float64") for w in weights(scale))
     hidden = np.tanh((images.reshape(len(images), -1) - 0.5) @ inner)
 
@@ -265,7 +274,7 @@ def steep_loss(images, labels):
 
 @functools.cache
 def projection(norm):
-    """Compiled once: JAX would compile the loops inside at each call."""
+    """The compiled projection; JAX would compile its loops at each call."""
     return numerics.compile_call(
         lambda delta, epsilon, images: numerics.project(
             delta, epsilon, norm, images
@@ -285,11 +294,11 @@ def apgd_of_the_paper(
 ):
     """One run of algorithm 1 (in L1, of Croce and Hein, 2021) on one image.
 
-    In L1, `moved` is how many entries the start has moved, where the run
-    continues another one, and `every` the moves between two checks.
+    In L1, `moved` is the number of non-zero entries of the start if the run
+    continues another one, and `every` is the number of updates between checks.
 
-    Returns iterate, best loss, step size and best iterate after each move and
-    its check.
+    Returns iterate, best loss, step size and best iterate after each update
+    and its check.
     """
     clean = image[None].astype("float32")
 
@@ -302,7 +311,7 @@ def apgd_of_the_paper(
 
     value, grad = evaluate(delta)
     best, best_value, best_grad = delta, value, grad
-    old, losses, trail = delta, [value], []
+    old, losses, trajectory = delta, [value], []
     eta = epsilon if norm == "l1" else 2 * epsilon
     share, moved_before = 0.2, SIZE
     if moved is not None:
@@ -313,8 +322,10 @@ def apgd_of_the_paper(
     for k in range(1, steps + 1):
         if norm == "l1":
             threshold = np.sort(np.abs(grad).ravel())
-            place = min(max(int(np.float32((1 - share) * SIZE)), 0), SIZE - 1)
-            keep = np.abs(grad) >= threshold[place]
+            position = min(
+                max(int(np.float32((1 - share) * SIZE)), 0), SIZE - 1
+            )
+            keep = np.abs(grad) >= threshold[position]
             new = project(delta + eta * keep * np.sign(grad) / keep.sum())
         else:
             unit = np.sign(grad)
@@ -328,7 +339,7 @@ def apgd_of_the_paper(
         losses.append(value)
         if value > best_value:
             best, best_value, best_grad = delta, value, grad
-        trail.append([delta, best_value, eta, best])
+        trajectory.append([delta, best_value, eta, best])
         if k != next_check:
             continue
         if norm == "l1":
@@ -354,17 +365,17 @@ def apgd_of_the_paper(
             last_check, next_check = k, round(check * 100)
         if back:
             delta, grad = best, best_grad
-        trail[-1] = [delta, best_value, eta, best]
-    return trail
+        trajectory[-1] = [delta, best_value, eta, best]
+    return trajectory
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_apgd_walks_as_published(norm):
+def test_apgd_iterates_equal_the_published_algorithm(norm):
     images, labels = make_data()
     images, labels = images[1:4], labels[1:4]
     epsilon = 2 * RADIUS[norm]
     config = APGD(norm, epsilon, steps=100)
-    walk = numerics.compile_call(
+    advance = numerics.compile_call(
         lambda state, first, count: config.advance(
             steep, state, 0, first, count
         )
@@ -372,21 +383,22 @@ def test_apgd_walks_as_published(norm):
     state = config.open(steep, images, labels, keys_for(3))
     state = config.begin(steep, state, 0)
     start = array(state["delta"]).astype("float64")
-    trails = [
+    trajectories = [
         apgd_of_the_paper(image, label, start[row : row + 1], norm, epsilon, 42)
         for row, (image, label) in enumerate(zip(images, labels, strict=True))
     ]
     first = 0
     for moves in (1, 5, 23, 42):
-        state = walk(state, first, moves + 1 - first)
+        state = advance(state, first, moves + 1 - first)
         first = moves + 1
         delta, best, length, _ = zip(
-            *(trail[moves - 1] for trail in trails), strict=True
+            *(trajectory[moves - 1] for trajectory in trajectories), strict=True
         )
         far = np.abs(array(state["delta"]) - np.concatenate(delta))
         assert far.max() < 1e-3
         np.testing.assert_allclose(array(state["top_loss"]), best, rtol=1e-3)
-        # In L2 some have converged at last, and rounding says what rises.
+        # In L2 some have converged at the end, so that rounding decides whether
+        # the loss increases.
         if moves < 42 or norm != "l2":
             np.testing.assert_allclose(array(state["length"]), length, 1e-5)
 
@@ -394,9 +406,9 @@ def test_apgd_walks_as_published(norm):
 def multi_epsilon_apgd(image, label, noise, epsilon, steps):
     """The multi-epsilon scheme of Croce and Hein, 2021, on one image.
 
-    Each run, in a smaller ball, continues the one before.
+    Each run has a smaller radius and continues the run before it.
 
-    Returns where each run ends: iterate, best loss and step size.
+    Returns the final iterate, best loss and step size of each run.
     """
     clean, best, ends = image[None].astype("float32"), noise, []
     first = round(0.3 * steps)
@@ -418,14 +430,14 @@ def multi_epsilon_apgd(image, label, noise, epsilon, steps):
 
 
 @pytest.mark.parametrize("steps", [10, 100])
-def test_apgd_in_three_balls_walks_as_published(steps):
+def test_apgd_with_three_radii_equals_the_published_algorithm(steps):
     images, labels = make_data()
     images, labels = images[1:4], labels[1:4]
     epsilon = RADIUS["l1"] / 2
     config = APGD("l1", epsilon, steps=steps, largereps=True)
     keys = keys_for(3)
     noise = array(numerics.normal(numerics.fold_in(keys, 0), images.shape[1:]))
-    walk = numerics.compile_call(
+    advance = numerics.compile_call(
         lambda state, first, count: config.advance(
             steep, state, 0, first, count
         )
@@ -439,7 +451,7 @@ def test_apgd_in_three_balls_walks_as_published(steps):
     first = 0
     for run, share in enumerate((0.3, 0.3, 0.4)):
         count = round(share * steps) + 1
-        state = walk(state, first, count)
+        state = advance(state, first, count)
         first += count
         delta, best, length = zip(*(ends[run] for ends in want), strict=True)
         far = np.abs(array(state["delta"]) - np.concatenate(delta))
@@ -448,8 +460,8 @@ def test_apgd_in_three_balls_walks_as_published(steps):
         np.testing.assert_allclose(array(state["length"]), length, 1e-5)
 
 
-def test_a_step_that_gains_nothing_is_halved():
-    """Though most moves went up: best loss and step as at the last check."""
+def test_step_size_is_halved_without_progress():
+    """Also if most updates increased the loss but the best did not change."""
     images, labels = make_data()
     images, labels = images[:4], labels[:4]
     config = APGD("linf", 0.1, steps=100)
@@ -470,17 +482,17 @@ def test_a_step_that_gains_nothing_is_halved():
     halved = np.array([True, False, False, True])
     np.testing.assert_array_equal(array(new["reduced"]), halved)
     np.testing.assert_array_equal(array(new["length"]), 1.0 - 0.5 * halved)
-    back = halved[:, None, None, None]
+    go_back = halved[:, None, None, None]
     for name, best in (("delta", "top"), ("grad", "top_grad")):
-        want = np.where(back, array(state[best]), array(state[name]))
+        want = np.where(go_back, array(state[best]), array(state[name]))
         np.testing.assert_array_equal(array(new[name]), want)
     np.testing.assert_array_equal(array(new["checked"]), 1.0)
     np.testing.assert_array_equal(array(new["rises"]), 0.0)
 
 
 @pytest.mark.parametrize("targeted", [True, False])
-def test_a_step_of_fab_is_the_published_one(targeted):
-    """In L2, far from the edges of the box: the projections are explicit."""
+def test_fab_step_equals_the_published_formula(targeted):
+    """In L2, far from 0 and 1, where the projections have a closed form."""
     rng = np.random.default_rng(0)
     images = (0.5 + 0.02 * rng.normal(size=(8, *SHAPE))).astype("float32")
     labels = predictions(steep, images).astype("int32")
@@ -493,7 +505,7 @@ def test_a_step_of_fab_is_the_published_one(targeted):
     np.testing.assert_allclose(norm_of(point - images, "l2"), 0.2, rtol=1e-4)
     logits, pull_back = differentiated(point, STEEP)
     ranking = np.argsort(-differentiated(images, STEEP)[0], axis=-1)
-    walked = 0
+    moved_back = 0
     for row in range(8):
         hyperplanes = []
         others = [ranking[row, 2]] if targeted else range(CLASSES)
@@ -518,12 +530,12 @@ def test_a_step_of_fab_is_the_published_one(targeted):
         new += alpha * (images[row] + 1.05 * to_image)
         if predictions(steep, new[None].astype("float32"))[0] != labels[row]:
             new = images[row] + 0.9 * (new - images[row])
-            walked += 1
+            moved_back += 1
         np.testing.assert_allclose(out[row], new, atol=1e-4)
-    assert 0 < walked
+    assert 0 < moved_back
 
 
-def test_the_timetable_is_the_published_one():
+def test_schedule_is_the_published_one():
     table = autoattack.schedule(100, "linf")
     assert list(np.flatnonzero(table["check"])) == [
         22, 41, 57, 70, 80, 87, 93, 99]  # fmt: skip
@@ -544,7 +556,7 @@ def test_the_timetable_is_the_published_one():
         )
 
 
-def test_the_sparse_direction():
+def test_sparse_direction_uses_the_largest_gradients():
     rng = np.random.default_rng(0)
     grad = rng.normal(size=(3, *SHAPE)).astype("float32")
     grad[2] = 0
@@ -562,7 +574,7 @@ def test_the_sparse_direction():
     assert not out[2].any()
 
 
-def shortest_way(point, weight, gap, norm):
+def shortest_distance(point, weight, gap, norm):
     """Norm of the shortest d with weight . d = -gap in the box, float64.
 
     None if there is no such d; by linear programs, in L2 by bisection.
@@ -599,7 +611,7 @@ def shortest_way(point, weight, gap, norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_way_to_a_hyperplane_is_the_shortest(norm):
+def test_projection_onto_a_hyperplane_is_the_shortest(norm):
     rng = np.random.default_rng(0)
     count, shape = 8, (2, 3, 2)
     points = np.clip(rng.normal(0.5, 0.5, (count, 2, *shape)), 0, 1)
@@ -615,31 +627,33 @@ def test_the_way_to_a_hyperplane_is_the_shortest(norm):
     points, normals, gaps = (
         a.astype("float32") for a in (points, normals, gaps)
     )
-    ways = fab.to_hyperplane(
+    shifts = fab.to_hyperplane(
         *map(ops.convert_to_tensor, (points, normals, gaps)), norm
     )
-    ways = np.stack([array(way) for way in ways], axis=1).astype("float64")
-    inside = points + ways
+    shifts = np.stack([array(shift) for shift in shifts], axis=1).astype(
+        "float64"
+    )
+    inside = points + shifts
     assert inside.min() >= -1e-6 and inside.max() <= 1 + 1e-6
-    lost = 0
+    unreachable = 0
     for row in range(count):
         for side in range(2):
-            way = ways[row, side].ravel()
+            shift = shifts[row, side].ravel()
             normal = normals[row].ravel().astype("float64")
             point = points[row, side].ravel().astype("float64")
             gap = float(gaps[row, side])
-            want = shortest_way(point, normal, gap, norm)
-            left = gap + normal @ way
-            if want is None:  # As near as the box allows.
-                lost += 1
+            want = shortest_distance(point, normal, gap, norm)
+            left = gap + normal @ shift
+            if want is None:  # The box does not reach the hyperplane.
+                unreachable += 1
                 room = np.where(-np.sign(gap) * normal > 0, 1 - point, point)
                 want_left = abs(gap) - np.abs(normal) @ room
                 assert abs(left) == pytest.approx(want_left, rel=1e-4)
                 continue
             assert abs(left) <= 1e-4 * abs(gap) + 1e-6 * reach[row]
-            length = norm_of(way[None], norm)[0]
+            length = norm_of(shift[None], norm)[0]
             assert length == pytest.approx(want, rel=1e-4, abs=1e-6)
-    assert 0 < lost < count
+    assert 0 < unreachable < count
 
 
 # --- Closed forms ------------------------------------------------------------
@@ -647,7 +661,7 @@ def test_the_way_to_a_hyperplane_is_the_shortest(norm):
 
 @functools.cache
 def linear_case():
-    """Four classes, of which two are far away: one hyperplane counts."""
+    """Four classes, two of which are never predicted: one hyperplane."""
     rng = np.random.default_rng(5)
     normal = rng.normal(size=SIZE).astype("float32")
     images = np.clip(rng.normal(0.5, 0.3, (COUNT, *SHAPE)), 0, 1)
@@ -668,7 +682,7 @@ def distances(norm):
     images, normal, gap, _ = linear_case()
     return np.array(
         [
-            shortest_way(image.ravel().astype("float64"), normal, g, norm)
+            shortest_distance(image.ravel().astype("float64"), normal, g, norm)
             for image, g in zip(images, gap, strict=True)
         ],
         dtype="float64",
@@ -677,7 +691,7 @@ def distances(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 class TestALinearModel:
-    def test_fab_finds_the_nearest_error(self, norm):
+    def test_fab_finds_the_nearest_misclassified_image(self, norm):
         images, _, _, labels = linear_case()
         config = FAB(norm, 0.9 * SIZE if norm == "l1" else 0.99, steps=20,
                      num_targets=1, keep="best")  # fmt: skip
@@ -688,7 +702,7 @@ class TestALinearModel:
         assert np.all(found <= want * 1.02)
 
     @pytest.mark.parametrize("kind", ["apgd", "apgd_t"])
-    def test_apgd_breaks_what_can_be_broken(self, kind, norm):
+    def test_apgd_succeeds_where_the_closed_form_says(self, kind, norm):
         images, _, _, labels = linear_case()
         epsilon = float(np.median(distances(norm)))
         config = APGD(norm, epsilon, steps=40)
@@ -738,7 +752,7 @@ class TestEnsembles:
         assert members[3].n_queries == 5000
 
     @pytest.mark.parametrize("norm", NORMS)
-    def test_plus_and_rand(self, norm):
+    def test_plus_and_rand_have_the_published_members(self, norm):
         plus = AutoAttack(norm, 0.3, version="plus").members()
         assert [described(m)[:4] for m in plus] == [
             ("apgd", 100, 5, "cross_entropy"),
@@ -756,28 +770,33 @@ class TestEnsembles:
         ]
         assert rand.eot == 20 and AutoAttack(norm, 0.3).eot is None
 
-    def test_one_after_the_other(self, monkeypatch):
-        """On the whole batch, a member counts where the ones before failed."""
-        ball = dict(norm="linf", epsilon=RADIUS["linf"])
-        members = (APGD(**ball, steps=0), KINDS["apgd_t"](**ball))
+    def test_each_member_counts_where_the_ones_before_failed(self, monkeypatch):
+        """The result has the image of the first member that succeeds."""
+        threat_model = dict(norm="linf", epsilon=RADIUS["linf"])
+        members = (
+            APGD(**threat_model, steps=0),
+            KINDS["apgd_t"](**threat_model),
+        )
         monkeypatch.setattr(AutoAttack, "members", lambda self: members)
         images, labels = make_data()
-        out = AutoAttack(**ball)(curved, images, labels, keys_for(COUNT))
+        out = AutoAttack(**threat_model)(
+            curved, images, labels, keys_for(COUNT)
+        )
         keys = [numerics.fold_in(keys_for(COUNT), rank) for rank in range(2)]
         first, second = (
             member(curved, images, labels, own)
             for member, own in zip(members, keys, strict=True)
         )
-        fell = array(first.success)
-        late = array(second.success) & ~fell
-        assert fell.any() and late.any()
-        np.testing.assert_array_equal(array(out.success), fell | late)
-        for rows, source in ((~late, first), (late, second)):
+        by_first = array(first.success)
+        by_second = array(second.success) & ~by_first
+        assert by_first.any() and by_second.any()
+        np.testing.assert_array_equal(array(out.success), by_first | by_second)
+        for rows, source in ((~by_second, first), (by_second, second)):
             np.testing.assert_allclose(
                 array(out.images)[rows], array(source.images)[rows], atol=1e-5
             )
 
-    def test_the_number_of_classes_is_minded(self):
+    def test_fit_limits_targets_and_refuses_too_few_classes(self):
         assert APGDT().fit(5).num_targets == FAB().fit(5).num_targets == 4
         assert APGDT().fit(100).num_targets == 9
         for classes, attack in ((3, APGDT()), (1, AutoAttack()),
@@ -803,10 +822,10 @@ class TestEnsembles:
         ],
     )
     @pytest.mark.parametrize("norm", ["linf", "l1"])
-    def test_few_classes_leave_out_what_is_not_defined(
+    def test_few_classes_leave_out_undefined_members(
         self, norm, version, classes, members
     ):
-        """The authors' program: no DLR for 2, no targeted DLR for 3."""
+        """As the authors' program: no DLR for 2 classes, no targeted for 3."""
         made = AutoAttack(norm, 0.5, version=version)
         fitted = made.fit(classes)
         found = [
@@ -826,16 +845,16 @@ class TestEnsembles:
             with pytest.raises(ValueError, match=f"version={version}"):
                 fitted.fit(10)
 
-    def test_more_targets_than_classes_go_round(self):
+    def test_target_ranks_beyond_the_classes_start_again(self):
         scores = np.array([[3.0, 1.0, 2.0, 0.0]], "float32")
         state = {
             "scores": ops.convert_to_tensor(scores),
             "labels": ops.convert_to_tensor(np.array([0], "int32")),
         }
-        aims = [
+        targets = [
             array(fab.target_of_rank(state, rank)).item() for rank in range(5)
         ]
-        assert aims == [2, 1, 3, 2, 1]
+        assert targets == [2, 1, 3, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -855,14 +874,14 @@ class TestEnsembles:
         (lambda: AutoAttack(version="all"), "version='all'"),
     ],
 )
-def test_errors_are_one_line_and_say_what_came(make, match):
+def test_config_errors_are_one_line_and_show_the_value(make, match):
     with pytest.raises(ValueError, match=match) as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("attack", [APGDT(), FAB(), AutoAttack()])
-def test_targets_of_the_caller_are_refused(attack):
+def test_targets_are_refused_by_untargeted_attacks(attack):
     images, labels = make_data()
     with pytest.raises(ValueError, match="Take apgd or pgd"):
         attack(curved, images, labels, keys_for(COUNT), labels)
@@ -880,12 +899,12 @@ def test_apgd_reaches_a_target():
     assert hit.mean() > 0.8
 
 
-# --- Against other programs --------------------------------------------------
+# --- Comparison with other libraries -----------------------------------------
 
 
 @functools.cache
 def trained():
-    """A small net for the digits of scikit-learn; images and labels."""
+    """A small net trained on the digits of scikit-learn; images and labels."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -908,10 +927,11 @@ def trained():
 
 
 @pytest.mark.skipif(
-    keras.config.backend() != "torch", reason="They attack a Torch model."
+    keras.config.backend() != "torch",
+    reason="These libraries attack Torch models.",
 )
 class TestOtherPrograms:
-    """The same weights and images; the counts differ by chance alone."""
+    """The same weights and images; the counts differ only by chance."""
 
     def robust(self, attack):
         model, images, labels = trained()
@@ -941,7 +961,9 @@ class TestOtherPrograms:
 
     @pytest.mark.parametrize("norm,epsilon", [("linf", 0.1), ("l2", 0.5)])
     @pytest.mark.parametrize("name", ["APGD", "APGDT", "FAB"])
-    def test_torchattacks(self, name, norm, epsilon):
+    def test_robust_images_equal_those_of_torchattacks(
+        self, name, norm, epsilon
+    ):
         fields = dict(norm=norm, epsilon=epsilon, steps=20)
         theirs = dict(
             norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, steps=20
@@ -958,7 +980,7 @@ class TestOtherPrograms:
         assert np.sum(got != want) <= 4
 
     @pytest.mark.parametrize("norm,epsilon", [("linf", 0.1), ("l2", 0.5)])
-    def test_art(self, norm, epsilon):
+    def test_apgd_is_not_weaker_than_in_art(self, norm, epsilon):
         pytest.importorskip("art")
         import torch
         from art.attacks.evasion import AutoProjectedGradientDescent

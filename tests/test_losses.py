@@ -1,4 +1,4 @@
-"""Losses, targets, verdicts and preferences against NumPy and by cases."""
+"""Attack losses, targets, success and the comparison of candidates."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def oracle(name, logits, classes):
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 class TestLosses:
-    def test_value(self, name):
+    def test_value_equals_numpy(self, name):
         logits, labels, targets = draw()
         got = array(losses.loss(name, tensor(logits), tensor(labels)))
         np.testing.assert_allclose(
@@ -61,15 +61,15 @@ class TestLosses:
             want = -oracle(name, logits, targets)
         np.testing.assert_allclose(array(got), want, rtol=1e-4, atol=1e-5)
 
-    def test_it_rises_where_the_model_errs(self, name):
+    def test_loss_is_higher_where_the_model_errs(self, name):
         logits, labels, targets = draw()
         loss = array(losses.loss(name, tensor(logits), tensor(labels)))
-        wrong = logits.argmax(-1) != labels
-        assert wrong.any() and not wrong.all()
-        assert loss[wrong].min() >= (0 if name != "cross_entropy" else 0.6)
+        errs = logits.argmax(-1) != labels
+        assert errs.any() and not errs.all()
+        assert loss[errs].min() >= (0 if name != "cross_entropy" else 0.6)
         if name != "cross_entropy":
-            assert loss[~wrong].max() <= 0
-        # The target's loss is highest where the target is what it says.
+            assert loss[~errs].max() <= 0
+        # The targeted loss is higher where the target is predicted.
         hit = np.eye(7, dtype="float32")[targets] * 30
         high = losses.loss(name, tensor(hit), tensor(labels), tensor(targets))
         low = losses.loss(name, tensor(-hit), tensor(labels), tensor(targets))
@@ -93,7 +93,7 @@ def test_cross_entropy_equals_keras():
     np.testing.assert_allclose(array(got), array(want), atol=1e-5)
 
 
-def test_its_gradient_lives_where_the_probability_rounds_to_one():
+def test_cross_entropy_gradient_at_a_probability_that_rounds_to_one():
     logits = tensor(np.array([[60.0, 0.0, 1.0]], "float32"))
     labels = tensor([0])
     _, grad = numerics.value_and_grad(
@@ -106,11 +106,13 @@ def test_its_gradient_lives_where_the_probability_rounds_to_one():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
-def test_its_gradient_has_the_direction_of_the_log_odds(scale):
-    """For logits of any scale, so that no attack can stop for want of one."""
+def test_cross_entropy_gradient_has_the_direction_of_the_log_odds(scale):
+    """For logits of any scale, so that the gradient never vanishes."""
     logits, labels, _ = draw()
     logits = logits * np.float32(scale)
-    logits[np.arange(len(labels)), labels] += 50 * scale  # Sure of them all.
+    logits[np.arange(len(labels)), labels] += (
+        50 * scale
+    )  # All at high confidence.
 
     def direction(loss):
         _, grad = numerics.value_and_grad(loss, tensor(logits))
@@ -123,7 +125,7 @@ def test_its_gradient_has_the_direction_of_the_log_odds(scale):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_it_falls_with_the_log_odds_and_never_rests():
+def test_cross_entropy_strictly_decreases_with_the_log_odds():
     odds = np.linspace(-200, 1000, 2401).astype("float32")
     logits = np.stack([odds, np.zeros_like(odds)], -1)
     labels = np.zeros(len(odds), "int32")
@@ -133,13 +135,13 @@ def test_it_falls_with_the_log_odds_and_never_rests():
     np.testing.assert_allclose(loss, exact, rtol=1e-5, atol=1e-23)
 
 
-def test_an_infinite_logit_of_another_class_is_no_nan():
+def test_an_infinite_logit_of_another_class_gives_no_nan():
     logits = tensor(np.array([[1.0, -np.inf, 0.5]], "float32"))
     assert array(losses.margin(logits, tensor([0])))[0] == -0.5
     assert np.isfinite(array(losses.cross_entropy(logits, tensor([0]))))[0]
 
 
-def test_log_odds_and_what_is_made_of_them():
+def test_log_odds_are_exact_at_high_confidence():
     """To full relative precision where 1 - p rounds to zero, in float64."""
     logits, labels, _ = draw()
     logits[0] = np.eye(7)[labels[0]] * 40  # A confidence of 1 - 6 e**-40.
@@ -153,7 +155,7 @@ def test_log_odds_and_what_is_made_of_them():
     np.testing.assert_allclose(rest[0], 6 * np.exp(-40.0), rtol=1e-5)
 
 
-def test_divergence_is_scipys():
+def test_divergence_equals_scipy():
     p, q = draw(seed=0)[0], draw(seed=1)[0]
     want = stats.entropy(
         special.softmax(p.astype("float64"), 1),
@@ -166,7 +168,7 @@ def test_divergence_is_scipys():
     np.testing.assert_allclose(same, 0, atol=1e-6)
 
 
-def test_the_verdict_on_several_heads_is_that_of_their_mean():
+def test_logits_of_several_heads_are_averaged():
     heads = np.random.default_rng(0).normal(size=(5, 3, 4)).astype("float32")
     outputs = losses.outputs_of(tensor(heads))
     np.testing.assert_allclose(array(outputs.logits), heads.mean(1), rtol=1e-5)
@@ -177,8 +179,8 @@ def test_the_verdict_on_several_heads_is_that_of_their_mean():
 
 
 @pytest.mark.parametrize("attack", [FGSM, PGD, MIM, PGDAdam])
-def test_an_attack_ascends_what_the_outputs_name(attack):
-    """Away from a grey image the first pixel's mean rises, whatever a label."""
+def test_an_attack_ascends_the_loss_in_the_outputs(attack):
+    """The ascended first pixel increases, whatever the label."""
     images = np.full((4, 2, 2, 1), 0.5, "float32")
 
     def logits_fn(images):
@@ -195,7 +197,7 @@ def test_an_attack_ascends_what_the_outputs_name(attack):
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-def test_dlr_is_blind_to_shift_and_scale(targeted):
+def test_dlr_is_invariant_to_shift_and_scale(targeted):
     logits, labels, targets = draw()
     more = (tensor(targets),) if targeted else ()
 
@@ -206,9 +208,9 @@ def test_dlr_is_blind_to_shift_and_scale(targeted):
     np.testing.assert_allclose(values(logits * 100), want, rtol=1e-4)
     np.testing.assert_allclose(values(logits + 3), want, rtol=1e-3, atol=1e-4)
     if not targeted:
-        place = np.sum(logits.T > logits[np.arange(len(labels)), labels], 0)
-        assert want[place == 0].min() >= -1 and want[place == 0].max() <= 0
-        assert want[place > 0].min() > 0 and want[place > 2].min() > 1
+        rank = np.sum(logits.T > logits[np.arange(len(labels)), labels], 0)
+        assert want[rank == 0].min() >= -1 and want[rank == 0].max() <= 0
+        assert want[rank > 0].min() > 0 and want[rank > 2].min() > 1
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_dlr_is_blind_to_shift_and_scale(targeted):
         (("margin", 1), "at least 2 classes.*Received: num_classes=1"),
     ],
 )
-def test_an_objective_that_cannot_be_used_is_refused(args, match):
+def test_an_unusable_loss_is_refused(args, match):
     with pytest.raises(ValueError, match=match) as caught:
         losses.check_loss(*args)
     assert "\n" not in str(caught.value)
@@ -238,14 +240,14 @@ class TestTargets:
         shift = np.bincount((out - self.LABELS) % 5, minlength=5)[1:]
         assert stats.chisquare(shift).pvalue > 1e-4
 
-    def test_next_and_fixed_targets(self):
+    def test_next_and_fixed_targets_differ_from_the_label(self):
         out = array(losses.next_targets(self.LABELS, 5))
         np.testing.assert_array_equal(out, (self.LABELS + 1) % 5)
         out = array(losses.fixed_targets(self.LABELS, 4, 5))
         assert np.all(out != self.LABELS)
         np.testing.assert_array_equal(out[self.LABELS != 4], 4)
 
-    def test_targets_by_likelihood(self):
+    def test_likely_targets_follow_the_order_of_the_logits(self):
         logits, labels, _ = draw()
         order = [
             [c for c in np.argsort(-row) if c != own]
@@ -259,12 +261,12 @@ class TestTargets:
                     )
                 )
                 np.testing.assert_array_equal(got, want)
-        # The last of them is the least likely, also where the label is.
+        # The last one is the least likely, also where that is the label.
         got = losses.least_likely_targets(tensor(logits), tensor(labels))
         np.testing.assert_array_equal(array(got), want)
         assert np.any(logits.argmin(-1) == labels)
 
-    def test_bad_targets_are_refused(self):
+    def test_invalid_targets_are_refused(self):
         with pytest.raises(ValueError, match="from 0 to 4.*Received: 5"):
             losses.fixed_targets(self.LABELS, 5, 5)
         with pytest.raises(ValueError, match="at least 2 classes"):
@@ -273,7 +275,7 @@ class TestTargets:
             losses.least_likely_targets(np.zeros((3, 1)), [0, 0, 0])
 
 
-class TestVerdict:
+class TestSuccess:
     LOGITS = np.array(
         [
             *([3, 1, 2], [1, 3, 2], [1, 2, 3]),
@@ -281,7 +283,7 @@ class TestVerdict:
         ],
         "f4",
     )
-    # The label's logit is the largest one in the last three rows.
+    # In the last three rows the label has the largest logit.
     LABELS = np.array([0, 0, 0, 1, 0, 0, 0])
     PREDICTIONS = [0, 1, 2, -1, -1, -1, 0]
 
@@ -292,25 +294,29 @@ class TestVerdict:
             metrics.predictions(self.LOGITS), self.PREDICTIONS
         )
 
-    def test_logits_that_are_not_finite_are_an_error(self):
-        success, wrong = losses.judge(tensor(self.LOGITS), tensor(self.LABELS))
+    def test_nonfinite_logits_are_misclassified(self):
+        success, misclassified = losses.judge(
+            tensor(self.LOGITS), tensor(self.LABELS)
+        )
         want = [False, True, True, True, True, True, False]
         np.testing.assert_array_equal(array(success), want)
-        np.testing.assert_array_equal(array(wrong), want)
+        np.testing.assert_array_equal(array(misclassified), want)
 
-    def test_logits_that_are_not_finite_reach_any_target(self):
+    def test_nonfinite_logits_are_a_success_for_any_target(self):
         targets = np.array([2, 2, 2, 2, 2, 2, 2])
-        success, wrong = losses.judge(
+        success, misclassified = losses.judge(
             tensor(self.LOGITS), tensor(self.LABELS), tensor(targets)
         )
         np.testing.assert_array_equal(array(success), [0, 0, 1, 1, 1, 1, 0])
-        np.testing.assert_array_equal(array(wrong), [0, 1, 1, 1, 1, 1, 0])
+        np.testing.assert_array_equal(
+            array(misclassified), [0, 1, 1, 1, 1, 1, 0]
+        )
         np.testing.assert_array_equal(
             metrics.succeeded(self.LABELS, np.array(self.PREDICTIONS), targets),
             array(success),
         )
 
-    def test_losses_of_candidates_can_be_compared(self):
+    def test_comparable_losses_have_no_nan(self):
         values = np.array([1, np.nan, 2, 3, np.nan, -np.inf, np.inf], "f4")
         got = losses.comparable(tensor(values), tensor(self.LOGITS))
         inf = np.inf
@@ -320,8 +326,8 @@ class TestVerdict:
 
 
 @pytest.mark.parametrize("keep", ["best", "first"])
-def test_the_order_of_preference(keep):
-    """Every old candidate against every new one, a row each."""
+def test_update_best_prefers_success_then_error_then_loss(keep):
+    """One row for each pair of an old and a new candidate."""
     kinds = [
         (success, wrong, loss)
         for success, wrong in ((0, 0), (0, 1), (1, 1))
@@ -383,7 +389,7 @@ class TestAttentionDistance:
             )
         )
 
-    def test_value(self):
+    def test_value_equals_numpy(self):
         before, after = self.shown(0), self.shown(1)
         apart = after["gazes"] - before["gazes"]
         want = {
@@ -401,7 +407,7 @@ class TestAttentionDistance:
             rtol=1e-4,
         )
 
-    def test_it_is_a_distance(self):
+    def test_distance_is_zero_for_equal_attention_and_symmetric(self):
         before, after = self.shown(0), self.shown(1)
         np.testing.assert_allclose(self.distance(before, before), 0, atol=1e-6)
         np.testing.assert_allclose(
@@ -416,7 +422,7 @@ class TestAttentionDistance:
         maps[..., 0, 0], other[..., 1, 1] = 1, 1
         assert self.distance({"maps": maps}, {"maps": other})[0] == 1
 
-    def test_its_gradient_at_rest_is_finite(self):
+    def test_gradient_is_finite_at_distance_zero(self):
         before = {n: tensor(v) for n, v in self.shown(0).items()}
         _, grad = numerics.value_and_grad(
             lambda gazes: losses.attention_distance(
@@ -426,12 +432,12 @@ class TestAttentionDistance:
         )
         assert np.all(np.isfinite(array(grad)))
 
-    def test_nothing_to_distract_is_refused(self):
+    def test_a_model_without_attention_is_refused(self):
         with pytest.raises(ValueError, match="no gazes, boxes or attention"):
             self.distance({}, {})
 
 
-def test_outputs_are_made_of_bare_logits_and_left_alone():
+def test_outputs_of_converts_logits_and_keeps_outputs():
     logits = tensor(np.zeros((2, 3), "f4"))
     outputs = losses.outputs_of(logits)
     assert outputs.logits is logits

@@ -1,4 +1,4 @@
-"""Nothing that is not finite makes a model look right or robust."""
+"""Non-finite values never make a model look correct or robust."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ RADIUS = {"linf": 0.031, "l2": 0.13, "l1": 0.55}
 
 
 class Linear(layers.Layer):
-    """Logits linear in the pixels, summed in one order at any batch size."""
+    """Linear logits, whose sums do not depend on the batch size."""
 
     def __init__(self, scale=1.0, **kwargs):
         super().__init__(**kwargs)
@@ -35,7 +35,7 @@ class Linear(layers.Layer):
 
 
 class OffGrid(layers.Layer):
-    """Replaces logits where a pixel is no multiple of 1/255."""
+    """Replaces the logits of images with pixels off the 8-bit grid."""
 
     def __init__(self, bad, **kwargs):
         super().__init__(**kwargs)
@@ -48,7 +48,7 @@ class OffGrid(layers.Layer):
 
 
 class Roots(layers.Layer):
-    """Adds the roots of some pixels, whose slope is infinite at 0."""
+    """Adds square roots of some pixels, whose gradient is infinite at 0."""
 
     def __init__(self, rows, **kwargs):
         super().__init__(**kwargs)
@@ -73,7 +73,7 @@ def wrapped(layer):
 
 @pytest.fixture(scope="module")
 def split():
-    """8-bit images, right but for two, whose first pixels are black."""
+    """8-bit images with black first pixels; all but two are correct."""
     images, _ = make_data(SHAPE, CLASSES, COUNT)
     images[:, :3, :1] = 0
     images = (np.round(255 * images) / 255).astype("float32")
@@ -104,7 +104,7 @@ def made(name, norm, **fields):
         *((name, -np.inf) for name in ("pgd", "apgd_t", "fab", "square")),
     ],
 )
-def test_no_answer_off_the_clean_images_is_no_robustness(split, name, bad):
+def test_nonfinite_logits_off_the_clean_images_are_not_robust(split, name, bad):
     attack = made(name, "linf", **QUICK.get(name, {}))
     record, arrays = evaluate(
         wrapped(OffGrid(bad)), split, EvaluationConfig(attack), save_images=-1
@@ -120,7 +120,7 @@ def test_no_answer_off_the_clean_images_is_no_robustness(split, name, bad):
     assert record["loss"] is None or np.isfinite(record["loss"])
 
 
-def test_no_answer_reaches_any_target(split):
+def test_nonfinite_logits_are_a_success_for_any_target(split):
     attack = made("pgd", "linf")
     record, _ = evaluate(
         wrapped(OffGrid(np.nan)), split, EvaluationConfig(attack, "random")
@@ -137,7 +137,9 @@ def test_no_answer_reaches_any_target(split):
         *(("fab", "linf", 3), ("fab", "l2", 3)),
     ],
 )
-def test_an_infinite_slope_hides_nothing(split, name, norm, rows):
+def test_an_infinite_gradient_does_not_raise_robust_accuracy(
+    split, name, norm, rows
+):
     fields = {"random_start": 0.0} if name == "pgd" else {}
     config = EvaluationConfig(made(name, norm, **fields))
     plain, _ = evaluate(linear(), split, config)
@@ -150,7 +152,7 @@ def test_an_infinite_slope_hides_nothing(split, name, norm, rows):
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd"])
-def test_the_scale_of_the_logits_hides_nothing(split, name):
+def test_the_scale_of_the_logits_does_not_raise_robust_accuracy(split, name):
     config = EvaluationConfig(made(name, "linf"))
     plain, _ = evaluate(linear(), split, config)
     scaled, _ = evaluate(linear(1e3), split, config)
@@ -160,7 +162,7 @@ def test_the_scale_of_the_logits_hides_nothing(split, name):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_clean_images_without_an_answer_are_never_right(bad):
+def test_clean_images_with_nonfinite_logits_are_misclassified(bad):
     images = np.zeros((3, *SHAPE), "float32")
     zeros = image_splits.Split("test", np.zeros(3, int), lambda i: images[i])
     model = keras.Sequential([linear(), layers.Lambda(lambda x: x * 0 + bad)])
@@ -171,8 +173,8 @@ def test_clean_images_without_an_answer_are_never_right(bad):
         evaluate(model, zeros, EvaluationConfig())
 
 
-def test_weights_that_are_not_finite_are_refused(split, tmp_path):
-    """A ReLU may turn NaN into 0, so that the logits look sound."""
+def test_nonfinite_weights_are_refused(split, tmp_path):
+    """A ReLU may turn NaN into 0, so that the logits are finite."""
     model = keras.Sequential(
         [keras.Input(SHAPE), layers.Flatten(), layers.Dense(CLASSES)]
     )
@@ -192,7 +194,7 @@ def test_weights_that_are_not_finite_are_refused(split, tmp_path):
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])
-def test_labels_that_are_no_classes_are_refused(split, label):
+def test_labels_that_are_not_classes_are_refused(split, label):
     labels = np.where(np.arange(COUNT) == 5, label, split.labels)
     wrong = image_splits.Split("test", labels, split.read)
     for call in (
@@ -215,7 +217,7 @@ def test_accuracy_refuses_pixels_outside_the_range(split, value):
 @pytest.mark.parametrize(
     "attack", [attack_backbone.FGSM(), autoattack.APGD(steps=1), fab.FAB()]
 )
-def test_an_attack_refuses_inputs_that_mean_nothing(split, attack):
+def test_an_attack_refuses_invalid_inputs(split, attack):
     images, labels = split.read(np.arange(4)), split.labels[:4].copy()
     keys, model = keys_for(4), linear()
 

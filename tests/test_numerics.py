@@ -1,4 +1,4 @@
-"""Geometry against SciPy, randomness against a NumPy oracle, and the seams."""
+"""Projections, random numbers, gradients and compilation."""
 
 import math
 
@@ -23,14 +23,14 @@ def project(delta, epsilon, norm, images=None):
 
 
 def make_images(rng, count=4):
-    """Images in which a part of the pixels is at an end of the range."""
+    """Images with some pixels at 0 and 1."""
     return np.clip(rng.normal(0.5, 0.5, (count, *SHAPE)), 0, 1).astype(
         "float32"
     )
 
 
 def nearest_point(delta, epsilon, norm, images):
-    """The projection as a convex programme, in float64, one example."""
+    """Solves the projection of one example as a convex program in float64."""
     size = delta.size
     target = delta.ravel().astype("float64")
     low, high = np.full(size, -np.inf), np.full(size, np.inf)
@@ -67,7 +67,7 @@ def nearest_point(delta, epsilon, norm, images):
         method="SLSQP",
         options={"maxiter": 500, "ftol": 1e-12},
     )
-    # 8: the line search finds nothing better, at the limit of float64.
+    # Status 8: the line search stops at the precision of float64.
     assert found.status in (0, 8), found.message
     z = found.x
     return (z[:size] - z[size:] if split else z).reshape(delta.shape)
@@ -85,7 +85,9 @@ class TestProject:
     def images(self, boxed):
         return make_images(np.random.default_rng(5)) if boxed else None
 
-    def test_equals_the_convex_programme(self, delta, norm, boxed):
+    def test_equals_the_solution_of_the_convex_program(
+        self, delta, norm, boxed
+    ):
         images = self.images(boxed)
         out = project(delta, RADIUS[norm], norm, images)
         for i in range(len(delta)):
@@ -97,7 +99,7 @@ class TestProject:
             )
             np.testing.assert_allclose(out[i], want, atol=2e-5)
 
-    def test_lands_in_the_ball_and_the_box(self, delta, norm, boxed):
+    def test_result_is_in_the_norm_ball_and_the_box(self, delta, norm, boxed):
         images = self.images(boxed)
         for scale in (1e-4, 1.0, 100.0):
             out = project(delta * scale, RADIUS[norm], norm, images)
@@ -119,7 +121,7 @@ class TestProject:
             rival = rival / excess.reshape(-1, 1, 1, 1)
             assert np.all(ours <= norm_of(delta - rival, "l2") + 1e-5)
 
-    def test_leaves_feasible_points_alone(self, delta, norm, boxed):
+    def test_feasible_points_are_unchanged(self, delta, norm, boxed):
         images = self.images(boxed)
         inside = delta / norm_of(delta, norm).reshape(-1, 1, 1, 1)
         inside = (inside * RADIUS[norm] * 0.99).astype("float32")
@@ -129,13 +131,15 @@ class TestProject:
             project(inside, RADIUS[norm], norm, images), inside
         )
 
-    def test_radius_zero_and_radius_infinite(self, delta, norm, boxed):
+    def test_radius_zero_gives_zero_and_a_huge_radius_the_box(
+        self, delta, norm, boxed
+    ):
         images = self.images(boxed)
         assert not np.any(project(delta, 0.0, norm, images))
         box = np.clip(delta, -images, 1 - images) if boxed else delta
         np.testing.assert_array_equal(project(delta, 1e6, norm, images), box)
 
-    def test_a_radius_an_example(self, delta, norm, boxed):
+    def test_each_example_may_have_its_own_radius(self, delta, norm, boxed):
         images = self.images(boxed)
         radii = np.array([0.0, 0.1, 0.3, 5.0], "float32")
         together = project(delta, radii, norm, images)
@@ -154,7 +158,7 @@ class TestProject:
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_project_is_exact_on_a_large_image(norm):
-    """Against bisection in float64, on more pixels than SLSQP can take."""
+    """Compared with a float64 bisection, since SLSQP is too slow here."""
     rng = np.random.default_rng(2)
     images = rng.random((2, 160, 160, 3)).astype("float32")
     delta = rng.normal(size=images.shape).astype("float32") * 0.1
@@ -180,15 +184,15 @@ def test_project_is_exact_on_a_large_image(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 class TestAscentDirection:
-    def test_unit_length_and_uphill(self, delta, norm):
+    def test_direction_has_norm_one_and_increases_the_loss(self, delta, norm):
         out = array(
             numerics.ascent_direction(ops.convert_to_tensor(delta), norm)
         )
         np.testing.assert_allclose(norm_of(out, norm), 1.0, rtol=1e-5)
         assert np.all((out * delta).reshape(4, -1).sum(-1) > 0)
 
-    def test_no_unit_step_climbs_higher(self, delta, norm):
-        """The dual norm is the bound; a share of one pixel reaches it in L1."""
+    def test_gain_equals_the_dual_norm(self, delta, norm):
+        """The dual norm is the largest gain; in L1 one pixel attains it."""
         out = array(
             numerics.ascent_direction(
                 ops.convert_to_tensor(delta), norm, fraction=1e-9
@@ -199,7 +203,9 @@ class TestAscentDirection:
         np.testing.assert_allclose(climb, norm_of(delta, dual), rtol=1e-5)
 
     @pytest.mark.parametrize("scale", [1e-20, 1e20])
-    def test_the_gradient_may_be_tiny_or_huge(self, delta, norm, scale):
+    def test_direction_does_not_depend_on_the_gradient_scale(
+        self, delta, norm, scale
+    ):
         small = ops.convert_to_tensor((delta * scale).astype("float32"))
         want = array(
             numerics.ascent_direction(ops.convert_to_tensor(delta), norm)
@@ -208,20 +214,22 @@ class TestAscentDirection:
             array(numerics.ascent_direction(small, norm)), want, atol=1e-5
         )
 
-    def test_a_zero_gradient_does_not_move(self, delta, norm):
+    def test_direction_of_a_zero_gradient_is_zero(self, delta, norm):
         zero = ops.convert_to_tensor(np.zeros_like(delta))
         out = array(numerics.ascent_direction(zero, norm))
         np.testing.assert_array_equal(out, np.zeros_like(delta))
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_one_bad_entry_leaves_the_direction_useful(self, delta, norm, bad):
-        """It still climbs the rest of the gradient at half the best rate."""
+    def test_direction_is_useful_with_one_nonfinite_entry(
+        self, delta, norm, bad
+    ):
+        """The gain on the other entries is at least half of the best."""
         grad = delta.copy()
         grad[:, 0, 0, 0] = 0.0
         spoiled = grad.copy()
         spoiled[:, 0, 0, 0] = bad
         clean = numerics.clean_gradient(ops.convert_to_tensor(spoiled))
-        # A tenth of the entries, so that L1 has others to move.
+        # A tenth of the entries, so that L1 also changes other entries.
         out, best = (
             array(numerics.ascent_direction(g, norm, fraction=0.1))
             for g in (clean, ops.convert_to_tensor(grad))
@@ -232,7 +240,7 @@ class TestAscentDirection:
         assert np.all(climb >= 0.5 * most)
 
 
-def test_a_clean_gradient_is_finite():
+def test_clean_gradient_replaces_nonfinite_entries():
     inf, nan = np.inf, np.nan
     grad = np.array(
         [
@@ -258,7 +266,7 @@ def test_a_clean_gradient_is_finite():
 
 
 def test_value_and_grad_cleans_the_gradient_and_flags_the_examples():
-    """The root has an infinite slope at 0, and its own is NaN below."""
+    """The gradient of the square root is infinite at 0 and NaN below."""
     x = np.array([[0.25, 1.0], [0.0, 1.0], [-1.0, 1.0]], "float32")
 
     def loss(x):
@@ -270,15 +278,15 @@ def test_value_and_grad_cleans_the_gradient_and_flags_the_examples():
         array(grad), [[1.0, 0.5], [0.5, 0.5], [0.0, 0.5]], rtol=1e-6
     )
     assert np.isnan(array(value)[2])
-    # Training has to see what is not finite.
+    # With `differentiable` the gradient is not cleaned.
     _, raw = numerics.value_and_grad(loss, x, differentiable=True)
     assert np.isinf(array(raw)[1, 0]) and np.isnan(array(raw)[2, 0])
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("roomy", [0.01, 0.1, 10.0])
-def test_l1_direction_is_the_linear_programme(delta, fraction, roomy):
-    """Largest gain with |s| <= 1 in L1 and entries up to share and room."""
+def test_l1_direction_solves_the_linear_program(delta, fraction, roomy):
+    """The largest gain with L1 norm <= 1 and limited entries."""
     rng = np.random.default_rng(3)
     room = (rng.random(delta.shape) * roomy).astype("float32")
     room[rng.random(delta.shape) < 0.2] = 0
@@ -311,7 +319,7 @@ def test_norms_agree_with_numpy(delta, norm):
     np.testing.assert_allclose(out, norm_of(delta, norm), rtol=1e-5)
 
 
-def test_an_unknown_norm_is_named():
+def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="l1, l2, linf.*norm='l3'"):
         numerics.project(ops.ones((1, 2)), 1.0, "l3")
 
@@ -320,7 +328,7 @@ def test_an_unknown_norm_is_named():
 
 
 def mix(x):
-    """`lowbias32` in NumPy's unsigned arithmetic: the oracle."""
+    """`lowbias32` in NumPy's unsigned arithmetic, as the reference."""
     x = x.astype(np.uint32)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x7FEB352D)
@@ -362,7 +370,7 @@ def quiet_overflow():
 
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**31, 2**40 + 3])
 @pytest.mark.parametrize("stream", [(), (5,), (3, 2**31 - 1, -4)])
-def test_keys_and_numbers_equal_the_oracle_bit_for_bit(seed, stream):
+def test_keys_and_draws_equal_numpy_bit_for_bit(seed, stream):
     indices = np.array([0, 1, 77, 2**31 - 1], "int32")
 
     def draw(indices):
@@ -390,7 +398,7 @@ def test_a_tensor_in_the_stream_equals_the_integer():
     np.testing.assert_array_equal(array(got), want)
 
 
-def test_an_example_keeps_its_numbers_in_any_batch():
+def test_draws_do_not_depend_on_the_batch():
     whole = numerics.example_keys(1, np.arange(10), 2)
     want = array(numerics.normal(whole, (3, 3)))
     order = np.array([7, 2, 9])
@@ -423,15 +431,15 @@ def keys_for(count, seed=0):
         (numerics.exponential, stats.expon()),
     ],
 )
-def test_distributions_over_positions_and_over_examples(draw, law):
+def test_draws_follow_the_distribution_over_positions_and_examples(draw, law):
     inside = array(draw(keys_for(3), (20_000,)))
     across = array(draw(keys_for(20_000), (3,)))
     for sample in (*inside, *across.T):
         assert stats.kstest(sample, law.cdf).pvalue > 1e-4
 
 
-def test_neighbours_are_independent():
-    """Chi-square on pairs: positions, examples, seeds and folds apart by 1."""
+def test_adjacent_draws_are_independent():
+    """Chi-square test on pairs: adjacent positions, examples, seeds, folds."""
     count = 40_000
     base = array(numerics.uniform(keys_for(count), (2,)))
     pairs = {
@@ -451,7 +459,7 @@ def test_neighbours_are_independent():
         assert stats.chisquare(table.ravel()).pvalue > 1e-4, name
 
 
-def test_signs_and_integers_are_fair():
+def test_signs_and_integers_are_uniform():
     signs = array(numerics.signs(keys_for(4), (10_000,)))
     assert set(np.unique(signs)) == {-1.0, 1.0}
     assert abs(signs.mean()) < 4 / math.sqrt(signs.size)
@@ -462,8 +470,10 @@ def test_signs_and_integers_are_fair():
 
 @pytest.mark.parametrize("norm", NORMS)
 class TestRandomInBall:
-    def test_uniform_by_its_radius_and_its_orthants(self, norm):
-        """P(|x| <= r) = (r / epsilon)**d, and every orthant is as likely."""
+    def test_radius_and_orthants_are_those_of_the_uniform_distribution(
+        self, norm
+    ):
+        """P(|x| <= r) = (r / epsilon)**d; all orthants are equally likely."""
         points = array(
             numerics.random_in_ball(keys_for(20_000), (1, 3, 1), 0.7, norm)
         ).reshape(-1, 3)
@@ -473,8 +483,8 @@ class TestRandomInBall:
         orthants = np.bincount((points > 0) @ [1, 2, 4], minlength=8)
         assert stats.chisquare(orthants).pvalue > 1e-4
 
-    def test_uniform_by_rejection(self, norm):
-        """One coordinate against points of the cube that fall in the ball."""
+    def test_coordinates_agree_with_rejection_sampling(self, norm):
+        """Compares each coordinate with points of the cube inside the ball."""
         points = array(numerics.random_in_ball(keys_for(20_000), (3,), 1, norm))
         cube = np.random.default_rng(0).uniform(-1, 1, (200_000, 3))
         kept = cube[norm_of(cube, norm) <= 1]
@@ -482,7 +492,7 @@ class TestRandomInBall:
             test = stats.ks_2samp(points[:, axis], kept[:, axis])
             assert test.pvalue > 1e-4
 
-    def test_high_dimension_fills_the_shell(self, norm):
+    def test_radius_distribution_in_high_dimension(self, norm):
         points = array(
             numerics.random_in_ball(keys_for(400), (20, 20, 3), 2.0, norm)
         )
@@ -490,7 +500,7 @@ class TestRandomInBall:
         assert stats.kstest(radius**1200, "uniform").pvalue > 1e-4
 
 
-# --- Seams -------------------------------------------------------------------
+# --- Gradients and compilation -----------------------------------------------
 
 
 def test_value_and_grad_of_a_quadratic():
@@ -500,7 +510,7 @@ def test_value_and_grad_of_a_quadratic():
     np.testing.assert_allclose(array(grad), 2 * array(x))
 
 
-def test_value_and_grad_carries_a_second_value():
+def test_value_and_grad_returns_a_second_value():
     x = ops.convert_to_tensor(np.ones((2, 3), "float32"))
     (value, aux), grad = numerics.value_and_grad(
         lambda x: (ops.sum(x, axis=-1), {"twice": 2 * x}), x, has_aux=True
@@ -510,7 +520,7 @@ def test_value_and_grad_carries_a_second_value():
     np.testing.assert_array_equal(array(grad), np.ones((2, 3)))
 
 
-def test_value_and_grad_through_a_gather_and_through_nothing():
+def test_value_and_grad_of_a_gather_and_of_a_constant():
     x = ops.convert_to_tensor(np.ones((3, 2), "float32"))
     _, grad = numerics.value_and_grad(
         lambda x: ops.sum(ops.take(x, [0, 0, 2], axis=0), axis=-1), x
@@ -540,7 +550,7 @@ class TestDifferentiable:
         )
         return ops.sum(ops.square(grad), axis=-1) + values + 3.0 * aux
 
-    def test_with_respect_to_what_the_function_reads(self):
+    def test_gradient_with_respect_to_a_variable(self):
         total, grad = numerics.value_and_grad(
             lambda a: self.penalty(a, ops.convert_to_tensor(self.X)),
             np.float32(self.A),
@@ -553,7 +563,7 @@ class TestDifferentiable:
         want = (2 * slope * inner + x * np.cos(a * x)).sum() + 2 * 3 * 2 * a
         np.testing.assert_allclose(array(grad), want, rtol=1e-5)
 
-    def test_with_respect_to_the_point(self):
+    def test_gradient_with_respect_to_the_input(self):
         _, grad = numerics.value_and_grad(
             lambda x: self.penalty(ops.convert_to_tensor(self.A), x), self.X
         )
@@ -561,7 +571,7 @@ class TestDifferentiable:
         want = -2 * a**3 * np.cos(a * x) * np.sin(a * x) + a * np.cos(a * x)
         np.testing.assert_allclose(array(grad), want, rtol=1e-4, atol=1e-5)
 
-    def test_assigns_what_the_function_assigns_once(self):
+    def test_variables_are_assigned_once(self):
         """As a model in training mode does, in a compiled call."""
         count = keras.Variable(np.zeros(3, "float32"))
         seen = keras.Variable(np.float32(2.0))
@@ -616,7 +626,7 @@ def test_compile_call_sees_new_values_and_discards_updates():
     assert array(count.value) == 0.0
 
 
-def test_compile_call_traces_once_a_shape():
+def test_compile_call_traces_once_for_each_shape():
     traces = []
 
     def fn(x):
@@ -626,12 +636,12 @@ def test_compile_call_traces_once_a_shape():
     compiled = numerics.compile_call(fn)
     for size in (2, 2, 3, 3, 2):
         assert array(compiled(np.zeros(size, "float32"))).shape == (size,)
-    # Torch runs the function itself at each call.
+    # Torch runs the function at each call.
     assert len(traces) == (5 if keras.config.backend() == "torch" else 2)
 
 
-def test_rows_are_traced_once_for_all_sizes():
-    """But anew for another kind of row: other keys, dtypes or shapes."""
+def test_compile_call_with_rows_traces_once_for_all_sizes():
+    """Other keys, dtypes or shapes of a row are traced again."""
     traces = []
 
     def fn(rows, factor):
