@@ -190,14 +190,14 @@ def check_loss(name, num_classes=None, targeted=False):
     """
     if name not in LOSSES:
         raise ValueError(
-            f"Expected objective to be one of {', '.join(LOSSES)}. "
-            f"Received: objective={name!r}."
+            f"Expected loss to be one of {', '.join(LOSSES)}. "
+            f"Received: loss={name!r}."
         )
     needed = 2 if name != "dlr" else 4 if targeted else 3
     if num_classes is not None and num_classes < needed:
         raise ValueError(
             f"Expected at least {needed} classes for the "
-            f"{'targeted ' if targeted else ''}objective {name}. "
+            f"{'targeted ' if targeted else ''}loss {name}. "
             f"Received: num_classes={num_classes}."
         )
 

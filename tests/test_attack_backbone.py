@@ -659,14 +659,14 @@ def test_model_noise_depends_on_round_and_step():
     """The model depends on one pixel, another one in each step."""
 
     class Turning:
-        def __init__(self, place=0):
-            self.place = place
+        def __init__(self, pixel=0):
+            self.pixel = pixel
 
         def at_step(self, round_index, step_index):
             return Turning(ops.cast(4 * round_index + step_index, "int32"))
 
         def __call__(self, x):
-            one = ops.one_hot(self.place, 16, dtype="float32")
+            one = ops.one_hot(self.pixel, 16, dtype="float32")
             seen = ops.sum(ops.reshape(x, (-1, 16)) * one, axis=-1)
             return ops.stack([-seen, seen], axis=-1)
 
@@ -762,8 +762,8 @@ def test_distraction_increases_the_attention_distance(name):
         (PGD, dict(random_start=1.5), "random_start=1.5"),
         (PGD, dict(restarts=3, random_start=0), "all be the same"),
         (PGD, dict(keep="worst"), "keep='worst'"),
-        (PGD, dict(loss="hinge"), "objective='hinge'"),
-        (FGSM, dict(loss="hinge"), "objective='hinge'"),
+        (PGD, dict(loss="hinge"), "loss='hinge'"),
+        (FGSM, dict(loss="hinge"), "loss='hinge'"),
         (PGD, dict(distraction=-1.0), "distraction=-1"),
         (PGD, dict(norm="l1", l1_fraction=0.0), "l1_fraction=0"),
         (PGDAdam, dict(rates=(0.1,)), r"rates=\(0.1,\)"),

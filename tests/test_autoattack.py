@@ -862,7 +862,7 @@ class TestEnsembles:
     [
         (lambda: APGD(steps=-1), "steps=-1"),
         (lambda: APGD(restarts=0), "restarts=0"),
-        (lambda: APGD(loss="mse"), "objective='mse'"),
+        (lambda: APGD(loss="mse"), "loss='mse'"),
         (lambda: APGD(rho=2.0), "rho=2"),
         (lambda: APGD(keep="last"), "keep='last'"),
         (lambda: APGD(epsilon=8.0), r"epsilon=8\. Write 8/255"),

@@ -216,9 +216,9 @@ def test_dlr_is_invariant_to_shift_and_scale(targeted):
 @pytest.mark.parametrize(
     "args,match",
     [
-        (("hinge",), "Received: objective='hinge'"),
-        (("dlr", 2), "at least 3 classes for the objective dlr"),
-        (("dlr", 3, True), "at least 4 classes for the targeted objective dlr"),
+        (("hinge",), "Received: loss='hinge'"),
+        (("dlr", 2), "at least 3 classes for the loss dlr"),
+        (("dlr", 3, True), "at least 4 classes for the targeted loss dlr"),
         (("margin", 1), "at least 2 classes.*Received: num_classes=1"),
     ],
 )

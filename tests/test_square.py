@@ -390,7 +390,7 @@ def test_success_rate_equals_that_of_torchattacks(norm, epsilon):
         (dict(p_init=0.0), "p_init=0"),
         (dict(spared=-1), "spared=-1"),
         (dict(p_init=1.5), "p_init=1.5"),
-        (dict(loss="hinge"), "objective='hinge'"),
+        (dict(loss="hinge"), "loss='hinge'"),
         (dict(epsilon=8.0), "Write 8/255"),
     ],
 )
