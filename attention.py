@@ -1,9 +1,9 @@
-"""Where to look: the localization net, and sequential soft attention.
+"""Attention: the localization net and sequential soft attention (S3TA).
 
-The localization net turns features of the whole image, from any backbone, into
-the parameters of a few views: 6 for an affine transform, 4 without rotation
-and shear, 2 for a gaze. Sequential attention (S3TA) instead asks a map of
-features, step after step, with queries that come from its own state.
+The localization net maps features of the whole image, from any backbone, to the
+parameters of a few views: 6 for an affine transform, 4 without rotation and
+shear, 2 for a gaze. Sequential attention (S3TA) is recurrent: at each step it
+reads a feature map with queries that it computes from its state.
 """
 
 import keras
@@ -14,13 +14,13 @@ import numerics
 
 numerics.set_up_keras()
 
-# What the head says before it has learned anything; the tanh comes after.
+# Initial outputs of the head, before the tanh.
 INITIAL = {
     6: (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
     4: (1.0, 0.0, 1.0, 0.0),
     2: (0.0, 0.0),
 }
-# The handover's start for five gazes: four quadrants and the centre.
+# Initial positions of five gazes in the handover: the quadrants and the centre.
 FIVE_FIXATIONS = (
     (0.5, 0.5),
     (-0.5, 0.5),
@@ -31,10 +31,10 @@ FIVE_FIXATIONS = (
 
 
 def spread_fixations(count):
-    """Returns where `count` gazes start, before the tanh.
+    """Returns the initial positions of `count` gazes, before the tanh.
 
-    Five start as the handover's did; any other number on a circle through the
-    quadrants, the last one at the centre if the number is odd.
+    Five gazes start as in the handover. Any other number starts on a circle
+    through the quadrants; if it is odd, the last gaze starts at the centre.
 
     Args:
         count: Number of gazes.
@@ -54,16 +54,17 @@ def spread_fixations(count):
 class LocalizationHead(layers.Layer):
     """Dense layer with a tanh from features to the parameters of views.
 
-    Its kernel starts at zero, so every image is first looked at in the same
-    way, given by the bias.
+    The kernel starts at zero, so the initial views, given by the bias, are the
+    same for every image.
 
     Args:
         outputs: Number of views.
         coordinates: 6 (affine), 4 (restricted) or 2 (gaze) for each view.
         initial: Values before the tanh at the start, `(outputs, coordinates)`
             or `(coordinates,)`; None for `INITIAL`.
-        activity_l2: Coefficient of the sum over coordinates and views of their
-            squares, averaged over the batch; keeps the tanh from saturating.
+        activity_l2: Coefficient of the sum of squared parameters over
+            coordinates and views, averaged over the batch. It keeps the tanh
+            from saturating.
 
     Call arguments:
         features: Tensor of shape `(batch, units)`.
@@ -78,7 +79,7 @@ class LocalizationHead(layers.Layer):
     def __init__(
         self, outputs, coordinates, initial=None, activity_l2=0.0, **kwargs
     ):
-        # Parameters in half precision would be off by whole pixels.
+        # In half precision the parameters would be wrong by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
         if coordinates not in INITIAL:
             raise ValueError(
@@ -137,7 +138,7 @@ def soft_attention(features, outputs, coordinates, **head):
             the handover a full ResNet-18, a ResNet-20 without downsampling or
             a simple CNN.
         outputs: Number of views.
-        coordinates: 6, 4 or 2 parameters a view.
+        coordinates: Parameters of a view: 6, 4 or 2.
         **head: `initial`, `activity_l2`; see `LocalizationHead`.
 
     Returns:
@@ -154,17 +155,18 @@ def soft_attention(features, outputs, coordinates, **head):
 
 
 def spatial_basis(height, width, frequencies=4):
-    """Fixed channels that tell where in a map a feature was.
+    """Fixed channels that encode the positions in a map.
 
-    Sines and cosines of each dimension, and of the two dimensions all the
-    products, so that the attention can ask for a place, and the sum over
-    places still says where its answer is from.
+    The channels are all products of a sine or cosine of the row and one of the
+    column. With them a query can select a position, and the attention-weighted
+    sum of the values contains the position it came from.
 
     Args:
         height: Rows of the map.
         width: Columns of the map.
-        frequencies: Frequencies k = 1 ... of each dimension; channel k is the
-            sine or cosine of pi * k * x, x in (0, 1) at the cells' centres.
+        frequencies: Number of frequencies k = 1, 2, ... in each dimension:
+            sines and cosines of pi * k * x, with x in (0, 1) at the centres of
+            the cells.
 
     Returns:
         Array of shape `(height, width, (2 * frequencies)**2)` in [-1, 1].
@@ -176,8 +178,8 @@ def spatial_basis(height, width, frequencies=4):
     """
 
     def waves(count):
-        places = (np.arange(count) + 0.5) / count
-        phases = np.pi * places[:, None] * np.arange(1, frequencies + 1)
+        centres = (np.arange(count) + 0.5) / count
+        phases = np.pi * centres[:, None] * np.arange(1, frequencies + 1)
         return np.concatenate([np.sin(phases), np.cos(phases)], axis=1)
 
     rows, columns = waves(height), waves(width)
@@ -187,27 +189,29 @@ def spatial_basis(height, width, frequencies=4):
 
 @keras.saving.register_keras_serializable("saccade")
 class SequentialAttention(layers.Layer):
-    """The recurrent core of S3TA: asks a map of features, step after step.
+    """The recurrent core of S3TA, which attends to a feature map at each step.
 
-    At each step the state and the logits of the step before become one query
-    a head; its inner products with the keys, over a softmax of all positions,
-    are the attention map; the sum of the values under it is the answer. The
-    answers and the queries are what the LSTM takes in, and its state is read
-    out as logits. The first step's "logits before" are zero.
+    At each step the query net computes one query per head from the LSTM state
+    and the logits of the previous step (zeros at the first step). The attention
+    map of a head is the softmax, over all positions, of the inner products of
+    its query with the keys. The answer of a head is the sum of the values
+    weighted by its map. The LSTM receives all answers and queries. The output
+    net computes the logits from the new LSTM state.
 
     Args:
         num_classes: Number of logits.
-        num_steps: Steps of the unroll.
-        read_out: Step whose logits count, from 1; None for the last. May be
-            changed between compiled calls: no weight belongs to a step.
+        num_steps: Maximum number of steps.
+        read_out: Step whose logits are the output, from 1; None for the last.
+            It may be changed between compilations, because all steps share
+            their weights.
         key_channels: Channels of the map that are keys; the rest are values.
-        num_heads: Queries a step.
-        frequencies: Of the spatial basis; see `spatial_basis`.
+        num_heads: Number of queries in each step.
+        frequencies: Frequencies of the spatial basis; see `spatial_basis`.
         units: Units of the LSTM.
         hidden_units: Units of the hidden layers of the query net and of the
             output net.
-        remat: Whether a step's activations are computed again in the backward
-            pass instead of being kept: less memory, more time.
+        remat: Whether the activations of a step are recomputed in the backward
+            pass instead of being stored, which takes less memory and more time.
 
     Call arguments:
         features: Map of the vision net, `(batch, rows, columns, channels)`.
@@ -265,9 +269,9 @@ class SequentialAttention(layers.Layer):
             )
         policy = self.dtype_policy
         self.cell = layers.LSTMCell(units, dtype=policy, name="lstm")
-        places = (2 * frequencies) ** 2
+        basis = (2 * frequencies) ** 2
         self.query_net = _two_layers(
-            hidden_units, num_heads * (key_channels + places), policy, "query"
+            hidden_units, num_heads * (key_channels + basis), policy, "query"
         )
         self.output_net = _two_layers(
             hidden_units, num_classes, policy, "output"
@@ -281,7 +285,7 @@ class SequentialAttention(layers.Layer):
                 "vision net's map, so that some are left for the values. "
                 f"Received: key_channels={self.key_channels}."
             )
-        places = (2 * self.frequencies) ** 2
+        basis = (2 * self.frequencies) ** 2
         values = channels - self.key_channels
         self.initial_state = self.add_weight(
             shape=(2, self.units),
@@ -294,7 +298,7 @@ class SequentialAttention(layers.Layer):
         self.cell.build(
             (
                 None,
-                self.num_heads * (values + places + self.key_channels + places),
+                self.num_heads * (values + basis + self.key_channels + basis),
             )
         )
         hidden, output = self.output_net
@@ -304,12 +308,12 @@ class SequentialAttention(layers.Layer):
     def call(self, features):
         batch = ops.shape(features)[0]
         rows, columns, channels = features.shape[1:]
-        places = rows * columns
+        positions = rows * columns
         basis = spatial_basis(rows, columns, self.frequencies)
-        basis = ops.convert_to_tensor(basis.reshape(places, -1))
+        basis = ops.convert_to_tensor(basis.reshape(positions, -1))
         basis = ops.cast(basis, features.dtype)
-        features = ops.reshape(features, (-1, places, channels))
-        # Transposed once, not in every step.
+        features = ops.reshape(features, (-1, positions, channels))
+        # Transposed here once instead of in every step.
         keys = ops.swapaxes(features[..., : self.key_channels], 1, 2)
         values = features[..., self.key_channels :]
         hidden, carry = (
@@ -330,15 +334,15 @@ class SequentialAttention(layers.Layer):
         return logits, ops.stack(all_logits, axis=1), maps
 
     def _step(self, keys, values, basis, hidden, carry, logits):
-        """One step: maps are `(batch, heads, positions)`, float32.
+        """One step; maps are `(batch, heads, positions)`, float32.
 
-        The basis is the same for every image: its part of the inner products
-        and of the answers is one product of matrices for the whole batch, not
-        channels of every image's keys and values.
+        The spatial basis is the same for every image. Its products are computed
+        as one matrix product for the whole batch, instead of appending it to
+        the keys and values of every image.
         """
-        before = ops.cast(logits, hidden.dtype)
+        previous = ops.cast(logits, hidden.dtype)
         queries = _through(
-            self.query_net, ops.concatenate([hidden, before], axis=-1)
+            self.query_net, ops.concatenate([hidden, previous], axis=-1)
         )
         queries = ops.reshape(
             ops.cast(queries, keys.dtype),
@@ -349,26 +353,24 @@ class SequentialAttention(layers.Layer):
         ) + ops.matmul(queries[..., self.key_channels :], ops.transpose(basis))
         maps = ops.softmax(ops.cast(products, "float32"), axis=-1)
         weights = ops.cast(maps, values.dtype)
-        taken_in = ops.concatenate(
+        inputs = ops.concatenate(
             [ops.matmul(weights, values), ops.matmul(weights, basis), queries],
             axis=-1,
         )
-        taken_in = ops.reshape(
-            taken_in, (-1, self.num_heads * taken_in.shape[-1])
-        )
-        _, (hidden, carry) = self.cell(taken_in, [hidden, carry])
+        inputs = ops.reshape(inputs, (-1, self.num_heads * inputs.shape[-1]))
+        _, (hidden, carry) = self.cell(inputs, [hidden, carry])
         logits = ops.cast(_through(self.output_net, hidden), "float32")
         return hidden, carry, logits, maps
 
     def shown(self, inputs, outputs):
-        """What it shows; see `model_registry.shown`."""
+        """Returns the maps and step logits; see `model_registry.shown`."""
         del inputs
         _, step_logits, maps = outputs
         return {"step_logits": step_logits, "maps": maps}
 
     def compute_output_shape(self, features_shape):
         batch, rows, columns, _ = features_shape
-        # The number of steps that are read can change.
+        # The read-out step, and so the number of steps, can change.
         return (
             (batch, self.num_classes),
             (batch, None, self.num_classes),
@@ -391,7 +393,7 @@ class SequentialAttention(layers.Layer):
 
 
 def _two_layers(hidden, outputs, policy, name):
-    """An MLP with one hidden layer; queries and logits stay float32."""
+    """An MLP with one hidden layer; its outputs are float32."""
     return [
         layers.Dense(
             hidden, activation="relu", dtype=policy, name=f"{name}_hidden"

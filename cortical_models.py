@@ -1,8 +1,9 @@
-"""Models after the visual cortex: sampling at several scales, and feedback.
+"""Models inspired by the visual cortex: several scales, and feedback.
 
-`ecnn` looks at a few crops around one gaze, all at the same resolution, with a
-network for each; the feedback ResNet-20 runs the last block of a stage a second
-time on what it said the first time.
+`ecnn` takes crops of several sizes around one gaze, resamples them to the same
+resolution and has a network for each. The feedback ResNet-20 runs the last
+block of each stage twice; the second time its own output is fed back to its
+input.
 """
 
 import keras
@@ -19,10 +20,10 @@ POOLINGS = ("concat", "mean", "max")
 
 @keras.saving.register_keras_serializable("saccade")
 class FoldScales(layers.Layer):
-    """Moves the gazes into the batch and leaves the scales of each.
+    """Moves the gazes into the batch dimension; keeps the scales of each.
 
     Args:
-        scales: How many views belong to one gaze.
+        scales: Number of views of one gaze.
 
     Call arguments:
         views: Tensor of shape `(batch, gazes * scales, height, ...)`.
@@ -55,18 +56,18 @@ def _check_ecnn(pooling, single_scale, auxiliary):
     if not single_scale:
         return
     for name, given, reason in (
-        ("auxiliary", auxiliary, "it has a head already"),
-        ("pooling", pooling != "concat", "there is nothing to join it with"),
+        ("auxiliary", auxiliary, "that scale has the main head"),
+        ("pooling", pooling != "concat", "there is nothing to join"),
     ):
         if given:
             raise ValueError(
-                f"Expected no {name} with single_scale, for of one scale "
-                f"{reason}. Received: single_scale=True with {name}."
+                f"Expected no {name} with single_scale: {reason}. Received: "
+                f"single_scale=True with {name}."
             )
 
 
 def _join(features, pooling):
-    """Joins the features of the scales: `(batch, units)` each."""
+    """Joins the features of the scales, `(batch, units)` each."""
     if len(features) == 1:
         return features[0]
     join = {
@@ -96,33 +97,32 @@ def ecnn(
     width=0,
     dropout=0.0,
 ):
-    """Crops of several sides around a gaze, a network for each.
+    """Crops of several sizes around a gaze, with a network for each.
 
-    The form follows the image size (see `glimpse.cortical_scales`): above 64
-    pixels four scales and a ResNet-18 for each, whose stem and pool keep the
-    resolution; up to 64 two scales and a ResNet-20 for each, whose last stage
-    does. Gazes are random in training, and the logits are averaged over five
-    fixed ones in evaluation.
+    The form depends on the image size (see `glimpse.cortical_scales`). Above 64
+    pixels there are four scales with a ResNet-18 each, whose stem and pool keep
+    the resolution. Up to 64 pixels there are two scales with a ResNet-20 each,
+    whose last stage keeps the resolution. Gazes are random in training. In
+    evaluation the logits are averaged over five fixed gazes.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
-        pooling: How the features of the scales become one: `"concat"`,
+        pooling: How the features of the scales are joined: `"concat"`,
             `"mean"` or `"max"`.
-        single_scale: Whether only the largest scale is kept; with
-            `scale4_freeze` that is the whole image, at no gaze.
-        scale4_freeze: Whether the fourth scale is the whole image, and does
-            not move with the gaze.
-        auxiliary: Whether each scale has a head of its own, trained with the
-            same label (see `model_backbone.in_training`; plain Keras `fit`
-            leaves them out). The verdict is that of the head on the joined
-            features.
-        test_gazes: `"five"`, or `"random"` for a random gaze in evaluation
-            also: a stochastic model, to be attacked in expectation.
+        single_scale: Whether only the largest scale is used. With
+            `scale4_freeze` that is the whole image, without gazes.
+        scale4_freeze: Whether the fourth scale is the whole image at any gaze.
+        auxiliary: Whether each scale has an auxiliary head that is trained with
+            the same label (see `model_backbone.in_training`; plain Keras `fit`
+            does not train them). The output of the model is that of the main
+            head on the joined features.
+        test_gazes: `"five"`, or `"random"` for one random gaze in evaluation.
+            The model is then stochastic; attack it with EOT.
         gaze_range: Largest offset of a gaze in whole pixels; 0 is as far as
             the crops stay inside the image.
-        width: Filters of the first stages; 0 is 45, or 21 of the small form
-            (whose wider one has 43).
+        width: Filters of the first stages; 0 is 45, or 21 in the form for small
+            images (43 in its wider variant).
         dropout: Rate of dropout on the joined features (0.75 in the
             handover's variant).
     """
@@ -131,16 +131,16 @@ def ecnn(
     kept = slice(-1, None) if single_scale else slice(None)
     sides, radii = scales.sides[kept], scales.radii[kept]
     images = keras.Input(image_shape, name="images")
-    still = single_scale and scale4_freeze
-    if still and (gaze_range or test_gazes != "five"):
+    whole_image = single_scale and scale4_freeze
+    if whole_image and (gaze_range or test_gazes != "five"):
         raise ValueError(
-            "Expected no gazes with single_scale and scale4_freeze, which look "
-            "at the whole image. Received: "
+            "Expected no gazes with single_scale and scale4_freeze, which use "
+            "the whole image. Received: "
             f"gaze_range={gaze_range:g}, test_gazes={test_gazes!r}."
         )
     gazes = glimpse.Fixations(
         gaze_range or scales.reach,
-        given=[[0, 0]] if still else None,
+        given=[[0, 0]] if whole_image else None,
         test_gazes=test_gazes,
         whole=True,
         name="fixations",
@@ -152,7 +152,7 @@ def ecnn(
     features = _features(folded, len(scales.sides) == 2, width)
     joined = _join(features, pooling)
     if dropout:
-        # Any seed: see `resnet_backbone`.
+        # The value of the seed has no effect; see `resnet_backbone._dropout`.
         joined = layers.Dropout(dropout, seed=0, name="dropout")(joined)
     heads = [model_parts.logits(joined, num_classes)]
     if auxiliary:
@@ -169,7 +169,7 @@ def ecnn(
 
 
 def _features(folded, small, width):
-    """A network for each scale; their features, `(batch, units)` each."""
+    """Returns the features of each scale, `(batch, units)` each."""
     shape = tuple(folded.shape[2:])
     features = []
     for index in range(folded.shape[1]):
@@ -195,15 +195,15 @@ def _features(folded, small, width):
 
 
 def _norm(name):
-    # The figures of `resnet_backbone`.
+    # The settings of `resnet_backbone`.
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)
 
 
 class _Block:
     """A basic block that can run several times with the same kernels.
 
-    Each pass has batch statistics, scales and shifts of its own: shared ones
-    would be averages over inputs of different sizes (Liao and Poggio).
+    Each pass has its own batch normalization: shared statistics would average
+    over inputs of different magnitude (Liao and Poggio).
     """
 
     def __init__(self, conv, filters, stride, channels, name):
@@ -240,22 +240,22 @@ def feedback_resnet20(
     dropout=0.0,
     name="feedback_resnet20",
 ):
-    """ResNet-20 with a feedback connection for the second block of each stage.
+    """ResNet-20 with feedback in place of the second block of each stage.
 
-    A stage of ResNet-20 is three blocks, x -> A -> B -> C. Here it is two, A
-    and C, and a connection F from the output of C back to its input:
+    A stage of ResNet-20 has three blocks, x -> A -> B -> C. Here it has two
+    blocks, A and C, and a connection F from the output of C back to its input:
 
         a = A(x);  c = C(a);  y = C(ReLU(a + F(c)))
 
-    F is a 1x1 convolution with batch normalization. Unrolled, the stage is as
-    deep as the one it replaces, on about two thirds of its weights. The two
-    passes of C share the kernels and have batch normalizations of their own.
-    (The source says no more than that the second block is replaced by a
-    feedback connection; the rest is our reading.)
+    F is a 1x1 convolution with batch normalization. The unrolled stage is as
+    deep as the original one and has about two thirds of its weights. The two
+    passes of C share their kernels but not their batch normalizations. (The
+    source only says that a feedback connection replaces the second block; the
+    details are our interpretation.)
 
     Args:
         input_shape: (height, width, channels).
-        width: Filters of the first stage; they double at each of the next.
+        width: Filters of the first stage; they double at each further stage.
         downsampling: `"all"` halves at stages 2 and 3, `"not_last"` at stage 2
             only, `"none"` keeps the full resolution.
         weight_decay: L2 coefficient on every convolution kernel.
@@ -267,7 +267,7 @@ def feedback_resnet20(
         4 * width)`.
 
     Raises:
-        ValueError: If the switch is unknown.
+        ValueError: If `downsampling` is unknown.
 
     References:
         - [He et al., 2016](https://arxiv.org/abs/1512.03385), Section 4.2

@@ -1,8 +1,8 @@
-"""Named models: the only place where backbones and attention are composed.
+"""Named models, assembled from backbones and attention.
 
 Every model is a `keras.Model` from images in [0, 1] to logits, made of
-registered layers, so that it can be saved, loaded safely and `fit` by plain
-Keras. What it can show of its glimpses is read through `glimpses`.
+registered layers. Plain Keras can save it, load it in safe mode and `fit` it.
+`glimpses` returns where a model looks.
 """
 
 import keras
@@ -17,7 +17,7 @@ import losses
 import model_parts
 import model_registry
 import resnet_backbone
-import s3ta_models  # noqa: F401  It registers its models.
+import s3ta_models  # noqa: F401  Registers its models.
 import transformer
 from model_registry import (
     check_weights,
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def in_training(model):
-    """Returns a model in training mode, as an objective calls it.
+    """Returns the function by which an objective calls a model in training.
 
     Args:
         model: A functional `keras.Model` from images to logits.
@@ -56,23 +56,23 @@ def in_training(model):
     Returns:
         Callable from images to logits, `(batch, classes)`; for a model with
         auxiliary heads to `losses.Outputs`, whose `head_logits`, `(batch,
-        heads, classes)`, are those of all the heads, the verdict's first. An
-        objective trains each of them with the label of the image.
+        heads, classes)`, are the logits of all heads, the main head first. An
+        objective trains each head with the label of the image.
     """
     found = [x for x in model.layers if isinstance(x, model_parts.MainHead)]
     if not found:
         return lambda images: model(images, training=True)
     reader = keras.Model(model.input, [model.output, *found[0].input])
 
-    def answer(images):
+    def outputs_fn(images):
         logits, *heads = reader(images, training=True)
         return losses.Outputs(logits, ops.stack(heads, axis=1))
 
-    return answer
+    return outputs_fn
 
 
 def _localize(images, outputs, coordinates, kind, width, grid, **head):
-    """Runs the localization net on images; parameters in [-1, 1]."""
+    """Runs the localization net; returns view parameters in [-1, 1]."""
     shape = tuple(images.shape[1:])
     # The handover's ResNet-20 keeps the full resolution here.
     features = model_parts.backbone(
@@ -85,22 +85,22 @@ def _localize(images, outputs, coordinates, kind, width, grid, **head):
 def _check_count(num_transformers):
     if num_transformers < 1:
         raise ValueError(
-            "num_transformers must be at least 1, "
-            f"got num_transformers={num_transformers}"
+            "Expected num_transformers >= 1. Received: "
+            f"num_transformers={num_transformers}."
         )
 
 
-def _classifier(num_classes, image_shape, build, **looking):
-    """A plain backbone, or one that looks through fixations.
+def _classifier(num_classes, image_shape, build, **fixations):
+    """A plain backbone, or one that sees the image through fixations.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
-        build: Callable from the shape of what is seen to a backbone.
-        **looking: See `_views`.
+        build: Callable from the input shape to a backbone.
+        **fixations: See `_views`.
     """
     images = keras.Input(image_shape, name="images")
-    views = _views(images, **looking)
+    views = _views(images, **fixations)
     if views is None:
         return model_parts.classifier(
             image_shape, build(image_shape), num_classes
@@ -121,15 +121,14 @@ def _views(
     gaze_range,
     interpolation,
 ):
-    """What fixations see, `(batch, n, ...)`; None for a model without them."""
+    """The views of fixations, `(batch, n, ...)`; None without fixations."""
     if sampling and coarse_fixations:
         raise ValueError(
-            "Expected sampling or coarse_fixations: an image is warped by a "
-            "retina or cropped. Received: sampling=True, "
-            "coarse_fixations=True."
+            "Expected either sampling (a retina) or coarse_fixations (crops). "
+            "Received: sampling=True, coarse_fixations=True."
         )
     size = min(images.shape[1:3])
-    # Said of a wrong name also where it has no effect.
+    # Raises for an unknown variant even if it has no effect.
     coarse = glimpse.coarse_fixation(size, coarse_variant)
     if not coarse_fixations and coarse_variant != "crop":
         raise ValueError(
@@ -139,7 +138,7 @@ def _views(
     if interpolation != "bilinear" and not sampling:
         raise ValueError(
             f"Expected sampling with interpolation={interpolation!r}: crops "
-            "are of whole pixels. Received: sampling=False."
+            "consist of whole pixels. Received: sampling=False."
         )
     if not (sampling or coarse_fixations):
         for name, given, usual in (
@@ -148,11 +147,13 @@ def _views(
         ):
             if given != usual:
                 raise ValueError(
-                    f"{name}={given!r} is a matter of models that look "
-                    "through fixations; add sampling or coarse_fixations."
+                    f"Expected sampling or coarse_fixations with {name}. "
+                    f"Received: {name}={given!r}; add sampling or "
+                    "coarse_fixations."
                 )
         return None
-    # +-80 of 320 and +-8 of 32 in the handover; crops stay inside the image.
+    # A retina: +-80 of 320 and +-8 of 32 pixels in the handover. Crops: as far
+    # as they stay inside the image.
     reach = coarse.reach if coarse_fixations else size / 4
     gazes = glimpse.Fixations(
         gaze_range or reach,
@@ -173,7 +174,7 @@ _BRANCHES = 4
 
 
 def _side_by_side(shape, build):
-    """Several backbones on one image; their features concatenated."""
+    """Several backbones on one image, with concatenated features."""
     inputs = keras.Input(shape)
     features = [
         build(shape, f"branch{index + 1}")(inputs) for index in range(_BRANCHES)
@@ -206,33 +207,36 @@ def resnet(
     pool_stride=0,
     dropout=0.0,
 ):
-    """ResNet-18; it may see through a retina, or crops of the image.
+    """ResNet-18 on the image, on retinal samples or on crops of it.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
-        sampling: Whether to warp the image at a random gaze in training, and
-            to average the logits over five fixed gazes in evaluation.
-        coarse_fixations: Whether to crop the image there instead.
+        sampling: Whether a retina samples the image: at a random gaze in
+            training, and at five fixed gazes in evaluation, whose logits are
+            averaged.
+        coarse_fixations: Whether the image is cropped at these gazes instead.
         coarse_variant: `"crop"`; `"upsample"`, a smaller crop enlarged twice;
-            or `"blur"`, a larger one that is blurred. See
+            or `"blur"`, a larger crop that is blurred. See
             `glimpse.coarse_fixation`.
-        test_gazes: `"five"`, or `"random"` for a random gaze in evaluation
-            also: a stochastic model, to be attacked in expectation.
-        gaze_range: Largest offset of a gaze in pixels; 0 is a quarter of the
-            image for `sampling`, and as far as the crop stays inside it.
-        interpolation: Of the retina; see `transformer.sample`. The published
-            "retinal sampling" is `"nearest"`.
+        test_gazes: `"five"`, or `"random"` for one random gaze in evaluation.
+            The model is then stochastic; attack it with EOT.
+        gaze_range: Largest offset of a gaze in pixels. 0 is a quarter of the
+            image for `sampling`; for crops it is as far as they stay inside
+            the image.
+        interpolation: Interpolation of the retina; see `transformer.sample`.
+            The published "retinal sampling" is `"nearest"`.
         backbone: One of `BACKBONES`.
-        branched_network: Whether four backbones stand side by side on the
-            same image, their features concatenated: the control for models
-            of several branches.
-        global_pooling: Of the simple CNN: whether its dense layer sees the
-            mean of the map, as a ResNet's does, in place of all of it.
-        width: Filters of the first stage; 0 is the backbone's own, or 27 of
-            each of the four.
-        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
-        pool_stride: Of the pool behind it, likewise.
+        branched_network: Whether four backbones run in parallel on the same
+            image and their features are concatenated. This is the control for
+            models with several branches.
+        global_pooling: For the simple CNN: whether a global average precedes
+            its dense layer, as in a ResNet. Otherwise the map is flattened.
+        width: Filters of the first stage. 0 is the default of the backbone, or
+            27 for each of four branches.
+        stem_stride: Stride of the stem of ResNet-18; 0 is 2 above 64 pixels and
+            otherwise 1.
+        pool_stride: Stride of the pool after the stem; 0 as for `stem_stride`.
         dropout: Rate of dropout on the features.
     """
 
@@ -285,7 +289,7 @@ def resnet_cifar(
     downsampling="all",
     dropout=0.0,
 ):
-    """ResNet-20; it may see through a retina, or crops of the image.
+    """ResNet-20 on the image, on retinal samples or on crops of it.
 
     Args:
         num_classes: Number of logits.
@@ -296,7 +300,7 @@ def resnet_cifar(
         test_gazes: See `resnet`.
         gaze_range: See `resnet`.
         interpolation: See `resnet`.
-        feedback: Whether a feedback connection stands for the second block of
+        feedback: Whether a feedback connection replaces the second block of
             each stage; see `cortical_models.feedback_resnet20`.
         width: Filters of the first stage, 16 by default ("wider": 32).
         downsampling: `"all"`, `"not_last"` or `"none"`.
@@ -332,7 +336,7 @@ def resnet_cifar(
     image_size=28,
 )
 def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
-    """The convolutional network that defences on MNIST are measured with.
+    """The convolutional network of Madry et al. for MNIST.
 
     Args:
         num_classes: Number of logits.
@@ -357,7 +361,7 @@ ATTENTIONS = ("transformer", "retina", "dummy", "dummy_scaled")
 
 
 def _check_attention(kind, **given):
-    """Raises a ValueError for what this attention is not, or has no use for."""
+    """Raises a ValueError for an unknown attention or an unused option."""
     if kind not in ATTENTIONS:
         raise ValueError(
             f"unknown attention {kind!r}.{command_line.near(kind, ATTENTIONS)} "
@@ -370,8 +374,8 @@ def _check_attention(kind, **given):
     for name in unused:
         if given[name]:
             raise ValueError(
-                f"Expected no {name} with attention={kind}, which it does not "
-                f"concern. Received: {name} and attention={kind}."
+                f"Expected no {name} with attention={kind}, which does not use "
+                f"it. Received: {name} and attention={kind}."
             )
 
 
@@ -412,8 +416,8 @@ def attention_mnist(
 ):
     """One glimpse of a small image, then two convolutions and a dense layer.
 
-    (Each convolution is followed by a pool, which the handover's are not: its
-    dense layer has 21 million weights.)
+    Unlike in the handover, a pool follows each convolution. Without pools the
+    dense layer has 21 million weights.
 
     Args:
         num_classes: Number of logits.
@@ -421,13 +425,14 @@ def attention_mnist(
         attention_kind: `"transformer"` (affine view), `"retina"` (learned
             gaze), or a control whose view is frozen: `"dummy"` at the identity,
             `"dummy_scaled"` at scale 0.75.
-        restricted_attention: Whether the affine view may only scale and move.
+        restricted_attention: Whether the affine view can only scale and shift.
         localization: Backbone of the localization net.
-        localization_width: Its filters; 0 is the backbone's own.
+        localization_width: Filters of its first stage; 0 is the default of the
+            backbone.
         gaze_range: Largest offset of a gaze in pixels; 0 is half the image.
         regularization: L2 coefficient on the parameters of the view.
         dropout: Rate of dropout before the logits.
-        interpolation: Of the view; see `transformer.sample`.
+        interpolation: Interpolation of the view; see `transformer.sample`.
     """
     _check_attention(
         attention_kind,
@@ -466,7 +471,7 @@ def attention_mnist(
 
 @keras.saving.register_keras_serializable("saccade")
 class FrozenView(layers.Layer):
-    """The same centred affine view for every image; nothing to learn.
+    """The same centred affine view for every image, without weights.
 
     Args:
         scale: Side of the view as a fraction of the image.
@@ -514,27 +519,30 @@ def parallel_transformers(
     dropout=0.0,
     interpolation="bilinear",
 ):
-    """Several affine views of an image, a backbone each.
+    """Several affine views of an image, with a backbone for each.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
         num_transformers: Number of views.
-        shared: Whether one backbone looks at all the views.
-        restricted_attention: Whether views may only scale and move (4
-            parameters each), or are free affine ones (6).
-        backbone: Of the branches; one of `BACKBONES`.
-        width: Filters of its first stage; 0 is the backbone's own.
-        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
-        pool_stride: Of the pool behind it, likewise.
+        shared: Whether all views share one backbone.
+        restricted_attention: Whether views can only scale and shift (4
+            parameters each) or are general affine transforms (6).
+        backbone: Backbone of the branches, one of `BACKBONES`.
+        width: Filters of its first stage; 0 is the default of the backbone.
+        stem_stride: Stride of the stem of ResNet-18; 0 is 2 above 64 pixels and
+            otherwise 1.
+        pool_stride: Stride of the pool after the stem; 0 as for `stem_stride`.
         localization: Backbone of the localization net; `"auto"` is a ResNet-20
             without downsampling, or the simple CNN for small digits.
-        localization_width: Its filters; 0 is the backbone's own.
-        localization_grid: Cells a side over which its features are pooled.
+        localization_width: Filters of its first stage; 0 is the default of the
+            backbone.
+        localization_grid: Cells along each side over which its features are
+            pooled.
         regularization: L2 coefficient on the parameters of the views.
-        view_size: Side of a view in pixels; 0 is the image's own size.
+        view_size: Side of a view in pixels; 0 is the size of the image.
         dropout: Rate of dropout on the features of each branch.
-        interpolation: Of the views; see `transformer.sample`.
+        interpolation: Interpolation of the views; see `transformer.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -542,7 +550,7 @@ def parallel_transformers(
         localization == "auto"
         and model_parts.fitting(image_shape) != "simple_cnn"
     ):
-        # The full ResNet was not found to train here (handover, footnote 1).
+        # A full ResNet does not train here (handover, footnote 1).
         localization = "resnet20"
     theta = _localize(
         images,
@@ -597,30 +605,33 @@ def multi_gaze(
     dropout=0.0,
     interpolation="bilinear",
 ):
-    """Several retinal glimpses of an image at learned gazes, a backbone each.
+    """Several retinal glimpses at learned gazes, with a backbone for each.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
         num_transformers: Number of gazes.
-        shared: Whether one backbone looks at all the views.
-        backbone: Of the branches; one of `BACKBONES`.
-        width: Filters of its first stage; 0 is the backbone's own.
-        stem_stride: Stride of ResNet-18's stem; 0 is 2, or 1 up to 64 pixels.
-        pool_stride: Of the pool behind it, likewise.
-        localization: Backbone of the localization net; `"auto"` is the one
-            that fits the image size, a full ResNet-18 for photographs.
-        localization_width: Its filters; 0 is the backbone's own.
-        localization_grid: Cells a side over which its features are pooled.
+        shared: Whether all views share one backbone.
+        backbone: Backbone of the branches, one of `BACKBONES`.
+        width: Filters of its first stage; 0 is the default of the backbone.
+        stem_stride: Stride of the stem of ResNet-18; 0 is 2 above 64 pixels and
+            otherwise 1.
+        pool_stride: Stride of the pool after the stem; 0 as for `stem_stride`.
+        localization: Backbone of the localization net; `"auto"` selects it by
+            the image size, a full ResNet-18 for photographs.
+        localization_width: Filters of its first stage; 0 is the default of the
+            backbone.
+        localization_grid: Cells along each side over which its features are
+            pooled.
         gaze_range: Largest offset of a gaze in pixels; 0 is half the image.
         initialize_fixations: Whether the gazes start spread out (for five: the
             quadrants and the centre) or all at the centre.
-        regularization: L2 coefficient on the gazes in units of `gaze_range`;
-            without it they saturate at the corners (handover).
-        view_size: Side of a view in pixels; 0 is the image's own size.
-        max_ratio: Density of the retina at the fovea over the periphery.
+        regularization: L2 coefficient on the gazes in units of `gaze_range`.
+            Without it the gazes saturate at the corners (handover).
+        view_size: Side of a view in pixels; 0 is the size of the image.
+        max_ratio: Sampling density at the fovea over that at the periphery.
         dropout: Rate of dropout on the features of each branch.
-        interpolation: Of the views; see `transformer.sample`.
+        interpolation: Interpolation of the views; see `transformer.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")

@@ -1,4 +1,4 @@
-"""What the named models share: normalization, views, backbones, logits."""
+"""Parts that the named models share: normalization, views, backbones, heads."""
 
 import inspect
 
@@ -71,14 +71,14 @@ class AverageViews(layers.Layer):
 
     Call arguments:
         logits: Tensor of shape `(batch * views, classes)`.
-        images: Anything with the batch size of the images.
+        images: Any tensor with the batch size of the images.
 
     Returns:
         Tensor of shape `(batch, classes)`.
     """
 
     def __init__(self, **kwargs):
-        # Half precision would blur the verdict.
+        # Half precision would round logits that are close to each other.
         super().__init__(**{"dtype": "float32", **kwargs})
 
     def call(self, logits, images):
@@ -91,9 +91,10 @@ class AverageViews(layers.Layer):
 
 
 def normalize(x):
-    """Standardizes photographs; digits, black on most pixels, stay in [0, 1].
+    """Standardizes colour images; grey images (digits) stay in [0, 1].
 
-    After the glimpse, so that outside the image is black, not the mean.
+    It is applied to glimpses, after sampling, so that positions outside the
+    image are black and not the mean colour.
     """
     if x.shape[-1] != 3:
         return x
@@ -101,7 +102,7 @@ def normalize(x):
 
 
 def fitting(image_shape):
-    """The backbone that fits an image size by default."""
+    """The name of the default backbone for an image size."""
     side, channels = min(image_shape[:2]), image_shape[-1]
     if side > 64:
         return "resnet18"
@@ -117,18 +118,18 @@ def backbone(kind, input_shape, width, name, **options):
     Args:
         kind: One of `BACKBONES`; `"auto"` is the one of `fitting`.
         input_shape: (height, width, channels).
-        width: Filters of its first stage, the others in proportion; 0 is the
-            backbone's own.
+        width: Filters of its first stage; the others are in proportion. 0 is
+            the default of the backbone.
         name: Name of the model.
-        **options: Its other arguments; those of other backbones are left out,
-            but strides that are given (not 0) must have a stem.
+        **options: Other arguments. Those that this backbone does not have are
+            ignored, except strides of a stem and `global_pooling`, which raise.
 
     Returns:
         `keras.Model` from standardized images to `(batch, units)`.
 
     Raises:
-        ValueError: If the name is unknown, it has no stem to stride, or it
-            cannot choose how it pools.
+        ValueError: If the name is unknown, or if strides of a stem or
+            `global_pooling` are given to a backbone without them.
     """
     if kind == "auto":
         kind = fitting(input_shape)
@@ -140,7 +141,7 @@ def backbone(kind, input_shape, width, name, **options):
     build = resnet_backbone.BACKBONES[kind]
     taken = inspect.signature(build).parameters
     if "stem_stride" in taken:
-        # The stem for ImageNet would leave a map of 2x2 pixels.
+        # On small images the strides for ImageNet would leave a 2x2 map.
         stride = 1 if min(input_shape[:2]) <= 64 else 2
         for key in _STRIDES:
             options[key] = options.get(key) or stride
@@ -153,20 +154,20 @@ def backbone(kind, input_shape, width, name, **options):
     if options.get("global_pooling") and kind != "simple_cnn":
         raise ValueError(
             "Expected global_pooling with the backbone simple_cnn; the others "
-            f"pool by themselves. Received: backbone={kind}."
+            f"always use it. Received: backbone={kind}."
         )
     if kind == "simple_cnn" and width:
         first, *rest = options.get("filters", taken["filters"].default)
         options["filters"] = (width, *(width * c // first for c in rest))
     elif width:
         options["width"] = width
-    # What another backbone would have taken does not concern this one.
+    # Arguments of other backbones are ignored.
     options = {key: value for key, value in options.items() if key in taken}
     return build(input_shape, name=name, **options)
 
 
-# What the simple CNN looks like as a classifier of digits. (As a localization
-# net it has the defaults of `resnet_backbone.simple_cnn`.)
+# Options of the simple CNN as a classifier of digits. (A localization net uses
+# the defaults of `resnet_backbone.simple_cnn`.)
 DIGITS = {
     "filters": (32, 64),
     "kernel_size": 3,
@@ -181,7 +182,7 @@ def logits(features, num_classes, name="logits"):
     return layers.Dense(
         num_classes,
         kernel_initializer="he_normal",
-        dtype="float32",  # Half precision would blur the verdict.
+        dtype="float32",  # Half precision would round close logits.
         name=name,
     )(features)
 
@@ -203,15 +204,16 @@ def classifier(image_shape, net, num_classes):
 
 @keras.saving.register_keras_serializable("saccade")
 class MainHead(layers.Layer):
-    """Passes on the first of several heads, which is the model's verdict.
+    """Returns the logits of the main head, which are those of the model.
 
-    The others learn beside it; see `model_backbone.in_training`.
+    The auxiliary heads are used in training only; see
+    `model_backbone.in_training`.
 
     Call arguments:
         logits: List of tensors of shape `(batch, classes)`.
 
     Returns:
-        The first of them.
+        The first of these tensors.
     """
 
     def __init__(self, **kwargs):
@@ -225,7 +227,7 @@ class MainHead(layers.Layer):
 
 
 def branches(views, count, shared, kind, width, **options):
-    """A backbone for each view, or one for all; features side by side."""
+    """Runs a backbone for each view, or one for all; concatenates features."""
     views = normalize(views)
     shape = tuple(views.shape[2:])
     options = {**DIGITS, **options}

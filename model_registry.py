@@ -1,7 +1,7 @@
-"""The registry of models, and what can be asked of any model.
+"""The registry of models, and functions that apply to any model.
 
-Modules that assemble models register a builder for each name; everybody else
-goes through `model_backbone`, which imports them all.
+Modules that assemble models register a builder for each name. Other modules use
+`model_backbone`, which imports all of them.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Entry:
     Attributes:
         build: Callable with keyword arguments only, returning a `keras.Model`
             from [0, 1] images to logits.
-        reference: Where the model comes from.
-        image_size: Input side the defaults were made for, in pixels.
+        reference: Source of the model.
+        image_size: Image side in pixels for which the defaults are meant.
         stochastic: Whether two calls in inference mode can differ.
         shows: What `glimpses` can return for it, depending on its options.
     """
@@ -39,12 +39,12 @@ class Entry:
 
     @property
     def options(self):
-        """Names of the options `create` takes for this model."""
+        """Names of the options that `create` accepts for this model."""
         return tuple(self.defaults)
 
     @property
     def defaults(self):
-        """What these options are if they are left out, a dict."""
+        """Default values of these options, a dict."""
         parameters = inspect.signature(self.build).parameters
         return {n: p.default for n, p in parameters.items() if n not in _GIVEN}
 
@@ -76,7 +76,7 @@ def entry(name):
     """Returns the registry row of a model.
 
     Raises:
-        ValueError: If there is none; the message lists the near names.
+        ValueError: If there is none; the message suggests similar names.
     """
     if name not in _REGISTRY:
         raise ValueError(
@@ -93,7 +93,7 @@ def create(name, *, num_classes, image_shape, **options):
         name: One of `names()`.
         num_classes: Number of logits.
         image_shape: (height, width, channels) of the images.
-        **options: The builder's own; see `entry(name).options`.
+        **options: Options of the builder; see `entry(name).options`.
 
     Returns:
         `keras.Model` from float images in [0, 1], shape `(batch, height,
@@ -122,8 +122,8 @@ def create(name, *, num_classes, image_shape, **options):
     return model
 
 
-_MOST = 2**14  # Of anything that is counted: far beyond what fits in memory.
-# Smallest and largest value of an option; SIDE is that of the images.
+_MOST = 2**14  # Upper bound of counts, far beyond what fits in memory.
+# Smallest and largest value of an option; _SIDE is the side of the images.
 _SIDE = "side"
 _RANGES = {
     "dropout": (0, 1),
@@ -147,7 +147,7 @@ _OPEN = {"dropout": (False, True), "max_ratio": (True, True)}
 
 
 def _check_range(option, value, side):
-    """Raises a ValueError if an option is a number that cannot be."""
+    """Raises a ValueError if an option is outside its range."""
     if value is None or option not in _RANGES:
         return
     least, most = _RANGES[option]
@@ -164,23 +164,23 @@ def _check_range(option, value, side):
 
 
 def glimpses(model):
-    """Returns a function that tells where a model looks.
+    """Returns a function that computes where a model looks.
 
-    One function for every model: whatever takes glimpses (a retinal warp, a
-    spatial transformer) is found in the model itself, also after loading; see
-    `shown`, which gives the same as tensors.
+    It works for every model: the layers that take glimpses (a retinal warp, a
+    spatial transformer) are found in the model, also after loading. `shown`
+    returns the same as tensors.
 
     Args:
-        model: A `keras.Model` made by `create`, or loaded again.
+        model: A `keras.Model` made by `create`, or a loaded one.
 
     Returns:
         Callable from images, `(batch, height, width, channels)`, to a dict of
         NumPy arrays: "gazes", `(batch, n, 2)`, (row, column) in pixels from
         the image centre; "boxes", `(batch, n, 4)`, top, left, bottom, right
-        in [0, 1], what an affine view covers or where a retina magnifies;
+        in [0, 1], the area of an affine view or the magnified area of a retina;
         "views", `(batch, n, rows, columns, channels)`; "maps", `(batch, n,
-        rows, columns)`. A key is absent if the model has no such thing; the
-        dict is empty for a plain ResNet.
+        rows, columns)`. A key is absent if the model does not have it; the dict
+        is empty for a plain ResNet.
     """
     reader = shown(model)
     if not set(reader.output) - {"logits"}:
@@ -201,27 +201,27 @@ def glimpses(model):
 
 
 def shown(model):
-    """Returns a model that gives its logits and what it looks at, as tensors.
+    """Returns a model that outputs the logits and where the model looks.
 
-    A layer that has something to show has a method `shown(inputs, outputs)`
-    that returns a dict of tensors: "gazes" `(batch, n, 2)`, "boxes"
-    `(batch, n, 4)`, "views" `(batch, n, rows, columns, channels)`, "maps"
-    `(batch, n, rows, columns)`, non-negative with sum 1, or "step_logits"
-    `(batch, steps, classes)`. Where two layers show the same, the first counts.
+    A layer that takes glimpses has a method `shown(inputs, outputs)` that
+    returns a dict of tensors: "gazes" `(batch, n, 2)`, "boxes" `(batch, n, 4)`,
+    "views" `(batch, n, rows, columns, channels)`, "maps" `(batch, n, rows,
+    columns)`, non-negative with sum 1, or "step_logits" `(batch, steps,
+    classes)`. If two layers return the same key, the first layer wins.
 
     Args:
         model: A functional or sequential `keras.Model` from images to logits.
 
     Returns:
         A `keras.Model` with the same weights, from images to a dict with
-        "logits" and whatever is shown.
+        "logits" and the keys that its layers show.
     """
     outputs = {}
     for layer in model.layers:
         if hasattr(layer, "shown"):
             found = layer.shown(layer.input, layer.output)
             outputs = {**found, **outputs}
-    # A Sequential has `inputs` and `outputs`, but neither in the singular.
+    # A Sequential has `inputs` and `outputs`, but no `input` and `output`.
     (images,), (logits,) = model.inputs, model.outputs
     return keras.Model(images, {**outputs, "logits": logits})
 
@@ -238,30 +238,30 @@ def generators(model):
 
 
 def read_out(model):
-    """Returns the step at which a recurrent model is read, None for others."""
+    """Returns the read-out step of a recurrent model; None for others."""
     return next((layer.read_out for layer in _recurrent(model)), None)
 
 
 def set_read_out(model, step):
-    """Sets the step at which a recurrent model is read, and so unrolled.
+    """Sets the read-out step, up to which a recurrent model is unrolled.
 
-    Weights stay as they are. What was compiled before goes on with the old
+    Weights do not change. Functions that were compiled before keep the old
     step.
 
     Args:
-        model: A `keras.Model`. A layer that unrolls has the integer attributes
-            `read_out`, which it heeds when it is called, and `num_steps`.
-        step: Integer, from 1.
+        model: A `keras.Model`. A recurrent layer has the integer attributes
+            `num_steps` and `read_out`; it reads the latter when it is called.
+        step: Integer >= 1.
 
     Raises:
-        ValueError: If the model has no such layer, or fewer steps.
+        ValueError: If the model has no such layer or fewer steps.
     """
     found = list(_recurrent(model))
     if not found:
         raise ValueError(
             "Expected a recurrent model, which is read out at a step. "
-            f"Received: read_out={step} for {model.name}. Leave "
-            "--read_out_curriculum out."
+            f"Received: read_out={step} for {model.name}. Omit "
+            "--read_out_curriculum."
         )
     for layer in found:
         if not 1 <= step <= layer.num_steps:
@@ -280,11 +280,11 @@ def _recurrent(model):
 
 
 def is_stochastic(model):
-    """Tells whether two calls in inference mode can differ.
+    """Returns whether two calls in inference mode can differ.
 
     Args:
-        model: A `keras.Model`. A layer that draws in inference mode says so
-            with an attribute `stochastic`.
+        model: A `keras.Model`. A layer that is random in inference mode has a
+            true attribute `stochastic`.
     """
     return any(
         getattr(layer, "stochastic", False) for layer in model._flatten_layers()
@@ -301,7 +301,7 @@ def key_generators(found, seed, step, replica=0):
         replica: Integer or scalar tensor.
     """
     for number, generator in enumerate(found):
-        # A layer draws fewer than 1024 times a step.
+        # A layer draws fewer than 1024 times in a step.
         state = [
             ops.cast((seed + 977 * number) % 2**31, "uint32")
             + ops.cast(replica, "uint32") * 65521,
@@ -312,7 +312,7 @@ def key_generators(found, seed, step, replica=0):
 
 
 def check_weights(model: keras.Model) -> None:
-    """Raises a ValueError, one line, if a weight is NaN or infinite.
+    """Raises a one-line ValueError if a weight is NaN or infinite.
 
     Args:
         model: A built `keras.Model`.

@@ -1,8 +1,8 @@
 """Convolutional feature extractors, from images to pooled features.
 
-One table holds the depths; what differs between the papers (width, strides of
-the stem, which stages halve the resolution) is an argument. Every stage is a
-named layer ("stage1", ...), so `model.get_layer("stage2").output` is its map.
+`DEPTHS` holds the number of blocks; width, strides of the stem and the stages
+that halve the resolution are arguments. The output of every stage is a named
+layer ("stage1", ...), so `model.get_layer("stage2").output` is its map.
 """
 
 import functools
@@ -22,11 +22,12 @@ DEPTHS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-# From here on blocks are bottlenecks: 1x1, 3x3, 1x1 to four times the filters.
+# From this depth on, blocks are bottlenecks: convolutions of 1x1, 3x3 and 1x1,
+# the last with four times the filters.
 _BOTTLENECK = 50
 DENOISING = ("none", "stages", "blocks")
 DOWNSAMPLINGS = ("all", "not_last", "none")
-# Short runs see few batches; Keras's 0.99 would still remember the start.
+# Not Keras's default of 0.99: in short runs it would still contain the start.
 _MOMENTUM = 0.9
 
 
@@ -50,27 +51,27 @@ def _conv(filters, kernel, **kwargs):
 
 
 def split_stride(channels: int, stride: int) -> tuple[int, int]:
-    """Splits the stride of a 1x1 convolution into a safe form.
+    """Splits the stride of a 1x1 convolution to avoid a bug of TensorFlow.
 
-    The kernel gradient of a 1x1 convolution of stride 2 with fewer than 16
-    input channels writes outside of its memory in TensorFlow 2.21 (oneDNN's
-    `jit_1x1:avx512_core`), on maps of about 48 pixels and more. To take every
-    second row and column before the convolution gives the same numbers. With
-    16 channels and more the stride of the convolution is faster by 7%.
+    In TensorFlow 2.21 the kernel gradient of a 1x1 convolution of stride 2 with
+    fewer than 16 input channels writes outside its memory on maps of about 48
+    pixels and more (oneDNN's `jit_1x1:avx512_core`). Slicing every second row
+    and column before the convolution gives the same result. From 16 channels on
+    the strided convolution is used, because it is 7% faster.
 
     Args:
         channels: Input channels of the convolution.
-        stride: Of the convolution as it is published.
+        stride: Stride of the published convolution.
 
     Returns:
-        Tuple of the stride to take before (see `strided`) and that of the
-        convolution.
+        Tuple of the stride of the slice before the convolution (see `strided`)
+        and of the convolution itself.
     """
     return (stride, 1) if channels < 16 else (1, stride)
 
 
 def strided(x, stride):
-    """Returns every `stride`-th row and column of a map, from the first on.
+    """Returns every `stride`-th row and column of a map, including the first.
 
     Args:
         x: Tensor of shape `(batch, height, width, channels)`.
@@ -90,8 +91,8 @@ def _project(x, filters, stride, name, conv):
 
 
 def _dropout(rate):
-    # Any seed: the training loop keys the layer at every step, which Keras on
-    # Torch only lets it do where a seed was given.
+    # The value of the seed has no effect: the training loop sets the state of
+    # the layer at every step. On Torch it can do so only if a seed is given.
     return layers.Dropout(rate, seed=0, name="dropout")
 
 
@@ -109,7 +110,7 @@ def _basic_block(x, filters, stride, name, conv):
 
 
 def _stages(x, width, depths, halving, conv):
-    """Stages of `depths` basic blocks; the width doubles from each to the next.
+    """Stages of `depths` basic blocks; each doubles the width of the previous.
 
     Stages named in `halving` (from 1) halve the resolution in their first
     block. The output of stage i is the layer "stage<i>".
@@ -135,11 +136,11 @@ def resnet18(
     dropout=0.0,
     name="resnet18",
 ):
-    """ResNet V1 with basic blocks, as for ImageNet (biases on).
+    """ResNet V1 for ImageNet, with basic blocks and biases.
 
     Args:
         input_shape: (height, width, channels).
-        width: Filters of the first stage; they double at each of the next.
+        width: Filters of the first stage; they double at each further stage.
         depth: 18 or 34.
         stem_stride: Stride of the 7x7 stem convolution.
         pool_stride: Stride of the 3x3 maximum pool after the stem.
@@ -200,7 +201,7 @@ def resnet20(
         4 * width * grid**2)`.
 
     Raises:
-        ValueError: If the switch is unknown.
+        ValueError: If `downsampling` is unknown.
 
     References:
         - [He et al., 2016](https://arxiv.org/abs/1512.03385), Section 4.2.
@@ -237,7 +238,7 @@ def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
     shortcut = x
     x = layers.ReLU(name=f"{name}_relu1")(_norm(f"{name}_norm1")(x))
     if stride != 1 or shortcut.shape[-1] != outputs:
-        # Of what is activated: the first block changes the shape of both.
+        # The projection uses the activated input, as in the reference.
         shortcut = _project(x, outputs, stride, f"{name}_project", _conv)
     kernels = (
         ((1, 1), (3, stride), (1, 1))
@@ -259,7 +260,7 @@ def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
 
 
 def _squeeze_excite(x, ratio, name):
-    """Scales channels by what all positions say (Hu et al., 2018, Eq. 2-4)."""
+    """Squeeze-and-excitation of channels (Hu et al., 2018, Eq. 2-4)."""
     channels = x.shape[-1]
     gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_squeeze")(
         x
@@ -284,10 +285,10 @@ class NonLocalMean(layers.Layer):
             positions (the dot-product form).
 
     Call arguments:
-        theta: Embedding of where the mean is taken, `(batch, height, width,
+        theta: Embedding of the output positions, `(batch, height, width,
             embedding)`.
-        phi: Embedding of what it is taken over, of the same shape.
-        x: What it is taken of, `(batch, height, width, channels)`.
+        phi: Embedding of the input positions, of the same shape.
+        x: Values to average, `(batch, height, width, channels)`.
 
     Returns:
         Tensor of the shape of `x`.
@@ -304,7 +305,7 @@ class NonLocalMean(layers.Layer):
         phi = ops.reshape(phi, (-1, height * width, length))
         rows = ops.reshape(x, (-1, height * width, channels))
         if self.softmax:
-            # In half precision the weights of many positions would vanish.
+            # In half precision small weights of many positions would underflow.
             logits = ops.cast(
                 ops.matmul(theta, ops.swapaxes(phi, 1, 2)), "float32"
             )
@@ -313,7 +314,7 @@ class NonLocalMean(layers.Layer):
         elif length > height * width:
             weights = ops.matmul(theta, ops.swapaxes(phi, 1, 2))
             mean = ops.matmul(weights, rows) / (height * width)
-        else:  # The same product, the cheaper way round.
+        else:  # The same product in the cheaper order.
             inner = ops.matmul(ops.swapaxes(phi, 1, 2), rows)
             mean = ops.matmul(theta, inner) / (height * width)
         return ops.reshape(mean, (-1, height, width, channels))
@@ -326,15 +327,16 @@ class NonLocalMean(layers.Layer):
 
 
 def denoise(x, name, form="embedded_softmax"):
-    """A denoising block: `x + BN(conv1x1(nonlocal(x)))`, gamma from zero.
+    """A denoising block: `x + BN(conv1x1(nonlocal(x)))`.
 
-    So it starts as the identity. No activation follows.
+    Gamma of the batch normalization starts at zero, so the block starts as the
+    identity. No activation follows.
 
     Args:
         x: Map, `(batch, height, width, channels)`.
         name: Prefix of its layers; the sum is the layer `name`.
         form: `"embedded_softmax"` (two embeddings of half the channels) or
-            `"dot_product"` (none).
+            `"dot_product"` (without embeddings).
 
     Returns:
         Tensor of the shape of `x`.
@@ -374,9 +376,9 @@ def denoise(x, name, form="embedded_softmax"):
 def _preactivated_stages(
     x, filters, depths, strides, bottleneck, squeeze_excite=0, denoising="none"
 ):
-    """Stages of version 2 and the last activation, the layer "map".
+    """Stages of version 2, then the last activation, which is the layer "map".
 
-    The output of stage i, not activated, is the layer "stage<i>".
+    The layer "stage<i>" is the output of stage i before the activation.
     """
     if len(strides) != len(depths):
         raise ValueError(
@@ -419,25 +421,26 @@ def resnet_v2(
     dropout=0.0,
     name="resnet_v2",
 ):
-    """ResNet V2 for ImageNet: 18 and 34 with basic blocks, else bottlenecks.
+    """ResNet V2 for ImageNet.
 
-    `strides=(1, 2, 1, 1)` is the surgery of S3TA: 224x224 pixels give a map
-    of 28x28 (Zoran et al., 2020, Section 4.1).
+    Depths 18 and 34 have basic blocks, deeper nets have bottlenecks. With
+    `strides=(1, 2, 1, 1)`, as in S3TA, 224x224 pixels give a map of 28x28
+    (Zoran et al., 2020, Section 4.1).
 
     Args:
         input_shape: (height, width, channels).
         depth: One of `DEPTHS`.
-        width: Filters of the first stage; they double at each of the next,
-            and bottlenecks put out four times as many.
-        strides: Of the first block of each of the four stages.
-        stem_kernel: Side of the first convolution's kernels.
-        stem_stride: Its stride.
-        pool_stride: Stride of the 3x3 maximum pool behind it; 0 for no pool.
+        width: Filters of the first stage; they double at each further stage.
+            Bottlenecks output four times as many channels.
+        strides: Stride of the first block of each of the four stages.
+        stem_kernel: Side of the kernels of the first convolution.
+        stem_stride: Stride of the first convolution.
+        pool_stride: Stride of the 3x3 maximum pool after it; 0 for no pool.
         squeeze_excite: Reduction ratio of squeeze-and-excitation in every
             block (16 in the paper); 0 for none.
-        denoising: `"stages"`, a denoising block after each stage, as embedded
-            softmax (DENOISE); `"blocks"`, one after each residual block, as
-            dot product; or `"none"`.
+        denoising: `"stages"`: a denoising block with embedded softmax after
+            each stage (DENOISE). `"blocks"`: one with dot products after each
+            residual block. `"none"`: no denoising blocks.
         grid: See `_pooled`; 1 is global average pooling.
         dropout: Rate of dropout on the pooled features.
         name: Name of the model.
@@ -482,12 +485,12 @@ def preact_resnet18(
     dropout=0.0,
     name="preact_resnet18",
 ):
-    """PreActResNet-18 for CIFAR: `resnet_v2` behind a 3x3 stem without pool.
+    """PreActResNet-18 for CIFAR: `resnet_v2` with a 3x3 stem and no pool.
 
     Args:
         input_shape: (height, width, channels).
         width: Filters of the first stage.
-        strides: Of the first block of each stage.
+        strides: Stride of the first block of each stage.
         grid: See `_pooled`.
         dropout: Rate of dropout on the pooled features.
         name: Name of the model.
@@ -527,10 +530,10 @@ def wide_resnet(
 
     Args:
         input_shape: (height, width, channels).
-        depth: Layers, 6n + 4.
+        depth: Number of layers, 6n + 4.
         widen: Factor of the filters of every stage.
         width: Filters of the stem; stage i has `widen * width * 2**(i - 1)`.
-        strides: Of the first block of each of the three stages.
+        strides: Stride of the first block of each of the three stages.
         grid: See `_pooled`.
         dropout: Rate of dropout on the pooled features.
         name: Name of the model.
@@ -540,7 +543,7 @@ def wide_resnet(
         4 * widen * width * grid**2)`.
 
     Raises:
-        ValueError: If there is no n for the depth.
+        ValueError: If the depth is not 6n + 4.
 
     References:
         - [Zagoruyko and Komodakis, 2016](https://arxiv.org/abs/1605.07146)
@@ -563,13 +566,13 @@ def wide_resnet(
 
 
 def last_map(net):
-    """Cuts a feature extractor before its pooling.
+    """Returns a feature extractor without its pooling.
 
     Args:
         net: A `keras.Model` of this module.
 
     Returns:
-        `keras.Model` from images to their last map, `(batch, height, width,
+        `keras.Model` from images to the last map, `(batch, height, width,
         channels)`.
     """
     for layer in reversed(net.layers):
@@ -592,20 +595,20 @@ def simple_cnn(
 ):
     """Convolutions that each halve the resolution, then one dense layer.
 
-    The defaults are the handover's localization features. Its classifier of
-    digits is `filters=(16, 16), kernel_size=3, units=1024, dropout=0.2`.
+    The defaults are those of the localization net of the handover. Its digit
+    classifier is `filters=(16, 16), kernel_size=3, units=1024, dropout=0.2`.
 
     Args:
         input_shape: (height, width, channels).
         filters: Filters of each convolution.
         kernel_size: Side of the kernels.
         units: Units of the dense layer.
-        pool: Whether a 2x2 maximum pool halves after each convolution, or
-            the convolution itself by its stride (three times faster).
-        normalize: Whether each convolution is followed by batch
-            normalization.
-        global_pooling: Whether the dense layer sees the mean of the last map
-            over all places, as in a ResNet, or every place of it.
+        pool: Whether a 2x2 maximum pool after each convolution halves the
+            resolution. Otherwise the stride of the convolution does, which is
+            three times faster.
+        normalize: Whether batch normalization follows each convolution.
+        global_pooling: Global average pooling before the dense layer; otherwise
+            the last map is flattened.
         dropout: Rate of dropout on the features.
         name: Name of the model.
 
@@ -640,8 +643,9 @@ def simple_cnn(
 def _pooled(inputs, x, grid, dropout, name):
     """Averages the last map over `grid` x `grid` cells.
 
-    One cell forgets where a feature was, which a classifier wants; a net that
-    has to say where to look needs a few (a map smaller than the grid is kept).
+    One cell is global average pooling, which suits a classifier. A localization
+    net needs several cells to keep positions. A side of the map that is smaller
+    than the grid is not pooled.
     """
     if grid == 1:
         x = layers.GlobalAveragePooling2D(name="features")(x)

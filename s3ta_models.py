@@ -1,4 +1,4 @@
-"""S3TA, and the networks its tables hold it against."""
+"""S3TA and the baselines of its paper."""
 
 import keras
 
@@ -9,7 +9,8 @@ import model_registry
 import resnet_backbone
 
 _PAPER = "https://arxiv.org/abs/1912.02184"
-# S3TA's strides: only the second stage halves, so that the map stays large.
+# Strides of S3TA: only the second stage halves the resolution, so that the map
+# stays large.
 _STRIDES = (1, 2, 1, 1)
 _ALIASES = {
     "resnet_cifar": "resnet20",
@@ -36,18 +37,18 @@ def _vision(kind, image_shape, width, strides, **options):
     if kind in ("simple_cnn", "resnet20"):
         if strides:
             raise ValueError(
-                "Expected vision_strides with a vision net of version 2 "
+                "Expected vision_strides only with a ResNet V2 as vision net "
                 "(resnet18_v2, resnet152, ...). Received: vision_strides="
                 f"{','.join(map(str, strides))}, vision={kind}."
             )
     else:
-        # Three stages of a wide ResNet: the second halves there too.
+        # A wide ResNet has three stages; its second stage halves too.
         count = 3 if kind == "wide_resnet" else 4
         options["strides"] = strides or _STRIDES[:count]
     if kind != "resnet20" and options["downsampling"] != "not_last":
         raise ValueError(
-            "Expected downsampling with vision=resnet_cifar; the other nets "
-            "have vision_strides, or none. Received: downsampling="
+            "Expected downsampling only with vision=resnet_cifar; for a ResNet "
+            "V2 use vision_strides. Received: downsampling="
             f"{options['downsampling']}, vision={kind}."
         )
     if kind == "simple_cnn":
@@ -57,7 +58,7 @@ def _vision(kind, image_shape, width, strides, **options):
 
 
 def _parsed_strides(strides):
-    """Strides from a list of numbers or texts."""
+    """Returns strides from a list of numbers or strings."""
     try:
         return tuple(int(stride) for stride in strides)
     except ValueError:
@@ -68,13 +69,13 @@ def _parsed_strides(strides):
 
 
 def _check_division(image_shape, rows, columns):
-    """Raises a ValueError if cells of the map are not of equal size."""
+    """Raises a ValueError if the map does not divide the image evenly."""
     if image_shape[0] % rows or image_shape[1] % columns:
         raise ValueError(
-            "Expected image sides that the strides of the vision net divide "
-            "(multiples of 8 for S3TA's, from 64 pixels). Received: "
-            f"{image_shape[0]}x{image_shape[1]} pixels, of which it would make "
-            f"a map of {rows}x{columns}. Change --image_size."
+            "Expected image sides divisible by the strides of the vision net "
+            "(multiples of 8 for S3TA's strides above 64 pixels). Received: "
+            f"{image_shape[0]}x{image_shape[1]} pixels, which give a map of "
+            f"{rows}x{columns}. Change --image_size."
         )
 
 
@@ -101,29 +102,29 @@ def s3ta(
 ):
     """S3TA: sequential, spatial, soft, top-down attention.
 
-    The defaults are the paper's S3TA-16 for photographs, behind a small vision
-    net for small images. S3TA-4 is `num_steps=4`.
+    The defaults are the paper's S3TA-16. Images up to 64 pixels get a small
+    vision net. S3TA-4 is `num_steps=4`.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
-        num_steps: Steps of the unroll; the last one's logits are the model's.
-        vision: One of `VISIONS`; `"auto"` is ResNet-152 for photographs above
-            64 pixels, else ResNet-20, or the simple CNN for digits.
-        vision_width: Filters of its first stage; 0 is its own (the simple CNN
-            has 32 and 64).
-        vision_strides: Of the stages of a residual net of version 2; empty for
+        num_steps: Number of steps; the logits are those of the last step.
+        vision: One of `VISIONS`; `"auto"` is ResNet-152 above 64 pixels and
+            otherwise ResNet-20, or the simple CNN for digits.
+        vision_width: Filters of the first stage of the vision net; 0 is its
+            default (the simple CNN has 32 and 64).
+        vision_strides: Strides of the stages of a ResNet V2; empty for
             1, 2, 1, 1.
-        stem_stride: Stride of its stem; 0 is 2, or 1 up to 64 pixels.
-        pool_stride: Of the pool behind it, likewise.
-        downsampling: Of `resnet_cifar`: `"all"`, `"not_last"` or `"none"`.
+        stem_stride: Stride of the stem; 0 is 2 above 64 pixels and otherwise 1.
+        pool_stride: Stride of the pool after the stem; 0 as for `stem_stride`.
+        downsampling: For `resnet_cifar`: `"all"`, `"not_last"` or `"none"`.
         key_channels: Channels of the map that are keys; 0 is 32, or half of
             the map's channels if there are fewer than 64.
-        num_heads: Queries a step.
-        frequencies: Of the spatial basis, in each dimension.
+        num_heads: Number of attention queries in each step.
+        frequencies: Frequencies of the spatial basis in each dimension.
         controller_units: Units of the LSTM.
         hidden_units: Hidden units of the query net and of the output net.
-        remat: Whether steps are computed again in the backward pass.
+        remat: Whether steps are recomputed in the backward pass.
     """
     images = keras.Input(image_shape, name="images")
     net = _vision(
@@ -151,11 +152,11 @@ def s3ta(
     return keras.Model(images, logits)
 
 
-# --- What S3TA is held against -----------------------------------------------
+# --- Baselines ---------------------------------------------------------------
 
 
 def _plain(kind, image_shape, num_classes, width, **options):
-    """A backbone, pooled, with a dense layer."""
+    """A pooled backbone and a dense layer."""
     net = model_parts.backbone(kind, image_shape, width, "backbone", **options)
     return model_parts.classifier(image_shape, net, num_classes)
 
@@ -163,7 +164,7 @@ def _plain(kind, image_shape, num_classes, width, **options):
 def _register_resnet(
     name, reference, image_size=224, depth=152, denoising="none", **own
 ):
-    """Registers a ResNet V2 for ImageNet under a name of the tables."""
+    """Registers a ResNet V2 for ImageNet under its name in the tables."""
 
     def build(
         *,
@@ -176,17 +177,19 @@ def _register_resnet(
         denoising=denoising,
         dropout=0.0,
     ):
-        """A ResNet V2, the strides halving in every stage but the first.
+        """A ResNet V2 that halves the resolution in every stage but the first.
 
         Args:
             num_classes: Number of logits.
             image_shape: (height, width, channels).
             depth: One of `resnet_backbone.DEPTHS`.
             width: Filters of the first stage; 0 is 64.
-            stem_stride: Stride of the stem; 0 is 2, or 1 up to 64 pixels.
-            pool_stride: Of the pool behind it, likewise.
-            denoising: `"none"`; `"stages"`, four denoising blocks; or
-                `"blocks"`, one after each residual block.
+            stem_stride: Stride of the stem; 0 is 2 above 64 pixels and
+                otherwise 1.
+            pool_stride: Stride of the pool after the stem; 0 as for
+                `stem_stride`.
+            denoising: `"none"`; `"stages"`, a denoising block after each of the
+                four stages; or `"blocks"`, one after each residual block.
             dropout: Rate of dropout on the features.
         """
         return _plain(
@@ -229,7 +232,7 @@ _register_resnet(
     image_size=32,
 )
 def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
-    """PreActResNet-18, the usual baseline of robust training on CIFAR-10.
+    """PreActResNet-18, a common baseline of robust training on CIFAR-10.
 
     Args:
         num_classes: Number of logits.
@@ -250,12 +253,12 @@ def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
 def wide_resnet(
     *, num_classes, image_shape, depth=28, widen=10, width=0, dropout=0.0
 ):
-    """Wide ResNet, 28 layers and ten times as wide by default.
+    """Wide ResNet, by default with 28 layers and ten times the width.
 
     Args:
         num_classes: Number of logits.
         image_shape: (height, width, channels).
-        depth: Layers, 6n + 4.
+        depth: Number of layers, 6n + 4.
         widen: Factor of the filters of every stage.
         width: Filters of the stem; 0 is 16.
         dropout: Rate of dropout on the features.

@@ -1,4 +1,4 @@
-"""The localization net: where it starts, and its penalty."""
+"""The localization net: initial views and activity penalty."""
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("kind", FEATURES)
 @pytest.mark.parametrize("coordinates", [6, 4, 2])
-def test_every_extractor_with_every_head_starts_at_its_bias(kind, coordinates):
+def test_every_localization_net_starts_at_its_bias(kind, coordinates):
     backbone = resnet_backbone.BACKBONES[kind]((12, 12, 1), **FEATURES[kind])
     net = attention.soft_attention(backbone, 3, coordinates)
     images = np.random.default_rng(0).random((2, 12, 12, 1)).astype("f4")
@@ -32,7 +32,7 @@ def test_every_extractor_with_every_head_starts_at_its_bias(kind, coordinates):
     np.testing.assert_allclose(theta, want, atol=1e-6)
 
 
-def test_penalty_is_the_mean_over_images_of_the_sum_of_squares():
+def test_activity_l2_is_the_mean_over_images_of_the_sum_of_squares():
     head = attention.LocalizationHead(
         5, 2, attention.spread_fixations(5), activity_l2=0.01
     )
@@ -45,14 +45,14 @@ def test_penalty_is_the_mean_over_images_of_the_sum_of_squares():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
-def test_fixations_start_spread_out(count):
-    places = attention.spread_fixations(count)
-    assert places.shape == (count, 2)
-    gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)
+def test_initial_fixations_are_spread_out(count):
+    positions = attention.spread_fixations(count)
+    assert positions.shape == (count, 2)
+    gaps = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
     assert np.all(gaps[~np.eye(count, dtype=bool)] > 0.4)
     if count == 5:
         want = [(0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5), (0, 0)]
-        np.testing.assert_array_equal(places, np.array(want, "f4"))
+        np.testing.assert_array_equal(positions, np.array(want, "f4"))
 
 
 def test_unknown_coordinates_are_refused():
@@ -60,7 +60,7 @@ def test_unknown_coordinates_are_refused():
         attention.LocalizationHead(1, 3)
 
 
-def test_head_survives_a_config_round_trip():
+def test_head_can_be_serialized():
     head = attention.LocalizationHead(2, 2, attention.spread_fixations(2), 0.1)
     copy = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(head)

@@ -1,4 +1,4 @@
-"""Crops, cortical scales, heads and feedback, held to their definitions."""
+"""Crops, cortical scales, heads and feedback, by their definitions."""
 
 import functools
 
@@ -17,7 +17,8 @@ import robust_evaluation
 import training_step
 
 SHAPE = (16, 16, 3)
-# Layers and counts are the same everywhere, and slow to make elsewhere.
+# Layers and counts do not depend on the backend; TensorFlow builds them
+# fastest.
 structural = pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
     reason="does not depend on the backend",
@@ -29,7 +30,7 @@ def numpy(x):
 
 
 def make(name, shape=SHAPE, **options):
-    """A fresh model whose weights and statistics are all different."""
+    """A new model with random weights and batch statistics."""
     keras.utils.set_random_seed(0)
     model = model_backbone.create(
         name, num_classes=4, image_shape=shape, **options
@@ -51,7 +52,7 @@ def pictures(count=3, shape=SHAPE):
 
 
 def normalized(views):
-    """What `model_parts.normalize` does, in NumPy."""
+    """`model_parts.normalize` in NumPy."""
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     return ((numpy(views) - mean) / std).astype("float32")
 
@@ -59,8 +60,8 @@ def normalized(views):
 def cross_entropy(logits, labels):
     logits = np.float64(numpy(logits))
     logits -= logits.max(-1, keepdims=True)
-    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    return -np.log(chances[np.arange(len(labels)), labels])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return -np.log(p[np.arange(len(labels)), labels])
 
 
 # --- Coarse fixations --------------------------------------------------------
@@ -84,7 +85,7 @@ def test_coarse_fixations_average_the_logits_of_five_crops(variant):
 
 
 @structural
-def test_gaze_range_is_that_of_the_fixations():
+def test_gaze_range_sets_the_range_of_the_fixations():
     model = share("resnet_cifar", width=2, coarse_fixations=True,
                   gaze_range=5.5)  # fmt: skip
     gazes = model_backbone.glimpses(model)(pictures(1))["gazes"]
@@ -103,12 +104,13 @@ def test_random_gazes_make_a_stochastic_model(name, options):
     shown = model_backbone.glimpses(model)
     one, two = (shown(pictures())["gazes"] for _ in range(2))
     assert np.any(one != two) and np.all(one == np.rint(one))
-    # One gaze for all: no image depends on its place or on the others.
+    # All images of a batch share the gaze, so that results do not depend on the
+    # order or on the rest of the batch.
     np.testing.assert_array_equal(one, np.broadcast_to(one[:1], one.shape))
 
 
 @structural
-def test_an_evaluation_in_expectation_does_not_depend_on_the_batch():
+def test_eot_evaluation_does_not_depend_on_the_batch_size():
     model = share(
         "resnet_cifar", width=2, coarse_fixations=True, test_gazes="random"
     )
@@ -138,7 +140,7 @@ def test_an_evaluation_in_expectation_does_not_depend_on_the_batch():
 
 
 def scale_features(model, images, gazes, scales):
-    """The features of each scale at one gaze an image, one net a scale."""
+    """The features of each scale, given one gaze for each image."""
     look = glimpse.CorticalSampling(scales.sides, scales.radii, scales.centred)
     views = normalized(look(images, gazes[:, None])[0])
     return [
@@ -166,8 +168,8 @@ def test_ecnn_joins_its_scales_and_averages_five_gazes(pooling):
 
 
 @structural
-def test_ecnn_of_photographs_has_the_handovers_nets():
-    """Four ResNet-18 of width 45 on 40x40 pixels, of which 5x5 are left."""
+def test_ecnn_for_photographs_has_the_nets_of_the_handover():
+    """Four ResNet-18 of width 45 on 40x40 pixels, with a last map of 5x5."""
     model = model_backbone.create(
         "ecnn", num_classes=10, image_shape=(320, 320, 3)
     )
@@ -183,7 +185,7 @@ def test_ecnn_of_photographs_has_the_handovers_nets():
 
 
 @structural
-def test_ecnn_of_small_photographs_has_the_handovers_nets():
+def test_ecnn_for_small_photographs_has_the_nets_of_the_handover():
     model = model_backbone.create(
         "ecnn", num_classes=10, image_shape=(32, 32, 3)
     )
@@ -191,12 +193,12 @@ def test_ecnn_of_small_photographs_has_the_handovers_nets():
         net = model.get_layer(f"scale{index + 1}")
         assert net.input.shape[1:] == (12, 12, 3)
         assert net.get_layer("stage1").output.shape[-1] == 21
-        # The last downsampling is left out.
+        # The last stage does not halve the resolution.
         assert net.get_layer("stage3").output.shape[1:] == (6, 6, 84)
 
 
 @structural
-def test_single_scale_keeps_the_largest():
+def test_single_scale_is_the_largest_one():
     model = share("ecnn", width=2, single_scale=True)
     shown = model_backbone.glimpses(model)(pictures(1))
     side = glimpse.cortical_scales(16).sides[-1]
@@ -205,7 +207,7 @@ def test_single_scale_keeps_the_largest():
     assert shown["views"].shape[1] == 5
 
 
-def test_a_frozen_scale_stays_at_the_centre():
+def test_frozen_scale_does_not_move_with_the_gaze():
     model = model_backbone.create(
         "ecnn", num_classes=4, image_shape=(72, 72, 3), width=2,
         scale4_freeze=True,
@@ -219,7 +221,7 @@ def test_a_frozen_scale_stays_at_the_centre():
     )
 
 
-def test_a_single_frozen_scale_is_the_image_and_nothing_is_drawn():
+def test_single_frozen_scale_is_the_image_without_random_gazes():
     model = model_backbone.create(
         "ecnn", num_classes=4, image_shape=(72, 72, 3), width=2,
         scale4_freeze=True, single_scale=True,
@@ -236,7 +238,7 @@ def test_a_single_frozen_scale_is_the_image_and_nothing_is_drawn():
 
 
 @structural
-def test_dropout_falls_on_the_joined_features():
+def test_dropout_is_applied_to_the_joined_features():
     model = share("ecnn", width=2, dropout=0.75)
     layer = model.get_layer("dropout")
     assert layer.rate == 0.75
@@ -247,14 +249,14 @@ def test_dropout_falls_on_the_joined_features():
 # --- Auxiliary heads ---------------------------------------------------------
 
 
-def key(model):
-    """Makes the next draws of a model those of the first training step."""
+def set_seeds(model):
+    """Sets the seed states of a model to those of the first training step."""
     model_backbone.key_generators(model_backbone.generators(model), 0, 0)
 
 
 def values(model, images, tensors):
     """Values of tensors inside a model in the first training step."""
-    key(model)
+    set_seeds(model)
     reader = keras.Model(model.input, tensors)
     return [numpy(x) for x in reader(images, training=True)]
 
@@ -266,7 +268,7 @@ class TestHeads:
         return (make if fresh else share)("ecnn", width=2, auxiliary=True)
 
     @pytest.mark.parametrize("name", ["standard", "pairs"])
-    def test_an_objective_is_that_of_each_head_on_average(self, name):
+    def test_objective_is_the_mean_over_heads(self, name):
         model = self.model()
         clean, crafted = pictures(), 1.0 - pictures()
         attack = attack_backbone.FGSM(epsilon=0.1)
@@ -281,12 +283,14 @@ class TestHeads:
         heads = values(
             model, both, [model.get_layer(name).output for name in names]
         )
-        moved = [cross_entropy(head[:3], self.labels) for head in heads]
-        want = np.mean(moved, 0)
+        adversarial = [cross_entropy(head[:3], self.labels) for head in heads]
+        want = np.mean(adversarial, 0)
         if name == "pairs":
-            still = [cross_entropy(head[3:], self.labels) for head in heads]
-            want = 0.75 * want + 0.25 * np.mean(still, 0)
-        key(model)
+            clean_losses = [
+                cross_entropy(head[3:], self.labels) for head in heads
+            ]
+            want = 0.75 * want + 0.25 * np.mean(clean_losses, 0)
+        set_seeds(model)
         found, logits = objective.loss(
             model_backbone.in_training(model), clean, crafted, self.labels
         )
@@ -295,8 +299,8 @@ class TestHeads:
             numpy(logits), heads[0][:3], rtol=1e-4, atol=1e-5
         )
 
-    def test_a_step_moves_each_head_along_its_own_gradient(self):
-        """For a dense layer it is the features times (chances - label)."""
+    def test_step_updates_each_head_along_its_own_gradient(self):
+        """For a dense layer it is the features times (probability - label)."""
         model, images = self.model(fresh=True), pictures()
         dense = [model.get_layer(f"logits{i}") for i in ("", 1, 2)]
         kernels = [layer.kernel for layer in dense]
@@ -310,13 +314,13 @@ class TestHeads:
         for kernel, old, x, y in zip(
             kernels, before, features, logits, strict=True
         ):
-            chances = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
-            slope = x.T @ (chances - np.eye(4)[self.labels]) / 3
+            p = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
+            grad = x.T @ (p - np.eye(4)[self.labels]) / 3
             np.testing.assert_allclose(
-                numpy(kernel), old - 0.5 * slope / 3, rtol=1e-3, atol=1e-4
+                numpy(kernel), old - 0.5 * grad / 3, rtol=1e-3, atol=1e-4
             )
 
-    def test_the_verdict_is_the_main_heads(self):
+    def test_logits_are_those_of_the_main_head(self):
         model, plain = self.model(), make("ecnn", width=2)
         for layer in plain.layers:
             if layer.variables:
@@ -325,10 +329,10 @@ class TestHeads:
             numpy(model(pictures())), numpy(plain(pictures())), rtol=1e-5
         )
 
-    def test_other_models_answer_with_logits_in_training_mode(self):
+    def test_models_without_auxiliary_heads_return_logits_in_training(self):
         model = share("ecnn", width=2)
         want, _ = values(model, pictures(), [model.output, model.input])
-        key(model)
+        set_seeds(model)
         got = numpy(model_backbone.in_training(model)(pictures()))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -337,7 +341,7 @@ class TestHeads:
 
 
 @structural
-def test_branched_network_is_four_narrow_nets_side_by_side():
+def test_branched_network_concatenates_four_narrow_nets():
     model = model_backbone.create(
         "resnet", num_classes=10, image_shape=(96, 96, 3),
         branched_network=True,
@@ -355,7 +359,7 @@ def test_branched_network_is_four_narrow_nets_side_by_side():
 
 
 def unrolled(net, images):
-    """The feedback net by its definition, on the weights of its layers."""
+    """The feedback net by its definition, with the weights of its layers."""
 
     def conv(x, name, stride=1):
         kernel, bias = net.get_layer(name).get_weights()
@@ -383,7 +387,7 @@ def unrolled(net, images):
     return x.mean(axis=(1, 2))
 
 
-def test_feedback_runs_the_last_block_again_on_what_it_said():
+def test_feedback_equals_its_definition():
     net = make("resnet_cifar", feedback=True, width=3).get_layer("backbone")
     images = normalized(pictures())
     np.testing.assert_allclose(
@@ -392,8 +396,8 @@ def test_feedback_runs_the_last_block_again_on_what_it_said():
 
 
 @structural
-def test_feedback_saves_a_third_of_the_weights():
-    """Two blocks and a 1x1 convolution a stage, in place of three blocks."""
+def test_feedback_removes_the_weights_of_a_block():
+    """A stage has two blocks and a 1x1 convolution instead of three blocks."""
 
     def count(**options):
         return model_backbone.create(
@@ -401,21 +405,22 @@ def test_feedback_saves_a_third_of_the_weights():
         ).count_params()
 
     blocks = sum(2 * (9 * f * f + f) + 2 * 4 * f for f in (16, 32, 64))
-    # Two norms of the second pass, the connection and its norm.
+    # Two normalizations of the second pass, the connection and its
+    # normalization.
     back = sum(2 * 4 * f + f * f + f + 4 * f for f in (16, 32, 64))
     assert count(feedback=True) == count() - blocks + back
 
 
 @structural
 @pytest.mark.parametrize("downsampling,side", [("not_last", 8), ("none", 16)])
-def test_feedback_takes_the_downsampling_switches(downsampling, side):
+def test_feedback_supports_downsampling(downsampling, side):
     net = make("resnet_cifar", feedback=True, width=2, dropout=0.1,
                downsampling=downsampling).get_layer("backbone")  # fmt: skip
     assert net.get_layer("stage3").output.shape[1:] == (side, side, 8)
     assert net.get_layer("dropout").rate == 0.1
 
 
-# --- What is refused ---------------------------------------------------------
+# --- Bad options -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -450,7 +455,7 @@ def test_feedback_takes_the_downsampling_switches(downsampling, side):
          "downsampling='lst'"),
     ],
 )  # fmt: skip
-def test_combinations_without_a_meaning_are_named(name, options, match):
+def test_bad_option_combinations_raise(name, options, match):
     with pytest.raises(ValueError, match=match) as error:
         model_backbone.create(
             name, num_classes=3, image_shape=(32, 32, 3), **options

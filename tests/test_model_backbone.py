@@ -1,4 +1,4 @@
-"""Every registered model: forward, gradients, save and load, what it shows."""
+"""Every registered model: logits, training, save and load, glimpses."""
 
 import functools
 
@@ -199,7 +199,7 @@ def make(case):
     return model, images
 
 
-# For the tests that leave the model as it is.
+# For tests that do not change the model.
 share = functools.cache(make)
 
 
@@ -216,14 +216,14 @@ def test_forward_is_finite_deterministic_logits(case):
     assert logits.shape == (2, 4) and logits.dtype == np.float32
     assert np.all(np.isfinite(logits))
     np.testing.assert_array_equal(logits, numpy(model(images, training=False)))
-    # Images are independent of their neighbours.
-    alone = numpy(model(images[1:]))
-    np.testing.assert_allclose(alone[0], logits[1], atol=1e-4)
+    # Results do not depend on the rest of the batch.
+    single = numpy(model(images[1:]))
+    np.testing.assert_allclose(single[0], logits[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_training_step_reaches_every_weight(case):
-    """The localization kernel starts at zero, so weights are shaken first."""
+def test_training_step_changes_every_weight(case):
+    """The localization kernel starts at zero, so noise is added to weights."""
     model, images = make(case)
     rng = np.random.default_rng(1)
     for variable in model.trainable_variables:
@@ -238,15 +238,15 @@ def test_a_training_step_reaches_every_weight(case):
     for number in range(2):
         loss, _ = step(images, labels, np.array([0, 1], "int32"), number)
         assert np.isfinite(numpy(loss))
-    still = [
+    unchanged = [
         v.path
         for v, old in zip(model.trainable_variables, before, strict=True)
         if np.array_equal(numpy(v), old)
-        # A bias before batch normalization shifts what is then centred.
+        # Batch normalization removes the bias of the layer before it.
         and not (v.name == "bias" and "conv" in v.path)
         and not (v.name == "bias" and "project" in v.path)
     ]
-    assert not still
+    assert not unchanged
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -272,7 +272,7 @@ def test_save_and_load_safely(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_it_shows_has_the_promised_shapes(case):
+def test_glimpses_have_the_documented_shapes(case):
     model, images = share(case)
     name, options, shape = CASES[case]
     shown = model_backbone.glimpses(model)(images)
@@ -327,7 +327,7 @@ def test_sampling_averages_the_logits_of_the_five_fixed_gazes():
     )
 
 
-def test_shared_branches_share_and_others_do_not():
+def test_shared_views_use_one_branch():
     def branches(case):
         return [
             layer.name
@@ -339,7 +339,7 @@ def test_shared_branches_share_and_others_do_not():
     assert branches("multi_gaze") == ["branch1", "branch2", "branch3"]
 
 
-def test_strides_of_the_stem_can_be_overridden():
+def test_stem_strides_can_be_overridden():
     def last_map(**options):
         model = model_backbone.create(
             "resnet", num_classes=3, image_shape=(32, 32, 3), width=2, **options
@@ -352,7 +352,7 @@ def test_strides_of_the_stem_can_be_overridden():
 
 
 def test_madry_cnn_has_the_published_size():
-    """The count of Madry et al.'s code, and no layer before the first one."""
+    """The parameters of the code of Madry et al.; no normalization layer."""
     model = model_backbone.create(
         "madry_cnn", num_classes=10, image_shape=(28, 28, 1)
     )
@@ -366,7 +366,7 @@ def test_madry_cnn_has_the_published_size():
     ]
 
 
-def test_frozen_controls_look_at_what_they_say():
+def test_frozen_controls_have_their_fixed_views():
     model, images = make("attention_mnist-dummy")
     shown = model_backbone.glimpses(model)(images)
     np.testing.assert_array_equal(shown["views"][:, 0], images)
@@ -387,7 +387,7 @@ def test_frozen_controls_look_at_what_they_say():
         ((28, 28, 1), "simple_cnn"),
     ],
 )
-def test_small_images_get_a_backbone_that_fits(shape, want):
+def test_default_backbone_depends_on_the_image_size(shape, want):
     assert model_parts.fitting(shape) == want
 
 
@@ -422,52 +422,50 @@ def test_small_images_get_a_backbone_that_fits(shape, want):
         ),
     ],
 )
-def test_bad_options_name_the_near_ones(name, options, match):
+def test_bad_options_raise_and_suggest_similar_names(name, options, match):
     options = {"num_classes": 3, "image_shape": (8, 8, 1), **options}
     with pytest.raises(ValueError, match=match):
         model_backbone.create(name, **options)
 
 
-def test_a_plain_net_and_s3ta_of_one_width_have_the_same_vision_net():
+def test_resnet_and_s3ta_of_one_width_have_the_same_vision_net():
     shape = {"num_classes": 3, "image_shape": (16, 16, 1)}
     plain = model_backbone.create(
         "resnet", **shape, backbone="simple_cnn", width=6
     )
-    seeing = model_backbone.create(
-        "s3ta", **shape, **{**S3TA, "vision_width": 6}
-    )
+    s3ta = model_backbone.create("s3ta", **shape, **{**S3TA, "vision_width": 6})
     stages = [
         [v.shape for v in net.trainable_variables if "stage" in v.path]
-        for net in (plain, seeing)
+        for net in (plain, s3ta)
     ]
     assert stages[0] == stages[1]
     assert (3, 3, 1, 6) in stages[0] and (3, 3, 6, 12) in stages[0]
 
 
-def test_a_net_that_pools_forgets_where_a_feature_was():
-    """A spot far from all borders may move: of the mean nothing changes."""
+def test_global_pooling_ignores_positions():
+    """Shifting a spot far from the borders does not change the mean."""
     images = np.zeros((2, 32, 32, 1), "float32")
     images[0, 8:12, 8:12] = images[1, 16:20, 20:24] = 1.0
-    for pools in (True, False):
+    for pooling in (True, False):
         model = model_backbone.create(
             "resnet",
             num_classes=3,
             image_shape=(32, 32, 1),
             backbone="simple_cnn",
-            global_pooling=pools,
+            global_pooling=pooling,
         )
-        here, there = ops.convert_to_numpy(model(images))
-        assert np.allclose(here, there, atol=1e-5) == pools
+        first, shifted = ops.convert_to_numpy(model(images))
+        assert np.allclose(first, shifted, atol=1e-5) == pooling
 
 
-def test_a_name_is_registered_once():
+def test_registering_a_name_twice_raises():
     with pytest.raises(ValueError, match="already registered by multi_gaze"):
         model_registry.register("multi_gaze", reference="", image_size=1)(
             lambda: None
         )
 
 
-def test_plain_keras_can_fit_a_model():
+def test_plain_keras_can_fit_multi_gaze():
     model, images = make("multi_gaze")
     model.compile(
         "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -1,4 +1,4 @@
-"""Backbones: published parameter counts, map sizes, any input."""
+"""Backbones: published parameter counts, map sizes and input shapes."""
 
 import math
 import subprocess
@@ -22,7 +22,7 @@ def trainable(model):
 
 
 def test_resnet18_has_the_published_parameters():
-    """11,176,512 without classifier (He et al.; torchvision) plus biases."""
+    """11,176,512 without the classifier (torchvision), plus biases."""
     model = resnet_backbone.resnet18((224, 224, 3))
     widths = [64] + [64] * 4 + [128] * 5 + [256] * 5 + [512] * 5
     assert trainable(model) == 11_176_512 + sum(widths)
@@ -35,7 +35,7 @@ def test_resnet34_has_the_published_parameters():
 
 
 def test_resnet20_has_the_parameters_of_its_layers():
-    """19 3x3 layers and two projections, counted from the formula."""
+    """19 layers of 3x3 and two projections, by the formula."""
     layers = [(3, 16, 3)] + [(16, 16, 3)] * 6
     layers += [(16, 32, 3)] + [(32, 32, 3)] * 5 + [(16, 32, 1)]
     layers += [(32, 64, 3)] + [(64, 64, 3)] * 5 + [(32, 64, 1)]
@@ -82,14 +82,14 @@ def test_map_sizes(build, options, size, maps, units):
 
 @pytest.mark.parametrize("build", resnet_backbone.BACKBONES)
 @pytest.mark.parametrize("shape", [(13, 21, 1), (33, 33, 2), (7, 7, 4)])
-def test_any_size_and_channel_count(build, shape):
+def test_every_backbone_accepts_any_size_and_channel_count(build, shape):
     options = {"width": 4} if build != "simple_cnn" else {}
     model = resnet_backbone.BACKBONES[build](shape, **options)
     out = np.asarray(model.predict(np.ones((2, *shape), "f4"), verbose=0))
     assert np.all(np.isfinite(out))
 
 
-def test_l2_is_on_every_kernel_of_resnet20():
+def test_resnet20_has_l2_on_every_kernel():
     model = resnet_backbone.resnet20((8, 8, 3), weight_decay=0.5)
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
     want = sum(0.5 * float(np.sum(np.square(k.numpy()))) for k in kernels)
@@ -106,12 +106,12 @@ def test_l2_is_on_every_kernel_of_resnet20():
         (lambda: resnet_backbone.resnet18((8, 8, 3), depth=20), "depth=20"),
     ],
 )
-def test_errors_say_what_came(call, match):
+def test_bad_options_are_in_the_error(call, match):
     with pytest.raises(ValueError, match=match):
         call()
 
 
-def test_version_2_has_the_convolutions_of_the_reference():
+def test_resnet_v2_has_the_weight_shapes_of_keras_applications():
     """Keras's own ResNet V2: the same kernels and normalizations."""
     for depth in (50, 101, 152):
         build = getattr(keras.applications, f"ResNet{depth}V2")
@@ -119,7 +119,7 @@ def test_version_2_has_the_convolutions_of_the_reference():
         ours = resnet_backbone.BACKBONES[f"resnet{depth}_v2"]((224, 224, 3))
 
         def shapes(model):
-            """Of all weights but the biases of convolutions; ours have none."""
+            """All weight shapes except biases, which our convolutions lack."""
             return sorted(
                 tuple(v.shape) for v in model.variables if v.name != "bias"
             )
@@ -141,7 +141,7 @@ def test_wide_resnet_has_the_published_size():
     assert shape == (None, 8, 8, 640)
 
 
-def test_a_last_map_is_what_is_pooled():
+def test_last_map_is_the_map_before_pooling():
     images = np.random.default_rng(0).random((2, 16, 16, 3), "float32")
     for name in ("resnet18_v2", "resnet20"):
         net = resnet_backbone.BACKBONES[name]((16, 16, 3), width=4)
@@ -151,7 +151,7 @@ def test_a_last_map_is_what_is_pooled():
         )
 
 
-def test_a_denoising_block_starts_as_the_identity():
+def test_denoising_block_starts_as_the_identity():
     x = keras.Input((5, 4, 6))
     model = keras.Model(x, resnet_backbone.denoise(x, "d"))
     images = np.random.default_rng(0).normal(size=(2, 5, 4, 6))
@@ -161,8 +161,8 @@ def test_a_denoising_block_starts_as_the_identity():
 
 @pytest.mark.parametrize("form", ["embedded_softmax", "dot_product"])
 @pytest.mark.parametrize("channels", [6, 30])
-def test_a_denoising_block_is_the_papers(form, channels):
-    """Against NumPy: Xie et al. (2019), Equations 1 and 2."""
+def test_denoising_block_equals_the_formula_of_the_paper(form, channels):
+    """Compares with Xie et al. (2019), Equations 1 and 2, in NumPy."""
     rng = np.random.default_rng(0)
     x = keras.Input((5, 4, channels))
     model = keras.Model(x, resnet_backbone.denoise(x, "d", form))
@@ -187,7 +187,7 @@ def test_a_denoising_block_is_the_papers(form, channels):
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_squeeze_and_excitation_adds_the_papers_parameters():
+def test_squeeze_and_excitation_adds_the_parameters_of_the_paper():
     """2 C^2 / 16 and the biases for each block (Hu et al., Equation 5)."""
     plain = resnet_backbone.resnet_v2((32, 32, 3), depth=50)
     gated = resnet_backbone.resnet_v2((32, 32, 3), depth=50, squeeze_excite=16)
@@ -204,18 +204,18 @@ def test_squeeze_and_excitation_adds_the_papers_parameters():
         ({"denoising": "all"}, "Expected denoising to be one of none, stages"),
     ],
 )
-def test_bad_settings_of_version_2_are_named(options, message):
+def test_bad_options_of_resnet_v2_raise(options, message):
     with pytest.raises(ValueError, match=message):
         resnet_backbone.resnet_v2((32, 32, 3), **options)
 
 
-def test_wide_resnets_have_6n_4_layers():
+def test_wide_resnet_depth_must_be_6n_plus_4():
     with pytest.raises(ValueError, match="6n . 4"):
         resnet_backbone.wide_resnet((32, 32, 3), depth=26)
 
 
 @pytest.mark.parametrize("side", [7, 8])
-def test_a_stride_before_a_1x1_convolution_is_its_stride(side):
+def test_slicing_before_a_1x1_convolution_equals_its_stride(side):
     x = np.random.default_rng(0).random((2, side, side, 3)).astype("float32")
     wanted = layers.Conv2D(4, 1, strides=2, padding="same")
     want = numpy(wanted(x))
@@ -245,7 +245,7 @@ for body in (
 
 
 def test_narrow_nets_train_without_a_crash():
-    """With strided 1x1 convolutions oneDNN corrupted memory within steps."""
+    """Strided 1x1 convolutions make oneDNN corrupt memory in a few steps."""
     done = subprocess.run(
         [sys.executable, "-c", NARROW], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""S3TA: the core against NumPy, sizes and counts of the paper."""
+"""S3TA: its core compared with NumPy; sizes and counts of the paper."""
 
 import math
 
@@ -45,7 +45,7 @@ def softmax(x):
 
 
 def unrolled(layer, features):
-    """The supplement's Section 1.1 in NumPy, float64, one image at a time."""
+    """Section 1.1 of the supplement in NumPy, float64, image by image."""
     weights = [numpy(w).astype("float64") for w in layer.trainable_variables]
     named = {
         w.path.split("/", 1)[1]: value
@@ -97,7 +97,7 @@ def unrolled(layer, features):
     return np.array(all_logits), np.array(all_maps)
 
 
-def test_the_core_is_the_supplements(core):
+def test_core_equals_the_formula_of_the_supplement(core):
     layer, features = core
     logits, step_logits, maps = (numpy(x) for x in layer(features))
     want_logits, want_maps = unrolled(layer, features)
@@ -106,7 +106,7 @@ def test_the_core_is_the_supplements(core):
     np.testing.assert_array_equal(logits, step_logits[:, -1])
 
 
-def test_an_earlier_read_out_is_the_start_of_the_unroll(core):
+def test_earlier_read_out_equals_the_first_steps(core):
     layer, features = core
     _, step_logits, maps = (numpy(x) for x in layer(features))
     try:
@@ -119,10 +119,10 @@ def test_an_earlier_read_out_is_the_start_of_the_unroll(core):
     np.testing.assert_allclose(seen, maps[:, :4], atol=1e-6)
 
 
-def test_rematerialization_changes_no_gradient(core):
-    """The same weights, with and without; gradients through one SGD step."""
+def test_rematerialization_does_not_change_gradients(core):
+    """The weights after one SGD step are the same with and without remat."""
     _, features = core
-    moved = []
+    updated = []
     for remat in (False, True):
         inputs = keras.Input(features.shape[1:])
         layer = attention.SequentialAttention(**SETTINGS, remat=remat)
@@ -135,12 +135,12 @@ def test_rematerialization_changes_no_gradient(core):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         model.train_on_batch(features, np.array([1, 4]))
-        moved.append([numpy(v).copy() for v in model.trainable_variables])
-    for plain, again in zip(*moved, strict=True):
+        updated.append([numpy(v).copy() for v in model.trainable_variables])
+    for plain, again in zip(*updated, strict=True):
         np.testing.assert_allclose(again, plain, atol=1e-5)
 
 
-def test_basis_has_the_papers_channels_and_tells_places_apart():
+def test_spatial_basis_differs_at_every_position():
     basis = attention.spatial_basis(28, 28)
     assert basis.shape == (28, 28, 64)
     rows = basis.reshape(784, 64)
@@ -149,7 +149,7 @@ def test_basis_has_the_papers_channels_and_tells_places_apart():
     assert distance.min() > 1e-3
 
 
-def test_everything_but_the_vision_net_holds_the_papers_parameters():
+def test_core_has_the_parameters_of_the_paper():
     """44,393,832: the widths of supplement 1.2 with 1000 classes."""
     inputs = keras.Input((28, 28, 2048))
     layer = attention.SequentialAttention(1000)
@@ -162,11 +162,11 @@ def test_everything_but_the_vision_net_holds_the_papers_parameters():
     assert layer.count_params() == want == 44_393_832
 
 
-def test_the_surgery_gives_the_papers_map():
+def test_map_has_the_size_in_the_paper():
     model = model_backbone.create(
         "s3ta", num_classes=10, image_shape=(224, 224, 3), vision_width=4
     )
-    # Width 4 of 64: a sixteenth of the 2048 channels, the map is the paper's.
+    # With width 4 instead of 64 the map has 2048 / 16 channels.
     assert model.get_layer("vision").output.shape == (None, 28, 28, 128)
 
 
@@ -177,7 +177,7 @@ def test_the_surgery_gives_the_papers_map():
         ({"key_channels": 64}, "Expected key_channels below the 64 channels"),
         ({"num_steps": 0}, "Expected num_steps in .1, .*num_steps=0"),
         ({"vision": "resnet15"}, "Expected vision to be one of auto"),
-        ({"vision_strides": (1, 2, 1, 1)}, "vision net of version 2"),
+        ({"vision_strides": (1, 2, 1, 1)}, "ResNet V2 as vision net"),
         ({"vision_strides": ("1", "x")}, "vision_strides like 1,2,1,1.*=1,x"),
         (
             {"vision": "simple_cnn", "downsampling": "none"},
@@ -189,7 +189,7 @@ def test_the_surgery_gives_the_papers_map():
         ),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_raise(options, message):
     given = {"num_classes": 4, "image_shape": (32, 32, 3), **options}
     if "image_shape" in options:
         given["vision"] = "resnet18_v2"
@@ -199,13 +199,13 @@ def test_bad_options_are_named(options, message):
         model_backbone.create("s3ta", **given)
 
 
-def test_a_read_out_beyond_the_unroll_is_refused():
+def test_read_out_beyond_the_last_step_is_refused():
     with pytest.raises(ValueError, match="1 to 4. Received: read_out=5"):
         attention.SequentialAttention(10, num_steps=4, read_out=5)
 
 
 @pytest.mark.parametrize("side,rows", [(28, 7), (40, 10), (32, 8)])
-def test_any_size_of_digits(side, rows):
+def test_digits_of_several_sizes(side, rows):
     model = model_backbone.create(
         "s3ta",
         num_classes=10,
