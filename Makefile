@@ -1,8 +1,8 @@
 # make demo      train, attack and picture a model: five minutes on two cores
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
-# make lint      ruff's rules and its format
+# make lint      ruff's rules, its format, the levels of imports
 # make notebook  run view_images.ipynb on the newest run, into runs/
-# make peers     install the attack libraries that parity.py compares with
+# make peers     install the attack libraries that benchmarks/parity.py compares with
 #
 # Everything is installed into .venv by the first of them.
 
@@ -58,6 +58,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 notebook: $(VENV)/.installed-notebook
 	@mkdir -p runs

@@ -8,9 +8,6 @@ restarts is one evaluation, whose record, images and picture go to the folder
 command again.
 """
 
-# This file declares flags and calls other modules. Attacks and metrics are
-# implemented there.
-
 import contextlib
 import dataclasses
 import itertools
@@ -20,13 +17,12 @@ import time
 
 from absl import flags
 
-import catalogue
-import command_line  # Before Keras: it quiets TensorFlow.
-import handover_flags
-import model_flags
-import progress
-import run_folder
-import trained_runs
+from saccade.cli import catalogue, command_line, legacy, model_flags
+from saccade.cli import runs as trained_runs
+from saccade.core import names as known_names
+from saccade.core import progress, run_folder
+
+import datasets
 
 # Modules that need Keras are imported inside functions, so that a wrong flag is
 # reported at once and not after the seconds that TensorFlow needs to load.
@@ -340,7 +336,7 @@ class AdversaryConfig:
 
     Attributes:
         folder: The folder of the run.
-        evaluations: A tuple of `robust_evaluation.EvaluationConfig`.
+        evaluations: A tuple of `evaluation_config.EvaluationConfig`.
         data_dir: Folder of the data set's files; None for the folder that
             the run was trained with.
         split: `"test"`, `"validation"` or `"train"`.
@@ -389,7 +385,7 @@ class AdversaryConfig:
         An evaluation whose record has an equal request is not run again.
 
         Args:
-            evaluation: A `robust_evaluation.EvaluationConfig`.
+            evaluation: A `evaluation_config.EvaluationConfig`.
             hashes: The dict of `hashes`, with the `"data_sha256"` of the
                 images.
         """
@@ -412,9 +408,9 @@ class AdversaryConfig:
             ValueError: If the name is not valid for a folder, or if a folder
                 is a link.
         """
-        import attack_records
+        from saccade.evaluation import records as evaluation_records
 
-        name = attack_records.name(
+        name = evaluation_records.name(
             evaluation,
             *(f"{key}_{value}" for key, value in self.options.items()),
             "straight_through" if self.straight_through else "",
@@ -426,7 +422,7 @@ class AdversaryConfig:
         )
         name = run_folder.component(name, "the name of the evaluation")
         folder = run_folder.inside(self.folder, "attacks", name)
-        attack_records.partial_folder(folder)  # Raises if it is a link.
+        evaluation_records.partial_folder(folder)  # Raises if it is a link.
         return folder
 
 
@@ -445,8 +441,8 @@ def config_from_flags():
             names.
         OSError: If there is no such run.
     """
-    command_line.require_known("split", _SPLIT.value, SPLITS)
-    command_line.require_known("weights", _WEIGHTS.value, WEIGHTS)
+    known_names.require_known("split", _SPLIT.value, SPLITS)
+    known_names.require_known("weights", _WEIGHTS.value, WEIGHTS)
     if _SAVE_IMAGES.value < -1:
         raise ValueError(
             "Expected --save_images to be a number of images, or -1 for all. "
@@ -497,14 +493,22 @@ def _surrogate(run):
 
 def _find_run():
     """Returns the folder of the run that the flags select, and its config."""
+    if _DATASET.value is not None and _DATASET.value not in datasets.names():
+        datasets.require(_DATASET.value)  # Raises, with the near names.
     given = {k: flag.value for k, flag in _MODEL_OPTIONS.items()}
+    options = {k: v for k, v in given.items() if v is not None}
+    if options or _MODEL.value is not None:
+        import model_backbone  # It knows all models.
+
+        if _MODEL.value is not None:
+            model_backbone.entry(_MODEL.value)  # Raises, with the near names.
     return trained_runs.find(
         _RUNS_DIR.value,
         _RUN.value,
         model=_MODEL.value,
         dataset=_DATASET.value,
         tag=_TAG.value,
-        options={k: v for k, v in given.items() if v is not None},
+        options=options,
     )
 
 
@@ -604,7 +608,7 @@ def _evaluations(run, protocol):
         "batch_size": _batch_size(math.prod(run["image_shape"])),
     }
     if _NORM.value is not None:
-        command_line.require_known("norm", _NORM.value, NORMS)
+        known_names.require_known("norm", _NORM.value, NORMS)
     norm = _NORM.value or "linf"
     if protocol is not None:
         yield from _protocol(run, common, protocol)
@@ -629,25 +633,25 @@ def _check_step_size():
 
 
 def _evaluation(attack, target, common):
-    import robust_evaluation
+    from saccade.evaluation import config as evaluation_config
 
     eot = common["eot"]
     if eot is None:
         eot = getattr(attack, "eot", None)
-    return robust_evaluation.EvaluationConfig(
+    return evaluation_config.EvaluationConfig(
         attack=attack, target=target, **{**common, "eot": eot}
     )
 
 
 def _attacks(norm, radii):
     """Yields each attack at each radius, number of steps and restarts."""
-    import attack_backbone
-    import robust_evaluation
+    from saccade.attacks import gradient as gradient_attacks
+    from saccade.attacks import registry as attack_registry
 
-    known = robust_evaluation.ATTACKS
+    known = attack_registry.ATTACKS
     names = (_ATTACK.value or "pgd").split(",")
     for name in names:
-        command_line.require_known("attack", name, known)
+        known_names.require_known("attack", name, known)
     fields = {n: {f.name for f in dataclasses.fields(known[n])} for n in names}
     given = {}
     for field, (flag, parse) in (*_SETTINGS.items(), _RELATIVE_STEP):
@@ -667,7 +671,7 @@ def _attacks(norm, radii):
         own = {k: v for k, v in given.items() if k in fields[name]}
         # The attack on an image may stop at its first success. With random
         # draws a success may be due to chance, so the last iterate counts.
-        if issubclass(known[name], attack_backbone.Iterative):
+        if issubclass(known[name], gradient_attacks.Iterative):
             own.setdefault("keep", "first" if _EOT.value is None else "last")
         scans = {"epsilon": radii}
         scans.update({k: own.pop(k) for k in _SCANNED if k in own})
@@ -694,9 +698,9 @@ def _with_relative_step(attack):
 
 def _protocol(run, common, protocol):
     """Yields the evaluations of a protocol."""
-    import protocols
+    from saccade.evaluation import protocols
 
-    command_line.require_known("protocol", protocol, protocols.PROTOCOLS)
+    known_names.require_known("protocol", protocol, protocols.PROTOCOLS)
     for flag in (*(flag for flag, _ in _SETTINGS.values()), _ATTACK, _TARGET):
         if flag.value is not None:
             raise ValueError(
@@ -738,20 +742,20 @@ def _radii(text):
 
 def _target(class_names):
     """Reads --target: a kind of target, a class id or the name of a class."""
-    import robust_evaluation
+    from saccade.evaluation import config as evaluation_config
 
     text = _TARGET.value or "none"
-    if text in robust_evaluation.TARGETS:
+    if text in evaluation_config.TARGETS:
         return text
     if text in class_names:
         return class_names.index(text)
     if text.isdecimal() and int(text) < len(class_names):
         return int(text)
-    words = (*robust_evaluation.TARGETS, *class_names)
-    near = "" if text.isdecimal() else command_line.near(text, words)
+    words = (*evaluation_config.TARGETS, *class_names)
+    near = "" if text.isdecimal() else known_names.near(text, words)
     raise ValueError(
         f"Unknown --target={text}.{near} Expected "
-        f"{', '.join(robust_evaluation.TARGETS)}, or a class id from 0 to "
+        f"{', '.join(evaluation_config.TARGETS)}, or a class id from 0 to "
         f"{len(class_names) - 1} or its name."
     )
 
@@ -775,7 +779,7 @@ def run(config, data=None, progress=True):
 
     Args:
         config: An `AdversaryConfig`.
-        data: The run's `datasets.Dataset`, if it is loaded already.
+        data: The run's `image_splits.Dataset`, if it is loaded already.
         progress: Whether to show a summary and the progress.
 
     Returns:
@@ -806,17 +810,17 @@ def _data(config, data=None):
     """Returns the run's data set and the split that is attacked."""
     run = run_folder.read_config(config.folder, _REQUIRED)
     if data is None:
-        data = trained_runs.load_data(
+        data = datasets.load_data(
             run, config.data_dir, test_only=config.split == "test"
         )
-    return data, trained_runs.split_of(config.folder, run, data, config.split)
+    return data, datasets.split_of(config.folder, run, data, config.split)
 
 
 def _images(config, split):
     """Returns a dict for each evaluation that identifies its images."""
-    import robust_evaluation
+    from saccade.evaluation import checks as evaluation_checks
 
-    orders = [robust_evaluation.choose(split, e) for e in config.evaluations]
+    orders = [evaluation_checks.choose(split, e) for e in config.evaluations]
     # Evaluations of one command usually share their images; hash them once.
     distinct = {order.tobytes(): order for order in orders}
     digests = {key: split.sha256(order) for key, order in distinct.items()}
@@ -825,10 +829,10 @@ def _images(config, split):
 
 def _existing_records(config, hashes, images):
     """Returns the existing record of each evaluation, or None."""
-    import attack_records
+    from saccade.evaluation import records as evaluation_records
 
     return [
-        attack_records.existing_record(
+        evaluation_records.existing_record(
             config.record_folder(e),
             config.request(e, {**hashes, **identity}),
             config.overwrite,
@@ -873,7 +877,7 @@ def _make_records(config, data, progress, hashes, images):
 
 def _show_summary(context, evaluations, count):
     """Prints a summary of the model, the images and the attacks."""
-    import run_summary
+    from saccade.cli import run_summary
 
     for line in run_summary.of_attack(context, evaluations, count):
         print(line, flush=True)
@@ -883,8 +887,9 @@ class _Loaded:
     """The model, data and surrogate models of a run."""
 
     def __init__(self, config, data, hashes):
+        from saccade.evaluation import checks as evaluation_checks
+
         import model_backbone
-        import robust_evaluation
 
         self.config, self.hashes = config, hashes
         self.model, self.context, self.split = _load(config, data, hashes)
@@ -895,12 +900,12 @@ class _Loaded:
         for evaluation in config.evaluations:
             _check_draws(self.context["model"], stochastic, evaluation.eot)
             if not config.surrogate:
-                robust_evaluation.check_model_outputs(self.model, evaluation)
+                evaluation_checks.check_model_outputs(self.model, evaluation)
         self.surrogates = {}
 
     def surrogate(self, evaluation):
         """Returns the surrogate of an evaluation; None if it needs none."""
-        import robust_training
+        from saccade.training import checkpoints
 
         config, dtype = self.config, evaluation.craft_dtype
         half = dtype == "bfloat16"
@@ -910,7 +915,7 @@ class _Loaded:
             options = dict(config.options)
             if config.straight_through:
                 options["interpolation"] = "straight_through"
-            self.surrogates[dtype], _ = robust_training.load_run(
+            self.surrogates[dtype], _ = checkpoints.load_run(
                 config.surrogate or config.folder,
                 config.weights,
                 options=options,
@@ -920,17 +925,17 @@ class _Loaded:
 
     def attack(self, evaluation, identity, progress):
         """Runs one evaluation and writes its folder."""
-        import attack_records
-        import robust_evaluation
+        from saccade.evaluation import config as evaluation_config
+        from saccade.evaluation import records as evaluation_records
 
         config = self.config
         folder = config.record_folder(evaluation)
         with command_line.guard():
             surrogate = self.surrogate(evaluation)
         request = config.request(evaluation, {**self.hashes, **identity})
-        with attack_records.show_progress(folder.name, progress) as report:
+        with evaluation_records.show_progress(folder.name, progress) as report:
             try:
-                return attack_records.attack(
+                return evaluation_records.attack(
                     folder,
                     self.model,
                     self.split,
@@ -943,15 +948,15 @@ class _Loaded:
                     picture_rows=config.picture_rows,
                     overwrite=config.overwrite,
                 )
-            except robust_evaluation.EvaluationError as error:
+            except evaluation_config.EvaluationError as error:
                 command_line.fail(error)
 
     def redraw(self, evaluation, record):
         """Draws the pictures of a record with the requested number of rows."""
-        import attack_records
+        from saccade.evaluation import records as evaluation_records
 
         with command_line.guard():
-            return attack_records.redraw(
+            return evaluation_records.redraw(
                 self.config.record_folder(evaluation),
                 self.model,
                 record,
@@ -984,7 +989,7 @@ def _check_draws(name, stochastic, eot):
 
 def _write_curves(config, records):
     """Writes the curves of several evaluations beside their folders."""
-    import curves
+    from saccade.evaluation import curves
 
     name = config.protocol or "scan"
     for ending, write in (
@@ -998,15 +1003,15 @@ def _write_curves(config, records):
 
 def _load(config, data, hashes):
     """Returns the model, the context that begins each record, and the split."""
-    import robust_evaluation
-    import robust_training
+    from saccade.evaluation import checks as evaluation_checks
+    from saccade.training import checkpoints
 
     run = run_folder.read_config(config.folder, _REQUIRED)
     data, split = _data(config, data)
-    model, _ = robust_training.load_run(
+    model, _ = checkpoints.load_run(
         config.folder, config.weights, options=config.options
     )
-    robust_evaluation.check_fit(model, split)
+    evaluation_checks.check_fit(model, split)
     if config.hashes() != hashes:
         raise ValueError(
             f"The weights in {config.folder} were replaced while they were "
@@ -1034,7 +1039,7 @@ def _load(config, data, hashes):
 
 def _show_protocol(config, records):
     """Prints a protocol's table and writes it beside the records."""
-    import protocols
+    from saccade.evaluation import protocols
 
     run = run_folder.read_config(config.folder, _REQUIRED)
     table = protocols.PROTOCOLS[config.protocol].table(
@@ -1097,15 +1102,15 @@ def _run_checklist(config, data=None):
 
 def _compute_checks(config, data):
     """Runs and prints the checklist; returns the checks and their context."""
-    import checklist
-    import robust_training
+    from saccade.evaluation import checklist
+    from saccade.training import checkpoints
 
     evaluation = config.evaluations[0]
     model, context, split = _load(config, data, config.hashes())
     _show_summary(context, config.evaluations[:1], len(split))
     other = None
     if config.surrogate is not None:
-        other, _ = robust_training.load_run(config.surrogate, config.weights)
+        other, _ = checkpoints.load_run(config.surrogate, config.weights)
     with _show_checks(checklist.NAMES) as report:
         checks = checklist.run(
             model,
@@ -1128,7 +1133,7 @@ def _show_training(batch_size):
     """Shows the progress of making adversarial images, then of training."""
     import keras
 
-    import training_progress
+    from saccade.cli import training_progress
 
     training = training_progress.Progress(batch_size)
     with (
@@ -1146,8 +1151,8 @@ def _show_training(batch_size):
 
 def _run_nonrobust(config):
     """Trains on adversarial images with the targets as labels."""
-    import nonrobust_features
-    import robust_training
+    from saccade.evaluation import nonrobust_features
+    from saccade.training import loop as training_loop
 
     settings = {"seed": _SEED.value, "num_examples": _NUM_EXAMPLES.value}
     for name, flag in (
@@ -1176,8 +1181,8 @@ def _run_nonrobust(config):
                 )
             (settings["steps"],) = steps
         run = run_folder.read_config(config.folder, _REQUIRED)
-        data = trained_runs.load_data(run, config.data_dir, test_only=False)
-        trained_runs.split_of(config.folder, run, data, "train")
+        data = datasets.load_data(run, config.data_dir, test_only=False)
+        datasets.split_of(config.folder, run, data, "train")
         settings |= {
             "weights": config.weights,
             "overwrite": config.overwrite,
@@ -1196,7 +1201,7 @@ def _run_nonrobust(config):
                     **shown,
                     **settings,
                 )
-        except robust_training.Interrupted:
+        except training_loop.Interrupted:
             command_line.stop(f"interrupted. {_HOW_TO_RESUME}")
     for name, value in record.items():
         if isinstance(value, float | int | str):
@@ -1207,8 +1212,8 @@ def main():
     """Runs the attacks of the flags and prints the table."""
     # This comes first, since it silences the messages of the backend.
     command_line.load_keras()
-    import attack_records
-    import record_text
+    from saccade.evaluation import records as evaluation_records
+    from saccade.figures import captions
 
     with command_line.guard():
         config = config_from_flags()
@@ -1223,13 +1228,13 @@ def main():
         return
     with command_line.continues(_HOW_TO_RESUME):
         results = run(config)
-    attack_records.show(results)
+    evaluation_records.show(results)
     least_robust = min(
         (record for record, _, _ in results),
         key=lambda record: record["robust_accuracy"],
     )
-    record_text.show_classes(
-        least_robust, _WORST_CLASSES.value, record_text.caption(least_robust)
+    captions.show_classes(
+        least_robust, _WORST_CLASSES.value, captions.caption(least_robust)
     )
     if config.protocol is not None:
         _show_protocol(config, [record for record, _, _ in results])
@@ -1237,4 +1242,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, handover_flags.of_adversary, HELP)
+    command_line.run(main, legacy.of_adversary, HELP)

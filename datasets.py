@@ -1,8 +1,8 @@
 """Every data set by name: splits, class lists, decoding, exact counts.
 
-    dataset = datasets.load("imagenette", data_dir="data", image_size=96)
+    dataset = load("imagenette", data_dir="data", image_size=96)
     order = image_splits.epoch_order(len(dataset.train), seed=0, epoch=3)
-    for images, labels, _ in image_splits.batches(dataset.train, order, 64):
+    for images, labels, _ in pipeline.batches(dataset.train, order, 64):
         ...
 
 Images are float32 in [0, 1], `(batch, height, width, channels)`, and never
@@ -20,57 +20,25 @@ from typing import Callable
 import numpy as np
 from PIL import Image
 
-import array_files
-import bounding_boxes
-import cluttered_digits
-import image_files
-import image_splits
-import tfds_folders
+from saccade.core import run_folder
+from saccade.data import (
+    bounding_boxes,
+    cluttered_digits,
+    formats,
+    imagenet,
+    pipeline,
+    tfds_folders,
+    tfrecord,
+)
+from saccade.data import folders as class_folders
+from saccade.data import images as image_files
+from saccade.data import splits as image_splits
 
 CorruptImageError = image_files.CorruptImageError
 
 # Decoded splits up to this many bytes are kept in memory.
 _IN_MEMORY_BYTES = 3 * 2**29
-_LISTS = pathlib.Path(__file__).resolve().parent / "class_lists"
 _DIGITS = tuple("0123456789")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data set with its splits.
-
-    Attributes:
-        name: The name it was loaded by.
-        class_names: Names in the order of the class ids.
-        image_shape: `(height, width, channels)`.
-        train: Training `image_splits.Split`; None if only the test images were
-            wanted.
-        validation: `Split`, or None if none was wanted and the set has none.
-        test: The official test (for ImageNet: validation) `Split`.
-        class_list: None, or `{"name", "sha256"}` of the list of wnids; the
-            hash is that of the sorted wnids, one a line.
-        source: Where the images came from: `"embedded"`, paths, or `tfds:...`.
-        skipped: Unreadable images left out, `{"train": n, "test": n}`.
-        wnids: None, or the WordNet ids in the order of the class ids.
-        resize: None, or how photographs were brought to size, see `load`.
-        held_out: Whether the validation images are held out of the training
-            images; otherwise the set has its own.
-    """
-
-    name: str
-    class_names: tuple
-    image_shape: tuple
-    train: image_splits.Split | None
-    validation: image_splits.Split | None
-    test: image_splits.Split
-    class_list: dict | None = None
-    source: str = "embedded"
-    skipped: dict = dataclasses.field(
-        default_factory=lambda: {"train": 0, "test": 0}
-    )
-    wnids: tuple | None = None
-    resize: str | None = None
-    held_out: bool = False
 
 
 # ---------------------------------------------------------------------------
@@ -197,7 +165,9 @@ def load(
         resize,
         test_only,
     )
-    return _TABLE[name].load(request, _find(request))
+    row = _TABLE[name]
+    found = row.load(request, _find(request))
+    return dataclasses.replace(found, sizes=row.sizes)
 
 
 def require(name, *, data_dir=None, download=False):
@@ -317,7 +287,7 @@ def _dataset(request, class_names, splits, source, **more):
             train, validation = image_splits.hold_out(
                 train, request.validation_fraction, request.seed
             )
-    return Dataset(
+    return image_splits.Dataset(
         request.name,
         tuple(class_names),
         test.read([0]).shape[1:],
@@ -337,7 +307,7 @@ def _dataset(request, class_names, splits, source, **more):
 def _load_cluttered_digits(request, _):
     made = cluttered_digits.make(request.seed)
     splits = {
-        name: image_splits.scaled(name, images.__getitem__, labels, boxes)
+        name: pipeline.scaled(name, images.__getitem__, labels, boxes)
         for name, (images, labels, boxes) in made.items()
     }
     return _dataset(request, _DIGITS, splits, "embedded")
@@ -351,8 +321,8 @@ def _load_mnist(request, found):
     for split, prefix in (("train", "train"), ("test", "t10k")):
         image_path = _idx_file(request, folder, f"{prefix}-images*idx3-ubyte")
         label_path = _idx_file(request, folder, f"{prefix}-labels*idx1-ubyte")
-        images = array_files.read_idx(image_path, 3, (28, 28))[..., None]
-        labels = array_files.read_idx(label_path, 1)
+        images = formats.read_idx(image_path, 3, (28, 28))[..., None]
+        labels = formats.read_idx(label_path, 1)
         arrays[split] = (images, labels, image_path)
     return _array_dataset(request, _DIGITS, arrays, str(folder))
 
@@ -369,7 +339,7 @@ def _load_usps(request, found):
     path = found[0]
     arrays = {}
     for split in ("train", "test"):
-        images, labels = array_files.read_hdf5(
+        images, labels = formats.read_hdf5(
             path,
             {f"{split}/data": 256, f"{split}/target": None},
             "groups train and test with data (n, 256) and target",
@@ -394,7 +364,7 @@ def _as_mnist(digit):
 def _load_cluttered_mnist(request, found):
     wanted = {f"{a}_{s}" for a in "Xy" for s in ("train", "valid", "test")}
     for path in found:
-        stored = array_files.read_npz(path, sorted(wanted))
+        stored = formats.read_npz(path, sorted(wanted))
         if stored is not None:
             break
     else:
@@ -428,7 +398,7 @@ def _load_cifar10(request, found):
     # The binary version is read where there is one: it can hold no code.
     binary = any(folder.glob("data_batch_*.bin"))
     suffix = ".bin" if binary else ""
-    read = array_files.read_rows if binary else array_files.read_pickle
+    read = formats.read_rows if binary else formats.read_pickle
     files = {
         "train": [folder / f"data_batch_{i}{suffix}" for i in range(1, 6)],
         "test": [folder / f"test_batch{suffix}"],
@@ -486,7 +456,7 @@ def _labelled(name, images, labels, path):
             f"Expected labels 0 to 9 in {path} ({name}). Received: "
             f"{labels.min()} to {labels.max()}"
         )
-    return image_splits.scaled(name, images.__getitem__, labels)
+    return pipeline.scaled(name, images.__getitem__, labels)
 
 
 # ---------------------------------------------------------------------------
@@ -512,7 +482,7 @@ def _encoded_dataset(
             skip_corrupt=request.skip_corrupt,
             title=name,
         )
-        split = image_splits.scaled(
+        split = pipeline.scaled(
             name,
             read,
             images.labels,
@@ -536,19 +506,20 @@ def _check_classes(split, class_names, request):
     if not counts.all():
         empty = [class_names[i] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
-            f"No image of class {image_files.some(empty)} in the {split.name} "
-            f"split of {request.name} (data folder {request.data_dir})."
+            f"No image of class {class_folders.some(empty)} in the "
+            f"{split.name} split of {request.name} (data folder "
+            f"{request.data_dir})."
         )
 
 
 def _load_folder(request, found):
     train = found[0]
     root = train.parent
-    held = image_files.first_folder(root, ("val", "validation", "valid"))
-    test = image_files.first_folder(root, ("test",)) or held
+    held = class_folders.first_folder(root, ("val", "validation", "valid"))
+    test = class_folders.first_folder(root, ("test",)) or held
     if test is None:
         raise _missing(request, "val/<class>/ or test/<class>/ folders")
-    classes = image_files.listing(train, directories=True)
+    classes = class_folders.listing(train, directories=True)
     if not classes:
         raise ValueError(f"Expected class folders in {train}; it has none.")
     folders = {"train": train, "test": test}
@@ -556,14 +527,14 @@ def _load_folder(request, found):
         folders["validation"] = held
     encoded = {}
     for split, folder in folders.items():
-        found = image_files.listing(folder, directories=True)
+        found = class_folders.listing(folder, directories=True)
         foreign = sorted(set(found) - set(classes))
         if foreign:
             raise ValueError(
-                f"{folder} has the class folder {image_files.some(foreign)}, "
+                f"{folder} has the class folder {class_folders.some(foreign)}, "
                 f"which {train} lacks."
             )
-        files = image_files.class_files(folder, classes)
+        files = class_folders.class_files(folder, classes)
         encoded[split] = image_files.of_files(*files)
     size = request.image_size or image_files.common_size(encoded.values())
     resize = request.resize or "short_side"
@@ -575,10 +546,10 @@ _IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet", _BOXED)
 
 
 def _load_imagenet(request, found):
-    wnids, class_names, record = image_files.class_list(
+    wnids, class_names, record = imagenet.class_list(
         request.class_list
-        or _LISTS / f"{request.name.removeprefix('bbox_')}.txt",
-        _LISTS / "imagenet.txt",
+        or imagenet.CLASS_LISTS / f"{request.name.removeprefix('bbox_')}.txt",
+        imagenet.CLASS_LISTS / "imagenet.txt",
     )
     size = request.image_size or (160 if request.name == "imagenette" else 320)
     resize = request.resize or ("handover" if size == 320 else "short_side")
@@ -595,14 +566,14 @@ def _load_imagenet(request, found):
 
 def _imagenet_files(request, train, wnids):
     root = train.parent
-    val = image_files.first_folder(root, ("val", "validation"))
+    val = class_folders.first_folder(root, ("val", "validation"))
     if val is None:
         raise _missing(request, f"val folder beside {train}")
     places = [val, root, root / "data", request.data_dir]
     files = {}
     if not request.test_only:
-        files["train"] = image_files.class_files(train, wnids)
-    files["test"] = image_files.wnid_files(val, wnids, places)
+        files["train"] = class_folders.class_files(train, wnids)
+    files["test"] = imagenet.wnid_files(val, wnids, places)
     if request.name == _BOXED:
         boxes = _annotations(request, train)
         return {
@@ -665,11 +636,11 @@ def _tfds_images(request, wnids):
     order = wnids or named
     absent = sorted(set(order) - set(named))
     if absent:
-        raise ValueError(f"{folder} has no class {image_files.some(absent)}.")
+        raise ValueError(f"{folder} has no class {class_folders.some(absent)}.")
     class_of = np.full(len(named), -1, np.int32)
     class_of[[named.index(name) for name in order]] = np.arange(len(order))
     encoded = {
-        split: image_files.of_shards(paths, class_of, split)
+        split: tfrecord.of_shards(paths, class_of, split)
         for split, paths in shards.items()
     }
     return encoded, source
@@ -772,3 +743,81 @@ _TABLE = {
         "train/",
     ),
 }
+
+
+def load_data(run, data_dir=None, test_only=True, download=False):
+    """Loads the data set of a run as the run had it.
+
+    Args:
+        run: The run's config, a dict.
+        data_dir: Folder of the files; None for the run's own.
+        test_only, download: See `load`.
+
+    Returns:
+        A `image_splits.Dataset`.
+    """
+    return load(
+        run["dataset"],
+        data_dir=data_dir or run.get("data_dir"),
+        image_size=run.get("image_size"),
+        seed=run.get("seed", 0),
+        skip_corrupt=run.get("skip_corrupt", False),
+        class_list=run.get("class_list_file"),
+        validation_fraction=run.get("validation_fraction", 0.05),
+        test_only=test_only,
+        download=download,
+    )
+
+
+def split_of(folder, run, data, name):
+    """Returns a split of a run's data, if they are those it was trained on.
+
+    Args:
+        folder: The folder of the run, for what an error says.
+        run: The run's config, a dict.
+        data: A `image_splits.Dataset`.
+        name: `"test"`, `"validation"` or `"train"`.
+
+    Raises:
+        ValueError: If the run was trained on other data than these, or the
+            data have no such split.
+    """
+    _check_data(folder, run, data)
+    split = getattr(data, name)
+    if split is None:
+        raise ValueError(
+            f"The run in {folder} held no {name} images out "
+            "(validation_fraction=0). Choose another --split."
+        )
+    return split
+
+
+def _check_data(folder, run, data):
+    """Raises a ValueError if a run was trained on other data than these."""
+    for key, found in (
+        ("dataset", data.name),
+        ("class_list", data.class_list),
+        ("class_names", list(data.class_names)),
+        ("image_shape", list(data.image_shape)),
+    ):
+        if key in run and run[key] != found:
+            raise ValueError(
+                f"The run in {folder} was trained on another data set: its "
+                f"{key} is {run_folder.brief(run[key])}, the files have "
+                f"{run_folder.brief(found)}. Point --data_dir at the files it "
+                "was trained on, or choose another run."
+            )
+    earlier = run.get("test_fingerprint")
+    if earlier is None:
+        return
+    found = data.test.fingerprint()
+    same = len(earlier["means"]) == len(found["means"]) and all(
+        abs(a - b) < 0.005
+        for a, b in zip(earlier["means"], found["means"], strict=True)
+    )
+    if not same or earlier["labels_sha256"] != found["labels_sha256"]:
+        raise ValueError(
+            f"The test images of {data.name} are not those of the run in "
+            f"{folder}: labels or brightness differ ({data.source}). Point "
+            "--data_dir at the files it was trained on, or train it again."
+        )

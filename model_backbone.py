@@ -9,28 +9,28 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-import attention
-import command_line
-import cortical_models
-import glimpse
-import losses
-import model_parts
-import model_registry
-import resnet_backbone
-import s3ta_models  # noqa: F401  Registers its models.
-import transformer
-from model_registry import (
+from saccade.core import names as known_names
+from saccade.models import (
+    attention,
+    blocks,
+    cortical,
+    registry,
+    resnets,
+    s3ta,  # noqa: F401 -- registers models.
+)
+from saccade.models.inspect import (
     check_weights,
-    create,
-    entry,
     generators,
     glimpses,
     is_stochastic,
     key_generators,
-    names,
     read_out,
     shown,
 )
+from saccade.models.registry import create, entry, names
+
+import glimpse
+import transformer
 
 __all__ = [
     "check_weights",
@@ -38,7 +38,6 @@ __all__ = [
     "entry",
     "generators",
     "glimpses",
-    "in_training",
     "is_stochastic",
     "key_generators",
     "names",
@@ -47,39 +46,15 @@ __all__ = [
 ]
 
 
-def in_training(model):
-    """Returns the function by which an objective calls a model in training.
-
-    Args:
-        model: A functional `keras.Model` from images to logits.
-
-    Returns:
-        Callable from images to logits, `(batch, classes)`; for a model with
-        auxiliary heads to `losses.Outputs`, whose `head_logits`, `(batch,
-        heads, classes)`, are the logits of all heads, the main head first. An
-        objective trains each head with the label of the image.
-    """
-    found = [x for x in model.layers if isinstance(x, model_parts.MainHead)]
-    if not found:
-        return lambda images: model(images, training=True)
-    reader = keras.Model(model.input, [model.output, *found[0].input])
-
-    def outputs_fn(images):
-        logits, *heads = reader(images, training=True)
-        return losses.Outputs(logits, ops.stack(heads, axis=1))
-
-    return outputs_fn
-
-
 def _localize(images, outputs, coordinates, kind, width, grid, **head):
     """Runs the localization net; returns view parameters in [-1, 1]."""
     shape = tuple(images.shape[1:])
     # The handover's ResNet-20 keeps the full resolution here.
-    features = model_parts.backbone(
+    features = blocks.backbone(
         kind, shape, width, "localization", grid=grid, downsampling="none"
     )
     net = attention.soft_attention(features, outputs, coordinates, **head)
-    return net(model_parts.normalize(images))
+    return net(blocks.normalize(images))
 
 
 def _check_count(num_transformers):
@@ -102,13 +77,11 @@ def _classifier(num_classes, image_shape, build, **fixations):
     images = keras.Input(image_shape, name="images")
     views = _views(images, **fixations)
     if views is None:
-        return model_parts.classifier(
-            image_shape, build(image_shape), num_classes
-        )
-    folded = model_parts.FoldViews(name="fold")(model_parts.normalize(views))
+        return blocks.classifier(image_shape, build(image_shape), num_classes)
+    folded = blocks.FoldViews(name="fold")(blocks.normalize(views))
     net = build(tuple(folded.shape[1:]))
-    logits = model_parts.logits(net(folded), num_classes)
-    logits = model_parts.AverageViews(name="average")(logits, images)
+    logits = blocks.logits(net(folded), num_classes)
+    logits = blocks.AverageViews(name="average")(logits, images)
     return keras.Model(images, logits)
 
 
@@ -183,7 +156,7 @@ def _side_by_side(shape, build):
     return keras.Model(inputs, features, name="backbone")
 
 
-@model_registry.register(
+@registry.register(
     "resnet",
     reference="https://arxiv.org/abs/1512.03385 (ResNet-18 V1)",
     image_size=320,
@@ -224,7 +197,7 @@ def resnet(
         gaze_range: Largest offset of a gaze in pixels. 0 is a quarter of the
             image for `sampling`; for crops it is as far as they stay inside
             the image.
-        interpolation: Interpolation of the retina; see `transformer.sample`.
+        interpolation: Interpolation of the retina; see `sampling.sample`.
             The published "retinal sampling" is `"nearest"`.
         backbone: One of `BACKBONES`.
         branched_network: Whether four backbones run in parallel on the same
@@ -241,7 +214,7 @@ def resnet(
     """
 
     def build(shape, name="backbone"):
-        return model_parts.backbone(
+        return blocks.backbone(
             backbone,
             shape,
             width or (27 if branched_network else 0),
@@ -250,7 +223,7 @@ def resnet(
             stem_stride=stem_stride,
             pool_stride=pool_stride,
             global_pooling=global_pooling,
-            **model_parts.DIGITS,
+            **blocks.DIGITS,
         )
 
     return _classifier(
@@ -268,7 +241,7 @@ def resnet(
     )
 
 
-@model_registry.register(
+@registry.register(
     "resnet_cifar",
     reference="https://arxiv.org/abs/1512.03385 (ResNet-20 V1)",
     image_size=32,
@@ -301,7 +274,7 @@ def resnet_cifar(
         gaze_range: See `resnet`.
         interpolation: See `resnet`.
         feedback: Whether a feedback connection replaces the second block of
-            each stage; see `cortical_models.feedback_resnet20`.
+            each stage; see `cortical.feedback_resnet20`.
         width: Filters of the first stage, 16 by default ("wider": 32).
         downsampling: `"all"`, `"not_last"` or `"none"`.
         dropout: Rate of dropout on the features.
@@ -310,12 +283,10 @@ def resnet_cifar(
     def build(shape):
         options = {"downsampling": downsampling, "dropout": dropout}
         if feedback:
-            return cortical_models.feedback_resnet20(
+            return cortical.feedback_resnet20(
                 shape, width=width or 16, name="backbone", **options
             )
-        return model_parts.backbone(
-            "resnet20", shape, width, "backbone", **options
-        )
+        return blocks.backbone("resnet20", shape, width, "backbone", **options)
 
     return _classifier(
         num_classes,
@@ -330,7 +301,7 @@ def resnet_cifar(
     )
 
 
-@model_registry.register(
+@registry.register(
     "madry_cnn",
     reference="https://arxiv.org/abs/1706.06083 (the network for MNIST)",
     image_size=28,
@@ -346,7 +317,7 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
         dropout: Rate of dropout on the features; the published one has none.
     """
     width = width or 32
-    net = resnet_backbone.simple_cnn(
+    net = resnets.simple_cnn(
         image_shape,
         filters=(width, 2 * width),
         kernel_size=5,
@@ -354,7 +325,7 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
         dropout=dropout,
         name="backbone",
     )
-    return model_parts.classifier(image_shape, net, num_classes)
+    return blocks.classifier(image_shape, net, num_classes)
 
 
 ATTENTIONS = ("transformer", "retina", "dummy", "dummy_scaled")
@@ -364,7 +335,7 @@ def _check_attention(kind, **given):
     """Raises a ValueError for an unknown attention or an unused option."""
     if kind not in ATTENTIONS:
         raise ValueError(
-            f"unknown attention {kind!r}.{command_line.near(kind, ATTENTIONS)} "
+            f"unknown attention {kind!r}.{known_names.near(kind, ATTENTIONS)} "
             f"Expected one of {', '.join(ATTENTIONS)}."
         )
     unused = {
@@ -395,7 +366,7 @@ def _glimpse(images, kind, theta, gaze_range, interpolation):
     )(images, theta)[0]
 
 
-@model_registry.register(
+@registry.register(
     "attention_mnist",
     reference="https://arxiv.org/abs/1506.02025; the handover's small model",
     image_size=40,
@@ -432,7 +403,7 @@ def attention_mnist(
         gaze_range: Largest offset of a gaze in pixels; 0 is half the image.
         regularization: L2 coefficient on the parameters of the view.
         dropout: Rate of dropout before the logits.
-        interpolation: Interpolation of the view; see `transformer.sample`.
+        interpolation: Interpolation of the view; see `sampling.sample`.
     """
     _check_attention(
         attention_kind,
@@ -457,8 +428,8 @@ def attention_mnist(
             activity_l2=regularization,
         )
     view = _glimpse(images, attention_kind, theta, gaze_range, interpolation)
-    x = model_parts.normalize(model_parts.SelectView(0, name="view")(view))
-    net = resnet_backbone.simple_cnn(
+    x = blocks.normalize(blocks.SelectView(0, name="view")(view))
+    net = resnets.simple_cnn(
         tuple(x.shape[1:]),
         filters=(16, 16),
         kernel_size=3,
@@ -466,7 +437,7 @@ def attention_mnist(
         dropout=dropout,
         name="classifier",
     )
-    return keras.Model(images, model_parts.logits(net(x), num_classes))
+    return keras.Model(images, blocks.logits(net(x), num_classes))
 
 
 @keras.saving.register_keras_serializable("saccade")
@@ -494,7 +465,7 @@ class FrozenView(layers.Layer):
         return {**super().get_config(), "scale": self.scale}
 
 
-@model_registry.register(
+@registry.register(
     "parallel_transformers",
     reference="the handover's parallel spatial transformers",
     image_size=320,
@@ -542,14 +513,11 @@ def parallel_transformers(
         regularization: L2 coefficient on the parameters of the views.
         view_size: Side of a view in pixels; 0 is the size of the image.
         dropout: Rate of dropout on the features of each branch.
-        interpolation: Interpolation of the views; see `transformer.sample`.
+        interpolation: Interpolation of the views; see `sampling.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
-    if (
-        localization == "auto"
-        and model_parts.fitting(image_shape) != "simple_cnn"
-    ):
+    if localization == "auto" and blocks.fitting(image_shape) != "simple_cnn":
         # A full ResNet does not train here (handover, footnote 1).
         localization = "resnet20"
     theta = _localize(
@@ -565,7 +533,7 @@ def parallel_transformers(
     views, *_ = transformer.SpatialTransformer(
         size, interpolation=interpolation, name="look"
     )(images, theta)
-    features = model_parts.branches(
+    features = blocks.branches(
         views,
         num_transformers,
         shared,
@@ -575,10 +543,10 @@ def parallel_transformers(
         stem_stride=stem_stride,
         pool_stride=pool_stride,
     )
-    return keras.Model(images, model_parts.logits(features, num_classes))
+    return keras.Model(images, blocks.logits(features, num_classes))
 
 
-@model_registry.register(
+@registry.register(
     "multi_gaze",
     reference="the handover's multi-gaze model; retina: arXiv:2006.16427",
     image_size=320,
@@ -631,7 +599,7 @@ def multi_gaze(
         view_size: Side of a view in pixels; 0 is the size of the image.
         max_ratio: Sampling density at the fovea over that at the periphery.
         dropout: Rate of dropout on the features of each branch.
-        interpolation: Interpolation of the views; see `transformer.sample`.
+        interpolation: Interpolation of the views; see `sampling.sample`.
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -656,7 +624,7 @@ def multi_gaze(
     views, _ = glimpse.RetinalWarp(
         size, max_ratio, interpolation, name="retina"
     )(images, gazes)
-    features = model_parts.branches(
+    features = blocks.branches(
         views,
         num_transformers,
         shared,
@@ -666,4 +634,154 @@ def multi_gaze(
         stem_stride=stem_stride,
         pool_stride=pool_stride,
     )
-    return keras.Model(images, model_parts.logits(features, num_classes))
+    return keras.Model(images, blocks.logits(features, num_classes))
+
+
+POOLINGS = ("concat", "mean", "max")
+
+
+def _check_ecnn(pooling, single_scale, auxiliary):
+    if pooling not in POOLINGS:
+        raise ValueError(
+            f"Expected pooling to be one of {', '.join(POOLINGS)}."
+            f"{known_names.near(pooling, POOLINGS)} Received: "
+            f"pooling={pooling!r}."
+        )
+    if not single_scale:
+        return
+    for name, given, reason in (
+        ("auxiliary", auxiliary, "that scale has the main head"),
+        ("pooling", pooling != "concat", "there is nothing to join"),
+    ):
+        if given:
+            raise ValueError(
+                f"Expected no {name} with single_scale: {reason}. Received: "
+                f"single_scale=True with {name}."
+            )
+
+
+def _join(features, pooling):
+    """Joins the features of the scales, `(batch, units)` each."""
+    if len(features) == 1:
+        return features[0]
+    join = {
+        "concat": layers.Concatenate,
+        "mean": layers.Average,
+        "max": layers.Maximum,
+    }[pooling]
+    return join(name="join")(features)
+
+
+@registry.register(
+    "ecnn",
+    reference="https://arxiv.org/abs/2006.16427 (cortical sampling)",
+    image_size=320,
+    shows=("gazes", "boxes", "views"),
+)
+def ecnn(
+    *,
+    num_classes,
+    image_shape,
+    pooling="concat",
+    single_scale=False,
+    scale4_freeze=False,
+    auxiliary=False,
+    test_gazes="five",
+    gaze_range=0.0,
+    width=0,
+    dropout=0.0,
+):
+    """Crops of several sizes around a gaze, with a network for each.
+
+    The form depends on the image size (see `glimpse.cortical_scales`). Above 64
+    pixels there are four scales with a ResNet-18 each, whose stem and pool keep
+    the resolution. Up to 64 pixels there are two scales with a ResNet-20 each,
+    whose last stage keeps the resolution. Gazes are random in training. In
+    evaluation the logits are averaged over five fixed gazes.
+
+    Args:
+        num_classes: Number of logits.
+        image_shape: (height, width, channels).
+        pooling: How the features of the scales are joined: `"concat"`,
+            `"mean"` or `"max"`.
+        single_scale: Whether only the largest scale is used. With
+            `scale4_freeze` that is the whole image, without gazes.
+        scale4_freeze: Whether the fourth scale is the whole image at any gaze.
+        auxiliary: Whether each scale has an auxiliary head that is trained with
+            the same label (see `training_step.in_training`; plain Keras `fit`
+            does not train them). The output of the model is that of the main
+            head on the joined features.
+        test_gazes: `"five"`, or `"random"` for one random gaze in evaluation.
+            The model is then stochastic; attack it with EOT.
+        gaze_range: Largest offset of a gaze in whole pixels; 0 is as far as
+            the crops stay inside the image.
+        width: Filters of the first stages; 0 is 45, or 21 in the form for small
+            images (43 in its wider variant).
+        dropout: Rate of dropout on the joined features (0.75 in the
+            handover's variant).
+    """
+    _check_ecnn(pooling, single_scale, auxiliary)
+    scales = glimpse.cortical_scales(min(image_shape[:2]), scale4_freeze)
+    kept = slice(-1, None) if single_scale else slice(None)
+    sides, radii = scales.sides[kept], scales.radii[kept]
+    images = keras.Input(image_shape, name="images")
+    whole_image = single_scale and scale4_freeze
+    if whole_image and (gaze_range or test_gazes != "five"):
+        raise ValueError(
+            "Expected no gazes with single_scale and scale4_freeze, which use "
+            "the whole image. Received: "
+            f"gaze_range={gaze_range:g}, test_gazes={test_gazes!r}."
+        )
+    gazes = glimpse.Fixations(
+        gaze_range or scales.reach,
+        given=[[0, 0]] if whole_image else None,
+        test_gazes=test_gazes,
+        whole=True,
+        name="fixations",
+    )(images)
+    views, *_ = glimpse.CorticalSampling(
+        sides, radii, scales.centred, name="scales"
+    )(images, gazes)
+    folded = cortical.FoldScales(len(sides), name="fold")(
+        blocks.normalize(views)
+    )
+    features = _features(folded, len(scales.sides) == 2, width)
+    joined = _join(features, pooling)
+    if dropout:
+        # The value of the seed has no effect; see `resnets._dropout`.
+        joined = layers.Dropout(dropout, seed=0, name="dropout")(joined)
+    heads = [blocks.logits(joined, num_classes)]
+    if auxiliary:
+        heads += [
+            blocks.logits(own, num_classes, name=f"logits{index}")
+            for index, own in enumerate(features, start=1)
+        ]
+    heads = [
+        blocks.AverageViews(name=f"average{index or ''}")(head, images)
+        for index, head in enumerate(heads)
+    ]
+    logits = blocks.MainHead(name="main")(heads) if auxiliary else heads[0]
+    return keras.Model(images, logits)
+
+
+def _features(folded, small, width):
+    """Returns the features of each scale, `(batch, units)` each."""
+    shape = tuple(folded.shape[2:])
+    features = []
+    for index in range(folded.shape[1]):
+        name = f"scale{index + 1}"
+        if small:
+            net = resnets.resnet20(
+                shape, width=width or 21, downsampling="not_last", name=name
+            )
+        else:
+            net = resnets.resnet18(
+                shape,
+                width=width or 45,
+                stem_stride=1,
+                pool_stride=1,
+                name=name,
+            )
+        view = blocks.SelectView(index, name=f"view{index + 1}")(folded)
+        features.append(net(view))
+    return features

@@ -8,9 +8,6 @@ runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
 --resume continues.
 """
 
-# This module defines the flags and the order of a run. Layers and formulas are
-# in other modules.
-
 import contextlib
 import dataclasses
 import os
@@ -18,15 +15,18 @@ import time
 
 from absl import flags
 
-import catalogue
-import command_line  # Before Keras: it sets TensorFlow's log level.
+from saccade.cli import (
+    catalogue,
+    command_line,
+    legacy,
+    model_flags,
+    training_flags,
+)
+from saccade.cli import runs as trained_runs
+from saccade.core import names as known_names
+from saccade.core import progress, run_folder
+
 import datasets
-import handover_flags
-import model_flags
-import progress
-import run_folder
-import trained_runs
-import training_flags
 
 # Keras is imported inside functions: a missing data set must be reported before
 # TensorFlow has taken seconds to load.
@@ -241,64 +241,6 @@ HELP = command_line.Help(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that a run depends on; it is written to `config.json`.
-
-    Attributes:
-        model: Name in the registry.
-        model_options: Options of `model_backbone.create`.
-        adversarial: An `objectives.AdversarialConfig`; None for standard
-            training.
-        dataset: Name of the data set.
-        recipe: A `recipes.Recipe`.
-        recipe_name: Its name in `recipes.NAMED`; None for the recipe of the
-            data set.
-        step: A `training_step.StepConfig`.
-        robust_validation: Number of validation images that PGD attacks after
-            each epoch.
-        robust_validation_steps: Gradient steps of that PGD.
-        on_collapse: See `robust_training.Loop`.
-        data_dir, image_size, class_list, validation_fraction, skip_corrupt,
-            download: Arguments of `datasets.load`.
-        runs_dir, tag: They determine the run's folder; see `folder`.
-        seed: Seed of all random numbers.
-        distribute: See `training_step.scope`.
-        save_every: Seconds between saves within an epoch.
-        eval_batch_size: Images in a batch of validation and test.
-    """
-
-    model: str
-    dataset: str
-    recipe: object
-    model_options: dict = dataclasses.field(default_factory=dict)
-    adversarial: object | None = None
-    recipe_name: str | None = None
-    step: object | None = None
-    robust_validation: int = 0
-    robust_validation_steps: int = 10
-    on_collapse: str = "stop"
-    data_dir: str | None = None
-    image_size: int | None = None
-    class_list: str | None = None
-    validation_fraction: float = 0.05
-    skip_corrupt: bool = False
-    download: bool = False
-    runs_dir: str = "runs"
-    tag: str = ""
-    seed: int = 0
-    distribute: str = "none"
-    save_every: float = 300.0
-    eval_batch_size: int = 100
-
-    @property
-    def folder(self):
-        """The folder of the run."""
-        return run_folder.folder(
-            self.runs_dir, self.dataset, self.model, self.tag
-        )
-
-
 def config_from_flags():
     """Returns the `RunConfig` of the parsed flags.
 
@@ -306,9 +248,10 @@ def config_from_flags():
         ValueError: If a name or a value does not fit. The message suggests
             similar names.
     """
+    from saccade.training import config as training_config
+    from saccade.training import recipes
+
     import model_backbone
-    import recipes
-    import training_step
 
     _check_effect()
     row = model_backbone.entry(_MODEL.value)
@@ -324,7 +267,7 @@ def config_from_flags():
     }
     name = _recipe_name(options)
     adversarial = _adversarial_from_flags(name)
-    step = training_step.StepConfig(**_given(_STEP))
+    step = training_config.StepConfig(**_given(_STEP))
     if step.replays:  # Each replay is a pass over the images.
         step = dataclasses.replace(
             step,
@@ -338,7 +281,7 @@ def config_from_flags():
     command_line.refuse_idle(
         (not num_attacked, (_ROBUST_STEPS,), "without --robust_validation"),
     )
-    return RunConfig(
+    return training_config.RunConfig(
         model=_MODEL.value,
         dataset=_DATASET.value,
         recipe=_recipe_from_flags(name, adversarial, step.replays),
@@ -389,21 +332,21 @@ def _given(flags_by_name):
 
 def _recipe_name(options):
     """The name of --recipe, or of the recipe of the model and data set."""
-    import recipes
+    from saccade.training import recipes
 
     name = _RECIPE_NAME.value
     if name is None:
         return recipes.by_model(_MODEL.value, _DATASET.value, options)
     if name not in recipes.NAMED:
         raise ValueError(
-            f"Unknown recipe {name!r}.{command_line.near(name, recipes.NAMED)} "
+            f"Unknown recipe {name!r}.{known_names.near(name, recipes.NAMED)} "
             f"Known: {', '.join(recipes.NAMED)}."
         )
     return name
 
 
 def _recipe_from_flags(name, adversarial, replays):
-    import recipes
+    from saccade.training import recipes
 
     if name is not None:
         recipe = recipes.NAMED[name]
@@ -423,8 +366,7 @@ def _recipe_from_flags(name, adversarial, replays):
 
 
 def _adversarial_from_flags(recipe_name):
-    import objectives
-    import recipes
+    from saccade.training import objectives, recipes
 
     given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
     enabled = _ADV_TRAIN.value
@@ -487,7 +429,7 @@ def build(config, data):
     """Builds model and optimizer; the seed determines the weights."""
     import keras
 
-    import recipes
+    from saccade.training import recipes
 
     keras.utils.set_random_seed(config.seed)
     model = _model(config, data)
@@ -497,9 +439,9 @@ def build(config, data):
 
 
 def _model(config, data, dtype=None):
-    import robust_training
+    from saccade.training import checkpoints
 
-    return robust_training.create(
+    return checkpoints.create(
         config.model,
         dtype=dtype,
         num_classes=len(data.class_names),
@@ -512,7 +454,7 @@ def _objective(config, data):
     """The training objective of a run."""
     import keras
 
-    import objectives
+    from saccade.training import objectives
 
     smoothing = config.recipe.label_smoothing
     if not config.adversarial:
@@ -530,15 +472,15 @@ def _objective(config, data):
 
 def _loop(config, data, folder, callbacks):
     """Builds the training loop of a run."""
-    import robust_training
-    import training_progress
+    from saccade.cli import training_progress
+    from saccade.training import loop as training_loop
 
     model, optimizer = build(config, data)
     recipe = config.recipe
     crafting_model = None
     if config.step.craft_dtype == "bfloat16":
         crafting_model = _model(config, data, "mixed_bfloat16")
-    return robust_training.Loop(
+    return training_loop.Loop(
         model=model,
         optimizer=optimizer,
         split=data.train,
@@ -646,7 +588,7 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
 
     Args:
         config: A `RunConfig`.
-        data: Its `datasets.Dataset`; None loads it.
+        data: Its `image_splits.Dataset`; None loads it.
         overwrite: Whether to replace an earlier run of that name.
         resume: Whether to continue an earlier run of that name.
         callbacks: Additional Keras callbacks.
@@ -654,18 +596,17 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
     Returns:
         The record of the final evaluation, also in `results.json`.
     """
-    import training_step
+    from saccade.training import distribution
 
     with command_line.guard():
         size = config.recipe.batch_size
-        scope = training_step.scope(config.distribute, size)
+        scope = distribution.scope(config.distribute, size)
     with scope, trained_runs.owned(config.folder):
         return _run(config, data, overwrite, resume, callbacks)
 
 
 def _run(config, data, overwrite, resume, callbacks):
-    import run_summary
-    import training_progress
+    from saccade.cli import run_summary, training_progress
 
     with command_line.guard():
         data = load_data(config) if data is None else data
@@ -701,19 +642,19 @@ def _run(config, data, overwrite, resume, callbacks):
 
 def _trained(config, data, loop, resume):
     """Trains to the end; returns the record of the final evaluation."""
-    import robust_training
+    from saccade.training import loop as training_loop
 
     folder, started = config.folder, time.monotonic()
     try:
         with command_line.stop_signals() as loop.should_stop:
             with _kept_if_saved(folder, resume):
                 history = loop.train()
-    except robust_training.Interrupted:
+    except training_loop.Interrupted:
         command_line.stop(
             f"stopped at step {loop.progress['step']}, saved in {folder}. "
             "Continue with the same command and --resume."
         )
-    except robust_training.Collapsed as collapse:
+    except training_loop.Collapsed as collapse:
         kept = "Nothing was saved"
         if folder.exists():
             kept = (
@@ -779,10 +720,12 @@ def _validation(config, data):
     the least robust. If the config has no radius (standard training, noise),
     the attack uses the threat model of the data set's adversarial training.
     """
-    import attack_backbone
+    from saccade.attacks import gradient as gradient_attacks
+    from saccade.evaluation import config as evaluation_config
+    from saccade.evaluation import evaluate as robust_evaluation
+    from saccade.training import objectives
+
     import model_backbone
-    import objectives
-    import robust_evaluation
 
     if data.validation is None:
         return None
@@ -797,8 +740,8 @@ def _validation(config, data):
         )
         if not attacked or found["nonfinite_answers"]:
             return found
-        evaluation = robust_evaluation.EvaluationConfig(
-            attack=attack_backbone.PGD(
+        evaluation = evaluation_config.EvaluationConfig(
+            attack=gradient_attacks.PGD(
                 norm=threat.norm,
                 epsilon=threat.epsilon,
                 steps=config.robust_validation_steps,
@@ -851,12 +794,12 @@ def _evaluate(config, data, loop):
 
 def _test(config, images, model, weights, class_names):
     """Computes the accuracy of a run's weights on a split."""
-    import robust_evaluation
-    import robust_training
+    from saccade.evaluation import evaluate as robust_evaluation
+    from saccade.training import checkpoints
 
     path = config.folder / f"{weights}.weights.h5"
     with command_line.guard():
-        robust_training.load_weights(path, model)
+        checkpoints.load_weights(path, model)
     with progress.busy(f"testing the {weights} weights"):
         return robust_evaluation.accuracy(
             model, images, config.eval_batch_size, class_names
@@ -869,31 +812,31 @@ def evaluate(config, data=None):
     Args:
         config: A `RunConfig` that determines the folder. All other settings
             come from the run.
-        data: The run's `datasets.Dataset`; None loads it.
+        data: The run's `image_splits.Dataset`; None loads it.
 
     Returns:
         The record of the run, with new test results.
     """
-    import robust_evaluation
-    import robust_training
+    from saccade.evaluation import config as evaluation_config
+    from saccade.training import checkpoints
 
     folder = config.folder
     with trained_runs.owned(folder, write=False):
         with command_line.guard():
             record, run = _finished(config)
             if data is None:
-                data = trained_runs.load_data(
+                data = datasets.load_data(
                     run, config.data_dir, download=config.download
                 )
-            test = trained_runs.split_of(folder, run, data, "test")
-            model, _ = robust_training.load_run(folder, "last")
+            test = datasets.split_of(folder, run, data, "test")
+            model, _ = checkpoints.load_run(folder, "last")
         with command_line.guard_disk():
             try:
                 for weights in ("last", "best"):
                     record[weights] = _test(
                         config, test, model, weights, data.class_names
                     )
-            except robust_evaluation.EvaluationError as error:
+            except evaluation_config.EvaluationError as error:
                 command_line.fail(error)
     return record
 
@@ -959,7 +902,7 @@ def main():
                 download=_DOWNLOAD.value,
             )
         command_line.load_keras()
-        import record_text
+        from saccade.figures import captions
 
         config = config_from_flags()
     if _ONLY_EVALUATE.value:
@@ -974,7 +917,7 @@ def main():
             f"{found['num_examples']} test images"
             + _nonfinite(found["nonfinite_answers"])
         )
-    record_text.show_classes(
+    captions.show_classes(
         record["best"], _WORST_CLASSES.value, "test images, best weights"
     )
     if record["ended"]:
@@ -987,4 +930,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line.run(main, handover_flags.of_trainer, HELP)
+    command_line.run(main, legacy.of_trainer, HELP)

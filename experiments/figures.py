@@ -14,8 +14,10 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import command_line
-import trained_runs
+from saccade.cli import command_line  # noqa: E402
+from saccade.cli import runs as trained_runs  # noqa: E402
+
+import datasets  # noqa: E402
 
 PARSER = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,14 +34,13 @@ command_line.load_keras()
 
 from keras import ops  # noqa: E402
 
-import attack_records  # noqa: E402
-import datasets  # noqa: E402
+from saccade.core import run_folder, sampling  # noqa: E402
+from saccade.evaluation import records as evaluation_records  # noqa: E402
+from saccade.figures import images as figure_images  # noqa: E402
+from saccade.training import checkpoints  # noqa: E402
+
 import glimpse  # noqa: E402
 import model_backbone  # noqa: E402
-import robust_training  # noqa: E402
-import run_folder  # noqa: E402
-import transformer  # noqa: E402
-import visualize  # noqa: E402
 
 FIGURES = pathlib.Path(__file__).parents[1] / "figures"
 SIZE = 320
@@ -55,10 +56,10 @@ def photographs():
         height, width = image.shape[:2]
         scale = min(height, width) / SIZE
         theta = np.array([[scale * SIZE / width, 0, scale * SIZE / height, 0]])
-        points = transformer.affine_points(
+        points = sampling.affine_points(
             theta.astype("float32"), (height, width), (SIZE, SIZE)
         )
-        view = transformer.sample_bilinear(image[None], points)
+        view = sampling.sample_bilinear(image[None], points)
         found.append(ops.convert_to_numpy(view)[0])
     return np.stack(found)
 
@@ -76,7 +77,7 @@ def retina():
     size = (SIZE, SIZE)
     views = ops.convert_to_numpy(glimpse.retinal_warp(images, gazes))
     boxes = ops.convert_to_numpy(glimpse.fovea_box(gazes, size, size))
-    visualize.glimpse_grid(
+    figure_images.glimpse_grid(
         images,
         [0, 1],
         [0, 1],
@@ -106,14 +107,14 @@ def attacked(folder):
 
 def demo(folder):
     """Where the demo's model looks, and what an attack does to it."""
-    model, config = robust_training.load_run(folder)
+    model, config = checkpoints.load_run(folder)
     data = datasets.load(
         config["dataset"], seed=config["seed"], test_only=True
     ).test
     images = data.read(np.arange(4))
     shown = model_backbone.glimpses(model)(images)
     logits = ops.convert_to_numpy(model(images))
-    visualize.glimpse_grid(
+    figure_images.glimpse_grid(
         images,
         data.labels[:4],
         logits.argmax(-1),
@@ -125,18 +126,18 @@ def demo(folder):
     )
     place = attacked(folder)
     record = run_folder.read_json(place.with_name("results.json"))
-    arrays = attack_records.saved_images(
+    arrays = evaluation_records.saved_images(
         place.parent, tuple(config["image_shape"])
     )
-    chosen = attack_records.attacked(arrays)
+    chosen = evaluation_records.attacked(arrays)
     look = model_backbone.glimpses(model)
-    attack_records.picture(
+    evaluation_records.picture(
         chosen,
         look(chosen["clean"]),
         look(chosen["adversarial"]),
         config["class_names"],
         max_rows=3,
-        title=attack_records.headline(record, arrays),
+        title=evaluation_records.headline(record, arrays),
         path=FIGURES / "attack.png",
     )
 

@@ -13,9 +13,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import command_line  # noqa: E402
-import run_folder  # noqa: E402
-import trained_runs  # noqa: E402
+from saccade.cli import command_line  # noqa: E402
+from saccade.cli import runs as trained_runs  # noqa: E402
+from saccade.core import run_folder  # noqa: E402
 
 
 def radius(epsilon):

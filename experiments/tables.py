@@ -27,10 +27,12 @@ from absl import flags
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import command_line  # noqa: E402
+from saccade.cli import command_line  # noqa: E402
+from saccade.core import names as known_names  # noqa: E402
+from saccade.core import run_folder  # noqa: E402
+from saccade.evaluation import published  # noqa: E402
+
 import datasets  # noqa: E402
-import published  # noqa: E402
-import run_folder  # noqa: E402
 
 _WHICH = flags.DEFINE_string(
     "table", "race", "Table that is made: race, objectives or lineage."
@@ -451,7 +453,7 @@ class Experiment:
         self.epochs = _EPOCHS.value or self.table.epochs
         self.rows = _ROWS.value or list(self.table.rows)
         for row in self.rows:
-            command_line.require_known("rows", row, self.table.rows)
+            known_names.require_known("rows", row, self.table.rows)
         _require_once("rows", self.rows)
         self.jobs = [(row, seed) for seed in _seeds() for row in self.rows]
         for column in self.table.columns:
@@ -644,7 +646,7 @@ class Experiment:
         """Accuracy against what varies: a line a row, bars over the seeds."""
         from matplotlib import figure
 
-        import visualize
+        from saccade.figures import style as figure_style
 
         drawn = figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         axes = drawn.subplots()
@@ -673,7 +675,7 @@ class Experiment:
         axes.set_title(f"{self.dataset}: random targets", fontsize=10)
         if axes.lines:
             axes.legend(frameon=False)
-        visualize.finish(drawn, self.out / f"{self.name}.png")
+        figure_style.finish(drawn, self.out / f"{self.name}.png")
 
 
 def _seeds():
@@ -700,7 +702,7 @@ def _require_once(flag, values):
 
 def _experiment():
     """Makes the experiment of the flags; raises for what is wrong."""
-    command_line.require_known("table", _WHICH.value, TABLES)
+    known_names.require_known("table", _WHICH.value, TABLES)
     experiment = Experiment(_WHICH.value)
     if not _SHOW.value:
         datasets.require(experiment.dataset, data_dir=_DATA_DIR.value)

@@ -54,8 +54,8 @@ TABLE = pathlib.Path(__file__).with_suffix(".txt")
 PROGRAMS = {
     "trainer": ROOT / "trainer.py",
     "adversary": ROOT / "adversary.py",
-    "benchmark": ROOT / "benchmark.py",
-    "parity": ROOT / "parity.py",
+    "speed": ROOT / "benchmarks" / "speed.py",
+    "parity": ROOT / "benchmarks" / "parity.py",
     "tables": ROOT / "experiments" / "tables.py",
     "table": ROOT / "experiments" / "table.py",
     "figures": ROOT / "experiments" / "figures.py",
@@ -505,18 +505,20 @@ def make_runs(shared, names):
 def warm():
     """Imports what programs import; runs no operation of a backend."""
     sys.path.insert(0, str(ROOT))
-    import command_line
+    from saccade.cli import command_line
 
     with command_line.quiet():
         import keras  # noqa: F401
         import matplotlib.pyplot  # noqa: F401
         import tensorboard  # noqa: F401
 
-        import attack_records  # noqa: F401
-        import checklist  # noqa: F401
-        import nonrobust_features  # noqa: F401
-        import protocols  # noqa: F401
-        import robust_training  # noqa: F401
+        from saccade.evaluation import (
+            checklist,  # noqa: F401
+            nonrobust_features,  # noqa: F401
+            protocols,  # noqa: F401
+        )
+        from saccade.evaluation import records as evaluation_records  # noqa: F401
+        from saccade.training import loop as training_loop  # noqa: F401
 
 
 def chosen(only, every):

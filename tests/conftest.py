@@ -10,4 +10,6 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import numerics  # noqa: E402, F401 -- it sets them.
+from saccade.core import keras_settings  # noqa: E402
+
+keras_settings.set_up_keras()

@@ -13,7 +13,7 @@ import sys
 import pytest
 from absl import flags
 
-import command_line
+from saccade.cli import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,7 +23,14 @@ def load(name):
     """Imports a program; returns it and its `absl.flags.FlagValues`."""
     own = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+        patch.setattr(
+            sys,
+            "path",
+            [
+                *(str(ROOT / room) for room in ("benchmarks", "experiments")),
+                *sys.path,
+            ],
+        )
         for kind in ("string", "integer", "float", "boolean", "list"):
             define = getattr(flags, f"DEFINE_{kind}")
             patch.setattr(

@@ -16,7 +16,7 @@ def owning(path):
         The `subprocess.Popen`.
     """
     script = (
-        "import run_folder, time\n"
+        "import time\nfrom saccade.core import run_folder\n"
         f"with run_folder.own({str(path)!r}):\n"
         "    print('mine', flush=True)\n"
         "    time.sleep(600)\n"

@@ -13,12 +13,14 @@ import numpy as np
 import programs
 import pytest
 
-import attack_backbone
+from saccade.attacks import gradient as gradient_attacks
+from saccade.attacks import registry as attack_registry
+from saccade.core import run_folder
+from saccade.evaluation import evaluate as robust_evaluation
+from saccade.training import checkpoints
+
 import datasets
 import model_backbone
-import robust_evaluation
-import robust_training
-import run_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL, OPTIONS = (
@@ -71,7 +73,7 @@ def make_run(folder, data, **changes):
     }
     run_folder.write_json(folder / run_folder.CONFIG, config)
     for weights in ("best", "last"):
-        robust_training.save_weights(folder / f"{weights}.weights.h5", model)
+        checkpoints.save_weights(folder / f"{weights}.weights.h5", model)
     return folder
 
 
@@ -95,12 +97,12 @@ def cli(root, data, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("eot", [None, 4])
-@pytest.mark.parametrize("name", sorted(robust_evaluation.ATTACKS))
+@pytest.mark.parametrize("name", sorted(attack_registry.ATTACKS))
 def test_every_attack_can_be_made_with_and_without_eot(name, eot):
     eot_flag = [] if eot is None else [f"--eot={eot}"]
     programs.parse("adversary", f"--attack={name}", *eot_flag)
     (attack,) = adversary._attacks("linf", (0.1,))
-    if isinstance(attack, attack_backbone.Iterative):
+    if isinstance(attack, gradient_attacks.Iterative):
         assert attack.keep == ("first" if eot is None else "last")
 
 
@@ -227,7 +229,7 @@ class TestScan:
     def test_record_agrees_with_the_saved_images(self, data):
         folder = self.attacks / self.names[1]
         record = run_folder.read_json(folder / "results.json")
-        model, _ = robust_training.load_run(self.attacks.parent)
+        model, _ = checkpoints.load_run(self.attacks.parent)
         with np.load(folder / "adversarial.npz") as file:
             arrays = dict(file)
         np.testing.assert_array_equal(
@@ -297,9 +299,9 @@ class TestScan:
         record = self.attacks / self.names[0] / "results.json"
         before = record.read_bytes()
         try:
-            model, _ = robust_training.load_run(self.attacks.parent)
+            model, _ = checkpoints.load_run(self.attacks.parent)
             model.set_weights([w + 0.01 for w in model.get_weights()])
-            robust_training.save_weights(path, model)
+            checkpoints.save_weights(path, model)
             status, _, err = cli(*SCAN)
         finally:
             path.write_bytes(kept)
@@ -360,16 +362,16 @@ class TestPictures:
     @pytest.fixture
     def drawn(self, monkeypatch):
         """The arguments of each grid of pictures."""
-        import visualize
+        from saccade.figures import images as figure_images
 
         calls = []
-        grid = visualize.attack_grid
+        grid = figure_images.attack_grid
 
         def remember(*args, **kwargs):
             calls.append((args, kwargs))
             return grid(*args, **kwargs)
 
-        monkeypatch.setattr(visualize, "attack_grid", remember)
+        monkeypatch.setattr(figure_images, "attack_grid", remember)
         return calls
 
     def test_pictures_show_only_images_correct_before_the_attack(
@@ -538,7 +540,7 @@ class TestMismatchedRun:
         other = model_backbone.create(
             MODEL, num_classes=3, image_shape=data.image_shape, **OPTIONS
         )
-        robust_training.save_weights(folder / "best.weights.h5", other)
+        checkpoints.save_weights(folder / "best.weights.h5", other)
         status, _, err = cli("--steps=1", runs_dir=tmp_path)
         assert status == 2 and one_line(err)
         assert "best.weights.h5 does not fit" in err
@@ -574,8 +576,8 @@ def test_default_radii_and_batch_size_depend_on_the_images(
 
 def test_different_settings_have_different_folders():
     """Evaluations that differ in any field have different folders."""
-    from attack_backbone import PGD
-    from robust_evaluation import EvaluationConfig
+    from saccade.attacks.gradient import PGD
+    from saccade.evaluation.config import EvaluationConfig
 
     base = PGD(norm="l1", epsilon=0.5)
     changes = dict(
@@ -615,11 +617,12 @@ def test_different_settings_have_different_folders():
 
 def test_request_depends_on_weights_of_run_and_surrogate(tmp_path):
     """If the surrogate is trained further, its record does not apply."""
-    import adversary
-    import attack_backbone
-    from robust_evaluation import EvaluationConfig
+    from saccade.attacks import gradient as gradient_attacks
+    from saccade.evaluation.config import EvaluationConfig
 
-    evaluation = EvaluationConfig(attack_backbone.FGSM(epsilon=0.1))
+    import adversary
+
+    evaluation = EvaluationConfig(gradient_attacks.FGSM(epsilon=0.1))
     folders = [tmp_path / name for name in ("attacked", "surrogate")]
     config = adversary.AdversaryConfig(
         folders[0], (), surrogate=str(folders[1])
@@ -656,13 +659,13 @@ def test_unknown_flag_ends_the_program_with_status_2(root):
 def test_softmax_model_is_refused(cli, root, monkeypatch):
     import keras
 
-    load_run = robust_training.load_run
+    load_run = checkpoints.load_run
 
     def with_softmax(*args, **kwargs):
         model, run = load_run(*args, **kwargs)
         return keras.Sequential([model, keras.layers.Softmax()]), run
 
-    monkeypatch.setattr(robust_training, "load_run", with_softmax)
+    monkeypatch.setattr(checkpoints, "load_run", with_softmax)
     status, _, err = cli("--steps=1", "--epsilon=0.25", "--num_examples=4")
     assert status == 2 and one_line(err) and "Remove the softmax" in err
 
@@ -675,7 +678,7 @@ def test_stochastic_run_requires_eot(cli, data, tmp_path, monkeypatch):
     folder = make_run(
         tmp_path / "run", data, model="resnet_cifar", model_options=options
     )
-    robust_training.save_weights(folder / "best.weights.h5", model)
+    checkpoints.save_weights(folder / "best.weights.h5", model)
     fast = ("--steps=1", "--epsilon=0.1", "--num_examples=4")
     status, _, err = cli(*fast, runs_dir=tmp_path)
     assert status == 2 and one_line(err) and "--eot=20" in err
@@ -716,7 +719,7 @@ def test_protocol_prints_and_writes_its_table(cli, root):
 
 
 def test_failed_check_gives_status_1_and_is_named(cli, root, monkeypatch):
-    import checklist
+    from saccade.evaluation import checklist
 
     monkeypatch.setattr(
         checklist,

@@ -15,9 +15,10 @@ import pytest
 import scipy.io
 from pictures import noise, one_line, save, solid
 
+from saccade.data import imagenet, pipeline
+from saccade.data import splits as image_splits
+
 import datasets
-import image_files
-import image_splits
 
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079")
 WNIDS += ("n03394916", "n03417042", "n03425413", "n03445777", "n03888257")
@@ -404,8 +405,8 @@ def test_lazy_and_decoded_images_are_the_same(tmp_path, monkeypatch):
     lazy = datasets.load("folder", **options)
     order = image_splits.epoch_order(len(lazy.train), 0, 0)
     for ours, theirs in zip(
-        image_splits.batches(lazy.train, order, 32),
-        image_splits.batches(decoded.train, order, 32),
+        pipeline.batches(lazy.train, order, 32),
+        pipeline.batches(decoded.train, order, 32),
         strict=True,
     ):
         for one, other in zip(ours, theirs, strict=True):
@@ -544,12 +545,12 @@ def test_default_sizes_of_photographs(tmp_path):
 
 def test_the_lists_hold_what_their_names_say():
     whole = datasets._LISTS / "imagenet.txt"
-    known = image_files.read_wnids(whole)
+    known = imagenet.read_wnids(whole)
     assert len(known) == 1000
     for name, size in (("imagenet10", 10), ("imagenet100", 100)):
-        listed = image_files.read_wnids(datasets._LISTS / f"{name}.txt")
+        listed = imagenet.read_wnids(datasets._LISTS / f"{name}.txt")
         assert len(listed) == size and set(listed) < set(known)
-    wnids, names, _ = image_files.class_list(whole, whole)
+    wnids, names, _ = imagenet.class_list(whole, whole)
     assert list(wnids) == sorted(known) and len(set(names)) == 1000
 
 

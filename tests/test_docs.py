@@ -7,10 +7,9 @@ import shlex
 import pytest
 import test_readme
 
-import catalogue
-import checklist
-import glimpse
-import handover_flags
+from saccade.cli import catalogue, legacy
+from saccade.data import augment
+from saccade.evaluation import checklist
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -47,7 +46,7 @@ def named(text):
     "name, title, known",
     [
         ("data", "Names", catalogue.DATA_SETS),
-        ("data", "Augmentation", glimpse.AUGMENTATIONS),
+        ("data", "Augmentation", augment.AUGMENTATIONS),
         ("models", "Names", catalogue.MODELS),
         ("attacks", "Attacks", catalogue.ATTACKS),
         ("attacks", "Protocols", catalogue.PROTOCOLS),
@@ -103,7 +102,7 @@ def test_the_old_flags_of_the_history_are_translated_or_refused():
     for flag in old:
         given = f"--{flag}=1"
         try:
-            words = handover_flags.of_adversary([given])
+            words = legacy.of_adversary([given])
         except ValueError as error:
             assert f"--{flag}" in str(error)
             continue

@@ -6,9 +6,12 @@ import pytest
 import scipy.ndimage
 from keras import ops
 
+from saccade.core import gradients, randomness, sampling
+from saccade.data import augment
+
 import glimpse
-import numerics
-import transformer
+
+pytestmark = pytest.mark.every_backend
 
 
 def numpy(x):
@@ -91,7 +94,7 @@ class TestRetinalWarp:
         out = numpy(glimpse.retinal_warp(images, gazes))
         points = numpy(glimpse.retina_points(gazes, (20, 20), (20, 20)))
         np.testing.assert_allclose(
-            out, numpy(transformer.sample_bilinear(images, points)), atol=1e-6
+            out, numpy(sampling.sample_bilinear(images, points)), atol=1e-6
         )
 
     def test_a_shared_gaze_is_the_same_gaze_for_all(self):
@@ -125,7 +128,7 @@ class TestRetinalWarp:
             return ops.sum(ops.multiply(view, weights), axis=(1, 2, 3))
 
         at = np.array([[1.3, -0.7]], "float32")
-        _, gradient = numerics.value_and_grad(loss, ops.convert_to_tensor(at))
+        _, gradient = gradients.value_and_grad(loss, ops.convert_to_tensor(at))
         for axis in range(2):
             step = np.zeros((1, 2), "float32")
             step[0, axis] = 0.05
@@ -188,7 +191,7 @@ class TestBlur:
             blurred = glimpse.gaussian_blur(x, 4)
             return ops.sum(ops.multiply(blurred, upstream), (1, 2, 3))
 
-        _, gradient = numerics.value_and_grad(loss, images)
+        _, gradient = gradients.value_and_grad(loss, images)
         np.testing.assert_allclose(
             numpy(gradient), scipy_blur(upstream, 4), atol=2e-6
         )
@@ -239,7 +242,7 @@ class TestCrop:
             crops, _ = glimpse.crop(x, gazes, 6)
             return ops.sum(ops.multiply(crops, upstream), (1, 2, 3, 4))
 
-        _, gradient = numerics.value_and_grad(loss, images)
+        _, gradient = gradients.value_and_grad(loss, images)
         want = np.zeros((2, 30, 30, 3))
         for i in range(2):
             for j in range(2):
@@ -412,20 +415,20 @@ class TestFixations:
 
 class TestAugment:
     keys = staticmethod(
-        lambda n, step=0: numerics.example_keys(0, np.arange(n), step)
+        lambda n, step=0: randomness.example_keys(0, np.arange(n), step)
     )
 
     def test_none_changes_nothing(self):
         images = np.random.default_rng(0).random((2, 8, 8, 3)).astype("f4")
-        out = glimpse.augment(images, self.keys(2), glimpse.Augmentation())
+        out = augment.augment(images, self.keys(2), augment.Augmentation())
         np.testing.assert_array_equal(numpy(out), images)
 
     def test_flip_mirrors_about_half_of_the_images_exactly(self):
         image = np.random.default_rng(0).random((1, 8, 9, 3)).astype("f4")
         images = np.repeat(image, 200, 0)
         out = numpy(
-            glimpse.augment(
-                images, self.keys(200), glimpse.Augmentation(flip=True)
+            augment.augment(
+                images, self.keys(200), augment.Augmentation(flip=True)
             )
         )
         same = (out == images).all((1, 2, 3))
@@ -439,8 +442,8 @@ class TestAugment:
         places = np.mgrid[0:20, 0:20].transpose(1, 2, 0).astype("float32")
         images = np.repeat(places[None], 100, 0)
         out = numpy(
-            glimpse.augment(
-                images, self.keys(100), glimpse.Augmentation(crop=crop)
+            augment.augment(
+                images, self.keys(100), augment.Augmentation(crop=crop)
             )
         )
         middle = out[:, 5:15, 5:15]  # The border blends with black.
@@ -457,8 +460,8 @@ class TestAugment:
     def test_area_and_aspect_of_a_crop_are_drawn(self):
         places = np.mgrid[0:40, 0:40].transpose(1, 2, 0).astype("float32")
         images = np.repeat(places[None], 400, 0)
-        drawn = glimpse.Augmentation(area=0.1, aspect=4 / 3)
-        out = numpy(glimpse.augment(images, self.keys(400), drawn))
+        drawn = augment.Augmentation(area=0.1, aspect=4 / 3)
+        out = numpy(augment.augment(images, self.keys(400), drawn))
         middle = out[:, 10:30, 10:30]
         high = (middle[:, -1, 0, 0] - middle[:, 0, 0, 0]) / 19
         wide = (middle[:, 0, -1, 1] - middle[:, 0, 0, 1]) / 19
@@ -479,8 +482,8 @@ class TestAugment:
         places = np.mgrid[0:21, 0:21].transpose(1, 2, 0).astype("float32")
         images = np.repeat(places[None], 200, 0)
         out = numpy(
-            glimpse.augment(
-                images, self.keys(200), glimpse.Augmentation(rotation=0.5)
+            augment.augment(
+                images, self.keys(200), augment.Augmentation(rotation=0.5)
             )
         )
         arm = out[:, 10, 15] - out[:, 10, 10]
@@ -493,13 +496,13 @@ class TestAugment:
         images = np.repeat(
             np.random.default_rng(0).random((1, 12, 12, 1)), 6, 0
         ).astype("float32")
-        digits = glimpse.AUGMENTATIONS["digits"]
+        digits = augment.AUGMENTATIONS["digits"]
         keys = self.keys(6)
-        out = numpy(glimpse.augment(images, keys, digits))
+        out = numpy(augment.augment(images, keys, digits))
         assert len(np.unique(out.reshape(6, -1), axis=0)) == 6
-        tail = numpy(glimpse.augment(images[4:], keys[4:], digits))
+        tail = numpy(augment.augment(images[4:], keys[4:], digits))
         np.testing.assert_array_equal(out[4:], tail)
-        other = numpy(glimpse.augment(images, self.keys(6, step=1), digits))
+        other = numpy(augment.augment(images, self.keys(6, step=1), digits))
         assert np.all((out != other).any((1, 2, 3)))
 
 

@@ -12,7 +12,7 @@ import sys
 import keras
 import pytest
 
-import run_folder
+from saccade.core import run_folder
 
 pytestmark = pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
@@ -39,7 +39,7 @@ optimizer.build(model.trainable_variables)
 step = training_step.make_step(model, optimizer, training_step.STANDARD)
 loss = float(step(images, labels, np.arange(6, dtype="int32"), 0)[0])
 split = image_splits.Split("test", labels, lambda indices: images[indices])
-config = robust_evaluation.EvaluationConfig(attack_backbone.PGD(steps=2))
+config = evaluation_config.EvaluationConfig(gradient_attacks.PGD(steps=2))
 _, arrays = robust_evaluation.evaluate(model, split, config)
 arrays = [*(np.array(v) for v in model.variables), arrays["adversarial"]]
 print(json.dumps({{

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-import attention
+from saccade.models import attention, blocks, registry
+from saccade.training import step as training_step
+
 import glimpse
 import model_backbone
-import model_parts
-import model_registry
-import training_step
+
+pytestmark = pytest.mark.every_backend
 
 SMALL = {"width": 4}
 BRANCHED = {"num_transformers": 3, "width": 4, "localization_width": 4}
@@ -388,7 +389,7 @@ def test_frozen_controls_have_their_fixed_views():
     ],
 )
 def test_default_backbone_depends_on_the_image_size(shape, want):
-    assert model_parts.fitting(shape) == want
+    assert blocks.fitting(shape) == want
 
 
 @pytest.mark.parametrize(
@@ -460,7 +461,7 @@ def test_global_pooling_ignores_positions():
 
 def test_registering_a_name_twice_raises():
     with pytest.raises(ValueError, match="already registered by multi_gaze"):
-        model_registry.register("multi_gaze", reference="", image_size=1)(
+        registry.register("multi_gaze", reference="", image_size=1)(
             lambda: None
         )
 

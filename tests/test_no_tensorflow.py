@@ -8,7 +8,9 @@ import keras
 import pytest
 from programs import ROOT
 
-import training_progress
+from saccade.cli import training_progress
+
+pytestmark = pytest.mark.every_backend
 
 # Imported by Python when it starts; TensorFlow is then as good as missing.
 HIDE = """

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import attack_backbone
+from saccade.attacks import gradient as gradient_attacks
+from saccade.core import run_folder
+from saccade.evaluation import config as evaluation_config
+from saccade.evaluation import evaluate as robust_evaluation
+from saccade.training import checkpoints
+
 import datasets
 import model_backbone
-import robust_evaluation
-import robust_training
-import run_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATH = ROOT / "view_images.ipynb"
@@ -84,15 +86,15 @@ def make_run(folder, name, options, attacked):
         name, num_classes=10, image_shape=data.image_shape, **options
     )
     for weights in ("best", "last"):
-        robust_training.save_weights(folder / f"{weights}.weights.h5", model)
+        checkpoints.save_weights(folder / f"{weights}.weights.h5", model)
     if attacked:
         with (folder / "history.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, robust_training.HISTORY)
+            writer = csv.DictWriter(file, checkpoints.HISTORY)
             writer.writeheader()
             writer.writerow({"epoch": 1, "loss": 2.3, "accuracy": 0.1})
         write_results(folder, model, data.test)
-        evaluation = robust_evaluation.EvaluationConfig(
-            attack_backbone.FGSM(epsilon=0.1),
+        evaluation = evaluation_config.EvaluationConfig(
+            gradient_attacks.FGSM(epsilon=0.1),
             indices=half_right(model, data.test),
         )
         record, arrays = robust_evaluation.evaluate(

@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-import robust_evaluation
+from saccade.attacks import registry as attack_registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROGRAMS = ("trainer", "adversary", "benchmark", "parity")
+PROGRAMS = ("trainer", "adversary", "benchmarks/speed", "benchmarks/parity")
 HANDOVER = (
     "python trainer.py --model=parallel_transformers --dataset=imagenet10 "
     "--sampling=0 --coarse_fixations=0 --augment=1 --auxiliary=0 "
@@ -28,6 +28,8 @@ HANDOVER = (
 PARSE = """
 import importlib, json, sys
 program, commands = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, program.rpartition("/")[0])
+program = program.rpartition("/")[2]
 module = importlib.import_module(program)
 from absl import flags
 errors = {}
@@ -112,4 +114,4 @@ def test_the_table_of_attacks_names_each_of_them():
     section = README.split("### Attacks")[1].split("\n### ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(robust_evaluation.ATTACKS)
+    assert sorted(named) == sorted(attack_registry.ATTACKS)

@@ -17,15 +17,16 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import attack_backbone
-import command_line
+from saccade.attacks import gradient as gradient_attacks
+from saccade.cli import command_line
+from saccade.data import splits as image_splits
+from saccade.evaluation import config as evaluation_config
+from saccade.evaluation import evaluate as robust_evaluation
+from saccade.training import checkpoints, objectives, recipes
+from saccade.training import loop as training_loop
+
 import datasets
-import image_splits
 import model_backbone
-import objectives
-import recipes
-import robust_evaluation
-import robust_training
 import trainer
 
 ROOT = pathlib.Path(trainer.__file__).parent
@@ -59,7 +60,7 @@ def tiny(size=12, classes=3):
         images += labels[:, None, None, None] / 6
         return image_splits.Split(name, labels, lambda i: images[i])
 
-    return datasets.Dataset(
+    return image_splits.Dataset(
         name="cluttered_digits",
         class_names=tuple("abc"[:classes]),
         image_shape=(size, size, 1),
@@ -404,7 +405,7 @@ class TestRun:
             correct = np.diagonal(counts).tolist()
             assert correct == classes["clean_correct"]
         # Compared with the accuracy of the rebuilt model.
-        model, _ = robust_training.load_run(folder)
+        model, _ = checkpoints.load_run(folder)
         data = tiny().test
         logits = model.predict(data.read(np.arange(10)), verbose=0)
         want = np.mean(logits.argmax(-1) == data.labels)
@@ -414,7 +415,7 @@ class TestRun:
         def weights(line):
             chosen = config(tmp_path, line)
             trainer.run(chosen, tiny())
-            model, _ = robust_training.load_run(chosen.folder, "last")
+            model, _ = checkpoints.load_run(chosen.folder, "last")
             return np.concatenate([w.ravel() for w in model.get_weights()])
 
         first, again = weights("--tag=a"), weights("--tag=b")
@@ -433,7 +434,7 @@ class TestRun:
         def fail(self):
             raise ValueError("not so")
 
-        monkeypatch.setattr(robust_training.Loop, "_make_step", fail)
+        monkeypatch.setattr(training_loop.Loop, "_make_step", fail)
         with pytest.raises(ValueError, match="not so"):
             trainer.run(chosen, tiny(), resume=resume)
         assert chosen.folder.exists() == resume
@@ -511,14 +512,14 @@ class TestRun:
         line = "--epochs=1 --robust_validation=7 --robust_validation_steps=3"
         chosen = adversarial(tmp_path, line)
         record = trainer.run(chosen, tiny())
-        model, _ = robust_training.load_run(chosen.folder, "last")
+        model, _ = checkpoints.load_run(chosen.folder, "last")
         held = tiny().validation
         clean = robust_evaluation.accuracy(model, held)
         attacked, _ = robust_evaluation.evaluate(
             model,
             held,
-            robust_evaluation.EvaluationConfig(
-                attack_backbone.PGD(epsilon=0.1, steps=3, keep="first"),
+            evaluation_config.EvaluationConfig(
+                gradient_attacks.PGD(epsilon=0.1, steps=3, keep="first"),
                 num_examples=7,
             ),
         )
@@ -580,7 +581,7 @@ class TestRun:
         assert record["ended"] is None and record["step"] == written["step"]
         assert record["objective"]["train_mode"] is False
         # The averaged weights are validated and saved.
-        model, _ = robust_training.load_run(chosen.folder, "last")
+        model, _ = checkpoints.load_run(chosen.folder, "last")
         held = robust_evaluation.accuracy(model, tiny().validation)
         row = history(chosen.folder)[0]
         assert float(row["validation_loss"]) == pytest.approx(held["loss"])
@@ -624,7 +625,7 @@ class TestRun:
         def full(*arguments):
             raise OSError(28, "No space left on device", "state.npz")
 
-        monkeypatch.setattr(robust_training, "save_state", full)
+        monkeypatch.setattr(checkpoints, "save_state", full)
         with pytest.raises(SystemExit) as stopped:
             trainer.run(config(tmp_path), tiny())
         assert stopped.value.code == 2

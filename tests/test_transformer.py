@@ -6,8 +6,11 @@ import pytest
 import scipy.ndimage
 from keras import ops
 
-import numerics
+from saccade.core import compilation, gradients, sampling
+
 import transformer
+
+pytestmark = pytest.mark.every_backend
 
 
 def numpy(x):
@@ -31,15 +34,15 @@ def points():
     return rng.uniform(-3, 11, (2, 4, 5, 2)).astype("float32")
 
 
-@pytest.mark.parametrize("padding", transformer.PADDINGS)
+@pytest.mark.parametrize("padding", sampling.PADDINGS)
 class TestSampleBilinear:
     def test_identity_is_exact(self, images, padding):
         points = np.repeat(identity_points(6, 9), 2, 0)
-        out = transformer.sample_bilinear(images, points, padding)
+        out = sampling.sample_bilinear(images, points, padding)
         np.testing.assert_array_equal(numpy(out), images)
 
     def test_agrees_with_scipy(self, images, points, padding):
-        out = numpy(transformer.sample_bilinear(images, points, padding))
+        out = numpy(sampling.sample_bilinear(images, points, padding))
         # Padding by hand: SciPy's own "constant" does not blend at the edge.
         mode = {"zeros": "constant", "edge": "edge"}[padding]
         for b in range(2):
@@ -59,15 +62,15 @@ class TestSampleBilinear:
         weights = weights.astype("float32")
 
         def loss(images, points):
-            out = transformer.sample_bilinear(images, points, padding)
+            out = sampling.sample_bilinear(images, points, padding)
             return ops.sum(ops.multiply(out, weights), axis=(1, 2, 3))
 
-        out = transformer.sample_bilinear(images, points, padding)
+        out = sampling.sample_bilinear(images, points, padding)
         tensors = [ops.convert_to_tensor(v) for v in (images, points)]
-        _, to_images = numerics.value_and_grad(
+        _, to_images = gradients.value_and_grad(
             lambda x: loss(x, tensors[1]), tensors[0]
         )
-        _, to_points = numerics.value_and_grad(
+        _, to_points = gradients.value_and_grad(
             lambda x: loss(tensors[0], x), tensors[1]
         )
         theirs = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
@@ -95,9 +98,9 @@ class TestSampleBilinear:
         """d ramp / d column = 1 inside, and nothing moves far outside."""
         ramp = np.tile(np.arange(9, dtype="float32"), (1, 6, 1))[..., None]
         points = np.array([[[1.7, 2.3], [3.2, 5.5], [2.0, -30.0]]], "float32")
-        _, gradient = numerics.value_and_grad(
+        _, gradient = gradients.value_and_grad(
             lambda p: ops.sum(
-                transformer.sample_bilinear(ramp, p, padding), axis=(1, 2)
+                sampling.sample_bilinear(ramp, p, padding), axis=(1, 2)
             ),
             ops.convert_to_tensor(points),
         )
@@ -107,9 +110,9 @@ class TestSampleBilinear:
 
     def test_compiles(self, images, points, padding):
         def sample(images, points):
-            return transformer.sample_bilinear(images, points, padding)
+            return sampling.sample_bilinear(images, points, padding)
 
-        compiled = numerics.compile_call(sample)
+        compiled = compilation.compile_call(sample)
         np.testing.assert_allclose(
             numpy(compiled(images, points)),
             numpy(sample(images, points)),
@@ -121,8 +124,8 @@ def test_one_batch_of_any_shape_of_points(images):
     flat = np.random.default_rng(0).uniform(0, 5, (2, 12, 2)).astype("float32")
     deep = flat.reshape(2, 3, 2, 2, 2)
     np.testing.assert_array_equal(
-        numpy(transformer.sample_bilinear(images, deep)).reshape(2, 12, 3),
-        numpy(transformer.sample_bilinear(images, flat)),
+        numpy(sampling.sample_bilinear(images, deep)).reshape(2, 12, 3),
+        numpy(sampling.sample_bilinear(images, flat)),
     )
 
 
@@ -137,7 +140,7 @@ def test_one_batch_of_any_shape_of_points(images):
 def test_errors_say_what_came(shapes, padding, match):
     images, points = (np.zeros(shape, "float32") for shape in shapes)
     with pytest.raises(ValueError, match=match):
-        transformer.sample_bilinear(images, points, padding)
+        sampling.sample_bilinear(images, points, padding)
 
 
 IDENTITY = np.array([[1, 0, 0, 0, 1, 0]], "float32")
@@ -156,7 +159,7 @@ def test_identity_view_is_the_image_bit_for_bit(size):
 def test_points_agree_with_torch_affine_grid(view):
     torch = pytest.importorskip("torch")
     theta = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
-    ours = numpy(transformer.affine_points(theta, (6, 9), view))
+    ours = numpy(sampling.affine_points(theta, (6, 9), view))
     grid = torch.nn.functional.affine_grid(
         torch.tensor(theta.reshape(3, 2, 3)), (3, 1, *view), False
     ).numpy()
@@ -173,7 +176,7 @@ def test_box_and_centre_are_where_the_view_reads(view, side):
     layer = transformer.SpatialTransformer(view)
     _, box, centre = layer(np.zeros((1, *side, 1), "float32"), theta)
     rows, columns = view or side
-    points = numpy(transformer.affine_points(theta, side, (rows, columns)))[0]
+    points = numpy(sampling.affine_points(theta, side, (rows, columns)))[0]
     down, right = points[1, 0, 0] - points[0, 0, 0], None
     right = points[0, 1, 1] - points[0, 0, 1]
     want = [
@@ -197,7 +200,7 @@ def test_box_of_a_rotated_view_encloses_all_its_samples():
     ).astype("float32")
     theta = theta * np.array([0.5, 0.5, 1, 0.5, 0.5, 1], "float32")
     top, left, bottom, right = numpy(transformer.affine_box(theta))[0]
-    points = numpy(transformer.affine_points(theta, (50, 50), (80, 80)))
+    points = numpy(sampling.affine_points(theta, (50, 50), (80, 80)))
     places = (points.reshape(-1, 2) + 0.5) / 50
     low, high = places.min(0), places.max(0)
     assert top <= low[0] and left <= low[1]
@@ -212,7 +215,7 @@ def test_box_and_centre_have_a_gradient(which):
         "box": lambda t: transformer.affine_box(t)[..., 1],
         "centre": lambda t: transformer.affine_centre(t, (20, 30))[..., 1],
     }[which]
-    _, gradient = numerics.value_and_grad(fn, theta)
+    _, gradient = gradients.value_and_grad(fn, theta)
     want = {"box": [-0.5, 0.5, 0, 0], "centre": [0, 15, 0, 0]}[which]
     np.testing.assert_allclose(numpy(gradient)[0], want)
 
@@ -220,11 +223,9 @@ def test_box_and_centre_have_a_gradient(which):
 def test_restricted_equals_full():
     restricted = np.array([[0.5, 0.1, 0.7, -0.2]], "float32")
     full = np.array([[0.5, 0, 0.1, 0, 0.7, -0.2]], "float32")
-    np.testing.assert_array_equal(
-        numpy(transformer.full_affine(restricted)), full
-    )
+    np.testing.assert_array_equal(numpy(sampling.full_affine(restricted)), full)
     with pytest.raises(ValueError, match=r"theta.shape=\(1, 5\)"):
-        transformer.full_affine(np.zeros((1, 5), "float32"))
+        sampling.full_affine(np.zeros((1, 5), "float32"))
 
 
 def test_several_views_at_once_equal_one_at_a_time(images):

@@ -5,14 +5,14 @@ import numpy as np
 from keras import layers, ops
 from norms import array
 
-import numerics
+from saccade.core import randomness
 
 HIDDEN = 8
 
 
 def keys_for(count, seed=0):
     """Returns one key for each example, int32 `(count, 2)`."""
-    return numerics.example_keys(seed, np.arange(count, dtype="int32"))
+    return randomness.example_keys(seed, np.arange(count, dtype="int32"))
 
 
 def make_data(shape, classes, count=24, seed=0):

@@ -1,0 +1,537 @@
+"""Compares our attacks with those of other libraries on the same weights.
+
+    python benchmarks/parity.py --run=runs/mnist-madry_cnn --epsilon=0.3
+    python benchmarks/parity.py --run=RUN --norm=l1 --epsilon=10 \\
+      --attacks=autoattack --libraries=saccade,pyautoattack
+
+The libraries are torchattacks, Foolbox, ART and pyautoattack, the package of
+AutoAttack's authors. Only pyautoattack is compared in L2 and L1.
+
+Each job, one attack of one library, runs in a process of its own: ours on
+--backend, the others on Keras's Torch backend with the same function. PGD
+starts at the image, so that libraries do not differ by chance. The result of a
+job is a file in <run>/parity/; a job that has one is not run again. Needs the
+torch and peers extras.
+"""
+
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from saccade.cli import command_line  # noqa: E402
+from saccade.cli import runs as trained_runs  # noqa: E402
+from saccade.core import names as known_names  # noqa: E402
+from saccade.core import run_folder  # noqa: E402
+
+import datasets  # noqa: E402
+
+OURS = ("saccade", "saccade_bfloat16")
+# By the module of each.
+PEERS = ("torchattacks", "foolbox", "art", "pyautoattack")
+ATTACKS = ("fgsm", "pgd", "apgd", "apgd_t", "fab", "square", "autoattack")
+# The attacks of `ATTACKS` that pyautoattack has, by its names.
+MEMBERS = {
+    "apgd": ["apgd-ce"],
+    "apgd_t": ["apgd-t"],
+    "fab": ["fab-t"],
+    "square": ["square"],
+    "autoattack": ["apgd-ce", "apgd-t", "fab-t", "square"],
+}
+ORDERS = {"l1": 1, "l2": 2, "linf": math.inf}
+
+_RUN = flags.DEFINE_string(
+    "run",
+    None,
+    "Folder of the run that is attacked. By default none: required.",
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Folder of the data set's files. By default the one that the run was "
+    "trained with.",
+)
+_NORM = flags.DEFINE_string(
+    "norm",
+    "linf",
+    "Norm of the ball: linf, l2 or l1. Of the other libraries, only "
+    "pyautoattack is compared in l2 and l1.",
+)
+_EPSILON = flags.DEFINE_string(
+    "epsilon",
+    None,
+    "Radius of the ball, in units of the pixel range: 0.3 or 8/255, for "
+    "example. By default none: required.",
+)
+_ATTACKS = flags.DEFINE_list(
+    "attacks",
+    [name for name in ATTACKS if name != "apgd_t"],
+    "Attacks, separated by commas.",
+)
+_LIBRARIES = flags.DEFINE_list(
+    "libraries",
+    [name for name in (*OURS, *PEERS) if name != "pyautoattack"],
+    "Libraries, separated by commas.",
+)
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples",
+    500,
+    "Number of test images, drawn by --seed.",
+    lower_bound=1,
+)
+_ONLY_RIGHT = flags.DEFINE_boolean(
+    "only_right",
+    False,
+    "Whether only images are attacked that the model classifies correctly.",
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 100, "Images that are attacked at a time.", lower_bound=1
+)
+_PGD_STEPS = flags.DEFINE_integer(
+    "pgd_steps", 50, "Gradient steps of pgd.", lower_bound=1
+)
+_QUERIES = flags.DEFINE_integer(
+    "queries", 5000, "Queries of square for each image.", lower_bound=1
+)
+_BACKEND = flags.DEFINE_string(
+    "backend",
+    "tensorflow",
+    "Keras backend of Saccade's own jobs: tensorflow, jax or torch.",
+)
+_SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Seed from which all randomness comes.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+)
+_JOB = flags.DEFINE_string(
+    "job",
+    None,
+    "One job, library/attack, that the program runs in a process of its own. "
+    "By default none: all jobs.",
+)
+
+
+def ours(library, attack, model, split, order, context):
+    """Runs one of our attacks; returns (adversarial images, times)."""
+    from saccade.attacks import autoattack, square
+    from saccade.attacks import gradient as gradient_attacks
+    from saccade.evaluation import config as evaluation_config
+    from saccade.evaluation import evaluate as robust_evaluation
+    from saccade.training import checkpoints
+
+    ball = {"norm": _NORM.value, "epsilon": context["epsilon"]}
+    suite = autoattack.AutoAttack(**ball)
+    apgd, apgd_t, fab_t, _ = suite.members()
+    attack = {
+        "fgsm": gradient_attacks.FGSM(**ball),
+        "pgd": gradient_attacks.PGD(
+            **ball, steps=_PGD_STEPS.value, keep="first", random_start=0
+        ),
+        "apgd": apgd,
+        "apgd_t": apgd_t,
+        "fab": fab_t,
+        # The last row and column are spared by the other libraries.
+        "square": square.Square(**ball, n_queries=_QUERIES.value, spared=1),
+        "autoattack": suite,
+    }[attack]
+    half = library.endswith("bfloat16")
+    surrogate = None
+    if half:
+        surrogate, _ = checkpoints.load_run(_RUN.value, dtype="mixed_bfloat16")
+    config = evaluation_config.EvaluationConfig(
+        attack,
+        indices=tuple(int(i) for i in order),
+        batch_size=_BATCH_SIZE.value,
+        seed=_SEED.value,
+        craft_dtype="bfloat16" if half else "float32",
+    )
+    times = []
+    # The second time nothing is traced: that is the speed of a long job.
+    for _ in range(2 if attack.name in ("fgsm", "pgd") else 1):
+        started = time.perf_counter()
+        _, arrays = robust_evaluation.evaluate(
+            model, split, config, surrogate=surrogate, save_images=-1
+        )
+        times.append(time.perf_counter() - started)
+    return arrays["adversarial"], times
+
+
+def theirs(library, attack, model, images, labels, context):
+    """Runs another library's attack; returns (adversarial images, times).
+
+    Returns None if the library does not have the attack.
+    """
+    import numpy as np
+    import torch
+
+    class Channels(torch.nn.Module):
+        """The model on channels first, as these libraries want it."""
+
+        def __init__(self):
+            super().__init__()
+            self.keras_model = model
+
+        def forward(self, x):
+            x = x.permute(0, 2, 3, 1).contiguous()
+            return self.keras_model(x, training=False)
+
+    torch.manual_seed(_SEED.value)
+    np.random.seed(_SEED.value)  # ART draws from it.
+    net = Channels().eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    y = torch.tensor(labels, dtype=torch.int64)
+    make = {
+        "torchattacks": _torchattacks,
+        "foolbox": _foolbox,
+        "art": _art,
+        "pyautoattack": _pyautoattack,
+    }
+    run = None
+    if _NORM.value == "linf" or library == "pyautoattack":
+        run = make[library](attack, net, x, context)
+    if run is None:
+        return None
+    size, parts = _BATCH_SIZE.value, []
+    started = time.perf_counter()
+    for start in range(0, len(x), size):
+        parts.append(run(x[start : start + size], y[start : start + size]))
+    seconds = time.perf_counter() - started
+    return torch.cat(parts).permute(0, 2, 3, 1).numpy(), [seconds]
+
+
+def _torchattacks(attack, net, x, context):
+    import torchattacks as peers
+
+    epsilon, classes = context["epsilon"], context["classes"]
+    steps = _PGD_STEPS.value
+    made = {
+        "fgsm": lambda: peers.FGSM(net, eps=epsilon),
+        "pgd": lambda: peers.PGD(
+            net,
+            eps=epsilon,
+            alpha=2.5 * epsilon / steps,
+            steps=steps,
+            random_start=False,
+        ),
+        # Its own defaults are ten steps; the published ones are a hundred.
+        "apgd": lambda: peers.APGD(net, eps=epsilon, steps=100),
+        "apgdt": lambda: peers.APGDT(
+            net, eps=epsilon, steps=100, n_classes=classes
+        ),
+        "fab": lambda: peers.FAB(
+            net,
+            eps=epsilon,
+            steps=100,
+            multi_targeted=True,
+            n_classes=classes,
+        ),
+        "square": lambda: peers.Square(
+            net, eps=epsilon, n_queries=_QUERIES.value, seed=_SEED.value
+        ),
+    }
+    if attack == "autoattack":
+        members = ("apgd", "apgdt", "fab", "square")
+        found = peers.MultiAttack([made[name]() for name in members])
+    else:
+        found = made[attack]()
+    return lambda x, y: found(x, y).detach()
+
+
+def _foolbox(attack, net, x, context):
+    import foolbox
+
+    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    if attack == "fgsm":
+        found = foolbox.attacks.LinfFastGradientAttack(random_start=False)
+    elif attack == "pgd":
+        found = foolbox.attacks.LinfPGD(
+            abs_stepsize=2.5 * epsilon / steps,
+            steps=steps,
+            random_start=False,
+        )
+    else:
+        return None
+    bounded = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    return lambda x, y: found(bounded, x, y, epsilons=[epsilon])[1][0].detach()
+
+
+def _art(attack, net, x, context):
+    import torch
+    from art import estimators
+    from art.attacks import evasion
+
+    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    classifier = estimators.classification.PyTorchClassifier(
+        net,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=context["classes"],
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    common = {"eps": epsilon, "batch_size": _BATCH_SIZE.value, "verbose": False}
+    if attack == "fgsm":
+        found = evasion.FastGradientMethod(
+            classifier, eps=epsilon, batch_size=_BATCH_SIZE.value
+        )
+    elif attack == "pgd":
+        found = evasion.ProjectedGradientDescentPyTorch(
+            classifier,
+            eps_step=2.5 * epsilon / steps,
+            max_iter=steps,
+            num_random_init=0,
+            **common,
+        )
+    elif attack == "apgd":
+        found = evasion.AutoProjectedGradientDescent(
+            classifier,
+            eps_step=2 * epsilon,
+            max_iter=100,
+            nb_random_init=1,
+            loss_type="cross_entropy",
+            **common,
+        )
+    elif attack == "square":
+        found = evasion.SquareAttack(
+            classifier, max_iter=_QUERIES.value, p_init=0.8, **common
+        )
+    else:
+        return None
+    return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
+
+
+def _pyautoattack(attack, net, x, context):
+    import pyautoattack
+
+    if attack not in MEMBERS:
+        return None
+    names = {"l1": "L1", "l2": "L2", "linf": "Linf"}
+    suite = pyautoattack.AutoAttack(
+        net,
+        norm=names[_NORM.value],
+        eps=context["epsilon"],
+        seed=_SEED.value,
+        version="standard",
+    )
+    suite.attacks_to_run = MEMBERS[attack]
+    suite.square.n_queries = _QUERIES.value
+
+    def run(x, y):
+        return suite.run_standard_evaluation(x, y, batch_size=len(x))[0]
+
+    return run
+
+
+def job(name):
+    """Runs one job and writes its result."""
+    import numpy as np
+
+    from saccade.attacks import runner
+    from saccade.core import metrics
+    from saccade.evaluation import checks as evaluation_checks
+    from saccade.training import checkpoints
+
+    library, attack = name.split("/")
+    model, run = checkpoints.load_run(_RUN.value)
+    data = datasets.load_data(run, _DATA_DIR.value)
+    split = datasets.split_of(_RUN.value, run, data, "test")
+    evaluation_checks.check_fit(model, split)
+    order = np.random.default_rng(_SEED.value).permutation(len(split))
+    if _ONLY_RIGHT.value:
+        images = split.read(order)
+        logits = runner.logits(model, images, 250)
+        order = order[metrics.predictions(logits) == split.labels[order]]
+    order = order[: _NUM_EXAMPLES.value]
+    images, labels = split.read(order), split.labels[order]
+    context = {
+        "epsilon": command_line.parse_ratio(_EPSILON.value),
+        "classes": len(data.class_names),
+    }
+    if library in OURS:
+        found = ours(library, attack, model, split, order, context)
+    else:
+        found = theirs(library, attack, model, images, labels, context)
+    result = {"library": library, "attack": attack, "available": bool(found)}
+    if found:
+        adversarial, times = found
+        clean = metrics.predictions(runner.logits(model, images, 250))
+        clean = clean == labels
+        # Foolbox and others may round out of the ball by an ulp.
+        right = metrics.predictions(runner.logits(model, adversarial, 250))
+        right = right == labels
+        moved = adversarial.astype("float64") - images
+        norms = np.linalg.norm(
+            moved.reshape(len(moved), -1), ORDERS[_NORM.value], axis=-1
+        )
+        result.update(
+            clean_accuracy=float(clean.mean()),
+            # An image that is wrong while clean is no success of a defence.
+            robust_accuracy=float((right & clean).mean()),
+            seconds=round(times[0], 2),
+            warm_seconds=round(times[-1], 2),
+            norm=_NORM.value,
+            largest_norm=float(norms.max()),
+            verdicts=(right & clean).astype(int).tolist(),
+            indices=[int(i) for i in order],
+            batch_size=_BATCH_SIZE.value,  # The seconds depend on it.
+            **context,
+        )
+    result["provenance"] = run_folder.provenance()
+    _place(name).parent.mkdir(exist_ok=True)
+    run_folder.write_json(_place(name), result)
+
+
+def _place(name):
+    settings = f"eps{_EPSILON.value.replace('/', '_')}-{_NUM_EXAMPLES.value}"
+    if _NORM.value != "linf":
+        settings = f"{_NORM.value}-{settings}"
+    if _ONLY_RIGHT.value:
+        settings += "-right"
+    if _PGD_STEPS.value != 50 and name.endswith("/pgd"):
+        settings += f"-{_PGD_STEPS.value}steps"
+    if _QUERIES.value != 5000 and name.endswith("/square"):
+        settings += f"-{_QUERIES.value}queries"
+    if _SEED.value != 0:
+        settings += f"-seed{_SEED.value}"
+    name = name.replace("/", "-")
+    return pathlib.Path(_RUN.value) / "parity" / f"{name}-{settings}.json"
+
+
+def check():
+    """Raises a ValueError or an OSError, one line, if something is wrong."""
+    if _RUN.value is None or _EPSILON.value is None:
+        raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
+    known_names.require_known("norm", _NORM.value, ORDERS)
+    epsilon = command_line.parsed(
+        "epsilon", _EPSILON.value, command_line.parse_ratio
+    )
+    if not 0 < epsilon <= (1 if _NORM.value == "linf" else math.inf):
+        raise ValueError(
+            "Expected --epsilon above 0, in units of the pixel range, and up "
+            f"to 1 in linf. Received: --epsilon={_EPSILON.value} in "
+            f"{_NORM.value}."
+        )
+    for flag, known in ((_ATTACKS, ATTACKS), (_LIBRARIES, (*OURS, *PEERS))):
+        for name in flag.value:
+            known_names.require_known(flag.name, name, known)
+    if _JOB.value is not None:
+        library, _, attack = _JOB.value.partition("/")
+        known_names.require_known("job", library, (*OURS, *PEERS))
+        known_names.require_known("job", attack, ATTACKS)
+    folder = trained_runs.at("runs", _RUN.value)
+    for library in _LIBRARIES.value:
+        if library in OURS:
+            command_line.require_backend(_BACKEND.value, "--backend")
+        else:
+            for package in ("torch", library):
+                command_line.require_package(package, f"--libraries={library}")
+    _check_images(folder)
+
+
+def _check_images(folder):
+    """Raises if a run's weights, or so many images, are not there."""
+    trained_runs.weights_sha256(folder, "best")
+    needed = ("model", "dataset", "class_names", "image_shape")
+    run = run_folder.read_config(folder, needed)
+    data = datasets.load_data(run, _DATA_DIR.value)
+    split = datasets.split_of(folder, run, data, "test")
+    if _NUM_EXAMPLES.value > len(split):
+        raise ValueError(
+            f"Expected --num_examples of at most the {len(split)} test images. "
+            f"Received: --num_examples={_NUM_EXAMPLES.value}."
+        )
+
+
+def table():
+    """Prints what is there: accuracy and seconds, and the ratio of times."""
+    import rich.box
+    import rich.console
+    import rich.table
+
+    found = {}
+    for library in _LIBRARIES.value:
+        for attack in _ATTACKS.value:
+            path = _place(f"{library}/{attack}")
+            if path.exists():
+                found[library, attack] = run_folder.read_json(path)
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    heads = ("attack", "library", "robust %", "s", "again", "peer / ours")
+    for head in heads:
+        text = head in ("attack", "library")
+        grid.add_column(head, justify="left" if text else "right")
+    for attack in _ATTACKS.value:
+        peers = [
+            r["seconds"]
+            for (library, name), r in found.items()
+            if name == attack and library not in OURS and r["available"]
+        ]
+        for library in _LIBRARIES.value:
+            result = found.get((library, attack))
+            if result is None:
+                grid.add_row(attack, library, "missing", "", "", "")
+            elif result["available"]:
+                again = result.get("warm_seconds", result["seconds"])
+                ratio = ""
+                if library in OURS and peers:
+                    ratio = f"{min(peers) / again:.2f}"
+                grid.add_row(
+                    attack,
+                    library,
+                    f"{100 * result['robust_accuracy']:.1f}",
+                    f"{result['seconds']:.1f}",
+                    f"{again:.1f}",
+                    ratio,
+                )
+    console = rich.console.Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 100
+    some = next(iter(found.values()), {})
+    console.print(
+        f"{_RUN.value}: {_NORM.value} {_EPSILON.value}, "
+        f"{_NUM_EXAMPLES.value} images, "
+        f"clean {100 * some.get('clean_accuracy', float('nan')):.1f}%",
+        highlight=False,
+    )
+    console.print(grid)
+
+
+def main():
+    """Runs every job that has no result yet, and prints the table."""
+    with command_line.guard():
+        check()
+    if _JOB.value is not None:
+        command_line.load_keras()
+        job(_JOB.value)
+        return
+    names = [f"{b}/{a}" for a in _ATTACKS.value for b in _LIBRARIES.value]
+    failed = []
+    for number, name in enumerate(names, 1):
+        if _place(name).exists():
+            continue
+        print(f"{number} of {len(names)}: {name}", flush=True)
+        backend = _BACKEND.value if name.split("/")[0] in OURS else "torch"
+        completed = subprocess.run(
+            [sys.executable, *sys.argv, f"--job={name}"],
+            env={**os.environ, "KERAS_BACKEND": backend},
+            check=False,
+        )
+        if completed.returncode:
+            print(f"{name} failed; the table goes on without it.")
+            failed.append(name)
+    table()
+    if failed:
+        command_line.fail(f"{len(failed)} jobs failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

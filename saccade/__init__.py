@@ -1,0 +1,1 @@
+"""Trains, attacks and explains image classifiers that look in glimpses."""

@@ -1,0 +1,1 @@
+"""Attacks and how to run them; may import `core`, `data` and `models`."""

@@ -1,0 +1,4 @@
+"""Gradients, norms, randomness, sampling, metrics and run folders.
+
+Imports nothing else of the project.
+"""

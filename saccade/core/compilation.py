@@ -1,0 +1,187 @@
+"""Compiles functions on each Keras backend; batch sizes that suit it."""
+
+import keras
+from keras import ops
+
+from saccade.core import keras_settings
+
+keras_settings.set_up_keras()
+
+
+def concrete(values):
+    """Returns values as a NumPy array, or None inside a compiled function."""
+    try:
+        return ops.convert_to_numpy(values)
+    except (NotImplementedError, TypeError):  # TensorFlow, JAX.
+        return None
+
+
+def compile_call(fn, variables=(), rows=False):
+    """Compiles an inference function, which leaves all variables unchanged.
+
+    TensorFlow compiles a graph, with XLA only on an accelerator, because on
+    the CPU XLA runs convolutional nets several times slower. JAX compiles a
+    jit function that takes the variables as arguments. Torch runs the function
+    itself, without gradients other than those of `value_and_grad`.
+
+    Args:
+        fn: Callable from tensors to a nest of tensors. It may read Keras
+            variables. Values that it assigns to them (batch statistics, seed
+            states) are visible inside the call and discarded afterwards, so
+            that an evaluation does not change the model.
+        variables: Every Keras variable that `fn` reads (`model.variables`).
+            On JAX, a variable that is not listed keeps its current value.
+        rows: Whether every argument other than a scalar has one row for each
+            example. TensorFlow without an accelerator then traces once for all
+            batch sizes, instead of once for the first and once for the rest.
+
+    Returns:
+        Callable with the arguments of `fn`, as NumPy arrays or tensors. It is
+        traced once for each combination of shapes and dtypes. TensorFlow
+        without an accelerator traces at most twice for all batch sizes.
+
+    Raises:
+        NotImplementedError: If the active backend is none of the three.
+    """
+    backend = keras.config.backend()
+    variables = list(variables)
+
+    def stateless(args):
+        with keras.StatelessScope():
+            return fn(*args)
+
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        accelerated = _accelerated()
+        if rows and not accelerated:
+            compiled = _for_any_size(stateless)
+        else:
+            compiled = tf.function(
+                stateless,
+                autograph=False,
+                jit_compile=accelerated or None,
+                # From the second batch size on, one graph serves all sizes.
+                reduce_retracing=not accelerated,
+            )
+    elif backend == "jax":
+        import jax
+
+        @jax.jit
+        def pure(values, args):
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(state_mapping=mapping):
+                return fn(*args)
+
+        def compiled(args):
+            return pure([v.value for v in variables], args)
+
+    elif backend == "torch":
+        import torch
+
+        compiled = torch.no_grad()(stateless)
+    else:
+        raise NotImplementedError(
+            "Compiled calls need the tensorflow, jax or torch backend. "
+            f"Received: keras.config.backend()={backend!r}"
+        )
+    return lambda *args: compiled(
+        keras.tree.map_structure(ops.convert_to_tensor, args)
+    )
+
+
+def _for_any_size(fn):
+    """Compiles a TensorFlow function with one graph for all batch sizes."""
+    import tensorflow as tf
+
+    functions = {}
+
+    def spec(value):
+        if not value.shape.rank:
+            return tf.TensorSpec([], value.dtype)
+        return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
+
+    def call(args):
+        specs = keras.tree.map_structure(spec, args)
+        key = repr(specs)
+        if key not in functions:
+            functions[key] = tf.function(
+                fn, autograph=False, input_signature=[specs]
+            )
+        return functions[key](args)
+
+    return call
+
+
+def row_count(rows, limit):
+    """Returns the batch size to which `rows` rows are padded.
+
+    Padding costs time, and so does compiling a new batch size. Where each size
+    is compiled, the sizes are `limit` and its repeated halves; elsewhere they
+    are multiples of `limit` / 32, since a new size has a small cost too.
+
+    The size is a multiple of `row_multiple` even if `limit` is not. Kernels
+    sum in another order for fewer rows, so that the logits of an image would
+    depend on the batch size.
+
+    Args:
+        rows: The number of rows, from 1 to `limit`.
+        limit: The largest batch size.
+
+    Returns:
+        Integer from `rows` to `limit`, rounded up to the multiple.
+    """
+    multiple = row_multiple()
+    if _compiles_sizes():
+        size = limit
+        while size % 2 == 0 and rows <= size // 2 and size > limit // 8:
+            size //= 2
+    else:
+        part = max(1, limit // 32)
+        size = min(limit, -(-rows // part) * part)
+    return -(-size // multiple) * multiple
+
+
+def row_multiple():
+    """Returns the number of which every batch size is a multiple.
+
+    It is at least two: a dense layer on a single row is a matrix-vector
+    product, which every backend sums in another order than a matrix product.
+    Torch needs four, because it also sums the one to three rows beyond a
+    multiple of four in another order.
+    """
+    return 4 if keras.config.backend() == "torch" else 2
+
+
+def _compiles_sizes():
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        return _accelerated()
+    return backend == "jax"
+
+
+def _accelerated():
+    import tensorflow as tf
+
+    return any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+
+
+def fuse(fn):
+    """Compiles a small function as one kernel, on every device.
+
+    It is meant for index arithmetic and gathers. TensorFlow's graph runs them
+    operation by operation, which makes the bilinear sampler four times slower
+    on two CPU cores. XLA compiles the function inside any graph that calls it.
+    JAX compiles the whole step anyway, and Torch has no cheap equivalent.
+
+    Args:
+        fn: Callable from tensors to a nest of tensors. It reads no variables.
+
+    Returns:
+        Callable with the same arguments and results.
+    """
+    if keras.config.backend() != "tensorflow":
+        return fn
+    import tensorflow as tf
+
+    return tf.function(fn, jit_compile=True, autograph=False)

@@ -1,0 +1,1 @@
+"""Data sets as files, splits and batches; may import `core`."""

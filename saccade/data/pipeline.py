@@ -1,0 +1,85 @@
+"""Batches of a split, read ahead of the step that uses them."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+from typing import Callable
+import numpy as np
+
+from saccade.data import splits as image_splits
+
+
+
+def batches(split, order, batch_size, *, first_batch=0, prefetch=2):
+    """Reads a split in a given order, ahead of the consumer.
+
+    Args:
+        split: A `Split`.
+        order: Indices into the split, as from `epoch_order`.
+        batch_size: Images in a batch; the last batch holds what is left.
+        first_batch: Number of batches to pass over without reading them.
+        prefetch: Batches read ahead in a background thread; 0 reads in the
+            caller's thread.
+
+    Returns:
+        Iterator of `(images, labels, indices)`: float32 `(k, h, w, c)`, int32
+        `(k,)`, int32 `(k,)`. An error while reading is raised at its batch;
+        the thread ends with the iterator, also when that is closed early.
+
+    Raises:
+        ValueError: If `batch_size`, `first_batch` or `prefetch` is too small.
+    """
+    if batch_size < 1 or first_batch < 0 or prefetch < 0:
+        raise ValueError(
+            "Expected batch_size >= 1, first_batch >= 0 and prefetch >= 0. "
+            f"Received: batch_size={batch_size}, first_batch={first_batch}, "
+            f"prefetch={prefetch}"
+        )
+    order = np.asarray(order).reshape(-1)
+    starts = range(first_batch * batch_size, len(order), batch_size)
+
+    def read(start):
+        chosen = order[start : start + batch_size]
+        labels = split.labels[chosen]
+        return split.read(chosen), labels, chosen.astype(np.int32)
+
+    return _ahead(read, starts, prefetch)
+
+
+def _ahead(read, starts, prefetch):
+    if not prefetch:
+        yield from map(read, starts)
+        return
+    # One worker keeps the order; what is not consumed is cancelled on close.
+    pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
+    waiting = collections.deque()
+    try:
+        for start in starts:
+            waiting.append(pool.submit(read, start))
+            if len(waiting) > prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def scaled(name, read, labels, boxes=None, content=None):
+    """Returns a split that scales uint8 images to [0, 1]; floats are kept.
+
+    Args:
+        name: See `Split`, like boxes and content.
+        read: Callable from int64 indices of shape `(k,)` to images, uint8, or
+            floats in [0, 1].
+        labels: Integers of shape `(n,)`.
+        boxes, content: See `Split`.
+    """
+
+    def scale(indices):
+        images = read(indices)
+        if images.dtype == np.uint8:
+            return images.astype(np.float32) / np.float32(255)
+        return images.astype(np.float32)
+
+    return image_splits.Split(name, np.asarray(labels, np.int32), scale, boxes, content)

@@ -1,0 +1,4 @@
+"""Evaluations, their records, protocols and tables.
+
+May import every room but `cli`.
+"""

@@ -1,0 +1,4 @@
+"""Figures from arrays.
+
+May import every room but `evaluation` and `cli`.
+"""

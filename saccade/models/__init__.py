@@ -1,0 +1,1 @@
+"""Networks and their registry; may import `core` and `data`."""

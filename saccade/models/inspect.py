@@ -1,0 +1,170 @@
+"""What can be asked of any model: glimpses, read-outs, noise, weights."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def glimpses(model):
+    """Returns a function that computes where a model looks.
+
+    It works for every model: the layers that take glimpses (a retinal warp, a
+    spatial transformer) are found in the model, also after loading. `shown`
+    returns the same as tensors.
+
+    Args:
+        model: A `keras.Model` made by `create`, or a loaded one.
+
+    Returns:
+        Callable from images, `(batch, height, width, channels)`, to a dict of
+        NumPy arrays: "gazes", `(batch, n, 2)`, (row, column) in pixels from
+        the image centre; "boxes", `(batch, n, 4)`, top, left, bottom, right
+        in [0, 1], the area of an affine view or the magnified area of a retina;
+        "views", `(batch, n, rows, columns, channels)`; "maps", `(batch, n,
+        rows, columns)`. A key is absent if the model does not have it; the dict
+        is empty for a plain ResNet.
+    """
+    reader = shown(model)
+    if not set(reader.output) - {"logits"}:
+        return lambda images: {}
+
+    def read(images):
+        images = ops.convert_to_tensor(images, "float32")
+        found = {
+            name: ops.convert_to_numpy(ops.stop_gradient(value))
+            for name, value in reader(images, training=False).items()
+            if name not in ("logits", "step_logits")
+        }
+        if "boxes" in found:
+            found["boxes"] = np.clip(found["boxes"], 0.0, 1.0)
+        return found
+
+    return read
+
+
+def shown(model):
+    """Returns a model that outputs the logits and where the model looks.
+
+    A layer that takes glimpses has a method `shown(inputs, outputs)` that
+    returns a dict of tensors: "gazes" `(batch, n, 2)`, "boxes" `(batch, n, 4)`,
+    "views" `(batch, n, rows, columns, channels)`, "maps" `(batch, n, rows,
+    columns)`, non-negative with sum 1, or "step_logits" `(batch, steps,
+    classes)`. If two layers return the same key, the first layer wins.
+
+    Args:
+        model: A functional or sequential `keras.Model` from images to logits.
+
+    Returns:
+        A `keras.Model` with the same weights, from images to a dict with
+        "logits" and the keys that its layers show.
+    """
+    outputs = {}
+    for layer in model.layers:
+        if hasattr(layer, "shown"):
+            found = layer.shown(layer.input, layer.output)
+            outputs = {**found, **outputs}
+    # A Sequential has `inputs` and `outputs`, but no `input` and `output`.
+    (images,), (logits,) = model.inputs, model.outputs
+    return keras.Model(images, {**outputs, "logits": logits})
+
+
+def generators(model):
+    """Returns the seed generators of a model's layers, in a fixed order."""
+    return [
+        layer.seed_generator
+        for layer in model._flatten_layers()
+        if isinstance(
+            getattr(layer, "seed_generator", None), keras.random.SeedGenerator
+        )
+    ]
+
+
+def read_out(model):
+    """Returns the read-out step of a recurrent model; None for others."""
+    return next((layer.read_out for layer in _recurrent(model)), None)
+
+
+def set_read_out(model, step):
+    """Sets the read-out step, up to which a recurrent model is unrolled.
+
+    Weights do not change. Functions that were compiled before keep the old
+    step.
+
+    Args:
+        model: A `keras.Model`. A recurrent layer has the integer attributes
+            `num_steps` and `read_out`; it reads the latter when it is called.
+        step: Integer >= 1.
+
+    Raises:
+        ValueError: If the model has no such layer or fewer steps.
+    """
+    found = list(_recurrent(model))
+    if not found:
+        raise ValueError(
+            "Expected a recurrent model, which is read out at a step. "
+            f"Received: read_out={step} for {model.name}. Omit "
+            "--read_out_curriculum."
+        )
+    for layer in found:
+        if not 1 <= step <= layer.num_steps:
+            raise ValueError(
+                "Expected a read-out step within the unroll, 1 to "
+                f"{layer.num_steps}. Received: read_out={step}. Unroll "
+                "further with --num_steps."
+            )
+        layer.read_out = int(step)
+
+
+def _recurrent(model):
+    for layer in model._flatten_layers():
+        if isinstance(getattr(layer, "read_out", None), int):
+            yield layer
+
+
+def is_stochastic(model):
+    """Returns whether two calls in inference mode can differ.
+
+    Args:
+        model: A `keras.Model`. A layer that is random in inference mode has a
+            true attribute `stochastic`.
+    """
+    return any(
+        getattr(layer, "stochastic", False) for layer in model._flatten_layers()
+    )
+
+
+def key_generators(found, seed, step, replica=0):
+    """Makes a model's noise a function of (seed, step, replica).
+
+    Args:
+        found: What `generators` returned.
+        seed: Integer, the run's seed.
+        step: Integer or scalar tensor.
+        replica: Integer or scalar tensor.
+    """
+    for number, generator in enumerate(found):
+        # A layer draws fewer than 1024 times in a step.
+        state = [
+            ops.cast((seed + 977 * number) % 2**31, "uint32")
+            + ops.cast(replica, "uint32") * 65521,
+            ops.cast(step, "uint32") * 1024,
+        ]
+        dtype = generator.state.dtype
+        generator.state.assign(ops.cast(ops.stack(state), dtype))
+
+
+def check_weights(model: keras.Model) -> None:
+    """Raises a one-line ValueError if a weight is NaN or infinite.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    for variable in model.variables:
+        values = ops.convert_to_numpy(variable)
+        broken = np.size(values) - int(np.isfinite(values).sum())
+        if broken:
+            raise ValueError(
+                f"Expected finite weights. Received: {broken} of "
+                f"{np.size(values)} values of {variable.path} are NaN or "
+                "infinite. Choose other weights, or train the model again."
+            )

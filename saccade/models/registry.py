@@ -1,0 +1,163 @@
+"""The registry of models, and functions that apply to any model.
+
+Modules that assemble models register a builder for each name. Other modules use
+`model_backbone`, which imports all of them.
+"""
+
+import dataclasses
+import inspect
+import math
+from typing import Callable
+
+from saccade.core import keras_settings
+from saccade.core import names as known_names
+
+keras_settings.set_up_keras()
+
+
+_REGISTRY: dict[str, "Entry"] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered model.
+
+    Attributes:
+        build: Callable with keyword arguments only, returning a `keras.Model`
+            from [0, 1] images to logits.
+        reference: Source of the model.
+        image_size: Image side in pixels for which the defaults are meant.
+        stochastic: Whether two calls in inference mode can differ.
+        shows: What `glimpses` can return for it, depending on its options.
+    """
+
+    build: Callable
+    reference: str
+    image_size: int
+    stochastic: bool = False
+    shows: tuple[str, ...] = ()
+
+    @property
+    def options(self):
+        """Names of the options that `create` accepts for this model."""
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self):
+        """Default values of these options, a dict."""
+        parameters = inspect.signature(self.build).parameters
+        return {n: p.default for n, p in parameters.items() if n not in _GIVEN}
+
+
+_GIVEN = ("num_classes", "image_shape")
+
+
+def register(name, **row):
+    """Registers a builder; a second registration of a name is an error."""
+
+    def decorate(build):
+        if name in _REGISTRY:
+            raise ValueError(
+                f"Model {name!r} is already registered by "
+                f"{_REGISTRY[name].build.__qualname__}."
+            )
+        _REGISTRY[name] = Entry(build, **row)
+        return build
+
+    return decorate
+
+
+def names():
+    """Returns the names of all models, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def entry(name):
+    """Returns the registry row of a model.
+
+    Raises:
+        ValueError: If there is none; the message suggests similar names.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"unknown model {name!r}.{known_names.near(name, names())} "
+            f"Expected one of {', '.join(names())}."
+        )
+    return _REGISTRY[name]
+
+
+def create(name, *, num_classes, image_shape, **options):
+    """Builds a registered model.
+
+    Args:
+        name: One of `names()`.
+        num_classes: Number of logits.
+        image_shape: (height, width, channels) of the images.
+        **options: Options of the builder; see `entry(name).options`.
+
+    Returns:
+        `keras.Model` from float images in [0, 1], shape `(batch, height,
+        width, channels)`, to float32 logits, shape `(batch, num_classes)`.
+
+    Raises:
+        ValueError: If the name or an option is unknown or out of range.
+    """
+    row = entry(name)
+    for option in options:
+        if option not in row.options:
+            raise ValueError(
+                f"model {name!r} has no option {option!r}."
+                f"{known_names.near(option, row.options)} It takes "
+                f"{', '.join(row.options)}."
+            )
+        _check_range(option, options[option], max(image_shape[:2]))
+    if num_classes < 2:
+        raise ValueError(
+            f"a classifier needs at least 2 classes, got {num_classes}"
+        )
+    model = row.build(
+        num_classes=num_classes, image_shape=tuple(image_shape), **options
+    )
+    model.name = name
+    return model
+
+
+_MOST = 2**14  # Upper bound of counts, far beyond what fits in memory.
+# Smallest and largest value of an option; _SIDE is the side of the images.
+_SIDE = "side"
+_RANGES = {
+    "dropout": (0, 1),
+    "regularization": (0, math.inf),
+    "gaze_range": (0, _SIDE),
+    "max_ratio": (1, math.inf),
+    "frequencies": (1, _SIDE),
+    "localization_grid": (1, _SIDE),
+    **dict.fromkeys(
+        ("depth", "widen", "num_transformers", "num_steps", "num_heads"),
+        (1, _MOST),
+    ),
+    **dict.fromkeys(("controller_units", "hidden_units"), (1, _MOST)),
+    **dict.fromkeys(
+        ("width", "vision_width", "localization_width", "key_channels"),
+        (0, _MOST),
+    ),
+    **dict.fromkeys(("view_size", "stem_stride", "pool_stride"), (0, _MOST)),
+}
+_OPEN = {"dropout": (False, True), "max_ratio": (True, True)}
+
+
+def _check_range(option, value, side):
+    """Raises a ValueError if an option is outside its range."""
+    if value is None or option not in _RANGES:
+        return
+    least, most = _RANGES[option]
+    most = side if most == _SIDE else most
+    above, below = _OPEN.get(option, (False, math.isinf(most)))
+    if (least < value if above else least <= value) and (
+        value < most if below else value <= most
+    ):
+        return
+    raise ValueError(
+        f"Expected {option} in {'(' if above else '['}{least}, {most}"
+        f"{')' if below else ']'}. Received: {option}={value}."
+    )

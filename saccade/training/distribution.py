@@ -1,0 +1,51 @@
+"""The devices that a training step runs on."""
+
+import contextlib
+
+import keras
+
+DISTRIBUTIONS = ("none", "mirrored")
+
+
+def scope(distribute, batch_size):
+    """Returns the context in which a run builds and trains its model.
+
+    Args:
+        distribute: `"none"` for one device. `"mirrored"` copies the model to
+            every GPU of the machine (to its logical CPU devices if there is no
+            GPU) and splits each batch among them. The trained weights are those
+            of one device, except that batch normalization uses the statistics
+            of each part.
+        batch_size: Images in a step.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: If the name is unknown, the backend is not TensorFlow, or
+            the devices cannot share a batch.
+    """
+    if distribute not in DISTRIBUTIONS:
+        raise ValueError(
+            f"Expected distribute to be one of {', '.join(DISTRIBUTIONS)}. "
+            f"Received: distribute={distribute!r}."
+        )
+    if distribute == "none":
+        return contextlib.nullcontext()
+    if keras.config.backend() != "tensorflow":
+        raise ValueError(
+            f"Expected the TensorFlow backend with distribute={distribute}, "
+            "which uses tf.distribute. Received: "
+            f"KERAS_BACKEND={keras.config.backend()}."
+        )
+    import tensorflow as tf
+
+    gpus = tf.config.list_logical_devices("GPU")
+    devices = gpus or tf.config.list_logical_devices("CPU")
+    if batch_size % len(devices):
+        raise ValueError(
+            "Expected a batch_size that is a multiple of the "
+            f"{len(devices)} devices. "
+            f"Received: batch_size={batch_size}."
+        )
+    return tf.distribute.MirroredStrategy([d.name for d in devices]).scope()

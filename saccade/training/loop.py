@@ -1,0 +1,439 @@
+"""The training loop, the state of a run and its weight files.
+
+The order of the examples depends on (seed, epoch). A step is a deterministic
+function of (state, batch, step number); see `training_step`. A run that was
+killed at any point therefore continues bit for bit from its state file, which
+is written atomically.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Callable
+
+import keras
+import numpy as np
+from keras import ops
+
+from saccade.core import run_folder
+from saccade.data import augment, pipeline
+from saccade.data import splits as image_splits
+from saccade.models import inspect as model_inspect
+from saccade.training import checkpoints
+from saccade.training import config as training_config
+from saccade.training import step as training_step
+
+ON_COLLAPSE = ("stop", "restore", "ignore")
+# A validation accuracy has collapsed when it is below half of its best value so
+# far. The rule applies only if that best value is at least twice chance; below
+# it differences are noise.
+COLLAPSED_BELOW = 0.5
+ABOVE_CHANCE = 2.0
+# With `on_collapse="restore"`, the default of fast training, a run also ends
+# when robust accuracy drops by more than this from one epoch to the next (the
+# rule of Wong et al.).
+LARGEST_DROP = 0.2
+
+
+@contextlib.contextmanager
+def averaged(model, optimizer):
+    """Replaces the raw weights by the averaged ones inside the context.
+
+    Batch statistics are not replaced; they are running averages already.
+    Without an average (`optimizer.use_ema`) nothing changes.
+    """
+    if not optimizer.use_ema:
+        yield
+        return
+    variables = model.trainable_variables
+    raw = [np.array(ops.convert_to_numpy(v)) for v in variables]
+    optimizer.finalize_variable_values(variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, raw, strict=True):
+            variable.assign(value)
+
+
+# --- The loop ----------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+class Collapsed(Exception):
+    """The loss or a weight is not finite, or an accuracy collapsed.
+
+    Attributes:
+        found: JSON-serializable dict: "epoch" (from 1), "step" and "reason".
+    """
+
+    def __init__(self, epoch, step, reason):
+        super().__init__(f"{reason} at step {step} (epoch {epoch})")
+        self.found = {"epoch": epoch, "step": step, "reason": reason}
+
+
+@dataclasses.dataclass
+class Loop:
+    """Trains one model on one split; see `train`.
+
+    Attributes:
+        model: A built `keras.Model`.
+        optimizer: Its optimizer. If it averages the weights (`use_ema`),
+            the averaged weights are validated and saved.
+        split: The training `image_splits.Split`.
+        folder: The folder of the run.
+        seed: The run's seed.
+        batch_size: Images in a step. The last images of an epoch that do not
+            fill a batch are dropped; they differ from epoch to epoch.
+        epochs: Epochs of the whole run.
+        augmentation: A name of `augment.AUGMENTATIONS`.
+        objective: A `training_step.Objective`: what a step minimizes.
+        l2: Coefficient of `training_step.l2_loss`.
+        step_config: A `training_config.StepConfig`. With `replays` an epoch
+            uses each batch that many times.
+        crafting_model: See `training_step.make_step`.
+        read_outs: Pairs (epoch, step): from that epoch on a recurrent model
+            is read out at that step. Weights and optimizer slots are kept. The
+            best epoch is chosen among those at the last read-out step.
+        validate: Callable from the model to a dict with "accuracy", "loss"
+            and, if it attacks, "robust_accuracy". It runs after each epoch.
+            None: no validation. The best weights are those of the best robust
+            accuracy if there is one, otherwise of the best accuracy.
+        on_collapse: What to do when the loss or a weight is not finite, or when
+            a validation accuracy collapses (see `COLLAPSED_BELOW`,
+            `ABOVE_CHANCE` and, for `"restore"` only, `LARGEST_DROP`). `"stop"`
+            raises. `"restore"` loads the weights of the last good epoch and
+            ends the run; it is meant for fast training, which can overfit its
+            attack. `"ignore"` continues after a collapse of accuracy and raises
+            for values that are not finite.
+        callbacks: Keras callbacks (progress bar, TensorBoard).
+        save_every: Seconds between saves of the state within an epoch.
+        should_stop: Callable that returns whether to save and stop now.
+    """
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    split: object
+    folder: pathlib.Path
+    seed: int
+    batch_size: int
+    epochs: int
+    augmentation: str = "none"
+    objective: training_step.Objective = training_step.STANDARD
+    l2: float = 0.0
+    step_config: training_config.StepConfig = training_config.StepConfig()
+    crafting_model: keras.Model | None = None
+    read_outs: tuple = ()
+    validate: Callable | None = None
+    on_collapse: str = "stop"
+    callbacks: tuple = ()
+    save_every: float = 300.0
+    should_stop: Callable = lambda: False
+
+    def __post_init__(self):
+        if self.on_collapse not in ON_COLLAPSE:
+            raise ValueError(
+                f"Expected on_collapse to be one of {', '.join(ON_COLLAPSE)}. "
+                f"Received: on_collapse={self.on_collapse!r}."
+            )
+        self.step_config.check(self.objective)
+        self.replays = max(1, self.step_config.replays)
+        self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"a batch of {self.batch_size} images is larger than the "
+                f"{len(self.split)} training images; use a smaller "
+                "--batch_size"
+            )
+        for _, read_out in self.read_outs[::-1]:  # Raises if it is too large.
+            model_inspect.set_read_out(self.model, read_out)
+        self.optimizer.build(self.model.trainable_variables)
+        self.model.optimizer = self.optimizer  # Callbacks read it.
+        self.carried = None
+        if self.step_config.replays:
+            shape = (self.batch_size, *self.model.input_shape[1:])
+            self.carried = np.zeros(shape, "float32")
+        self.progress = {
+            "step": 0,
+            "best_epoch": None,
+            "history": [],
+            "sums": [0.0, 0.0, 0.0],
+            "ended": None,
+        }
+
+    def resume(self):
+        """Loads the saved state, if there is one; returns the step."""
+        path = self.folder / checkpoints.STATE
+        if path.exists():
+            progress, carried = checkpoints.load_state(
+                path, self.model, self.optimizer, self.carried
+            )
+            if progress["step"] > self.epochs * self.steps_per_epoch:
+                raise ValueError(
+                    f"{path} is at step {progress['step']} of a run of "
+                    f"{self.epochs * self.steps_per_epoch}. Resume with the "
+                    "settings of the run's config.json."
+                )
+            self.progress, self.carried = progress, carried
+        return self.progress["step"]
+
+    def train(self):
+        """Runs the remaining epochs; returns the history, a row an epoch.
+
+        Raises:
+            Interrupted: If `should_stop` returned True; the state is saved.
+            Collapsed: If training collapsed and `on_collapse` says to raise.
+                The files of the run are those of the last good epoch.
+        """
+        callbacks = keras.callbacks.CallbackList(
+            list(self.callbacks),
+            model=self.model,
+            epochs=self.epochs,
+            steps=self.steps_per_epoch,
+            verbose=0,
+        )
+        callbacks.on_train_begin()
+        first = self.progress["step"] // self.steps_per_epoch
+        step_fn = None
+        for epoch in range(first, self.epochs):
+            if self.progress["ended"]:
+                break
+            if self._changes_read_out(epoch) or step_fn is None:
+                step_fn = self._make_step()
+            callbacks.on_epoch_begin(epoch)
+            try:
+                self._epoch(epoch, step_fn, callbacks)
+                row = self._finish_epoch(epoch)
+            except Collapsed as collapse:
+                if (
+                    self.on_collapse != "restore"
+                    or not self.progress["history"]
+                ):
+                    raise
+                self._restore(collapse)
+                break  # The failed epoch has no row in the history.
+            callbacks.on_epoch_end(
+                epoch,
+                {
+                    key: row[key]
+                    for key in checkpoints.HISTORY[3:-1]
+                    if row[key] is not None
+                },
+            )
+        callbacks.on_train_end()
+        self.model.optimizer = None
+        return self.progress["history"]
+
+    def _make_step(self):
+        return training_step.make_step(
+            self.model,
+            self.optimizer,
+            self.objective,
+            seed=self.seed,
+            augmentation=augment.AUGMENTATIONS[self.augmentation],
+            l2=self.l2,
+            config=self.step_config,
+            crafting_model=self.crafting_model,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _changes_read_out(self, epoch):
+        """Sets the read-out step of an epoch; returns whether it changed."""
+        begun = [step for start, step in self.read_outs if start <= epoch]
+        if not begun:
+            return False
+        changes = model_inspect.read_out(self.model) != begun[-1]
+        for model in filter(None, (self.model, self.crafting_model)):
+            model_inspect.set_read_out(model, begun[-1])
+        return changes
+
+    def _epoch(self, epoch, step_fn, callbacks):
+        progress, total = self.progress, self.steps_per_epoch
+        saved = time.monotonic()
+        started = time.monotonic()
+        for number, (images, labels, indices) in self._batches(epoch):
+            callbacks.on_train_batch_begin(number)
+            batch = [images, labels, indices, progress["step"]]
+            if self.carried is not None:
+                batch.append(self.carried)
+            results = map(ops.convert_to_numpy, step_fn(*batch))
+            loss, correct, *carried = results
+            loss, correct = float(loss), float(correct)
+            if not math.isfinite(loss):
+                raise Collapsed(
+                    epoch + 1, progress["step"], f"the loss is {loss}"
+                )
+            self.carried = np.array(carried[0]) if carried else None
+            progress["step"] += 1
+            now = time.monotonic()
+            sums = progress["sums"]
+            sums[0] += loss
+            sums[1] += correct / len(labels)
+            sums[2] += now - started
+            started = now
+            steps = number + 1
+            callbacks.on_train_batch_end(
+                number,
+                {"loss": sums[0] / steps, "accuracy": sums[1] / steps},
+            )
+            if steps < total and self.should_stop():
+                self.save()
+                raise Interrupted
+            if now - saved > self.save_every and steps < total:
+                self.save()
+                saved = now
+
+    def _batches(self, epoch):
+        """Yields (step in the epoch, batch) for the rest of an epoch."""
+        total, replays = self.steps_per_epoch, self.replays
+        order = image_splits.epoch_order(len(self.split), self.seed, epoch)
+        done = self.progress["step"] - epoch * total
+        batches = pipeline.batches(
+            self.split,
+            order[: total // replays * self.batch_size],
+            self.batch_size,
+            first_batch=done // replays,
+        )
+        for index, batch in enumerate(batches, done // replays):
+            for number in range(index * replays, (index + 1) * replays):
+                if number >= done:
+                    yield number, batch
+
+    def _finish_epoch(self, epoch):
+        """Validates, saves the weights, the history and the state."""
+        with averaged(self.model, self.optimizer):
+            self._check_finite(epoch)
+            found = self.validate(self.model) if self.validate else {}
+            row = self._row(epoch, found)
+            self._check(row)
+            progress = self.progress
+            progress["history"].append(row)
+            progress["sums"] = [0.0, 0.0, 0.0]
+            progress["best_epoch"] = best_epoch(progress["history"])
+            if progress["best_epoch"] == epoch + 1:
+                checkpoints.save_weights(
+                    self.folder / "best.weights.h5", self.model
+                )
+            checkpoints.save_weights(
+                self.folder / "last.weights.h5", self.model
+            )
+        _write_history(self.folder / "history.csv", progress["history"])
+        self.save()
+        if self.should_stop() and epoch + 1 < self.epochs:
+            raise Interrupted
+        return row
+
+    def _row(self, epoch, found):
+        loss, accuracy, seconds = self.progress["sums"]
+        rate = ops.convert_to_numpy(self.optimizer.learning_rate)
+        return {
+            "epoch": epoch + 1,
+            "step": self.progress["step"],
+            "learning_rate": float(rate),
+            "loss": loss / self.steps_per_epoch,
+            "accuracy": accuracy / self.steps_per_epoch,
+            "validation_loss": found.get("loss"),
+            "validation_accuracy": found.get("accuracy"),
+            "validation_robust_accuracy": found.get("robust_accuracy"),
+            "read_out": model_inspect.read_out(self.model),
+            "seconds": round(seconds, 3),
+        }
+
+    def _check_finite(self, epoch):
+        """Raises before weights that are not finite are saved.
+
+        The loss of a step is computed before its update, so the last update of
+        an epoch affects no loss of that epoch.
+        """
+        try:
+            model_inspect.check_weights(self.model)
+        except ValueError as error:
+            raise Collapsed(
+                epoch + 1, self.progress["step"], "weights are not finite"
+            ) from error
+
+    def _check(self, row):
+        """Raises if validation is not finite or an accuracy collapsed.
+
+        Accuracies are compared only within the current read-out step.
+        """
+        loss = row["validation_loss"]
+        if loss is not None and not math.isfinite(loss):
+            raise Collapsed(
+                row["epoch"], row["step"], "the validation loss is not finite"
+            )
+        if self.on_collapse == "ignore":
+            return
+        chance = 1.0 / self.model.output_shape[-1]
+        earlier = _since_read_out([*self.progress["history"], row])[:-1]
+        for name in ("validation_accuracy", "validation_robust_accuracy"):
+            if row[name] is None:
+                continue
+            best = max((r[name] for r in earlier), default=0.0)
+            if best < ABOVE_CHANCE * chance:
+                continue
+            floor = COLLAPSED_BELOW * best
+            if self.on_collapse == "restore" and "robust" in name:
+                floor = max(floor, earlier[-1][name] - LARGEST_DROP)
+            if row[name] < floor:
+                what = f"{name.replace('_', ' ')} fell"
+                raise Collapsed(
+                    row["epoch"],
+                    row["step"],
+                    f"{what} from {best:.1%} to {row[name]:.1%}",
+                )
+
+    def _restore(self, collapse):
+        """Loads the weights of the last good epoch and ends the run."""
+        checkpoints.load_weights(self.folder / "last.weights.h5", self.model)
+        self.progress.update(
+            step=self.progress["history"][-1]["step"],
+            sums=[0.0, 0.0, 0.0],
+            ended=collapse.found,
+        )
+        self.save()
+
+    def save(self):
+        """Writes the state; see `save_state`."""
+        checkpoints.save_state(
+            self.folder / checkpoints.STATE,
+            self.model,
+            self.optimizer,
+            self.progress,
+            self.carried,
+        )
+
+
+def best_epoch(history):
+    """Returns the epoch of the best row among those at the last read-out step.
+
+    The best row has the highest robust validation accuracy or, without one, the
+    highest clean validation accuracy; the first row wins a tie. Without
+    validation the last row is returned.
+    """
+    rows = _since_read_out(history)
+    for name in ("validation_robust_accuracy", "validation_accuracy"):
+        if rows[-1][name] is not None:
+            return max(rows, key=lambda row: row[name])["epoch"]
+    return rows[-1]["epoch"]
+
+
+def _since_read_out(history):
+    """The last rows of the history that have the same read-out step."""
+    first = len(history)
+    while first and history[first - 1]["read_out"] == history[-1]["read_out"]:
+        first -= 1
+    return history[first:]
+
+
+def _write_history(path, history):
+    lines = [",".join(checkpoints.HISTORY)]
+    for row in history:
+        values = (row[key] for key in checkpoints.HISTORY)
+        lines.append(",".join("" if v is None else str(v) for v in values))
+    text = "\n".join(lines) + "\n"
+    run_folder.atomic_write(path, lambda temporary: temporary.write_text(text))

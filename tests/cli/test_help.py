@@ -1,0 +1,172 @@
+"""`--help`: complete, grouped as in the README, and quick."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import programs
+import pytest
+from absl import flags
+
+from saccade.attacks import registry as attack_registry
+from saccade.cli import catalogue, command_line
+from saccade.evaluation import protocols
+from saccade.training import objectives, recipes
+
+import datasets
+import model_backbone
+import trainer
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+GROUPED = ("trainer", "adversary")
+PROGRAMS = (*GROUPED, "speed", "parity", "tables")
+
+
+def load(name):
+    """A program, and the flags that it defines, by name.
+
+    trainer.py has the table of the process, see `programs`.
+    """
+    if name != "trainer":
+        module, known = programs.load(name)
+        return module, {flag: known[flag] for flag in known}
+    found = flags.FLAGS.get_key_flags_for_module(trainer)
+    return trainer, {flag.name: flag for flag in found}
+
+
+def readme_themes(program):
+    """The themes of a program's table in the README, with their flags."""
+    section = README.split(f"### {program}.py\n")[1]
+    table = section.split("|---|---|\n")[1].split("\n\n")[0]
+    rows = (row.strip("|").split("|", 1) for row in table.splitlines())
+    return {
+        title.strip(): set(re.findall(r"`--(\w+)", cell))
+        for title, cell in rows
+    }
+
+
+@pytest.mark.parametrize("program", GROUPED)
+def test_every_flag_is_in_exactly_one_theme_that_is_the_readmes(program):
+    module, own = load(program)
+    themed = [name for names in module.THEMES.values() for name in names]
+    assert sorted(themed) == sorted(own), (
+        "add a new flag to one theme of THEMES and of the README"
+    )
+    told = readme_themes(program)
+    assert list(told) == list(module.THEMES)
+    for title, names in module.THEMES.items():
+        if title != "model options that choose the run":
+            assert told[title] == set(names), title
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_flag_has_a_complete_sentence_and_a_default(program):
+    for name, flag in load(program)[1].items():
+        assert re.match(r"[A-Z0-9].*\.$", flag.help), f"--{name}: {flag.help}"
+        shown = command_line._flag_help(flag, 80)
+        assert "By default" in " ".join(shown.split()), f"--{name}"
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_names_every_flag_and_fits_the_width(program):
+    module, own = load(program)
+    named = {"flags": tuple(own)}
+    help = getattr(module, "HELP", command_line.Help(module.__doc__, named))
+    shown = help.render(own, 80)
+    assert set(re.findall(r"^  --(\w+)=", shown, re.M)) == set(own)
+    for names in help.lists.values():
+        for name, line in names.items():
+            first = re.escape(line.split()[0])
+            assert re.search(rf"^  {name} +{first}", shown, re.M)
+    assert shown.startswith(help.text.strip())
+    longest = max(shown.splitlines(), key=len)
+    assert len(longest) <= 80, longest
+
+
+@pytest.mark.parametrize(
+    "told,known",
+    [
+        (catalogue.MODELS, model_backbone.names()),
+        (catalogue.DATA_SETS, datasets.names()),
+        (catalogue.RECIPES, recipes.NAMED),
+        (catalogue.OBJECTIVES, objectives.OBJECTIVES),
+        (catalogue.ATTACKS, attack_registry.ATTACKS),
+        (catalogue.PROTOCOLS, protocols.PROTOCOLS),
+    ],
+)
+def test_the_catalogue_has_the_names_of_the_registries(told, known):
+    assert sorted(told) == sorted(known)
+    for line in told.values():
+        assert re.match(r"[A-Za-z0-9].*\.$", line), line
+
+
+@pytest.mark.parametrize(
+    "arguments,want",
+    [
+        (["--help"], True),
+        (["--model=x", "-h"], True),
+        (["-help"], True),
+        (["--helpfull"], False),
+        (["--", "--help"], False),
+        (["--tag=help"], False),
+        ([], False),
+    ],
+)
+def test_what_asks_for_help(arguments, want):
+    assert command_line.asked_for_help(arguments) is want
+
+
+def test_a_default_is_shown_once():
+    values = flags.FlagValues()
+    flags.DEFINE_float("a", 300.0, "Seconds.", flag_values=values)
+    flags.DEFINE_boolean("b", False, "Whether.", flag_values=values)
+    flags.DEFINE_string("c", None, "A name. By default x.", flag_values=values)
+    shown = [command_line._flag_help(values[name], 80) for name in "abc"]
+    assert shown == [
+        "  --a=X\n      Seconds. By default 300.",
+        "  --b=0|1\n      Whether. By default 0.",
+        "  --c=TEXT\n      A name. By default x.",
+    ]
+
+
+@pytest.mark.parametrize("program", GROUPED)
+def test_help_needs_no_keras_and_ends_well(program):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{program}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('{program}.py', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert not {'keras', 'tensorflow'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "--model=TEXT" in done.stdout and "multi_gaze" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "program,arguments",
+    [
+        ("trainer", ["--helpfull"]),
+        ("benchmarks/speed", ["--help"]),
+        ("benchmarks/parity", ["--help"]),
+        ("experiments/figures", ["--help"]),
+        ("experiments/tables", ["--help"]),
+        ("experiments/table", ["--help"]),
+    ],
+)
+def test_help_of_every_program_ends_with_status_0(program, arguments):
+    done = subprocess.run(
+        [sys.executable, f"{program}.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert len(done.stdout.splitlines()) > 10

@@ -1,0 +1,224 @@
+"""Training on two replicas gives the weights of one device (TensorFlow).
+
+Augmentation and noise depend on (seed, step, index of the example), so they are
+the same however a batch is split.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from saccade.training import distribution
+
+SCRIPT = """
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+count, path = int(sys.argv[1]), sys.argv[2]
+cpu = tf.config.list_physical_devices("CPU")[0]
+one = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [one] * count)
+strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+
+from saccade.attacks import gradient as gradient_attacks
+import keras
+from saccade.training import objectives
+import model_backbone
+from saccade.training import step as training_step
+from saccade.training import loop as training_loop
+import test_loop as case
+from saccade.training import config as training_config
+from saccade.training import distribution
+from saccade.training import step as training_step
+
+SHAPE = (12, 12, 1)
+
+def retinal():
+    # Without batch normalization, whose statistics differ by replica.
+    return model_backbone.create(
+        "attention_mnist", num_classes=3, image_shape=SHAPE,
+        attention_kind="retina", regularization=0.01, dropout=0.0)
+
+def plain():
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input(SHAPE), layers.Conv2D(4, 3, activation="tanh"),
+        layers.Flatten(), layers.Dense(3)])
+
+def train(build, attack, **settings):
+    objective = objectives.Madry(attack)
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = build()
+        optimizer = keras.optimizers.SGD(
+            0.05, momentum=0.9, use_ema=True, ema_momentum=0.5)
+        optimizer.build(model.trainable_variables)
+        step_fn = training_step.make_step(
+            model, optimizer, objective, augmentation=case.AUGMENTATION,
+            **settings)
+    rng = np.random.default_rng(0)
+    history, carried = [], []
+    if "config" in settings and settings["config"].replays:
+        carried = [np.zeros((8, *SHAPE), "float32")]
+    for step in range(4):
+        labels = rng.integers(0, 3, 8).astype("int32")
+        images = rng.random((8, *SHAPE)).astype("float32")
+        indices = rng.permutation(100)[:8].astype("int32")
+        loss, correct, *carried = step_fn(
+            images, labels, indices, step, *carried)
+        history.append([float(loss), float(correct)])
+    with training_loop.averaged(model, optimizer):
+        average = [w.ravel() for w in model.get_weights()]
+    weights = [w.ravel() for w in model.get_weights()]
+    assert not np.array_equal(average[0], weights[0])
+    carried = [np.ravel(c) for c in carried]
+    return np.concatenate([*weights, *average, *carried]), history
+
+pgd = gradient_attacks.PGD(epsilon=0.1, step_size=0.05, steps=2)
+fgsm = gradient_attacks.FGSM(epsilon=0.1)
+# Not L-inf: signs of gradients near zero could differ by rounding.
+fgm = gradient_attacks.FGSM("l2", 0.5)
+found = {}
+for name, build, attack, settings in (
+    ("pgd", retinal, pgd, {}),
+    ("awp", plain, fgsm,
+     {"l2": 0.1, "config": training_config.StepConfig(awp=0.1)}),
+    ("free", plain, fgm, {"config": training_config.StepConfig(replays=2)}),
+):
+    weights, history = train(build, attack, **settings)
+    found[f"{name}_weights"], found[f"{name}_losses"] = weights, history
+np.savez(path, **found)
+"""
+
+
+def train(count, path):
+    here = os.path.dirname(__file__)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [here, *map(str, pathlib.Path(__file__).parents[1:3])]
+        ),
+    }
+    command = [sys.executable, "-c", SCRIPT, str(count), str(path)]
+    subprocess.run(command, check=True, env=env, capture_output=True)
+    return np.load(path)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="tf.distribute is TensorFlow's",
+)
+def test_replicas_equal_one_device(tmp_path):
+    """Weights, averaged weights and the perturbation of free training."""
+    one, two = (train(n, tmp_path / f"{n}.npz") for n in (1, 2))
+    assert len(one.files) == 6
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5)
+
+
+PROGRAM = """
+import os
+import signal
+import sys
+
+# Before Keras: it sets TensorFlow's log level.
+from saccade.cli import command_line
+import keras
+import tensorflow as tf
+
+count, stop = int(sys.argv[1]), int(sys.argv[2])
+cpu = tf.config.list_physical_devices("CPU")[0]
+one = tf.config.LogicalDeviceConfiguration()
+tf.config.set_logical_device_configuration(cpu, [one] * count)
+
+from saccade.training import config as training_config
+import trainer
+from absl import flags
+
+class Stop(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+flags.FLAGS(["trainer.py", *sys.argv[3:]])
+command_line.load_keras()
+trainer.run(
+    trainer.config_from_flags(),
+    resume=trainer._RESUME.value,
+    callbacks=[Stop()])
+"""
+
+
+def run_trainer(count, folder, *more, stop=-1):
+    """Runs the program on `count` logical CPU devices."""
+    line = "--model=madry_cnn --width=2 --dataset=cluttered_digits --epochs=1"
+    line += " --optimizer=sgd --learning_rate=0.02 --batch_size=100"
+    arguments = [*line.split(), f"--runs_dir={folder}", *more]
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(count), str(stop), *arguments],
+        cwd=str(pathlib.Path(__file__).parents[2]),
+        capture_output=True,
+        text=True,
+    )
+
+
+def weights_of(folder):
+    import h5py
+
+    found = {}
+    path = folder / "cluttered_digits-madry_cnn" / "last.weights.h5"
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: (
+                found.update({name: item[()]})
+                if isinstance(item, h5py.Dataset)
+                else None
+            )
+        )
+    return found
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="tf.distribute is TensorFlow's",
+)
+def test_mirrored_run_equals_one_device_and_resumes_there(tmp_path):
+    single = run_trainer(1, tmp_path / "one")
+    assert single.returncode == 0, single.stderr
+    folder = tmp_path / "two"
+    mirrored = run_trainer(2, folder, "--distribute=mirrored", stop=7)
+    assert "stopped at step" in mirrored.stderr, mirrored.stderr
+    resumed = run_trainer(1, folder, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    want, found = weights_of(tmp_path / "one"), weights_of(folder)
+    assert want.keys() == found.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [
+        ("mirored", "one of none, mirrored. Received: distribute='mirored'"),
+        ("mirrored", "multiple of the 2 devices|KERAS_BACKEND"),
+    ],
+)
+def test_bad_distribution_is_refused(name, message, monkeypatch):
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        two = tf.config.list_logical_devices("CPU") * 2
+        monkeypatch.setattr(
+            tf.config,
+            "list_logical_devices",
+            lambda kind: two if kind == "CPU" else [],
+        )
+    with pytest.raises(ValueError, match=message):
+        distribution.scope(name, 7)
