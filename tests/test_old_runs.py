@@ -113,3 +113,20 @@ def test_old_weights_give_the_logits_of_the_saved_model(run):
     looked = model_backbone.glimpses(model)(images)
     assert looked["gazes"].shape == (4, 2, 2)
     assert np.isfinite(model.predict(images, verbose=0)).all()
+
+
+def test_without_model_backbone_an_old_run_names_it(run):
+    script = (
+        "import pathlib, sys\n"
+        "from saccade.training import checkpoints\n"
+        "try:\n"
+        f"    checkpoints.load_run({str(run)!r})\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unknown model 'multi_gaze'" in done.stdout
+    assert "model_backbone" in done.stdout and "import it first" in done.stdout

@@ -72,6 +72,13 @@ def names():
     return tuple(sorted(_REGISTRY))
 
 
+# The handover's models are assembled outside of the package.
+_NOT_IMPORTED = (
+    " The module model_backbone of a checkout registers more models; import it "
+    "first."
+)
+
+
 def entry(name):
     """Returns the registry row of a model.
 
@@ -79,9 +86,10 @@ def entry(name):
         ValueError: If there is none; the message suggests similar names.
     """
     if name not in _REGISTRY:
+        missing = "" if "multi_gaze" in _REGISTRY else _NOT_IMPORTED
         raise ValueError(
             f"unknown model {name!r}.{known_names.near(name, names())} "
-            f"Expected one of {', '.join(names())}."
+            f"Expected one of {', '.join(names()) or 'none'}.{missing}"
         )
     return _REGISTRY[name]
 
