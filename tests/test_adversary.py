@@ -102,8 +102,11 @@ def test_every_attack_can_be_made_with_and_without_eot(name, eot):
     eot_flag = [] if eot is None else [f"--eot={eot}"]
     programs.parse("adversary", f"--attack={name}", *eot_flag)
     (attack,) = adversary._attacks("linf", (0.1,))
+    assert type(attack) is attack_registry.ATTACKS[name]
+    changes = {"norm": "linf", "epsilon": 0.1}
     if isinstance(attack, gradient_attacks.Iterative):
-        assert attack.keep == ("first" if eot is None else "last")
+        changes["keep"] = "first" if eot is None else "last"
+    assert attack == dataclasses.replace(type(attack)(), **changes)
 
 
 SCAN = ("--epsilon=4/255,0.1", "--steps=1,2", "--num_examples=10")

@@ -24,8 +24,14 @@ PROGRAM = """
 import hashlib, json
 {first}
 import numpy as np
-import attack_backbone, image_splits, model_backbone, robust_evaluation
-import keras, run_folder, training_step
+import model_backbone
+from saccade.attacks import gradient as gradient_attacks
+from saccade.core import run_folder
+from saccade.data import splits as image_splits
+from saccade.evaluation.config import EvaluationConfig
+from saccade.evaluation.evaluate import evaluate
+from saccade.training import step as training_step
+import keras
 
 keras.utils.set_random_seed(0)
 model = model_backbone.create(
@@ -39,8 +45,8 @@ optimizer.build(model.trainable_variables)
 step = training_step.make_step(model, optimizer, training_step.STANDARD)
 loss = float(step(images, labels, np.arange(6, dtype="int32"), 0)[0])
 split = image_splits.Split("test", labels, lambda indices: images[indices])
-config = evaluation_config.EvaluationConfig(gradient_attacks.PGD(steps=2))
-_, arrays = robust_evaluation.evaluate(model, split, config)
+config = EvaluationConfig(gradient_attacks.PGD(steps=2))
+_, arrays = evaluate(model, split, config)
 arrays = [*(np.array(v) for v in model.variables), arrays["adversarial"]]
 print(json.dumps({{
     "loss": loss,

@@ -206,7 +206,10 @@ def test_values_that_say_something_are_taken(values):
         ("--tag=",),  # It is the default.
         ("--epsilon=0.1", "--rate=0", "--rows=a,b", "--fast"),
     ):
-        command_line.check_given(values(*arguments))
+        found = values(*arguments)
+        before = found.flag_values_dict()
+        command_line.check_given(found)
+        assert found.flag_values_dict() == before
 
 
 def test_flags_without_effect_are_refused(values):

@@ -328,10 +328,16 @@ class TestAttackStepSize:
         with pytest.raises(ValueError, match=f"size with --{name}, .*size=0.1"):
             adversary._check_step_size()
 
-    def test_one_alone_is_not(self):
-        for line in ("--attack_step_size=0.1", "--step_size=0.1"):
-            programs.parse("adversary", line)
-            adversary._check_step_size()
+    @pytest.mark.parametrize(
+        "line,lengths",
+        [
+            ("--attack_step_size=0.1", (0.01, 0.1, 8 / 765)),
+            ("--step_size=0.1", (0.1, 0.1, 0.1)),
+        ],
+    )
+    def test_one_alone_sets_the_step_size(self, line, lengths):
+        found = self.attacks(line)
+        assert [a.step_length for a in found] == pytest.approx(lengths)
 
 
 class TestTag:

@@ -114,6 +114,9 @@ def test_a_reader_who_has_gone_does_not_end_the_task(clock, monkeypatch):
     with lines_only(clock, "a", 2) as shown:
         clock.now = 31
         shown.update(1)
+        clock.now = 62
+        shown.update(2)
+        assert shown.done == 2 and not shown.lines
 
 
 @pytest.mark.parametrize(

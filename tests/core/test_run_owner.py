@@ -47,13 +47,17 @@ class TestOwn:
 
     def test_different_folders_can_be_owned_together(self, tmp_path):
         with run_folder.own(tmp_path / "a"), run_folder.own(tmp_path / "b"):
-            pass
+            for name in "ab":
+                with pytest.raises(BlockingIOError):
+                    with run_folder.own(tmp_path / name):
+                        raise AssertionError
 
     def test_own_waits_if_asked(self, tmp_path):
         with second_process.owning(tmp_path / "a") as process:
             process.kill()
             with run_folder.own(tmp_path / "a", wait=30):
-                pass
+                owner = json.loads((tmp_path / ".a.lock").read_text())
+                assert owner["pid"] == os.getpid()
 
     def test_damaged_lock_is_replaced(self, tmp_path):
         (tmp_path / ".a.lock").write_bytes(b"\xff[[[")

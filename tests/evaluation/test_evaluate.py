@@ -1,5 +1,6 @@
 """Evaluations count every image once and do not depend on batches or order."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -17,6 +18,7 @@ from saccade.attacks import registry as attack_registry
 from saccade.core import compilation, randomness
 from saccade.data import splits as image_splits
 from saccade.evaluation import resume as evaluation_state
+from saccade.evaluation import tally as evaluation_tally
 from saccade.evaluation.config import EvaluationConfig
 from saccade.evaluation.evaluate import accuracy, evaluate
 
@@ -449,12 +451,26 @@ def test_killed_evaluation_resumes_with_identical_results(
     assert not steps  # All groups are finished, so nothing is attacked.
 
 
+# Results of a group of two images, as an evaluation saves them.
+RESULTS = {
+    **{n: np.zeros((2, 3), "float32") for n in evaluation_tally.Tally.IMAGES},
+    **{n: np.arange(2) for n in evaluation_tally.Tally.EXAMPLES},
+    "seconds": np.ones(1),
+}
+
+
 @pytest.mark.parametrize("name", attack_registry.ATTACKS)
 def test_state_of_every_attack_is_recognized(name, tmp_path):
     """JSON turns settings that are tuples into lists; they still compare."""
+    folder = tmp_path / "state"
     config = EvaluationConfig(attack_registry.ATTACKS[name]())
-    for _ in range(2):
-        evaluation_state.State(tmp_path / "state", config.describe())
+    evaluation_state.State(folder, config.describe()).finish(0, RESULTS)
+    resumed = evaluation_state.State(folder, config.describe())
+    found = resumed.finished(0, RESULTS["indices"])
+    assert found.keys() == RESULTS.keys()
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(evaluation_state.StateError, match="another seed"):
+        evaluation_state.State(folder, other.describe())
 
 
 def test_state_of_another_surrogate_is_refused(model, tmp_path):

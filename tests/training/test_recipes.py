@@ -106,7 +106,10 @@ class TestRecipes:
 
     def test_recipes_can_be_written_as_json(self):
         for recipe in {**recipes.RECIPES, **recipes.NAMED}.values():
-            json.dumps(dataclasses.asdict(recipe))
+            read = json.loads(json.dumps(dataclasses.asdict(recipe)))
+            for field in ("drops", "read_outs"):
+                read[field] = tuple(map(tuple, read[field]))
+            assert recipes.Recipe(**read) == recipe
 
 
 def rate_at(recipe, epoch, steps=10):
