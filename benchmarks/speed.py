@@ -252,7 +252,7 @@ def _our_calls(images, gazes, points):
             input_gradients(sample, which), images, points
         )
         calls[f"retinal warp: {part}"] = run(
-            gradients(glimpse.retinal_warp, which), images, gazes
+            input_gradients(glimpse.retinal_warp, which), images, gazes
         )
     return calls
 

@@ -1,17 +1,23 @@
-"""Makes the README's comparisons, each by one command that can be stopped.
+"""Makes the tables of results, each by one command that can be stopped.
 
+    python experiments/tables.py --table=digits
+    python experiments/tables.py --table=mnist --data_dir=data
     python experiments/tables.py --table=race --data_dir=data
     python experiments/tables.py --table=race --rows=plain,S3TA-4,S3TA-16
     python experiments/tables.py --table=objectives --data_dir=data
     python experiments/tables.py --table=lineage --data_dir=data/cifar10
 
-race trains the same vision network adversarially, plain and as S3TA-2, -4, -8
-and -16. objectives trains one small network with every robust objective.
-lineage trains ResNet-20 plain and with each kind of fixation. The size is
-printed first. Every part is a run of trainer.py or adversary.py, which resume,
-so that the same command continues where it was stopped. After each part the
-table (<table>.md and .csv) and the figure are written again and say what is
-missing.
+digits trains the model of make demo, and a plain network and S3TA on the same
+images. mnist trains a small network on clean and on adversarial images. race
+trains the same vision network adversarially, plain and as S3TA-2, -4, -8 and
+-16. objectives trains one small network with every robust objective. lineage
+trains ResNet-20 plain and with each kind of fixation.
+
+The size is printed first. Every part is a run of trainer.py or adversary.py,
+which resume, so that the same command continues where it was stopped. After
+each part the table (<table>.md and .csv) and the figure are written again and
+say what is missing. With --publish the records are also copied to results/;
+make results makes docs/results.md of them.
 """
 
 import csv
@@ -27,6 +33,8 @@ from absl import flags
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import publish  # noqa: E402
+
 from saccade.cli import command_line  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
@@ -35,7 +43,9 @@ from saccade.evaluation import published  # noqa: E402
 import datasets  # noqa: E402
 
 _WHICH = flags.DEFINE_string(
-    "table", "race", "Table that is made: race, objectives or lineage."
+    "table",
+    "race",
+    "Table that is made: digits, mnist, race, objectives or lineage.",
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
@@ -68,14 +78,21 @@ _ROWS = flags.DEFINE_list(
 )
 _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples",
-    500,
-    "Number of test images in each attack; some columns take a part of them.",
+    None,
+    "Number of test images in each attack; some columns take a part of them. "
+    "By default the table's own.",
     lower_bound=1,
 )
 _SHOW = flags.DEFINE_boolean(
     "show",
     False,
     "Whether to write the table from the runs that are there and run nothing.",
+)
+_PUBLISH = flags.DEFINE_string(
+    "publish",
+    None,
+    "Name of the folder in results/ to which the records are copied, without "
+    "weights and images. By default none: they stay with the runs.",
 )
 
 # What every record of a table has in common, unless its column says otherwise.
@@ -105,6 +122,7 @@ class Column:
         match: Fields that tell the record from the run's others.
         value: Which field is printed, in percent.
         share: Of the table's test images, those that are attacked.
+        images: The table's number of test images, unless the flag changes it.
     """
 
     head: str
@@ -112,11 +130,12 @@ class Column:
     match: dict
     value: str = "robust_accuracy"
     share: float = 1.0
+    images: int = 500
 
     @property
     def num_examples(self):
         """How many test images are attacked."""
-        return round(self.share * _NUM_EXAMPLES.value)
+        return round(self.share * (_NUM_EXAMPLES.value or self.images))
 
     def of(self, records):
         """Returns the number, None where there is no such record.
@@ -160,6 +179,8 @@ class Table:
         figure: Heads that the figure shows, and their places on its axis.
         drawing: Rows that draw their gazes; the columns that attack in
             expectation concern no other.
+        images: Test images in each attack, unless a flag changes it.
+        tested: Whether a column shows the accuracy on all test images.
     """
 
     epochs: int
@@ -169,6 +190,8 @@ class Table:
     published: dict = dataclasses.field(default_factory=dict)
     figure: dict = dataclasses.field(default_factory=dict)
     drawing: tuple = ()
+    images: int = 500
+    tested: bool = False
 
     def concerns(self, row, column):
         """Whether a column has a number for a row."""
@@ -431,7 +454,86 @@ def lineage(_):
     )
 
 
+def _scan(call, steps, radii, images):
+    """Columns of untargeted PGD at several radii."""
+    call = (*call, f"--steps={steps}", f"--epsilon={','.join(radii)}")
+    return tuple(
+        Column(
+            f"PGD-{steps}, {radius}",
+            call,
+            {
+                "attack": "pgd",
+                "epsilon": command_line.parse_ratio(radius),
+                "steps": steps,
+                "target": "none",
+            },
+            images=images,
+        )
+        for radius in radii
+    )
+
+
+def digits(_):
+    """The training and the attack of `make demo`, and other models on it."""
+    s3ta = (
+        "--model=s3ta",
+        "--vision=simple_cnn",
+        "--vision_width=16",
+        "--controller_units=64",
+        "--hidden_units=64",
+    )
+    return Table(
+        epochs=12,
+        training=(),
+        rows={
+            "multi_gaze": ("--model=multi_gaze",),
+            "plain": ("--model=resnet", "--backbone=simple_cnn", "--width=16"),
+            "S3TA-2": (*s3ta, "--num_steps=2"),
+            "S3TA-4": (*s3ta, "--num_steps=4"),
+        },
+        columns=_scan(("--attack=pgd",), 20, ("0.05", "0.1", "0.2"), 200),
+        images=200,
+        tested=True,
+    )
+
+
+def mnist(_):
+    """A small net on clean and on adversarial images, and AutoAttack."""
+    radius = "0.15"
+    return Table(
+        epochs=2,
+        training=(
+            "--model=resnet",
+            "--backbone=simple_cnn",
+            "--width=16",
+            "--batch_size=128",
+            "--learning_rate=2e-3",
+            "--schedule=cosine",
+        ),
+        rows={
+            "natural": (),
+            "adversarial": (
+                "--adv_train=1",
+                f"--adv_epsilon={radius}",
+                "--adv_steps=5",
+                "--adv_step_size=0.06",
+            ),
+        },
+        columns=(
+            *_scan(("--attack=pgd",), 50, ("0.08", radius), 500),
+            dataclasses.replace(
+                _autoattack(dataclasses.replace(_DIGITS, radius=radius)),
+                head=f"AutoAttack, {radius}",
+                share=1.0,
+            ),
+        ),
+        tested=True,
+    )
+
+
 TABLES = {
+    "digits": (digits, "cluttered_digits"),
+    "mnist": (mnist, "mnist"),
     "race": (race, "cluttered_mnist"),
     "objectives": (objectives, "cluttered_mnist"),
     "lineage": (lineage, "cifar10"),
@@ -451,6 +553,7 @@ class Experiment:
         self.table = make(setting(self.dataset))
         self.out = pathlib.Path(_OUT.value or ROOT / "runs" / name)
         self.epochs = _EPOCHS.value or self.table.epochs
+        self.num_examples = _NUM_EXAMPLES.value or self.table.images
         self.rows = _ROWS.value or list(self.table.rows)
         for row in self.rows:
             known_names.require_known("rows", row, self.table.rows)
@@ -461,7 +564,7 @@ class Experiment:
                 raise ValueError(
                     f"Expected --num_examples that leave one for the column "
                     f"{column.head}, which takes {column.share:.0%} of them. "
-                    f"Received: --num_examples={_NUM_EXAMPLES.value}."
+                    f"Received: --num_examples={self.num_examples}."
                 )
         self.failed = []
 
@@ -560,7 +663,8 @@ class Experiment:
     @property
     def heads(self):
         """The heads of all the columns."""
-        return ("s / epoch", *(c.head for c in self.table.columns))
+        tested = ("clean, all",) if self.table.tested else ()
+        return ("s / epoch", *tested, *(c.head for c in self.table.columns))
 
     def numbers(self, row, seed):
         """Returns the numbers of one run by head."""
@@ -572,6 +676,8 @@ class Experiment:
             epochs = sum(1 for _ in csv.DictReader(file))
         passes = epochs * max(1, trained["step"]["replays"])
         found = {"s / epoch": trained["training_seconds"] / passes}
+        if self.table.tested:
+            found["clean, all"] = 100 * trained["best"]["accuracy"]
         if trained["ended"]:
             found["ended"] = epochs
         records = list(run_folder.records(place).values())
@@ -594,13 +700,21 @@ class Experiment:
                     for h in self.heads
                 )
                 writer.writerow((row, seed, *cells))
-        text = self._markdown(found)
+        text = self.markdown(found)
         (self.out / f"{self.name}.md").write_text(text)
         print(text, flush=True)
         if self.table.figure:
             self._figure(found)
 
-    def _markdown(self, found):
+    def markdown(self, found=None):
+        """Returns the table and its size as Markdown.
+
+        Args:
+            found: Dict from (row, seed) to the numbers of a run; by default
+                they are read from the runs.
+        """
+        if found is None:
+            found = {job: self.numbers(*job) for job in self.jobs}
         lines = ["| model | seeds | " + " | ".join(self.heads) + " |"]
         lines.append("|---" * (2 + len(self.heads)) + "|")
         notes = []
@@ -615,7 +729,7 @@ class Experiment:
             count = sum(map(bool, mine))
             cells = [self._cell(row, head, mine, count) for head in self.heads]
             lines.append(f"| {row} | {count} | " + " | ".join(cells) + " |")
-        size = f"{self.epochs} epochs, {_NUM_EXAMPLES.value} images attacked"
+        size = f"{self.epochs} epochs, {self.num_examples} images attacked"
         for column in self.table.columns:
             if column.share != 1.0:
                 size += f" ({column.head}: {column.num_examples})"
@@ -718,6 +832,32 @@ def _experiment():
     return experiment
 
 
+def _publish(experiment):
+    """Copies the records of finished runs to results/, if that is wanted."""
+    if _PUBLISH.value is None:
+        return
+    into = publish.destination(_PUBLISH.value)
+    for job in experiment.jobs:
+        if experiment.finished(*job):
+            publish.copy_run(experiment.folder(*job), into)
+    publish.describe(into, "experiments/tables.py", _arguments(experiment))
+
+
+def _arguments(experiment):
+    """The flags that decide what the table is."""
+    words = [
+        f"--table={experiment.name}",
+        f"--dataset={experiment.dataset}",
+        f"--seeds={','.join(_SEEDS.value)}",
+    ]
+    if _ROWS.value:
+        words.append(f"--rows={','.join(_ROWS.value)}")
+    for flag in (_EPOCHS, _NUM_EXAMPLES):
+        if flag.value:
+            words.append(f"--{flag.name}={flag.value}")
+    return words
+
+
 def main():
     """Runs what is missing, the seeds one after another."""
     with command_line.guard():
@@ -726,17 +866,19 @@ def main():
     calls = len({column.flags for column in experiment.table.columns})
     print(
         f"{len(jobs)} trainings of {experiment.epochs} epochs, {calls} attacks "
-        f"on {_NUM_EXAMPLES.value} images each: {experiment.out}",
+        f"on {experiment.num_examples} images each: {experiment.out}",
         flush=True,
     )
     if _SHOW.value:
         with command_line.guard():
             experiment.report()
+            _publish(experiment)
         return
     for job in jobs:
         with command_line.guard():
             experiment.run(*job)
             experiment.report()
+            _publish(experiment)
     if experiment.failed:
         failed = ", ".join(f"{row} seed {s}" for row, s in experiment.failed)
         command_line.fail(f"Failed, and left out of the table: {failed}.")

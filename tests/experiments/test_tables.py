@@ -142,7 +142,7 @@ def test_a_table_says_what_is_missing_and_what_ended(experiment, tmp_path):
 
 def test_columns_that_do_not_concern_a_row_are_not_missing(experiment):
     made = experiment("lineage", "--rows=resnet,coarse")
-    text = made._markdown({(row, 0): {} for row in made.rows})
+    text = made.markdown({(row, 0): {} for row in made.rows})
     plain, coarse = text.splitlines()[4:6]
     assert plain.count(" - |") == 4 and coarse.count(" - |") == 0
     assert plain.count("missing") == 5 and "[69.8]" in plain
