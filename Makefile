@@ -1,6 +1,7 @@
 # make demo      train, attack and picture a model: five minutes on two cores
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
 # make lint      ruff's rules, its format, the levels of imports
+# make results   docs/results.md from the records in results/
 # make notebook  run view_images.ipynb on the newest run, into runs/
 # make peers     install the attack libraries that benchmarks/parity.py compares with
 #
@@ -23,7 +24,7 @@ RUN ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint notebook peers clean
+.PHONY: help demo test lint results notebook peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -59,6 +60,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+
+results: $(VENV)/.installed-test
+	$(BIN)/python experiments/results.py
 
 notebook: $(VENV)/.installed-notebook
 	@mkdir -p runs

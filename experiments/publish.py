@@ -13,7 +13,6 @@ make results makes docs/results.md of what is there.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -150,14 +149,10 @@ def _require_relative(path: pathlib.Path, record: dict) -> None:
         )
 
 
-def describe(into: pathlib.Path, program: str, words: Sequence[str]) -> None:
-    """Writes down which command makes the table of a folder in results/."""
+def write_about(into: pathlib.Path, about: dict) -> None:
+    """Writes down how the table of a folder in results/ was made."""
     into.mkdir(parents=True, exist_ok=True)
-    about = {"program": program, "arguments": list(words)}
-    run_folder.atomic_write(
-        into / ABOUT,
-        lambda path: path.write_text(json.dumps(about, indent=2) + "\n"),
-    )
+    run_folder.write_json(into / ABOUT, about)
 
 
 def destination(name: str) -> pathlib.Path:

@@ -38,7 +38,7 @@ import publish  # noqa: E402
 from saccade.cli import command_line  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
-from saccade.evaluation import published  # noqa: E402
+from saccade.evaluation import published, tables  # noqa: E402
 
 import datasets  # noqa: E402
 
@@ -122,7 +122,7 @@ class Column:
         match: Fields that tell the record from the run's others.
         value: Which field is printed, in percent.
         share: Of the table's test images, those that are attacked.
-        images: The table's number of test images, unless the flag changes it.
+        images: Number of test images in the table's attacks.
     """
 
     head: str
@@ -135,7 +135,7 @@ class Column:
     @property
     def num_examples(self):
         """How many test images are attacked."""
-        return round(self.share * (_NUM_EXAMPLES.value or self.images))
+        return round(self.share * self.images)
 
     def of(self, records):
         """Returns the number, None where there is no such record.
@@ -179,7 +179,7 @@ class Table:
         figure: Heads that the figure shows, and their places on its axis.
         drawing: Rows that draw their gazes; the columns that attack in
             expectation concern no other.
-        images: Test images in each attack, unless a flag changes it.
+        images: Number of test images in each attack, unless `Choice` has one.
         tested: Whether a column shows the accuracy on all test images.
     """
 
@@ -543,22 +543,56 @@ TABLES = {
 # --- Running -----------------------------------------------------------------
 
 
-class Experiment:
-    """The runs of a table and what is known of them."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which table is made, and how much of it: see the flags."""
 
-    def __init__(self, name):
-        make, dataset = TABLES[name]
-        self.name = name
-        self.dataset = _DATASET.value or dataset
-        self.table = make(setting(self.dataset))
-        self.out = pathlib.Path(_OUT.value or ROOT / "runs" / name)
-        self.epochs = _EPOCHS.value or self.table.epochs
-        self.num_examples = _NUM_EXAMPLES.value or self.table.images
-        self.rows = _ROWS.value or list(self.table.rows)
+    table: str
+    dataset: str | None = None
+    data_dir: str | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[str, ...] | None = None
+    epochs: int | None = None
+    num_examples: int | None = None
+
+    def words(self):
+        """Returns the arguments of this program that make the same choice."""
+        found = []
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None:
+                many = isinstance(value, (tuple, list))
+                text = ",".join(map(str, value)) if many else value
+                found.append(f"--{name}={text}")
+        return found
+
+
+class Experiment:
+    """The runs of a table and what is known of them.
+
+    Args:
+        choice: A `Choice`.
+        out: The folder of the runs, or of their records in results/.
+    """
+
+    def __init__(self, choice, out):
+        make, dataset = TABLES[choice.table]
+        self.choice = choice
+        self.name = choice.table
+        self.dataset = choice.dataset or dataset
+        table = make(setting(self.dataset))
+        self.out = pathlib.Path(out)
+        self.epochs = choice.epochs or table.epochs
+        self.num_examples = choice.num_examples or table.images
+        columns = (
+            dataclasses.replace(column, images=self.num_examples)
+            for column in table.columns
+        )
+        self.table = dataclasses.replace(table, columns=tuple(columns))
+        self.rows = list(choice.rows or table.rows)
         for row in self.rows:
-            known_names.require_known("rows", row, self.table.rows)
+            known_names.require_known("rows", row, table.rows)
         _require_once("rows", self.rows)
-        self.jobs = [(row, seed) for seed in _seeds() for row in self.rows]
+        self.jobs = [(row, seed) for seed in choice.seeds for row in self.rows]
         for column in self.table.columns:
             if not column.num_examples:
                 raise ValueError(
@@ -649,8 +683,8 @@ class Experiment:
 
     def _call(self, row, seed, command):
         """Runs a program of ours; one that fails does not stop the others."""
-        if _DATA_DIR.value:
-            command = [*command, f"--data_dir={_DATA_DIR.value}"]
+        if self.choice.data_dir:
+            command = [*command, f"--data_dir={self.choice.data_dir}"]
         print("$ python", shlex.join(command), flush=True)
         program, *rest = command
         done = subprocess.run(
@@ -715,8 +749,7 @@ class Experiment:
         """
         if found is None:
             found = {job: self.numbers(*job) for job in self.jobs}
-        lines = ["| model | seeds | " + " | ".join(self.heads) + " |"]
-        lines.append("|---" * (2 + len(self.heads)) + "|")
+        rows = []
         notes = []
         for row in self.rows:
             mine = [found[job] for job in self.jobs if job[0] == row]
@@ -728,16 +761,17 @@ class Experiment:
                 )
             count = sum(map(bool, mine))
             cells = [self._cell(row, head, mine, count) for head in self.heads]
-            lines.append(f"| {row} | {count} | " + " | ".join(cells) + " |")
+            rows.append([row, str(count), *cells])
         size = f"{self.epochs} epochs, {self.num_examples} images attacked"
         for column in self.table.columns:
             if column.share != 1.0:
                 size += f" ({column.head}: {column.num_examples})"
         note = "; [published]" if self.table.published else ""
         where = ""
-        if _DATA_DIR.value and self.dataset == "folder":
-            where = f" ({pathlib.Path(_DATA_DIR.value).name})"
+        if self.choice.data_dir and self.dataset == "folder":
+            where = f" ({pathlib.Path(self.choice.data_dir).name})"
         head = f"{self.dataset}{where}, {size}{note}"
+        lines = tables.markdown_grid(["model", "seeds", *self.heads], rows)
         return "\n".join([head, "", *lines, "", *notes, ""])
 
     def _cell(self, row, head, mine, count):
@@ -814,10 +848,27 @@ def _require_once(flag, values):
         )
 
 
+def experiment_from_flags():
+    """Makes the `Experiment` of the parsed flags."""
+    name = _WHICH.value
+    known_names.require_known("table", name, TABLES)
+    choice = Choice(
+        table=name,
+        dataset=_DATASET.value,
+        data_dir=_DATA_DIR.value,
+        seeds=tuple(_seeds()),
+        rows=_ROWS.value and tuple(_ROWS.value),
+        epochs=_EPOCHS.value,
+        num_examples=_NUM_EXAMPLES.value,
+    )
+    return Experiment(choice, _OUT.value or ROOT / "runs" / name)
+
+
 def _experiment():
     """Makes the experiment of the flags; raises for what is wrong."""
-    known_names.require_known("table", _WHICH.value, TABLES)
-    experiment = Experiment(_WHICH.value)
+    experiment = experiment_from_flags()
+    if _PUBLISH.value is not None:
+        publish.destination(_PUBLISH.value)
     if not _SHOW.value:
         datasets.require(experiment.dataset, data_dir=_DATA_DIR.value)
     elif experiment.dataset not in datasets.names():
@@ -832,30 +883,32 @@ def _experiment():
     return experiment
 
 
-def _publish(experiment):
-    """Copies the records of finished runs to results/, if that is wanted."""
-    if _PUBLISH.value is None:
-        return
-    into = publish.destination(_PUBLISH.value)
+def _report(experiment):
+    """Writes the table, and copies the records if that is wanted."""
+    experiment.report()
+    if _PUBLISH.value is not None:
+        publish_records(experiment, publish.destination(_PUBLISH.value))
+
+
+def publish_records(experiment, into):
+    """Copies the records of finished runs to a folder in results/."""
     for job in experiment.jobs:
         if experiment.finished(*job):
             publish.copy_run(experiment.folder(*job), into)
-    publish.describe(into, "experiments/tables.py", _arguments(experiment))
+    choice = experiment.choice
+    if choice.data_dir:  # Its last part says which pictures a folder holds.
+        name = pathlib.Path(choice.data_dir).name
+        choice = dataclasses.replace(choice, data_dir=name)
+    publish.write_about(into, dataclasses.asdict(choice))
 
 
-def _arguments(experiment):
-    """The flags that decide what the table is."""
-    words = [
-        f"--table={experiment.name}",
-        f"--dataset={experiment.dataset}",
-        f"--seeds={','.join(_SEEDS.value)}",
-    ]
-    if _ROWS.value:
-        words.append(f"--rows={','.join(_ROWS.value)}")
-    for flag in (_EPOCHS, _NUM_EXAMPLES):
-        if flag.value:
-            words.append(f"--{flag.name}={flag.value}")
-    return words
+def published_experiment(folder):
+    """Returns the `Experiment` whose records a folder in results/ holds."""
+    about = run_folder.read_json(folder / publish.ABOUT)
+    for name in ("seeds", "rows"):
+        if about[name] is not None:
+            about[name] = tuple(about[name])
+    return Experiment(Choice(**about), folder)
 
 
 def main():
@@ -871,14 +924,12 @@ def main():
     )
     if _SHOW.value:
         with command_line.guard():
-            experiment.report()
-            _publish(experiment)
+            _report(experiment)
         return
     for job in jobs:
         with command_line.guard():
             experiment.run(*job)
-            experiment.report()
-            _publish(experiment)
+            _report(experiment)
     if experiment.failed:
         failed = ", ".join(f"{row} seed {s}" for row, s in experiment.failed)
         command_line.fail(f"Failed, and left out of the table: {failed}.")

@@ -85,21 +85,34 @@ def to_markdown(table):
     Args:
         table: A `Table`.
     """
-    heads = _join_levels(table.header, ", ")
-    lines = [
-        f"**{table.title}**",
-        "",
-        _markdown_row(heads),
-        _markdown_row(["---", *["---:"] * (len(heads) - 1)]),
-    ]
+    rows = []
     for row in table.rows:
         cells = [row.name, *row.cells]
         if row.kind == "ours":
             cells = [f"**{c}**" if c != DASH else c for c in cells]
-        lines.append(_markdown_row(cells))
+        rows.append(cells)
+    grid = markdown_grid(_join_levels(table.header, ", "), rows)
+    lines = [f"**{table.title}**", "", *grid]
     if table.notes:
         lines += ["", *(f"- {_escape_markdown(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_grid(heads, rows):
+    """Returns the lines of a Markdown table; the first column holds names.
+
+    Args:
+        heads: Sequence of strings, one for each column.
+        rows: Iterable of sequences of strings, as long as `heads`.
+
+    Examples:
+        >>> print(*markdown_grid(["net", "%"], [["a_b", "1.0"]]), sep="\\n")
+        | net | % |
+        | --- | ---: |
+        | a\\_b | 1.0 |
+    """
+    rules = ["---", *["---:"] * (len(heads) - 1)]
+    return [_markdown_row(row) for row in (heads, rules, *rows)]
 
 
 def to_csv(table):

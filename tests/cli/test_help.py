@@ -159,6 +159,9 @@ def test_help_needs_no_keras_and_ends_well(program):
         ("experiments/figures", ["--help"]),
         ("experiments/tables", ["--help"]),
         ("experiments/table", ["--help"]),
+        ("experiments/publish", ["--help"]),
+        ("experiments/results", ["--help"]),
+        ("experiments/results_runs", ["--help"]),
     ],
 )
 def test_help_of_every_program_ends_with_status_0(program, arguments):

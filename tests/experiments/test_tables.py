@@ -25,19 +25,21 @@ adversary, _ = programs.load("adversary")
 @pytest.fixture
 def experiment(tmp_path):
     def make(name, *more):
-        programs.parse("tables", f"--out={tmp_path}", "--seeds=0", *more)
-        return tables.Experiment(name)
+        given = (f"--table={name}", f"--out={tmp_path}", "--seeds=0", *more)
+        programs.parse("tables", *given)
+        return tables.experiment_from_flags()
 
     return make
 
 
 NAMES = ("race", "objectives", "lineage")
+SMALL = [("digits", "cluttered_digits"), ("mnist", "mnist")]
 
 
 @pytest.mark.parametrize(
     "name,dataset",
     [(name, data) for name in NAMES for data in ("cluttered_mnist", "folder")]
-    + [("race", "imagenette"), ("objectives", "imagenette")],
+    + [("race", "imagenette"), ("objectives", "imagenette"), *SMALL],
 )
 def test_every_row_is_a_command_line_of_the_trainer(experiment, name, dataset):
     made = experiment(name, f"--dataset={dataset}")
@@ -58,7 +60,7 @@ def test_every_row_is_a_command_line_of_the_trainer(experiment, name, dataset):
             assert config.adversarial.epsilon == pytest.approx(want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "digits", "mnist"])
 def test_every_column_is_a_record_of_the_adversary(
     experiment, name, monkeypatch
 ):
