@@ -9,7 +9,8 @@
 #   photographs  multi_gaze with five ResNet-18 branches on Imagenette at 96
 #                pixels (2850 images), PGD-20 on 200 test images: about 40 minutes
 # Every step can be killed and goes on where it was when the script runs again;
-# what is finished is not done twice. experiments/table.py prints the records.
+# what is finished is not done twice. experiments/table.py prints the records;
+# with --publish=walk it also copies them to results/.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 : "${DATA:?name the folder of the data sets with DATA=...}"

@@ -49,8 +49,10 @@ writes the page again.
 
 Accuracies are in percent. A cell with several seeds shows their mean and, in
 brackets, their range. The 95% interval of one accuracy of 50% is 7 points wide
-on either side for 200 images, 4.4 for 500 and 3.1 for 1000. Other work ran on
-the machines at the same time, so seconds are upper bounds.
+on either side for 200 images, 4.4 for 500 and 3.1 for 1000. Seeds are those of
+the training; an attack draws its images from the test set with its own seed, 0
+where the text says nothing else. Other work ran on the machines at the same
+time, so seconds are upper bounds.
 """
 
 
@@ -111,6 +113,27 @@ def sampler(folder: pathlib.Path) -> str:
         )
     heads = ["what", "ours, ms", "grid_sample, ms", "ratio of each run"]
     return "\n".join(tables.markdown_grid(heads, rows))
+
+
+def full_size(folder: pathlib.Path) -> str:
+    """Returns what a step of the models costs at full size."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        for row in run_folder.read_json(path)["rows"]:
+            seconds = (
+                " then ".join(f"{time:.1f}" for time in row[key])
+                for key in ("training_step_s", "pgd_step_s")
+            )
+            rows.append(
+                [
+                    row["model"],
+                    f"{row['parameters']:,}",
+                    *seconds,
+                    f"{row['peak_memory_gib']:.1f}",
+                ]
+            )
+    heads = ["model", "parameters", "training step, s", "PGD step, s"]
+    return "\n".join(tables.markdown_grid([*heads, "peak GiB"], rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +283,15 @@ SECTIONS = (
         sampler,
         "python benchmarks/speed.py --what=sampler --rounds=25 "
         "--output=results/sampler/run1.json",
+    ),
+    Section(
+        "full_size",
+        "Models at full size",
+        "One image of 320x320x3, ten classes, float32, one process a model. "
+        "The first step includes building the graph.",
+        full_size,
+        "python benchmarks/speed.py --what=full_size --batch_size=1 "
+        "--models=MODEL",
     ),
     Section(
         "race",

@@ -9,6 +9,8 @@ The parts, in this order, and their size on one core of 2026:
     sampler   three runs of benchmarks/speed.py --what=sampler: 2 minutes
     mnist     two small networks, three seeds, PGD-50 and AutoAttack on 500
               images: 17 minutes; needs MNIST's four files in --data_dir
+    full_size a training step and a PGD step of two models at 320x320: 4
+              minutes and 3 GiB
     digits    a plain network and S3TA beside the demo's model: 10 minutes
 
 The same command continues where it was stopped; what is there is not run
@@ -28,7 +30,7 @@ import publish  # noqa: E402
 from saccade.cli import command_line  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 
-PARTS = ("demo", "sampler", "mnist", "digits")
+PARTS = ("demo", "sampler", "mnist", "full_size", "digits")
 _DIGITS = ("--table=digits", "--publish=digits")
 
 
@@ -42,17 +44,24 @@ def commands(part: str, data_dir: str | None) -> list[list[str]]:
     if part == "mnist":
         given = [f"--data_dir={data_dir}"] if data_dir else []
         return [[program, "--table=mnist", "--publish=mnist", *given]]
-    into = publish.destination("sampler")
+    into = publish.destination(part)
     into.mkdir(parents=True, exist_ok=True)
+    if part == "sampler":
+        jobs = {f"run{number}": ("--rounds=25",) for number in (1, 2, 3)}
+    else:  # The peak of the memory is that of a process.
+        jobs = {
+            name: ("--batch_size=1", f"--models={name}")
+            for name in ("multi_gaze", "parallel_transformers")
+        }
     return [
         [
             "benchmarks/speed.py",
-            "--what=sampler",
-            "--rounds=25",
-            f"--output={path.relative_to(ROOT)}",
+            f"--what={part}",
+            *flags,
+            f"--output={(into / f'{name}.json').relative_to(ROOT)}",
         ]
-        for path in (into / f"run{number}.json" for number in (1, 2, 3))
-        if not path.exists()
+        for name, flags in jobs.items()
+        if not (into / f"{name}.json").exists()
     ]
 
 
@@ -61,6 +70,7 @@ def main(parts: list[str], data_dir: str | None) -> None:
     with command_line.guard():
         for part in parts:
             known_names.require_known("parts", part, PARTS)
+    print("\n".join(__doc__.split("\n\n")[2:4]), flush=True)
     failed = []
     for part in parts:
         for command in commands(part, data_dir):
@@ -88,5 +98,4 @@ if __name__ == "__main__":
         help="Parts that are run, separated by commas. By default all.",
     )
     ARGUMENTS = command_line.parse_arguments(PARSER)
-    print(__doc__.split("\n\n")[2], flush=True)
     main(ARGUMENTS.parts.split(","), ARGUMENTS.data_dir)

@@ -158,6 +158,29 @@ def test_the_sampler_table_has_a_ratio_for_each_run(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_full_size_table_has_both_steps_of_each_model(tmp_path):
+    row = {"model": "multi_gaze", "parameters": 67176212, "batch_size": 1}
+    row |= {"training_step_s": [22.0, 1.2], "pgd_step_s": [8.8, 0.94]}
+    row |= {"peak_memory_gib": 2.61}
+    (tmp_path / "a.json").write_text(json.dumps({"rows": [row]}))
+    assert cells(results.full_size(tmp_path), "multi") == [
+        "multi\\_gaze", "67,176,212", "22.0 then 1.2", "8.8 then 0.9", "2.6",
+    ]  # fmt: skip
+
+
+def test_the_parts_of_the_runs_are_command_lines(tmp_path, monkeypatch):
+    """Each parses, and what has a record is left out."""
+    runs, _ = programs.load("results_runs")
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    for part in runs.PARTS:
+        for program, *line in runs.commands(part, "data"):
+            programs.parse(pathlib.Path(program).stem, *line)
+    (tmp_path / "results" / "sampler" / "run2.json").write_text("{}")
+    left = [line[-1][-9:] for line in runs.commands("sampler", None)]
+    assert left == ["run1.json", "run3.json"]
+
+
 def test_an_experiment_comes_back_from_its_published_folder(tmp_path):
     choice = tables.Choice(
         "lineage",
