@@ -17,268 +17,225 @@ import time
 
 from absl import flags
 
+from saccade.attacks import settings as attack_settings
 from saccade.cli import catalogue, command_line, legacy, model_flags
+from saccade.cli import flags as program_flags
 from saccade.cli import runs as trained_runs
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
+from saccade.core import settings as core_settings
+from saccade.core.settings import setting
 
 import datasets
 
 # Modules that need Keras are imported inside functions, so that a wrong flag is
 # reported at once and not after the seconds that TensorFlow needs to load.
 
-_MODEL = flags.DEFINE_string(
-    "model", None, "Attack the newest run of this model. By default any model."
-)
-_DATASET = flags.DEFINE_string(
-    "dataset",
-    None,
-    "Attack the newest run on this data set. By default any data set.",
-)
-_RUN = flags.DEFINE_string(
-    "run",
-    None,
-    "Folder of the run that is attacked, or its name in --runs_dir. By default "
-    "the newest run.",
-)
-_TAG = flags.DEFINE_string(
-    "tag", None, "Attack the newest run with this tag. By default any tag."
-)
-_RUNS_DIR = flags.DEFINE_string("runs_dir", "runs", "Folder of all runs.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of the data set's files. By default the one that the run was "
-    "trained with.",
-)
+# For images in [0, 1], by norm: of grey images (digits) and of photographs.
+EPSILONS = {
+    "linf": ((0.05, 0.1, 0.2), (1 / 255, 2 / 255, 4 / 255)),
+    "l2": ((0.5, 1.0, 2.0), (0.25, 0.5, 1.0)),
+    "l1": ((5.0, 10.0, 20.0), (6.0, 12.0, 24.0)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordSettings:
+    """What is attacked and what is recorded, the same for all evaluations."""
+
+    data_dir: str | None = setting(
+        None,
+        "Folder of the data set's files.",
+        "the one that the run was trained with",
+    )
+    split: str = setting(
+        "test",
+        "Split whose images are attacked.",
+        choices=("test", "validation", "train"),
+    )
+    weights: str = setting(
+        "best",
+        "Weights of the run that are attacked.",
+        choices=("best", "last"),
+    )
+    save_images: int = setting(
+        64,
+        "Number of images to save with the record; -1 for all.",
+        minimum=-1,
+    )
+    picture_rows: int = setting(
+        8,
+        "Largest number of images in the picture of a record; only saved "
+        "images are drawn.",
+        minimum=1,
+    )
+    overwrite: bool = setting(
+        False, "Whether to replace earlier records of the same name."
+    )
+    protocol: str | None = setting(
+        None,
+        "Evaluations of a paper, one of those listed below.",
+        "none, and s3ta for the model s3ta on imagenet if no attack is chosen",
+    )
+    surrogate: str | None = setting(
+        None,
+        "Folder of another run on whose model the attacks are made (transfer "
+        "attack).",
+        "none",
+    )
+    straight_through: bool = setting(
+        False,
+        "Whether attacks use the gradient of bilinear sampling where the "
+        "model samples the nearest pixel.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackFlags:
+    """Settings of the attacks; None is the default of an attack.
+
+    A flag of several values is scanned: each value is one evaluation.
+    """
+
+    steps: tuple[int, ...] | None = attack_settings.STEPS.field(
+        None,
+        doc="Numbers of gradient steps separated by commas: 10,100, for "
+        "example.",
+        by_default="that of the attack",
+    )
+    restarts: tuple[int, ...] | None = attack_settings.RESTARTS.field(
+        None,
+        doc="Numbers of random starts separated by commas; an attack succeeds "
+        "if any start does.",
+        by_default="1",
+    )
+    step_size: float | None = attack_settings.STEP_SIZE.field(
+        None,
+        doc="Step size, in the units of --epsilon.",
+        by_default="that of the attack, usually 2.5 * epsilon / steps",
+    )
+    step_rule: str | None = attack_settings.STEP_RULE.field(None)
+    momentum: float | None = attack_settings.MOMENTUM.field(None)
+    random_start: float | None = attack_settings.RANDOM_START.field(None)
+    keep: str | None = attack_settings.KEEP.field(None)
+    loss: str | None = attack_settings.LOSS.field(None)
+    l1_fraction: float | None = attack_settings.L1_FRACTION.field(None)
+    samples: int | None = attack_settings.SAMPLES.field(None)
+    n_queries: int | None = attack_settings.QUERIES.field(None)
+    distraction: float | None = attack_settings.DISTRACTION.field(None)
+    version: str | None = attack_settings.VERSION.field(None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversaryFlags(RecordSettings, AttackFlags):
+    """The flags of the program, apart from those of model options."""
+
+    model: str | None = setting(
+        None, "Attack the newest run of this model.", "any model"
+    )
+    dataset: str | None = setting(
+        None, "Attack the newest run on this data set.", "any data set"
+    )
+    run: str | None = setting(
+        None,
+        "Folder of the run that is attacked, or its name in --runs_dir.",
+        "the newest run",
+    )
+    tag: str | None = setting(
+        None, "Attack the newest run with this tag.", "any tag"
+    )
+    runs_dir: str = setting("runs", "Folder of all runs.")
+    checklist: bool = setting(
+        False,
+        "Whether to check for gradient masking, in place of an evaluation.",
+    )
+    nonrobust_features: bool = setting(
+        False,
+        "Whether to train a new model on adversarial images with their target "
+        "classes as labels, in place of an evaluation.",
+    )
+    epochs: int | None = setting(
+        None,
+        "Epochs of the new model of --nonrobust_features.",
+        "those of the run's recipe",
+        minimum=1,
+    )
+    attack: str | None = setting(
+        None,
+        "One or several of the attacks listed below, separated by commas.",
+        "pgd",
+    )
+    norm: str | None = attack_settings.NORM.field(None, by_default="linf")
+    epsilon: tuple[float, ...] | None = attack_settings.EPSILON.field(
+        None,
+        doc="Largest norms of the perturbation separated by commas, for "
+        "pixels in [0, 1]: 1/255,4/255, for example.",
+        by_default="three that suit the images: 0.05,0.1,0.2 for grey and "
+        "1/255,2/255,4/255 for colour in L-inf",
+    )
+    attack_step_size: float | None = setting(
+        None,
+        "Step size at epsilon = 0.3, scaled in proportion to epsilon; in "
+        "place of --step_size.",
+        "none, and 0.1 for bim",
+    )
+    target: str | None = attack_settings.TARGET.field(
+        None,
+        doc="Target class of the attack: none, random, next, least_likely, or "
+        "the number or name of a class.",
+        choices=(),
+    )
+    read_outs: str = attack_settings.READ_OUTS.field("last")
+    eot: int | None = attack_settings.EOT.field(None)
+    test_gazes: str | None = setting(
+        None,
+        "Gazes of models with random gazes: five (fixed gazes, averaged) or "
+        "random.",
+        "those of the run",
+    )
+    craft_dtype: str = attack_settings.CRAFT_DTYPE.field(
+        "float32",
+        doc="Data type of the model during the attack. The final predictions "
+        "are always computed in float32.",
+    )
+    examples: str | None = setting(
+        None,
+        "Indices of the images in the split: a list like 0,5,7 or a text file "
+        "with one index per line.",
+        "those of --num_examples",
+    )
+    num_examples: int | None = attack_settings.NUM_EXAMPLES.field(None)
+    batch_size: int | None = setting(
+        None,
+        "Number of images attacked at a time; it affects only the speed.",
+        "8 to 128, depending on the size of the images",
+    )
+    seed: int = core_settings.SEED.field(0)
+    worst_classes: int = setting(
+        5,
+        "Number of classes in the table of the least robust classes; 0 prints "
+        "no table.",
+        minimum=0,
+    )
+
+
 # Model options select the run: only runs with these options are attacked. (An
 # earlier version of this program built the model from these flags.)
-_MODEL_OPTIONS = model_flags.define(model_flags.ROWS, ("test_gazes",))
-flags.adopt_module_key_flags(model_flags)  # For --helpfull.
-_PROTOCOL = flags.DEFINE_string(
-    "protocol",
-    None,
-    "Evaluations of a paper, one of those listed below. By default none, and "
-    "s3ta for the model s3ta on imagenet if no attack is chosen.",
+_MODEL_OPTIONS = tuple(
+    row for row in model_flags.ROWS if row.option != "test_gazes"
 )
-_CHECKLIST = flags.DEFINE_boolean(
-    "checklist",
-    False,
-    "Whether to check for gradient masking, in place of an evaluation.",
-)
-_NONROBUST = flags.DEFINE_boolean(
-    "nonrobust_features",
-    False,
-    "Whether to train a new model on adversarial images with their target "
-    "classes as labels, in place of an evaluation.",
-)
-_EPOCHS = flags.DEFINE_integer(
-    "epochs",
-    None,
-    "Epochs of the new model of --nonrobust_features. By default those of "
-    "the run's recipe.",
-    lower_bound=1,
-)
-_ATTACK = flags.DEFINE_string(
-    "attack",
-    None,
-    "One or several of the attacks listed below, separated by commas. By "
-    "default pgd.",
-)
-_VERSION = flags.DEFINE_string(
-    "version",
-    None,
-    "Version of autoattack: standard, plus or rand (for stochastic models). "
-    "By default standard.",
-)
-_NORM = flags.DEFINE_string(
-    "norm",
-    None,
-    "Norm that bounds the perturbation: linf, l2 or l1. By default linf.",
-)
-_EPSILON = flags.DEFINE_string(
-    "epsilon",
-    None,
-    "Largest norms of the perturbation separated by commas, for pixels in "
-    "[0, 1]: 1/255,4/255, for example. By default three that suit the images: "
-    "0.05,0.1,0.2 for grey and 1/255,2/255,4/255 for colour in L-inf.",
-)
-_STEPS = flags.DEFINE_string(
-    "steps",
-    None,
-    "Numbers of gradient steps separated by commas: 10,100, for example. By "
-    "default that of the attack.",
-)
-_STEP_SIZE = flags.DEFINE_string(
-    "step_size",
-    None,
-    "Step size, in the units of --epsilon. By default that of the attack, "
-    "usually 2.5 * epsilon / steps.",
-)
-_ATTACK_STEP_SIZE = flags.DEFINE_float(
-    "attack_step_size",
-    None,
-    "Step size at epsilon = 0.3, scaled in proportion to epsilon; in place of "
-    "--step_size. By default none, and 0.1 for bim.",
-)
-_STEP_RULE = flags.DEFINE_string(
-    "step_rule",
-    None,
-    "Rule of the step size: fixed, at_least (no shorter than epsilon / steps) "
-    "or decayed. By default fixed.",
-)
-_MOMENTUM = flags.DEFINE_float(
-    "momentum",
-    None,
-    "Momentum of the gradients of PGD. By default 0, and 1 for mim.",
-)
-_RESTARTS = flags.DEFINE_string(
-    "restarts",
-    None,
-    "Numbers of random starts separated by commas; an attack succeeds if any "
-    "start does. By default 1.",
-)
-_RANDOM_START = flags.DEFINE_float(
-    "random_start",
-    None,
-    "Probability that the attack starts at a random point within epsilon of "
-    "the image. By default that of the attack, 1 for pgd.",
-)
-_KEEP = flags.DEFINE_string(
-    "keep",
-    None,
-    "Iterate that the attack returns: first (the first one that succeeds), "
-    "best (the one of highest loss) or last. By default first, and last with "
-    "--eot.",
-)
-_LOSS = flags.DEFINE_string(
-    "loss",
-    None,
-    "Loss that the attack ascends: cross_entropy, margin or dlr. By default "
-    "that of the attack, cross_entropy for pgd.",
-)
-_L1_FRACTION = flags.DEFINE_float(
-    "l1_fraction",
-    None,
-    "Fraction of the coordinates that an L1 step changes, in (0, 1]. By "
-    "default 0.01.",
-)
-_SAMPLES = flags.DEFINE_integer(
-    "samples",
-    None,
-    "Number of random directions in a gradient estimate of spsa. By default "
-    "4096.",
-    lower_bound=1,
-)
-_QUERIES = flags.DEFINE_integer(
-    "queries",
-    None,
-    "Number of queries of square for each image. By default 5000.",
-    lower_bound=1,
-)
-_DISTRACTION = flags.DEFINE_float(
-    "distraction",
-    None,
-    "Weight of the distance by which the attention moves; the distance is "
-    "added to the loss of the attack. By default 0.",
-)
-_READ_OUTS = flags.DEFINE_string(
-    "read_outs",
-    "last",
-    "Read-out steps of a recurrent model that are attacked: last or all.",
-)
-_EOT = flags.DEFINE_integer(
-    "eot",
-    None,
-    "Number of random draws of a stochastic model to average (expectation "
-    "over transformation); stochastic models require it. By default none.",
-)
-_TEST_GAZES = flags.DEFINE_string(
-    "test_gazes",
-    None,
-    "Gazes of models with random gazes: five (fixed gazes, averaged) or "
-    "random. By default those of the run.",
-)
-_CRAFT_DTYPE = flags.DEFINE_string(
-    "craft_dtype",
-    "float32",
-    "Data type of the model during the attack: float32 or bfloat16. The final "
-    "predictions are always computed in float32.",
-)
-_STRAIGHT_THROUGH = flags.DEFINE_boolean(
-    "straight_through",
-    False,
-    "Whether attacks use the gradient of bilinear sampling where the model "
-    "samples the nearest pixel.",
-)
-_SURROGATE = flags.DEFINE_string(
-    "surrogate",
-    None,
-    "Folder of another run on whose model the attacks are made (transfer "
-    "attack). By default none.",
-)
-_TARGET = flags.DEFINE_string(
-    "target",
-    None,
-    "Target class of the attack: none, random, next, least_likely, or the "
-    "number or name of a class. By default none.",
-)
-_EXAMPLES = flags.DEFINE_string(
-    "examples",
-    None,
-    "Indices of the images in the split: a list like 0,5,7 or a text file "
-    "with one index per line. By default those of --num_examples.",
-)
-_NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples",
-    None,
-    "Number of images, drawn at random from the split. By default all.",
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    None,
-    "Number of images attacked at a time; it affects only the speed. By "
-    "default 8 to 128, depending on the size of the images.",
-)
-_SEED = flags.DEFINE_integer(
-    "seed",
-    0,
-    "Seed of all random numbers.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
-)
-_SPLIT = flags.DEFINE_string(
-    "split",
-    "test",
-    "Split whose images are attacked: test, validation or train.",
-)
-_WEIGHTS = flags.DEFINE_string(
-    "weights", "best", "Weights of the run that are attacked: best or last."
-)
-_SAVE_IMAGES = flags.DEFINE_integer(
-    "save_images",
-    64,
-    "Number of images to save with the record; -1 for all.",
-)
-_PICTURE_ROWS = flags.DEFINE_integer(
-    "picture_rows",
-    8,
-    "Largest number of images in the picture of a record; only saved images "
-    "are drawn.",
-    lower_bound=1,
-)
-_WORST_CLASSES = flags.DEFINE_integer(
-    "worst_classes",
-    5,
-    "Number of classes in the table of the least robust classes; 0 prints no "
-    "table.",
-    lower_bound=0,
-)
-_OVERWRITE = flags.DEFINE_boolean(
-    "overwrite",
-    False,
-    "Whether to replace earlier records of the same name.",
-)
+
+
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(AdversaryFlags, values)
+    model_flags.define(_MODEL_OPTIONS, values)
+
+
 # The groups of flags in --help and in the README; each flag is in one group.
 THEMES = {
     "which run": ("run", "model", "dataset", "tag", "runs_dir", "weights"),
@@ -304,9 +261,7 @@ THEMES = {
         "worst_classes",
         "overwrite",
     ),
-    "model options that choose the run": model_flags.names(
-        row for row in model_flags.ROWS if row.option in _MODEL_OPTIONS
-    ),
+    "model options that choose the run": model_flags.names(_MODEL_OPTIONS),
 }
 HELP = command_line.Help(
     __doc__,
@@ -319,51 +274,20 @@ HELP = command_line.Help(
     },
 )
 
-NORMS = ("linf", "l2", "l1")
-SPLITS = ("test", "validation", "train")
-WEIGHTS = ("best", "last")
-# By norm, for grey images (digits) and for photographs.
-EPSILONS = {
-    "linf": ("0.05,0.1,0.2", "1/255,2/255,4/255"),
-    "l2": ("0.5,1,2", "0.25,0.5,1"),
-    "l1": ("5,10,20", "6,12,24"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
-class AdversaryConfig:
+class AdversaryConfig(RecordSettings):
     """The settings of the attacks on a run.
 
     Attributes:
         folder: The folder of the run.
         evaluations: A tuple of `evaluation_config.EvaluationConfig`.
-        data_dir: Folder of the data set's files; None for the folder that
-            the run was trained with.
-        split: `"test"`, `"validation"` or `"train"`.
-        weights: `"best"` or `"last"`.
-        save_images: Number of images to save with a record, -1 for all.
-        picture_rows: Largest number of images in the picture of a record.
-        overwrite: Whether to replace earlier records of the same name.
-        protocol: Name of the protocol to which the evaluations belong, or
-            None.
         options: Dict of model options that replace the run's.
-        surrogate: Folder of the run on whose model attacks are made, or None.
-        straight_through: Whether attacks use the gradient of bilinear
-            sampling where the model samples the nearest pixel.
     """
 
     folder: pathlib.Path
     evaluations: tuple
-    data_dir: str | None = None
-    split: str = "test"
-    weights: str = "best"
-    save_images: int = 64
-    picture_rows: int = 8
-    overwrite: bool = False
-    protocol: str | None = None
     options: dict = dataclasses.field(default_factory=dict)
-    surrogate: str | None = None
-    straight_through: bool = False
 
     def hashes(self):
         """Returns the SHA-256 of the weights of the model and the surrogate.
@@ -433,114 +357,100 @@ _REQUIRED_TO_CHOOSE = ("model", "dataset", "class_names", "image_shape")
 _REQUIRED = (*_REQUIRED_TO_CHOOSE, "model_options", "num_classes")
 
 
-def config_from_flags():
+def config_from_flags(values=flags.FLAGS):
     """Returns the `AdversaryConfig` of the parsed flags.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
 
     Raises:
         ValueError: If a name or value is invalid; the message suggests similar
             names.
         OSError: If there is no such run.
     """
-    known_names.require_known("split", _SPLIT.value, SPLITS)
-    known_names.require_known("weights", _WEIGHTS.value, WEIGHTS)
-    if _SAVE_IMAGES.value < -1:
-        raise ValueError(
-            "Expected --save_images to be a number of images, or -1 for all. "
-            f"Received: {_SAVE_IMAGES.value}."
-        )
-    _check_effect()
-    folder, run = _find_run()
+    given = program_flags.read(AdversaryFlags, values)
+    _check_effect(given, values)
+    folder, run = find_run(values)
     run_folder.check_fields(
         folder / run_folder.CONFIG, run, {}, _REQUIRED_TO_CHOOSE
     )
-    protocol = _protocol_of(run)
-    surrogate = None
-    if _SURROGATE.value is not None:
-        surrogate = _surrogate(run)
+    protocol = _protocol_of(given, run)
+    shared = {
+        name: getattr(given, name) for name in core_settings.of(RecordSettings)
+    }
+    shared |= {"protocol": protocol, "surrogate": _surrogate(given, run)}
     options = {}
-    if _TEST_GAZES.value is not None:
-        options["test_gazes"] = _TEST_GAZES.value
+    if given.test_gazes is not None:
+        options["test_gazes"] = given.test_gazes
     return AdversaryConfig(
         folder=folder,
-        evaluations=tuple(_evaluations(run, protocol)),
-        data_dir=_DATA_DIR.value,
-        split=_SPLIT.value,
-        weights=_WEIGHTS.value,
-        save_images=_SAVE_IMAGES.value,
-        picture_rows=_PICTURE_ROWS.value,
-        overwrite=_OVERWRITE.value,
-        protocol=protocol,
+        evaluations=tuple(_evaluations(given, run, protocol)),
         options=options,
-        surrogate=surrogate,
-        straight_through=_STRAIGHT_THROUGH.value,
+        **shared,
     )
 
 
-def _surrogate(run):
-    """Returns the folder of the run given by --surrogate."""
-    folder = trained_runs.at(_RUNS_DIR.value, _SURROGATE.value)
+def _surrogate(given, run):
+    """Returns the folder of the run given by --surrogate, or None."""
+    if given.surrogate is None:
+        return None
+    folder = trained_runs.at(given.runs_dir, given.surrogate)
     other = run_folder.read_config(folder, _REQUIRED)
     for key in ("class_names", "image_shape"):
         if other[key] != run[key]:
             raise ValueError(
                 f"Expected a --surrogate with the run's {key}. Received: "
-                f"--surrogate={_SURROGATE.value}, with {len(other[key])} of "
+                f"--surrogate={given.surrogate}, with {len(other[key])} of "
                 f"{other[key][:3]} where the run has {len(run[key])} of "
                 f"{run[key][:3]}."
             )
     return str(folder)
 
 
-def _find_run():
-    """Returns the folder of the run that the flags select, and its config."""
-    if _DATASET.value is not None and _DATASET.value not in datasets.names():
-        datasets.require(_DATASET.value)  # Raises, with the near names.
-    given = {k: flag.value for k, flag in _MODEL_OPTIONS.items()}
-    options = {k: v for k, v in given.items() if v is not None}
-    if options or _MODEL.value is not None:
+def find_run(values=flags.FLAGS):
+    """Returns the folder of the run that the flags select, and its config.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
+    given = program_flags.read(AdversaryFlags, values)
+    options = model_flags.given(_MODEL_OPTIONS, values)
+    if given.dataset is not None and given.dataset not in datasets.names():
+        datasets.require(given.dataset)  # Raises, with the near names.
+    if options or given.model is not None:
         import model_backbone  # It knows all models.
 
-        if _MODEL.value is not None:
-            model_backbone.entry(_MODEL.value)  # Raises, with the near names.
+        if given.model is not None:
+            model_backbone.entry(given.model)  # Raises, with the near names.
     return trained_runs.find(
-        _RUNS_DIR.value,
-        _RUN.value,
-        model=_MODEL.value,
-        dataset=_DATASET.value,
-        tag=_TAG.value,
+        given.runs_dir,
+        given.run,
+        model=given.model,
+        dataset=given.dataset,
+        tag=given.tag,
         options=options,
     )
 
 
-# Flags by the name of the field of an attack, with the parser of each.
-_SETTINGS = {
-    "steps": (_STEPS, command_line.parse_integers),
-    "restarts": (_RESTARTS, command_line.parse_integers),
-    "step_size": (_STEP_SIZE, command_line.parse_ratio),
-    "step_rule": (_STEP_RULE, None),
-    "momentum": (_MOMENTUM, None),
-    "random_start": (_RANDOM_START, None),
-    "keep": (_KEEP, None),
-    "loss": (_LOSS, None),
-    "l1_fraction": (_L1_FRACTION, None),
-    "samples": (_SAMPLES, None),
-    "n_queries": (_QUERIES, None),
-    "distraction": (_DISTRACTION, None),
-    "version": (_VERSION, None),
-}
-_RELATIVE_STEP = ("step_size", (_ATTACK_STEP_SIZE, None))
 _SCANNED = ("steps", "restarts")
 
 
-def _protocol_of(run):
+def _given_settings(given):
+    """Returns the settings of attacks that are given, a dict."""
+    settings = {
+        name: getattr(given, name) for name in core_settings.of(AttackFlags)
+    }
+    return {k: v for k, v in settings.items() if v is not None}
+
+
+def _protocol_of(given, run):
     """Returns --protocol; without attack flags, that of the run's paper."""
-    attack_flags = (
-        *(flag for flag, _ in _SETTINGS.values()),
-        *(_ATTACK, _TARGET, _ATTACK_STEP_SIZE, _NORM, _EPSILON, _PROTOCOL),
-    )
-    if any(flag.value is not None for flag in attack_flags):
-        return _PROTOCOL.value
-    if _CHECKLIST.value or _NONROBUST.value:
+    chosen = (given.attack, given.target, given.attack_step_size, given.norm)
+    if _given_settings(given) or any(
+        value is not None for value in (*chosen, given.epsilon, given.protocol)
+    ):
+        return given.protocol
+    if given.checklist or given.nonrobust_features:
         return None
     if (run["model"], run["dataset"]) != ("s3ta", "imagenet"):
         return None
@@ -554,80 +464,75 @@ def _protocol_of(run):
 # The flags that --checklist and --nonrobust_features use, beside those that
 # select the run.
 _CHECKLIST_FLAGS = (
-    *(_NORM, _EPSILON, _NUM_EXAMPLES, _BATCH_SIZE, _EOT, _SURROGATE),
-    *(_SPLIT, _TEST_GAZES),
+    *("norm", "epsilon", "num_examples", "batch_size", "eot", "surrogate"),
+    *("split", "test_gazes"),
 )
 _NONROBUST_FLAGS = (
-    *(_TARGET, _NORM, _EPSILON, _STEPS, _STEP_SIZE, _EOT, _NUM_EXAMPLES),
-    *(_BATCH_SIZE, _EPOCHS),
+    *("target", "norm", "epsilon", "steps", "step_size", "eot"),
+    *("num_examples", "batch_size", "epochs"),
 )
 
 
-def _check_effect():
+def _check_effect(given, values):
     """Raises a ValueError for a flag that has no effect beside another one."""
     settings = (
-        *(flag for flag, _ in (*_SETTINGS.values(), _RELATIVE_STEP[1])),
-        *(_ATTACK, _TARGET, _NORM, _EPSILON, _READ_OUTS, _EOT, _TEST_GAZES),
-        *(_CRAFT_DTYPE, _STRAIGHT_THROUGH, _SURROGATE, _EXAMPLES),
-        *(_NUM_EXAMPLES, _BATCH_SIZE, _SPLIT, _SAVE_IMAGES, _PROTOCOL),
+        *program_flags.names(AttackFlags),
+        *("attack_step_size", "attack", "target", "norm", "epsilon"),
+        *("read_outs", "eot", "test_gazes", "craft_dtype", "straight_through"),
+        *("surrogate", "examples", "num_examples", "batch_size", "split"),
+        *("save_images", "protocol"),
     )
+    nonrobust = given.nonrobust_features
 
-    def idle(*used):
-        names = {flag.name for flag in used}
-        return [flag for flag in settings if flag.name not in names]
+    def idle(used):
+        return [values[name] for name in settings if name not in used]
 
     command_line.refuse_idle(
-        (_NONROBUST.value, (_CHECKLIST,), "with --nonrobust_features"),
-        (_CHECKLIST.value, idle(*_CHECKLIST_FLAGS), "with --checklist"),
-        (
-            _NONROBUST.value,
-            idle(*_NONROBUST_FLAGS),
-            "with --nonrobust_features",
-        ),
-        (not _NONROBUST.value, (_EPOCHS,), "without --nonrobust_features"),
+        (nonrobust, (values["checklist"],), "with --nonrobust_features"),
+        (given.checklist, idle(_CHECKLIST_FLAGS), "with --checklist"),
+        (nonrobust, idle(_NONROBUST_FLAGS), "with --nonrobust_features"),
+        (not nonrobust, (values["epochs"],), "without --nonrobust_features"),
     )
-    if (_CHECKLIST.value or _NONROBUST.value) and "," in (
-        f"{_EPSILON.value or ''}"
-    ):
+    one_radius = given.checklist or nonrobust
+    if one_radius and given.epsilon and len(given.epsilon) > 1:
+        shown = ",".join(f"{radius:g}" for radius in given.epsilon)
         raise ValueError(
             "Expected one radius with --checklist and --nonrobust_features. "
-            f"Received: --epsilon={_EPSILON.value}."
+            f"Received: --epsilon={shown}."
         )
 
 
-def _evaluations(run, protocol):
+def _evaluations(given, run, protocol):
     """Yields the evaluations that the flags describe."""
-    _check_step_size()
+    _check_step_size(given)
     common = {
-        "num_examples": _NUM_EXAMPLES.value,
-        "indices": _examples(),
-        "seed": _SEED.value,
-        "eot": _EOT.value,
-        "read_outs": _READ_OUTS.value,
-        "craft_dtype": _CRAFT_DTYPE.value,
-        "batch_size": _batch_size(math.prod(run["image_shape"])),
+        "num_examples": given.num_examples,
+        "indices": _examples(given.examples),
+        "seed": given.seed,
+        "eot": given.eot,
+        "read_outs": given.read_outs,
+        "craft_dtype": given.craft_dtype,
+        "batch_size": _batch_size(given, run),
     }
-    if _NORM.value is not None:
-        known_names.require_known("norm", _NORM.value, NORMS)
-    norm = _NORM.value or "linf"
     if protocol is not None:
-        yield from _protocol(run, common, protocol)
+        yield from _protocol(given, run, common, protocol)
         return
+    norm = given.norm or "linf"
     grey = run["image_shape"][-1] == 1
-    radii = _EPSILON.value or EPSILONS[norm][0 if grey else 1]
-    target = _target(run["class_names"])
-    for attack in _attacks(norm, _radii(radii)):
+    radii = given.epsilon or EPSILONS[norm][0 if grey else 1]
+    target = _target(given.target, run["class_names"])
+    for attack in _attacks(given, norm, radii):
         yield _evaluation(attack, target, common).fit(len(run["class_names"]))
 
 
-def _check_step_size():
+def _check_step_size(given):
     """Raises a ValueError if another flag sets the step size too."""
-    for flag in (_STEP_SIZE, _PROTOCOL, _NONROBUST):
-        if _ATTACK_STEP_SIZE.value is not None and flag.value:
+    for flag in ("step_size", "protocol", "nonrobust_features"):
+        if given.attack_step_size is not None and getattr(given, flag):
             raise ValueError(
-                f"Expected no --attack_step_size with --{flag.name}, which "
+                f"Expected no --attack_step_size with --{flag}, which "
                 "sets the step size. Received: "
-                f"--attack_step_size={_ATTACK_STEP_SIZE.value:g}. Leave one of "
+                f"--attack_step_size={given.attack_step_size:g}. Leave one of "
                 "them out."
             )
 
@@ -643,82 +548,98 @@ def _evaluation(attack, target, common):
     )
 
 
-def _attacks(norm, radii):
+def _attacks(given, norm, radii):
     """Yields each attack at each radius, number of steps and restarts."""
     from saccade.attacks import gradient as gradient_attacks
     from saccade.attacks import registry as attack_registry
 
     known = attack_registry.ATTACKS
-    names = (_ATTACK.value or "pgd").split(",")
+    names = (given.attack or "pgd").split(",")
     for name in names:
         known_names.require_known("attack", name, known)
     fields = {n: {f.name for f in dataclasses.fields(known[n])} for n in names}
-    given = {}
-    for field, (flag, parse) in (*_SETTINGS.items(), _RELATIVE_STEP):
-        if flag.value is None:
-            continue
-        if not any(field in fields[name] for name in names):
-            raise ValueError(
-                f"The attack {names[0]} has no --{flag.name}; leave it out, "
-                "or choose another --attack."
-            )
-        if flag is _ATTACK_STEP_SIZE:
-            continue  # It depends on the radius.
-        given[field] = flag.value
-        if parse is not None:
-            given[field] = command_line.parsed(flag.name, flag.value, parse)
+    settings = _given_settings(given)
+    _check_settings(given, settings, fields)
     for name in names:
-        own = {k: v for k, v in given.items() if k in fields[name]}
+        own = {k: v for k, v in settings.items() if k in fields[name]}
         # The attack on an image may stop at its first success. With random
         # draws a success may be due to chance, so the last iterate counts.
         if issubclass(known[name], gradient_attacks.Iterative):
-            own.setdefault("keep", "first" if _EOT.value is None else "last")
+            own.setdefault("keep", "first" if given.eot is None else "last")
         scans = {"epsilon": radii}
         scans.update({k: own.pop(k) for k in _SCANNED if k in own})
         for values in itertools.product(
             *(dict.fromkeys(v) for v in scans.values())
         ):
-            yield _with_relative_step(
-                known[name](
-                    norm=norm, **dict(zip(scans, values, strict=True)), **own
-                )
+            attack = known[name](
+                norm=norm, **dict(zip(scans, values, strict=True)), **own
+            )
+            yield _with_relative_step(attack, given.attack_step_size)
+
+
+def _check_settings(given, settings, fields):
+    """Raises a ValueError for a setting that no chosen attack has.
+
+    Args:
+        given: An `AdversaryFlags`.
+        settings: Dict of the settings of attacks that are given.
+        fields: Dict from the names of the attacks to their fields.
+    """
+    flags_by_field = {
+        name: program_flags.flag_name(name, setting)
+        for name, setting in core_settings.of(AttackFlags).items()
+        if name in settings
+    }
+    wanted = list(flags_by_field.items())
+    if given.attack_step_size is not None:
+        wanted.append(("step_size", "attack_step_size"))
+    for field, flag in wanted:
+        if not any(field in known for known in fields.values()):
+            raise ValueError(
+                f"The attack {next(iter(fields))} has no --{flag}; leave it "
+                "out, or choose another --attack."
             )
 
 
-def _with_relative_step(attack):
+def _with_relative_step(attack, relative):
     """Sets the step size that --attack_step_size means at this radius."""
-    if _ATTACK_STEP_SIZE.value is None or not hasattr(attack, "step_size"):
+    if relative is None or not hasattr(attack, "step_size"):
         return attack
-    length = attack.epsilon / 0.3 * _ATTACK_STEP_SIZE.value
+    length = attack.epsilon / 0.3 * relative
     if length == attack.step_length:
         # It is the attack's default, and both ways have the same record.
         return attack
     return dataclasses.replace(attack, step_size=length)
 
 
-def _protocol(run, common, protocol):
+def _protocol(given, run, common, protocol):
     """Yields the evaluations of a protocol."""
     from saccade.evaluation import protocols
 
     known_names.require_known("protocol", protocol, protocols.PROTOCOLS)
-    for flag in (*(flag for flag, _ in _SETTINGS.values()), _ATTACK, _TARGET):
-        if flag.value is not None:
+    settings = core_settings.of(AttackFlags).items()
+    flags_by_field = {
+        **{name: program_flags.flag_name(name, row) for name, row in settings},
+        "attack": "attack",
+        "target": "target",
+    }
+    for field, flag in flags_by_field.items():
+        if getattr(given, field) is not None:
             raise ValueError(
-                f"--protocol={_PROTOCOL.value} determines --{flag.name}. "
-                f"Leave --{flag.name} or --protocol out."
+                f"--protocol={protocol} determines --{flag}. "
+                f"Leave --{flag} or --protocol out."
             )
     yield from protocols.PROTOCOLS[protocol].evaluations(
         image_shape=tuple(run["image_shape"]),
         num_classes=len(run["class_names"]),
-        norm=_NORM.value,
-        epsilon=_radii(_EPSILON.value),
+        norm=given.norm,
+        epsilon=given.epsilon,
         **{k: v for k, v in common.items() if v is not None},
     )
 
 
-def _examples():
+def _examples(text):
     """Reads --examples: a list of numbers, or a file with one per line."""
-    text = _EXAMPLES.value
     if text is None:
         return None
     path = pathlib.Path(text)
@@ -733,18 +654,11 @@ def _examples():
     return command_line.parsed("examples", text, command_line.parse_integers)
 
 
-def _radii(text):
-    """Reads --epsilon; None if it is not given."""
-    if text is None:
-        return None
-    return command_line.parsed("epsilon", text, command_line.parse_ratios)
-
-
-def _target(class_names):
+def _target(text, class_names):
     """Reads --target: a kind of target, a class id or the name of a class."""
     from saccade.evaluation import config as evaluation_config
 
-    text = _TARGET.value or "none"
+    text = text or "none"
     if text in evaluation_config.TARGETS:
         return text
     if text in class_names:
@@ -760,10 +674,11 @@ def _target(class_names):
     )
 
 
-def _batch_size(numbers):
+def _batch_size(given, run):
     """Returns a batch size at which activations fit into a few GiB."""
-    if _BATCH_SIZE.value is not None:
-        return _BATCH_SIZE.value
+    if given.batch_size is not None:
+        return given.batch_size
+    numbers = math.prod(run["image_shape"])
     for limit, size in ((5_000, 128), (15_000, 64), (80_000, 32)):
         if numbers <= limit:
             return size
@@ -1037,7 +952,7 @@ def _load(config, data, hashes):
     return model, context, split
 
 
-def _show_protocol(config, records):
+def _show_protocol(config, records, norm=None, epsilon=None):
     """Prints a protocol's table and writes it beside the records."""
     from saccade.evaluation import protocols
 
@@ -1048,8 +963,8 @@ def _show_protocol(config, records):
         run["dataset"],
         options={**run["model_options"], **config.options},
         attack_steps=(run.get("adversarial") or {}).get("steps"),
-        norm=_NORM.value,
-        epsilon=_radii(_EPSILON.value),
+        norm=norm,
+        epsilon=epsilon,
     )
     print(protocols.render(table))
     for ending, text in (
@@ -1149,45 +1064,34 @@ def _show_training(batch_size):
         }
 
 
-def _run_nonrobust(config):
+def _run_nonrobust(config, given):
     """Trains on adversarial images with the targets as labels."""
     from saccade.evaluation import nonrobust_features
     from saccade.training import loop as training_loop
 
-    settings = {"seed": _SEED.value, "num_examples": _NUM_EXAMPLES.value}
-    for name, flag in (
-        ("target", _TARGET),
-        ("norm", _NORM),
-        ("epsilon", _EPSILON),
-        ("steps", _STEPS),
-        ("step_size", _STEP_SIZE),
-        ("eot", _EOT),
-    ):
-        if flag.value is not None:
-            settings[name] = flag.value
+    settings = {"seed": given.seed, "num_examples": given.num_examples}
+    for name in ("target", "norm", "epsilon", "steps", "step_size", "eot"):
+        if getattr(given, name) is not None:
+            settings[name] = getattr(given, name)
     with command_line.guard():
-        for name in {"epsilon", "step_size"} & set(settings):
-            settings[name] = command_line.parsed(
-                name, settings[name], command_line.parse_ratio
-            )
-        if "steps" in settings:
-            steps = command_line.parsed(
-                "steps", settings["steps"], command_line.parse_integers
-            )
-            if len(steps) > 1 or steps[0] < 1:
+        if given.epsilon is not None:
+            (settings["epsilon"],) = given.epsilon
+        if given.steps is not None:
+            if len(given.steps) > 1 or given.steps[0] < 1:
+                shown = ",".join(map(str, given.steps))
                 raise ValueError(
                     "Expected one number of steps >= 1 with "
-                    f"--nonrobust_features. Received: --steps={_STEPS.value}."
+                    f"--nonrobust_features. Received: --steps={shown}."
                 )
-            (settings["steps"],) = steps
+            (settings["steps"],) = given.steps
         run = run_folder.read_config(config.folder, _REQUIRED)
         data = datasets.load_data(run, config.data_dir, test_only=False)
         datasets.split_of(config.folder, run, data, "train")
         settings |= {
             "weights": config.weights,
             "overwrite": config.overwrite,
-            "epochs": _EPOCHS.value,
-            "batch_size": _batch_size(math.prod(run["image_shape"])),
+            "epochs": given.epochs,
+            "batch_size": _batch_size(given, run),
         }
         try:
             with (
@@ -1208,21 +1112,28 @@ def _run_nonrobust(config):
             print(f"{name}: {value}")
 
 
-def main():
-    """Runs the attacks of the flags and prints the table."""
+def main(values=flags.FLAGS):
+    """Runs the attacks of the flags and prints the table.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     # This comes first, since it silences the messages of the backend.
     command_line.load_keras()
     from saccade.evaluation import records as evaluation_records
     from saccade.figures import captions
 
+    import model_backbone  # noqa: F401  It registers the handover's models.
+
     with command_line.guard():
-        config = config_from_flags()
+        config = config_from_flags(values)
+    given = program_flags.read(AdversaryFlags, values)
     started = time.monotonic()
-    if _NONROBUST.value:
+    if given.nonrobust_features:
         with command_line.continues(_HOW_TO_RESUME):
-            _run_nonrobust(config)
+            _run_nonrobust(config, given)
         return
-    if _CHECKLIST.value:
+    if given.checklist:
         if not _run_checklist(config):
             raise SystemExit(1)
         return
@@ -1234,12 +1145,14 @@ def main():
         key=lambda record: record["robust_accuracy"],
     )
     captions.show_classes(
-        least_robust, _WORST_CLASSES.value, captions.caption(least_robust)
+        least_robust, given.worst_classes, captions.caption(least_robust)
     )
     if config.protocol is not None:
-        _show_protocol(config, [record for record, _, _ in results])
+        records = [record for record, _, _ in results]
+        _show_protocol(config, records, given.norm, given.epsilon)
     print(f"{time.monotonic() - started:.0f} s in total")
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main, legacy.of_adversary, HELP)

@@ -15,179 +15,114 @@ import time
 
 from absl import flags
 
-from saccade.cli import (
-    catalogue,
-    command_line,
-    legacy,
-    model_flags,
-    training_flags,
-)
+from saccade.cli import catalogue, command_line, legacy, model_flags
+from saccade.cli import flags as program_flags
 from saccade.cli import runs as trained_runs
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
+from saccade.core import settings as core_settings
+from saccade.core.settings import setting
+from saccade.training import settings
 
 import datasets
 
 # Keras is imported inside functions: a missing data set must be reported before
 # TensorFlow has taken seconds to load.
 
-_MODEL = flags.DEFINE_string(
-    "model", "multi_gaze", "Model to train, one of those listed below."
-)
-_DATASET = flags.DEFINE_string(
-    "dataset",
-    "cluttered_digits",
-    "Data set to train on, one of those listed below.",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of the data set's files, or the folder above it. By default none: "
-    "cluttered_digits needs no files.",
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size",
-    None,
-    "Side of the images in pixels. By default that of the data set: 320 for "
-    "the ImageNet sets (224 with the recipe of a paper), 160 for imagenette.",
-    lower_bound=8,
-)
-_CLASS_LIST = flags.DEFINE_string(
-    "class_list",
-    None,
-    "Text file of the classes of an ImageNet set, one WordNet id a line. By "
-    "default the data set's own list.",
-)
-_VALIDATION = flags.DEFINE_float(
-    "validation_fraction",
-    0.05,
-    "Part of the training images held out to choose the best weights, in [0, "
-    "1); 0 disables validation. Not used if the data set has a validation "
-    "split.",
-)
-_SKIP_CORRUPT = flags.DEFINE_boolean(
-    "skip_corrupt",
-    False,
-    "Whether to skip and count unreadable images (1) or to stop with an error "
-    "(0).",
-)
-_DOWNLOAD = flags.DEFINE_boolean(
-    "download",
-    False,
-    "Whether TensorFlow Datasets may download a data set that is missing.",
-)
-_RUNS_DIR = flags.DEFINE_string(
-    "runs_dir",
-    "runs",
-    "Folder of all runs; this run goes to its subfolder "
-    "<dataset>-<model>[-<tag>].",
-)
-_TAG = flags.DEFINE_string(
-    "tag", "", "Last part of the name of the run's folder. By default none."
-)
-_OVERWRITE = flags.DEFINE_boolean(
-    "overwrite", False, "Whether to replace an earlier run of the same name."
-)
-_RESUME = flags.DEFINE_boolean(
-    "resume",
-    False,
-    "Whether to continue the run of that name where it stopped.",
-)
-_ONLY_EVALUATE = flags.DEFINE_boolean(
-    "only_evaluate",
-    False,
-    "Whether to test the finished run of that name again, without training.",
-)
-_SEED = flags.DEFINE_integer(
-    "seed",
-    0,
-    "Seed of all random numbers.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
-)
-_DISTRIBUTE = flags.DEFINE_string(
-    "distribute",
-    "none",
-    "Devices: none (one device) or mirrored (all GPUs of the machine, each "
-    "with its part of a batch; TensorFlow only).",
-)
-_SAVE_EVERY = flags.DEFINE_float(
-    "save_every",
-    300.0,
-    "Seconds between saves of the training state within an epoch.",
-    lower_bound=0.0,
-)
-_EVAL_BATCH = flags.DEFINE_integer(
-    "eval_batch_size",
-    100,
-    "Images in a batch of validation and test.",
-    lower_bound=1,
-)
-_WORST_CLASSES = flags.DEFINE_integer(
-    "worst_classes",
-    5,
-    "Number of classes in the table of the least accurate classes; 0 for no "
-    "table.",
-    lower_bound=0,
-)
-_AUGMENT = flags.DEFINE_boolean(
-    "augment",
-    True,
-    "Whether to augment the training images.",
-)
 
-_RECIPE_NAME = flags.DEFINE_string(
-    "recipe",
-    None,
-    "Recipe of a paper, one of those listed below; it includes adversarial "
-    "training. By default the recipe of the data set.",
-)
-_CURRICULUM = flags.DEFINE_string(
-    "read_out_curriculum",
-    None,
-    "Read-out step of a recurrent model by epoch, as epoch:step pairs, for "
-    "example 0:4,35:8,70:16. By default the recipe's, or always the last "
-    "step.",
-)
-_ON_COLLAPSE = flags.DEFINE_string(
-    "on_collapse",
-    None,
-    "What to do when the loss is not finite or a validation accuracy "
-    "collapses: stop (an error), restore (end with the last good weights) or "
-    "ignore. By default stop, and restore for the objective fast.",
-)
-_ROBUST_VALIDATION = flags.DEFINE_integer(
-    "robust_validation",
-    None,
-    "Number of validation images attacked by PGD after each epoch. By default "
-    "500 in adversarial training and 0 otherwise.",
-    lower_bound=0,
-)
-_ROBUST_STEPS = flags.DEFINE_integer(
-    "robust_validation_steps",
-    10,
-    "Gradient steps of the PGD of --robust_validation.",
-    lower_bound=1,
-)
-_ADV_TRAIN = flags.DEFINE_boolean(
-    "adv_train",
-    None,
-    "Whether to train on adversarial images. By default 0, and 1 with "
-    "--adv_objective or the recipe of a paper.",
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerFlags(settings.RunSettings):
+    """The flags of the program, apart from those of `_OVERRIDES` and models."""
+
+    overwrite: bool = setting(
+        False, "Whether to replace an earlier run of the same name."
+    )
+    resume: bool = setting(
+        False, "Whether to continue the run of that name where it stopped."
+    )
+    only_evaluate: bool = setting(
+        False,
+        "Whether to test the finished run of that name again, without "
+        "training.",
+    )
+    worst_classes: int = setting(
+        5,
+        "Number of classes in the table of the least accurate classes; 0 for "
+        "no table.",
+        minimum=0,
+    )
+    augment: bool = setting(True, "Whether to augment the training images.")
+    recipe: str | None = setting(
+        None,
+        "Recipe of a paper, one of those listed below; it includes "
+        "adversarial training.",
+        "the recipe of the data set",
+    )
+    read_out_curriculum: str | None = setting(
+        None,
+        "Read-out step of a recurrent model by epoch, as epoch:step pairs, "
+        "for example 0:4,35:8,70:16.",
+        "the recipe's, or always the last step",
+    )
+    on_collapse: str | None = setting(
+        None,
+        "What to do when the loss is not finite or a validation accuracy "
+        "collapses: stop (an error), restore (end with the last good weights) "
+        "or ignore.",
+        "stop, and restore for the objective fast",
+    )
+    robust_validation: int | None = setting(
+        None,
+        "Number of validation images attacked by PGD after each epoch.",
+        "500 in adversarial training and 0 otherwise",
+        minimum=0,
+    )
+    adv_train: bool | None = setting(
+        None,
+        "Whether to train on adversarial images.",
+        "0, and 1 with --adv_objective or the recipe of a paper",
+    )
+
+
 # Attack settings that free training, which has no attack loop, does not use.
 _NOT_IN_FREE_TRAINING = {
     *("attack", "steps", "step_size", "step_rule", "random_start"),
     *("momentum", "loss", "l1_fraction", "epsilon_per_image", "train_mode"),
 }
-# Unset flags keep the values of the recipe, the data set and the model.
-_RECIPE = model_flags.define(
-    (*training_flags.RECIPE, *training_flags.AUGMENTATION)
+# Flags that are None unless given: they override the recipe, the step and the
+# adversarial training of the data set. By the prefix of their names.
+_OVERRIDES = {
+    settings.RecipeSettings: "",
+    settings.StepSettings: "adv_",
+    settings.AdversarialSettings: "adv_",
+}
+_OBJECTIVE_FLAGS = (
+    *("adv_train", "adv_objective", "adv_weight", "adv_slope_weight"),
+    *("adv_sigma", "adv_clean_weight"),
 )
-_STEP = model_flags.define(training_flags.STEP)
-_ADVERSARIAL = model_flags.define(training_flags.ADVERSARIAL)
-_OPTIONS = model_flags.define(model_flags.ROWS)
-flags.adopt_module_key_flags(model_flags)  # For --helpfull.
+
+
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(TrainerFlags, values)
+    for cls, prefix in _OVERRIDES.items():
+        program_flags.define(cls, values, prefix=prefix, unset=True)
+    model_flags.define(model_flags.ROWS, values)
+
+
+def _given(cls, values):
+    """Returns the settings of a class of `_OVERRIDES` that are given."""
+    return program_flags.given(cls, values, prefix=_OVERRIDES[cls])
+
+
+def _all_but(names, *others):
+    return tuple(name for name in names if name not in others)
+
+
 # The sections of --help; each flag is in exactly one.
 THEMES = {
     "what": ("model", "dataset", "seed"),
@@ -202,24 +137,21 @@ THEMES = {
     ),
     "recipe": (
         "recipe",
-        *model_flags.names(training_flags.RECIPE),
+        *_all_but(program_flags.names(settings.RecipeSettings), "augmentation"),
         "read_out_curriculum",
     ),
-    "augmentation": (
-        "augment",
-        *model_flags.names(training_flags.AUGMENTATION),
-    ),
+    "augmentation": ("augment", "augmentation"),
     "glimpses": model_flags.names(model_flags.GLIMPSES),
     "sampler": model_flags.names(model_flags.SAMPLER),
     "nets": model_flags.names(model_flags.NETS),
     "cortical scales": model_flags.names(model_flags.CORTICAL),
     "S3TA": model_flags.names(model_flags.S3TA),
-    "adversarial training": (
-        "adv_train",
-        *model_flags.names(training_flags.OBJECTIVE),
+    "adversarial training": _OBJECTIVE_FLAGS,
+    "its attack": _all_but(
+        program_flags.names(settings.AdversarialSettings, "adv_"),
+        *_OBJECTIVE_FLAGS,
     ),
-    "its attack": model_flags.names(training_flags.ATTACK),
-    "its step": model_flags.names(training_flags.STEP),
+    "its step": program_flags.names(settings.StepSettings, "adv_"),
     "validation": (
         *("robust_validation", "robust_validation_steps", "on_collapse"),
     ),
@@ -241,8 +173,11 @@ HELP = command_line.Help(
 )
 
 
-def config_from_flags():
+def config_from_flags(values=flags.FLAGS):
     """Returns the `RunConfig` of the parsed flags.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
 
     Raises:
         ValueError: If a name or a value does not fit. The message suggests
@@ -253,21 +188,21 @@ def config_from_flags():
 
     import model_backbone
 
-    _check_effect()
-    row = model_backbone.entry(_MODEL.value)
-    run_folder.folder("", _DATASET.value, _MODEL.value, _TAG.value)  # Raises.
-    if _DATASET.value not in datasets.names():
-        datasets.load(_DATASET.value)  # Raises and suggests similar names.
+    given = program_flags.read(TrainerFlags, values)
+    _check_effect(given, values)
+    row = model_backbone.entry(given.model)
+    run_folder.folder("", given.dataset, given.model, given.tag)  # Raises.
+    if given.dataset not in datasets.names():
+        datasets.load(given.dataset)  # Raises and suggests similar names.
     options = {
-        name: flag.value
-        for name, flag in _OPTIONS.items()
+        name: value
+        for name, value in model_flags.given(model_flags.ROWS, values).items()
         # The handover's command lines set options to 0 that the model lacks.
-        if flag.value is not None
-        and (flag.value is not False or name in row.options)
+        if value is not False or name in row.options
     }
-    name = _recipe_name(options)
-    adversarial = _adversarial_from_flags(name)
-    step = training_config.StepConfig(**_given(_STEP))
+    name = _recipe_name(given, options)
+    adversarial = _adversarial_from_flags(given, values, name)
+    step = training_config.StepConfig(**_given(settings.StepSettings, values))
     if step.replays:  # Each replay is a pass over the images.
         step = dataclasses.replace(
             step,
@@ -275,68 +210,55 @@ def config_from_flags():
             awp_warmup=step.awp_warmup / step.replays,
         )
     fast = adversarial is not None and adversarial.objective == "fast"
-    num_attacked = _ROBUST_VALIDATION.value
+    num_attacked = given.robust_validation
     if num_attacked is None:
         num_attacked = 500 if adversarial else 0
+    idle = (values["robust_validation_steps"],)
     command_line.refuse_idle(
-        (not num_attacked, (_ROBUST_STEPS,), "without --robust_validation"),
+        (not num_attacked, idle, "without --robust_validation"),
     )
+    shared = {
+        name: getattr(given, name)
+        for name in core_settings.of(settings.RunSettings)
+    }
+    if not given.image_size:
+        shared["image_size"] = recipes.image_size(name, given.dataset)
     return training_config.RunConfig(
-        model=_MODEL.value,
-        dataset=_DATASET.value,
-        recipe=_recipe_from_flags(name, adversarial, step.replays),
+        recipe=_recipe_from_flags(given, values, name, adversarial, step),
         recipe_name=name,
         model_options=options,
         adversarial=adversarial,
         step=step,
         robust_validation=num_attacked,
-        robust_validation_steps=_ROBUST_STEPS.value,
-        on_collapse=_ON_COLLAPSE.value or ("restore" if fast else "stop"),
-        data_dir=_DATA_DIR.value,
-        image_size=_IMAGE_SIZE.value
-        or recipes.image_size(name, _DATASET.value),
-        class_list=_CLASS_LIST.value,
-        validation_fraction=_VALIDATION.value,
-        skip_corrupt=_SKIP_CORRUPT.value,
-        download=_DOWNLOAD.value,
-        runs_dir=_RUNS_DIR.value,
-        tag=_TAG.value,
-        seed=_SEED.value,
-        distribute=_DISTRIBUTE.value,
-        save_every=_SAVE_EVERY.value,
-        eval_batch_size=_EVAL_BATCH.value,
+        on_collapse=given.on_collapse or ("restore" if fast else "stop"),
+        **shared,
     )
 
 
-def _check_effect():
+def _check_effect(given, values):
     """Raises a ValueError for a flag that has no effect beside another one."""
     command_line.refuse_idle(
         (
-            _ONLY_EVALUATE.value,
-            (_OVERWRITE, _RESUME),
+            given.only_evaluate,
+            (values["overwrite"], values["resume"]),
             "with --only_evaluate, which writes nothing",
         ),
-        (_RESUME.value, (_OVERWRITE,), "with --resume, which keeps the run"),
-        (not _AUGMENT.value, (_RECIPE["augmentation"],), "with --augment=0"),
+        (
+            given.resume,
+            (values["overwrite"],),
+            "with --resume, which keeps the run",
+        ),
+        (not given.augment, (values["augmentation"],), "with --augment=0"),
     )
 
 
-def _given(flags_by_name):
-    """The values of the flags that are set, by name."""
-    return {
-        name: flag.value
-        for name, flag in flags_by_name.items()
-        if flag.value is not None
-    }
-
-
-def _recipe_name(options):
+def _recipe_name(given, options):
     """The name of --recipe, or of the recipe of the model and data set."""
     from saccade.training import recipes
 
-    name = _RECIPE_NAME.value
+    name = given.recipe
     if name is None:
-        return recipes.by_model(_MODEL.value, _DATASET.value, options)
+        return recipes.by_model(given.model, given.dataset, options)
     if name not in recipes.NAMED:
         raise ValueError(
             f"Unknown recipe {name!r}.{known_names.near(name, recipes.NAMED)} "
@@ -345,35 +267,39 @@ def _recipe_name(options):
     return name
 
 
-def _recipe_from_flags(name, adversarial, replays):
+def _recipe_from_flags(given, values, name, adversarial, step):
     from saccade.training import recipes
 
     if name is not None:
         recipe = recipes.NAMED[name]
     elif adversarial:
-        recipe = recipes.ADVERSARIAL_RECIPES[_DATASET.value]
+        recipe = recipes.ADVERSARIAL_RECIPES[given.dataset]
     else:
-        recipe = recipes.RECIPES[_DATASET.value]
-    given = _given(_RECIPE)
-    if _CURRICULUM.value:
-        given["read_outs"] = recipes.parse_read_outs(_CURRICULUM.value)
-    if not _AUGMENT.value:
-        given["augmentation"] = "none"
-    recipe = recipe.override(**given)
-    if replays:  # Each replay is a pass over the images.
-        recipe = recipe.override(epochs=-(-recipe.epochs // replays))
+        recipe = recipes.RECIPES[given.dataset]
+    changes = _given(settings.RecipeSettings, values)
+    if given.read_out_curriculum:
+        changes["read_outs"] = recipes.parse_read_outs(
+            given.read_out_curriculum
+        )
+    if not given.augment:
+        changes["augmentation"] = "none"
+    recipe = recipe.override(**changes)
+    if step.replays:  # Each replay is a pass over the images.
+        recipe = recipe.override(epochs=-(-recipe.epochs // step.replays))
     return recipe
 
 
-def _adversarial_from_flags(recipe_name):
+def _adversarial_from_flags(given, values, recipe_name):
     from saccade.training import objectives, recipes
 
-    given, base = _given(_ADVERSARIAL), recipes.ADVERSARIAL.get(recipe_name)
-    enabled = _ADV_TRAIN.value
+    changes = _given(settings.AdversarialSettings, values)
+    step = _given(settings.StepSettings, values)
+    base = recipes.ADVERSARIAL.get(recipe_name)
+    enabled = given.adv_train
     if enabled is None:
-        enabled = base or "objective" in given
+        enabled = base or "objective" in changes
     if not enabled:
-        for name, value in {**given, **_given(_STEP)}.items():
+        for name, value in {**changes, **step}.items():
             shown = int(value) if isinstance(value, bool) else value
             raise ValueError(
                 f"Expected --adv_train=1 with --adv_{name}, which is a setting "
@@ -381,28 +307,21 @@ def _adversarial_from_flags(recipe_name):
                 "--adv_train=1."
             )
         return None
-    unused = (
-        sorted(_NOT_IN_FREE_TRAINING & set(given))
-        if _STEP["replays"].value
-        else ()
-    )
+    replays = step.get("replays")
+    unused = sorted(_NOT_IN_FREE_TRAINING & set(changes)) if replays else ()
     if unused:
         raise ValueError(
             "Expected no settings of the attack with --adv_replays: each "
             "replay is one step of epsilon along the gradient. Received: "
-            f"--adv_{unused[0]}={given[unused[0]]}."
+            f"--adv_{unused[0]}={changes[unused[0]]}."
         )
-    for name in {"epsilon", "step_size", "sigma"} & set(given):
-        given[name] = command_line.parsed(
-            f"adv_{name}", given[name], command_line.parse_ratio
-        )
-    found = (base or objectives.CONFIGS[_DATASET.value]).override(**given)
-    if found.objective == "fast" and _STEP["replays"].value:
+    found = (base or objectives.CONFIGS[given.dataset]).override(**changes)
+    if found.objective == "fast" and replays:
         raise ValueError(
             "Expected --adv_objective=madry or alp with --adv_replays, which "
             "replace the one step of fast. Received: --adv_objective=fast."
         )
-    if found.objective == "fast" and _ROBUST_VALIDATION.value == 0:
+    if found.objective == "fast" and given.robust_validation == 0:
         raise ValueError(
             "Expected --robust_validation > 0 with --adv_objective=fast: "
             "robust validation detects when the model overfits the one-step "
@@ -892,23 +811,26 @@ def _nonfinite(count):
     return f" ({count} with NaN or infinite logits, counted as misclassified)"
 
 
-def main():
-    """Runs the program: trains or tests a run and prints the results."""
+def main(values=flags.FLAGS):
+    """Runs the program: trains or tests a run and prints the results.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     with command_line.guard():
-        if not _ONLY_EVALUATE.value:  # A run knows its data folder.
+        given = program_flags.read(TrainerFlags, values)
+        if not given.only_evaluate:  # A run knows its data folder.
             datasets.require(
-                _DATASET.value,
-                data_dir=_DATA_DIR.value,
-                download=_DOWNLOAD.value,
+                given.dataset, data_dir=given.data_dir, download=given.download
             )
         command_line.load_keras()
         from saccade.figures import captions
 
-        config = config_from_flags()
-    if _ONLY_EVALUATE.value:
+        config = config_from_flags(values)
+    if given.only_evaluate:
         record = evaluate(config)
     else:
-        record = run(config, overwrite=_OVERWRITE.value, resume=_RESUME.value)
+        record = run(config, overwrite=given.overwrite, resume=given.resume)
     for weights in ("last", "best"):
         found = record[weights]
         epoch = f" (epoch {record['best_epoch']})" if weights == "best" else ""
@@ -918,7 +840,7 @@ def main():
             + _nonfinite(found["nonfinite_answers"])
         )
     captions.show_classes(
-        record["best"], _WORST_CLASSES.value, "test images, best weights"
+        record["best"], given.worst_classes, "test images, best weights"
     )
     if record["ended"]:
         ended = record["ended"]
@@ -930,4 +852,5 @@ def main():
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main, legacy.of_trainer, HELP)

@@ -1,8 +1,7 @@
-"""Loads the programs as modules, each with its own flags.
+"""Loads the programs as modules, each with a table of flags of its own.
 
 Absl keeps one global table of flags per process, but the programs have flags
-of the same names. trainer.py uses the global table; this module gives each
-other program a table of its own.
+of the same names.
 """
 
 import functools
@@ -38,27 +37,40 @@ def load(name):
                 f"DEFINE_{kind}",
                 functools.partial(define, flag_values=own),
             )
-        return importlib.import_module(name), own
+        module = importlib.import_module(name)
+    if hasattr(module, "define_flags"):
+        module.define_flags(own)
+    return module, own
 
 
 def parse(name, *arguments):
     """Sets a program's flags from arguments, as `command_line.run` does.
 
     Flags that are not given get their defaults.
+
+    Returns:
+        The program's `absl.flags.FlagValues`.
+
+    Raises:
+        ValueError: If a value cannot be read.
     """
     _, own = load(name)
     for flag in own:
         own[flag].unparse()
-    assert own([f"{name}.py", *arguments]) == [f"{name}.py"]
+    try:
+        assert own([f"{name}.py", *arguments]) == [f"{name}.py"]
+    except flags.Error as error:
+        raise ValueError(str(error).removeprefix("flag ")) from error
     command_line.expand_home(own)
+    return own
 
 
-def outcome(main, capsys):
+def outcome(main, capsys, *arguments):
     """Calls a program; returns exit status, output and error output."""
     capsys.readouterr()
     status = 0
     try:
-        main()
+        main(*arguments)
     except SystemExit as end:
         status = end.code
     captured = capsys.readouterr()

@@ -15,6 +15,8 @@ import pytest
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import registry as attack_registry
+from saccade.cli import command_line
+from saccade.cli import flags as program_flags
 from saccade.core import run_folder
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.training import checkpoints
@@ -90,18 +92,30 @@ def cli(root, data, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load", lambda *a, **k: data)
 
     def call(*arguments, runs_dir=root):
-        programs.parse("adversary", f"--runs_dir={runs_dir}", *arguments)
-        return programs.outcome(adversary.main, capsys)
+        def main():
+            with command_line.guard():
+                values = programs.parse(
+                    "adversary", f"--runs_dir={runs_dir}", *arguments
+                )
+            adversary.main(values)
+
+        return programs.outcome(main, capsys)
 
     return call
+
+
+def parse(*arguments):
+    """Returns the `AdversaryFlags` of some arguments."""
+    values = programs.parse("adversary", *arguments)
+    return program_flags.read(adversary.AdversaryFlags, values)
 
 
 @pytest.mark.parametrize("eot", [None, 4])
 @pytest.mark.parametrize("name", sorted(attack_registry.ATTACKS))
 def test_every_attack_can_be_made_with_and_without_eot(name, eot):
     eot_flag = [] if eot is None else [f"--eot={eot}"]
-    programs.parse("adversary", f"--attack={name}", *eot_flag)
-    (attack,) = adversary._attacks("linf", (0.1,))
+    given = parse(f"--attack={name}", *eot_flag)
+    (attack,) = adversary._attacks(given, "linf", (0.1,))
     assert type(attack) is attack_registry.ATTACKS[name]
     changes = {"norm": "linf", "epsilon": 0.1}
     if isinstance(attack, gradient_attacks.Iterative):
@@ -160,23 +174,22 @@ class TestRunSelection:
     def test_newest_run_with_the_given_options_is_selected(
         self, runs, line, tag
     ):
-        self.parse(runs, *line)
-        assert adversary._find_run()[0].name.endswith(tag)
+        assert self.find(runs, *line)[0].name.endswith(tag)
 
     def test_error_names_the_options_if_no_run_has_them(self, runs):
-        self.parse(runs, "--sampling=1", "--model=resnet")
         with pytest.raises(FileNotFoundError) as error:
-            adversary._find_run()
+            self.find(runs, "--sampling=1", "--model=resnet")
         assert "of --model=resnet --sampling=1 under" in str(error.value)
 
     def test_named_run_must_have_the_given_options(self, runs):
-        self.parse(runs, "--run=digits-resnet-plain", "--coarse_fixations=1")
         with pytest.raises(ValueError, match="coarse_fixations=0, not --coar"):
-            adversary._find_run()
+            self.find(runs, "--run=digits-resnet-plain", "--coarse_fixations=1")
 
     @staticmethod
-    def parse(runs, *line):
-        programs.parse("adversary", f"--runs_dir={runs}", *line)
+    def find(runs, *line):
+        return adversary.find_run(
+            programs.parse("adversary", f"--runs_dir={runs}", *line)
+        )
 
 
 class TestScan:
@@ -460,7 +473,7 @@ def test_folder_name_lists_the_settings(cli, root, arguments, name):
         (["--norm=linv"], ["--norm=linv", "Did you mean linf"]),
         (["--split=tests"], ["--split=tests", "Did you mean test"]),
         (["--weights=bets"], ["--weights=bets", "Did you mean best"]),
-        (["--keep=lest"], ["keep='lest'", "last"]),
+        (["--keep=lest"], ["--keep=lest", "last"]),
         (["--target=nxt"], ["--target=nxt", "Did you mean next"]),
         (["--target=10"], ["--target=10", "0 to 9"]),
         (["--epsilon=8"], ["epsilon=8", "Write 8/255"]),
@@ -569,9 +582,9 @@ def test_default_radii_and_batch_size_depend_on_the_images(
         ([96, 96, 3], "linf", (1 / 255, 2 / 255, 4 / 255)),
         ([96, 96, 3], "l2", (0.25, 0.5, 1.0)),
     ):
-        programs.parse("adversary", f"--norm={norm}")
+        given = parse(f"--norm={norm}")
         run = {"image_shape": shape, "class_names": list(data.class_names)}
-        found = list(adversary._evaluations(run, None))
+        found = list(adversary._evaluations(given, run, None))
         assert tuple(e.attack.epsilon for e in found) == pytest.approx(want)
         assert all(e.attack.steps == 20 and e.name == "pgd" for e in found)
         assert found[0].batch_size == {1: 128, 3: 32}[shape[-1]]

@@ -32,6 +32,8 @@ sys.path.insert(0, program.rpartition("/")[0])
 program = program.rpartition("/")[2]
 module = importlib.import_module(program)
 from absl import flags
+if hasattr(module, "define_flags"):
+    module.define_flags()
 errors = {}
 for words in commands:
     flags.FLAGS.unparse_flags()

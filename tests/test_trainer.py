@@ -14,15 +14,14 @@ import keras
 import numpy as np
 import programs
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 from saccade.attacks import gradient as gradient_attacks
-from saccade.cli import command_line
+from saccade.cli import command_line, model_flags
+from saccade.core import settings as core_settings
 from saccade.data import splits as image_splits
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
-from saccade.training import checkpoints, objectives, recipes
+from saccade.training import checkpoints, objectives, recipes, settings
 from saccade.training import loop as training_loop
 
 import datasets
@@ -30,6 +29,9 @@ import model_backbone
 import trainer
 
 ROOT = pathlib.Path(trainer.__file__).parent
+MODEL_OPTIONS = {row.option for row in model_flags.ROWS}
+ADVERSARIAL = core_settings.of(settings.AdversarialSettings)
+STEP = core_settings.of(settings.StepSettings)
 HANDOVER = [
     "--model=parallel_transformers --dataset=imagenet10 --sampling=0 "
     "--coarse_fixations=0 --augment=1 --auxiliary=0 --restricted_attention=1 "
@@ -40,15 +42,9 @@ HANDOVER = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    with flagsaver.flagsaver():
-        yield
-
-
 def parse(line):
-    flags.FLAGS(["trainer.py", *shlex.split(line)])
-    return trainer.config_from_flags()
+    values = programs.parse("trainer", *shlex.split(line))
+    return trainer.config_from_flags(values)
 
 
 def tiny(size=12, classes=3):
@@ -133,7 +129,7 @@ class TestFlags:
     def test_recipe_settings_can_be_overridden(self, line, field, want):
         assert getattr(parse(line).recipe, field) == want
 
-    @pytest.mark.parametrize("name", sorted(trainer._OPTIONS))
+    @pytest.mark.parametrize("name", sorted(MODEL_OPTIONS))
     def test_every_model_option_flag_is_an_option_of_some_model(self, name):
         known = {
             option
@@ -145,7 +141,7 @@ class TestFlags:
     def test_every_option_of_every_model_has_a_flag(self):
         for model in model_backbone.names():
             options = model_backbone.entry(model).options
-            assert set(options) <= set(trainer._OPTIONS)
+            assert set(options) <= MODEL_OPTIONS
 
     @pytest.mark.parametrize(
         "line,match",
@@ -214,7 +210,7 @@ class TestFlags:
 
     def test_every_setting_of_adversarial_training_has_a_flag(self):
         fields = dataclasses.fields(objectives.AdversarialConfig)
-        assert set(trainer._ADVERSARIAL) == {field.name for field in fields}
+        assert set(ADVERSARIAL) == {field.name for field in fields}
         found = parse(
             "--adv_objective=alp --adv_attack=pgd --adv_norm=l2 "
             "--adv_epsilon=1/2 --adv_epsilon_per_image=1 --adv_steps=3 "
@@ -243,8 +239,7 @@ class TestFlags:
         )
 
     def test_slope_weight_is_for_llr_and_sigma_for_noise(self):
-        with flagsaver.flagsaver():
-            found = parse("--adv_objective=llr --adv_slope_weight=2")
+        found = parse("--adv_objective=llr --adv_slope_weight=2")
         found = found.adversarial
         assert (found.weight, found.slope_weight) == (4.0, 2.0)
         found = parse("--adv_objective=noise --adv_sigma=16/255").adversarial
@@ -301,12 +296,12 @@ class TestFlags:
         else:
             assert trainer._objective(chosen, tiny()).weight == 4.0
 
-    @pytest.mark.parametrize("name", sorted(trainer._ADVERSARIAL))
+    @pytest.mark.parametrize("name", sorted(ADVERSARIAL))
     def test_adversarial_flags_need_adv_train(self, name):
         with pytest.raises(ValueError, match=f"adv_{name}=1.*add --adv_train"):
             parse(f"--adv_train=0 --adv_{name}=1")
 
-    @pytest.mark.parametrize("name", sorted(trainer._STEP))
+    @pytest.mark.parametrize("name", sorted(STEP))
     def test_flags_of_the_step_need_adv_train(self, name):
         value = {"craft_dtype": "bfloat16"}.get(name, 1)
         with pytest.raises(ValueError, match=f"adv_{name}=.*add --adv_train"):
@@ -681,8 +676,10 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
     ],
 )
 def test_bad_settings_are_one_line(line, message, tmp_path, capsys):
-    flags.FLAGS(["trainer.py", *shlex.split(line), f"--runs_dir={tmp_path}"])
-    status, _, output = programs.outcome(trainer.main, capsys)
+    values = programs.parse(
+        "trainer", *shlex.split(line), f"--runs_dir={tmp_path}"
+    )
+    status, _, output = programs.outcome(trainer.main, capsys, values)
     assert status == 2 and message in output
     assert output.count("\n") == 1 and "Traceback" not in output
     assert not list(tmp_path.iterdir())

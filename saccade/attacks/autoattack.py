@@ -20,10 +20,10 @@ import numpy as np
 from keras import ops
 
 from saccade.attacks import base as attack_base
-from saccade.attacks import fab, losses, square
+from saccade.attacks import fab, losses, settings, square
 from saccade.core import lp, randomness
 
-VERSIONS = ("standard", "plus", "rand")
+VERSIONS = tuple(settings.VERSION.choices)
 # The smallest numbers of classes for the DLR loss and its targeted form.
 _DLR_CLASSES, _TARGETED_DLR_CLASSES = 3, 4
 
@@ -117,12 +117,12 @@ class APGD(attack_base.Attack):
         - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), L1
     """
 
-    steps: int = 100
-    restarts: int = 1
-    loss: str = "cross_entropy"
+    steps: int = settings.STEPS.field(100)
+    restarts: int = settings.RESTARTS.field(1)
+    loss: str = settings.LOSS.field("cross_entropy")
     rho: float = 0.75
     largereps: bool = False
-    keep: str = "first"
+    keep: str = settings.KEEP.field("first")
 
     name: ClassVar[str] = "apgd"
     RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "restarts")
@@ -388,7 +388,7 @@ class APGDT(APGD):
         - [Croce and Hein, 2020](https://arxiv.org/abs/2003.01690), eq. 7
     """
 
-    loss: str = "dlr"
+    loss: str = settings.LOSS.field("dlr")
     num_targets: int = 9
 
     name: ClassVar[str] = "apgd_t"
@@ -479,7 +479,7 @@ class AutoAttack(attack_base.Attack):
         - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), L1
     """
 
-    version: str = "standard"
+    version: str = settings.VERSION.field("standard")
 
     name: ClassVar[str] = "autoattack"
     random: ClassVar[bool] = True

@@ -24,7 +24,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from saccade.attacks import losses
+from saccade.attacks import losses, settings
 from saccade.core import compilation, gradients, lp
 
 
@@ -64,8 +64,8 @@ class Attack:
         epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
     """
 
-    norm: str = "linf"
-    epsilon: float = 8 / 255
+    norm: str = settings.NORM.field("linf")
+    epsilon: float = settings.EPSILON.field(8 / 255)
 
     name: ClassVar[str] = ""
     # Numbers that a compiled attack takes as tensors. Evaluating several

@@ -16,7 +16,7 @@ from typing import ClassVar
 from keras import ops
 
 from saccade.attacks import base as attack_base
-from saccade.attacks import losses
+from saccade.attacks import losses, settings
 from saccade.core import gradients, lp, randomness
 
 _TINY = 1e-30
@@ -103,14 +103,14 @@ class FAB(attack_base.Attack):
         - [Croce and Hein, 2020](https://arxiv.org/abs/1907.02044)
     """
 
-    steps: int = 100
-    restarts: int = 1
+    steps: int = settings.STEPS.field(100)
+    restarts: int = settings.RESTARTS.field(1)
     targeted: bool = True
     num_targets: int = 9
     alpha_max: float = 0.1
     eta: float = 1.05
     beta: float = 0.9
-    keep: str = "first"
+    keep: str = settings.KEEP.field("first")
 
     name: ClassVar[str] = "fab"
     can_target: ClassVar[bool] = False

@@ -11,11 +11,11 @@ from typing import ClassVar
 from keras import ops
 
 from saccade.attacks import base as attack_base
-from saccade.attacks import losses
+from saccade.attacks import losses, settings
 from saccade.core import lp, randomness
 
-STEP_RULES = ("fixed", "at_least", "decayed")
-KEEPS = ("first", "best", "last")
+STEP_RULES = tuple(settings.STEP_RULE.choices)
+KEEPS = tuple(settings.KEEP.choices)
 
 
 def _check_steps(steps, restarts=1):
@@ -133,8 +133,8 @@ class FGSM(attack_base.Attack):
         - [Goodfellow et al., 2015](https://arxiv.org/abs/1412.6572)
     """
 
-    loss: str = "cross_entropy"
-    l1_fraction: float = 0.01
+    loss: str = settings.LOSS.field("cross_entropy")
+    l1_fraction: float = settings.L1_FRACTION.field(0.01)
 
     name: ClassVar[str] = "fgsm"
 
@@ -215,12 +215,12 @@ class Iterative(attack_base.Attack):
             gazes, boxes or attention maps.
     """
 
-    steps: int = 20
-    restarts: int = 1
-    random_start: float = 1.0
-    keep: str = "best"
-    loss: str = "cross_entropy"
-    distraction: float = 0.0
+    steps: int = settings.STEPS.field(20)
+    restarts: int = settings.RESTARTS.field(1)
+    random_start: float = settings.RANDOM_START.field(1.0)
+    keep: str = settings.KEEP.field("best")
+    loss: str = settings.LOSS.field("cross_entropy")
+    distraction: float = settings.DISTRACTION.field(0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -373,10 +373,10 @@ class PGD(Iterative):
         - [Gowal et al., 2020](https://arxiv.org/abs/2010.03593), step decay
     """
 
-    step_size: float | None = None
-    step_rule: str = "fixed"
-    momentum: float = 0.0
-    l1_fraction: float = 0.01
+    step_size: float | None = settings.STEP_SIZE.field(None)
+    step_rule: str = settings.STEP_RULE.field("fixed")
+    momentum: float = settings.MOMENTUM.field(0.0)
+    l1_fraction: float = settings.L1_FRACTION.field(0.01)
 
     name: ClassVar[str] = "pgd"
     RUNTIME_PARAMETERS: ClassVar[tuple] = (
@@ -453,9 +453,9 @@ class BIM(PGD):
         - [Kurakin et al., 2017](https://arxiv.org/abs/1607.02533)
     """
 
-    steps: int = 5
-    random_start: float = 0.0
-    keep: str = "first"
+    steps: int = settings.STEPS.field(5)
+    random_start: float = settings.RANDOM_START.field(0.0)
+    keep: str = settings.KEEP.field("first")
 
     name: ClassVar[str] = "bim"
 
@@ -476,9 +476,9 @@ class MIM(PGD):
         - [Dong et al., 2018](https://arxiv.org/abs/1710.06081)
     """
 
-    steps: int = 10
-    random_start: float = 0.0
-    momentum: float = 1.0
+    steps: int = settings.STEPS.field(10)
+    random_start: float = settings.RANDOM_START.field(0.0)
+    momentum: float = settings.MOMENTUM.field(1.0)
 
     name: ClassVar[str] = "mim"
 
@@ -507,7 +507,7 @@ class PGDAdam(Iterative):
         - [Uesato et al., 2018](https://arxiv.org/abs/1802.05666)
     """
 
-    steps: int = 250
+    steps: int = settings.STEPS.field(250)
     rates: tuple = (0.1, 0.01, 0.001)
     boundaries: tuple = (100, 200)
 

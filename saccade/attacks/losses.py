@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from keras import ops
 
+from saccade.attacks import settings
 from saccade.core import lp, randomness
 
 _TINY = 1e-12  # Added to the denominator of DLR, as in AutoAttack.
@@ -177,7 +178,7 @@ def targeted_dlr(logits, labels, targets):
     return gap / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + _TINY)
 
 
-LOSSES = ("cross_entropy", "margin", "dlr")
+LOSSES = tuple(settings.LOSS.choices)
 
 
 def check_loss(name, num_classes=None, targeted=False):

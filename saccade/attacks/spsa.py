@@ -11,7 +11,7 @@ from keras import ops
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
-from saccade.attacks import losses
+from saccade.attacks import losses, settings
 from saccade.core import randomness
 
 
@@ -38,14 +38,14 @@ class SPSA(gradient_attacks.Iterative):
         - [Zoran et al., 2020](https://arxiv.org/abs/1912.02184), section 4.2
     """
 
-    steps: int = 100
-    random_start: float = 0.0
-    loss: str = "margin"
-    samples: int = 4096
+    steps: int = settings.STEPS.field(100)
+    random_start: float = settings.RANDOM_START.field(0.0)
+    loss: str = settings.LOSS.field("margin")
+    samples: int = settings.SAMPLES.field(4096)
     radius: float = 0.01
-    step_size: float | None = None
+    step_size: float | None = settings.STEP_SIZE.field(None)
     chunk: int = 32
-    l1_fraction: float = 0.01
+    l1_fraction: float = settings.L1_FRACTION.field(0.01)
 
     name: ClassVar[str] = "spsa"
     random: ClassVar[bool] = True

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from saccade.attacks import base as attack_base
-from saccade.attacks import losses
+from saccade.attacks import losses, settings
 from saccade.core import lp, randomness
 
 # With 10000 queries, the area of the squares is halved after each of these.
@@ -55,10 +55,10 @@ class Square(attack_base.Attack):
         - [Croce and Hein, 2021](https://arxiv.org/abs/2103.01208), for L1
     """
 
-    n_queries: int = 5000
+    n_queries: int = settings.QUERIES.field(5000)
     p_init: float = 0.8
-    restarts: int = 1
-    loss: str = "margin"
+    restarts: int = settings.RESTARTS.field(1)
+    loss: str = settings.LOSS.field("margin")
     spared: int = 0
 
     name: ClassVar[str] = "square"

@@ -8,6 +8,8 @@ import dataclasses
 
 from absl import flags
 
+flags.disclaim_key_flags()  # The flags belong to the program that calls.
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -327,22 +329,22 @@ def names(rows):
     return tuple(row.flag or row.option for row in rows)
 
 
-def define(rows, leave_out=()):
+def define(rows, values):
     """Defines the flags of some rows; all are None unless given.
 
     Args:
         rows: `Row`s.
-        leave_out: Options to skip, for which the program defines its own flag.
-
-    Returns:
-        Dict from options to `absl.flags.FlagHolder`.
+        values: The `absl.flags.FlagValues` that get the flags.
     """
-    found = {}
     for row in rows:
-        if row.option not in leave_out:
-            make = getattr(flags, f"DEFINE_{row.kind}")
-            least = {} if row.least is None else {"lower_bound": row.least}
-            found[row.option] = make(
-                row.flag or row.option, None, row.help, **least
-            )
-    return found
+        make = getattr(flags, f"DEFINE_{row.kind}")
+        least = {} if row.least is None else {"lower_bound": row.least}
+        make(
+            row.flag or row.option, None, row.help, flag_values=values, **least
+        )
+
+
+def given(rows, values):
+    """Returns the values of the flags that are set, by option."""
+    found = {row.option: values[row.flag or row.option].value for row in rows}
+    return {k: v for k, v in found.items() if v is not None}

@@ -3,10 +3,10 @@
 import dataclasses
 
 from saccade.attacks import gradient as gradient_attacks
+from saccade.attacks import settings as attack_settings
+from saccade.core import settings as core_settings
 
-TARGETS = ("none", "random", "next", "least_likely")
-CRAFT_DTYPES = ("float32", "bfloat16")
-READ_OUTS = ("last", "all")
+TARGETS = tuple(attack_settings.TARGET.choices)
 
 
 class EvaluationError(ValueError):
@@ -44,14 +44,14 @@ class EvaluationConfig:
     """
 
     attack: object = gradient_attacks.PGD(keep="first")
-    target: str | int = "none"
-    num_examples: int | None = None
-    indices: tuple | None = None
+    target: str | int = attack_settings.TARGET.field("none")
+    num_examples: int | None = attack_settings.NUM_EXAMPLES.field(None)
+    indices: tuple[int, ...] | None = attack_settings.INDICES.field(None)
     batch_size: int = 64
-    seed: int = 0
-    eot: int | None = None
-    read_outs: str = "last"
-    craft_dtype: str = "float32"
+    seed: int = core_settings.SEED.field(0)
+    eot: int | None = attack_settings.EOT.field(None)
+    read_outs: str = attack_settings.READ_OUTS.field("last")
+    craft_dtype: str = attack_settings.CRAFT_DTYPE.field("float32")
 
     def __post_init__(self):
         if self.target not in TARGETS and not (
@@ -66,10 +66,8 @@ class EvaluationConfig:
                 f"The attack {self.name} chooses its own targets. "
                 f"Received: target={self.target!r}. Leave it out."
             )
-        for name, known in (
-            ("read_outs", READ_OUTS),
-            ("craft_dtype", CRAFT_DTYPES),
-        ):
+        for name in ("read_outs", "craft_dtype"):
+            known = core_settings.of(type(self))[name].choices
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"Expected {name} to be one of {', '.join(known)}. "

@@ -14,6 +14,7 @@ import pathlib
 import numpy as np
 
 from saccade.core import metrics, progress, run_folder
+from saccade.core import settings as core_settings
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.evaluation import resume as evaluation_state
 from saccade.figures import captions
@@ -38,21 +39,11 @@ _PREDICTIONS = (
 )
 # Size limit of these four arrays; enough for ten million images.
 _PREDICTION_BYTES = 2**28
-# How a setting is written in a folder's name. Other settings are written as
-# their name followed by their value.
-_WORDS = {
-    "steps": "{}steps",
-    "step_size": "step{}",
-    "restarts": "{}restarts",
-    "random_start": "start{}",
-    "keep": "{}_iterate",
-    "loss": "{}",
-    "step_rule": "{}",
-    "samples": "{}samples",
-    "n_queries": "{}queries",
-    "version": "{}",
-    "l1_fraction": "fraction{}",
-}
+# Settings of the evaluation in the order in which a folder's name has them.
+_NAMED = (
+    *("target", "num_examples", "indices", "eot", "read_outs"),
+    *("craft_dtype", "seed"),
+)
 
 
 def name(evaluation, *parts):
@@ -74,26 +65,26 @@ def name(evaluation, *parts):
             value == default and field.name != "steps"
         ):
             continue
-        if isinstance(value, tuple):
-            value = "_".join(short(v) for v in value)
-        elif isinstance(value, float):
-            value = short(value)
-        words.append(_WORDS.get(field.name, field.name + "{}").format(value))
-    if evaluation.target != "none":
-        words.append(f"target_{evaluation.target}")
-    if evaluation.num_examples is not None:
-        words.append(f"{evaluation.num_examples}images")
-    if evaluation.indices is not None:
-        words.append(f"list_of_{len(evaluation.indices)}")
-    if evaluation.eot is not None:
-        words.append(f"eot{evaluation.eot}")
-    if evaluation.read_outs != "last":
-        words.append("all_read_outs")
-    if evaluation.craft_dtype != "float32":
-        words.append(evaluation.craft_dtype)
-    if evaluation.seed:
-        words.append(f"seed{evaluation.seed}")
+        words.append(_word(attack, field.name, value))
+    defaults = {f.name: f.default for f in dataclasses.fields(evaluation)}
+    for field in _NAMED:
+        value = getattr(evaluation, field)
+        if value != defaults[field]:
+            words.append(_word(evaluation, field, value))
     return "-".join([*words, *(part for part in parts if part)])
+
+
+def _word(config, field, value):
+    """Writes a setting for a folder's name, as its `Setting` says."""
+    if field == "indices":
+        value = len(value)
+    elif isinstance(value, tuple):
+        value = "_".join(short(v) for v in value)
+    elif isinstance(value, float):
+        value = short(value)
+    setting = core_settings.of(type(config)).get(field)
+    word = setting.word if setting is not None else None
+    return (word or field + "{}").format(value)
 
 
 def short(value):

@@ -26,9 +26,11 @@ from keras import ops
 from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses
+from saccade.attacks import settings as attack_settings
 from saccade.core import gradients, lp, randomness
+from saccade.training import settings
 
-TARGETS = ("none", "random", "next", "least_likely")
+TARGETS = tuple(attack_settings.TARGET.choices)
 # Each independent draw from an example's key has its own stream; the attack
 # uses the key itself.
 _TARGET_STREAM = 0x7A67
@@ -621,62 +623,14 @@ _DEFAULTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AdversarialConfig:
+class AdversarialConfig(settings.AdversarialSettings):
     """Settings of adversarial training, apart from the model and the data.
 
-    A setting that the objective or its attack does not have is None. A setting
-    that it has and that is not given takes its default.
-
-    Attributes:
-        objective: One of `OBJECTIVES`. `"fast"` is `Madry` with one step of
-            1.25 epsilon from a uniform start.
-        attack: One of `ATTACKS`.
-        norm: One of `"linf"`, `"l2"`, `"l1"`.
-        epsilon: Radius of the norm ball, in units of the pixel range [0, 1].
-        steps: Gradient steps. By default 7, as Madry et al. use on CIFAR-10,
-            and 10 for trades, mart and llr.
-        step_size: Length of one step, in the units of epsilon. For PGD with
-            Adam it is the learning rate of all steps. None is the default of
-            the attack: 2.5 * epsilon / steps for `gradient_attacks.PGD` and for
-            the learning rate. The default for trades is 0.007 at 8/255, in
-            proportion to epsilon, and for mart epsilon / 4.
-        step_rule: See `gradient_attacks.PGD`.
-        momentum: Decay of the running mean of gradients; see
-            `gradient_attacks.PGD`.
-        l1_fraction: Part of the coordinates that share an L1 step; see
-            `gradient_attacks.PGD`.
-        random_start: Probability that an example starts at a random point of
-            the norm ball.
-        target: One of `TARGETS`; see `Adversarial`.
-        loss: Attack loss, one of `losses.LOSSES`.
-        epsilon_per_image: Whether each image draws its radius; see
-            `Adversarial`.
-        train_mode: Whether the attack sees the model in training mode.
-        clean_weight: Weight of the clean images, in [0, 1).
-        weight: Weight of the second term; see `TRADES`, `MART`,
-            `LogitPairing` and `LocalLinearity`.
-        slope_weight: See `LocalLinearity`.
-        sigma: See `GaussianNoise`.
+    A setting that the objective has and that is not given takes its default.
+    `"fast"` is `Madry` with one step of 1.25 epsilon from a uniform start. For
+    PGD with Adam, `step_size` is the learning rate of all steps. Seven steps
+    are those of Madry et al. on CIFAR-10.
     """
-
-    objective: str = "madry"
-    attack: str | None = None
-    norm: str | None = None
-    epsilon: float | None = None
-    steps: int | None = None
-    step_size: float | None = None
-    step_rule: str | None = None
-    momentum: float | None = None
-    l1_fraction: float | None = None
-    random_start: float | None = None
-    target: str | None = None
-    loss: str | None = None
-    epsilon_per_image: bool | None = None
-    train_mode: bool | None = None
-    clean_weight: float | None = None
-    weight: float | None = None
-    slope_weight: float | None = None
-    sigma: float | None = None
 
     def __post_init__(self):
         _check_name("objective", self.objective, OBJECTIVES)

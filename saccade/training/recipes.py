@@ -10,81 +10,23 @@ import math
 import keras
 from keras import ops
 
-from saccade.data import augment
-from saccade.training import objectives
-
-OPTIMIZERS = ("adam", "sgd")
-SCHEDULES = ("steps", "cosine", "constant", "cyclic")
+from saccade.core import settings as core_settings
+from saccade.training import objectives, settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained on a data set.
-
-    Attributes:
-        optimizer: `"adam"` or `"sgd"`.
-        learning_rate: The learning rate that the schedule multiplies.
-        epochs: Passes over the training images.
-        batch_size: Images in a step.
-        schedule: `"steps"` (see `drops`), `"cosine"` (to zero), `"constant"`
-            or `"cyclic"`: linear from zero to the learning rate at `peak` of
-            the run, then linear to zero at its end.
-        peak: Part of the run in which the cycle rises. The code of Wong et al.
-            uses 2/5 for MNIST and 1/2 for CIFAR-10.
-        drops: Pairs (epoch, factor): from that epoch on the learning rate is
-            `learning_rate * factor`. If the epochs are overridden, the epochs
-            of the drops scale with them.
-        warmup: Epochs in which the learning rate rises linearly.
-        warmup_from: Factor of the learning rate at the start of the warm-up.
-        decay: The learning rate is divided by 1 + decay * step. This is the
-            `decay` of Keras 2, which the handover used on ImageNet.
-        momentum: Momentum of SGD.
-        nesterov: Whether SGD uses Nesterov momentum.
-        weight_decay: Decoupled weight decay, applied to kernels only.
-        l2: Coefficient c of the loss c / 2 * sum of squares of the kernels of
-            convolutions and dense layers; see `training_step.l2_loss`.
-        ema: Momentum of the running average of the weights, which is validated
-            and saved; 0 for no average.
-        label_smoothing: Part of the label that is spread over all classes.
-        augmentation: A name of `augment.AUGMENTATIONS`.
-        linear_rate: Whether the learning rate scales with an overridden batch
-            size, unless it is overridden too (Goyal et al., 2017).
-        read_outs: Pairs (epoch, step): from that epoch on a recurrent model
-            is unrolled to that step and read out there. The epochs scale with
-            the number of epochs.
+class Recipe(settings.RecipeSettings):
+    """How a model is trained on a data set; see `settings.RecipeSettings`.
 
     References:
         - [Wong et al., 2020](https://arxiv.org/abs/2001.03994), the cycle
         - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677)
     """
 
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    epochs: int = 100
-    batch_size: int = 128
-    schedule: str = "steps"
-    drops: tuple[tuple[float, float], ...] = ()
-    peak: float = 0.4
-    warmup: float = 0.0
-    warmup_from: float = 0.0
-    decay: float = 0.0
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    l2: float = 0.0
-    ema: float = 0.0
-    label_smoothing: float = 0.0
-    augmentation: str = "none"
-    linear_rate: bool = False
-    read_outs: tuple[tuple[float, int], ...] = ()
-
     def __post_init__(self):
-        for field, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("augmentation", tuple(augment.AUGMENTATIONS)),
-        ):
-            if getattr(self, field) not in known:
+        for field, setting in core_settings.of(type(self)).items():
+            known = setting.choices
+            if known and getattr(self, field) not in known:
                 raise ValueError(
                     f"unknown {field} {getattr(self, field)!r}. Expected one "
                     f"of {', '.join(known)}."
@@ -508,15 +450,15 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     [0.05, 0.1, 0.0]
 
     Args:
-        kind: One of `SCHEDULES`.
+        kind: A schedule of `settings.RecipeSettings`.
         rate: The learning rate that the schedule multiplies.
         total: Steps of the whole run; cosine and cycle reach zero there.
         drops: Pairs (step, factor): from that step on the rate is
             `rate * factor`.
         warmup: Steps of the linear warm-up.
         start: Factor of the rate at the start of the warm-up.
-        decay: See `Recipe`.
-        peak: See `Recipe`.
+        decay: See `settings.RecipeSettings`.
+        peak: See `settings.RecipeSettings`.
     """
 
     def __init__(

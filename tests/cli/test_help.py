@@ -16,7 +16,6 @@ from saccade.training import objectives, recipes
 
 import datasets
 import model_backbone
-import trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,15 +24,9 @@ PROGRAMS = (*GROUPED, "speed", "parity", "tables")
 
 
 def load(name):
-    """A program, and the flags that it defines, by name.
-
-    trainer.py has the table of the process, see `programs`.
-    """
-    if name != "trainer":
-        module, known = programs.load(name)
-        return module, {flag: known[flag] for flag in known}
-    found = flags.FLAGS.get_key_flags_for_module(trainer)
-    return trainer, {flag.name: flag for flag in found}
+    """A program, and the flags that it defines, by name."""
+    module, known = programs.load(name)
+    return module, {flag: known[flag] for flag in known}
 
 
 def readme_themes(program):

@@ -9,8 +9,7 @@ import sys
 
 import programs
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+from test_adversary import parse
 from test_trainer import tiny
 
 from saccade.cli import legacy
@@ -20,7 +19,7 @@ import model_backbone
 import trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
-adversary, FLAGS = programs.load("adversary")
+adversary, _ = programs.load("adversary")
 PROGRAMS = {
     "trainer": legacy.of_trainer,
     "adversary": legacy.of_adversary,
@@ -96,12 +95,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    with flagsaver.flagsaver():
-        yield
-
-
 def translate(program, line):
     return PROGRAMS[program](shlex.split(line))
 
@@ -111,10 +104,7 @@ def test_an_old_flag_is_one_of_ours(program, old, new):
     found = translate(program, old)
     assert found == new.split()
     # Which the program has, and takes.
-    if program == "adversary":
-        programs.parse("adversary", *found)
-    else:
-        assert flags.FLAGS(["trainer.py", *found]) == ["trainer.py"]
+    programs.parse(program, *found)
 
 
 def test_every_old_flag_is_tried():
@@ -291,8 +281,8 @@ class TestAttackStepSize:
 
     @staticmethod
     def attacks(line, radii=(0.03, 0.3, 8 / 255)):
-        programs.parse("adversary", *translate("adversary", line))
-        return list(adversary._attacks("linf", radii))
+        given = parse(*translate("adversary", line))
+        return list(adversary._attacks(given, "linf", radii))
 
     @pytest.mark.parametrize("algo", ["PGD", "PGD --steps=3,7"])
     def test_each_radius_of_a_scan_has_its_own(self, algo):
@@ -323,10 +313,10 @@ class TestAttackStepSize:
         "other", ["step_size=0.1", "protocol=s3ta", "nonrobust_features=1"]
     )
     def test_two_that_say_how_long_a_step_is_are_refused(self, other):
-        programs.parse("adversary", "--attack_step_size=0.1", f"--{other}")
+        given = parse("--attack_step_size=0.1", f"--{other}")
         name = other.partition("=")[0]
         with pytest.raises(ValueError, match=f"size with --{name}, .*size=0.1"):
-            adversary._check_step_size()
+            adversary._check_step_size(given)
 
     @pytest.mark.parametrize(
         "line,lengths",
@@ -366,21 +356,23 @@ class TestTag:
     )
     def test_chooses_the_run(self, runs, line, want):
         found = translate("adversary", line)
-        programs.parse("adversary", f"--runs_dir={runs}", *found)
-        assert adversary._find_run()[0].name == want
+        values = programs.parse("adversary", f"--runs_dir={runs}", *found)
+        assert adversary.find_run(values)[0].name == want
 
     def test_none_of_that_name_is_said(self, runs):
-        programs.parse(
+        values = programs.parse(
             "adversary", f"--runs_dir={runs}", "--tag=x", "--num_steps=2"
         )
         with pytest.raises(FileNotFoundError, match="of --tag=x --num_steps=2"):
-            adversary._find_run()
+            adversary.find_run(values)
 
     def test_a_run_that_is_named_has_to_have_it(self, runs):
         old = "--run=digits-resnet-old"
-        programs.parse("adversary", f"--runs_dir={runs}", old, "--tag=new")
+        values = programs.parse(
+            "adversary", f"--runs_dir={runs}", old, "--tag=new"
+        )
         with pytest.raises(ValueError, match="tag=old, not --tag=new"):
-            adversary._find_run()
+            adversary.find_run(values)
 
 
 class TestOnlyEvaluate:
@@ -393,11 +385,8 @@ class TestOnlyEvaluate:
         def call(line):
             size = "--model=madry_cnn --width=2 --epochs=1 --batch_size=8"
             words = translate("trainer", f"{size} --name=x {line}")
-            flags.FLAGS.unparse_flags()
-            for name in flags.FLAGS:
-                flags.FLAGS[name].unparse()
-            flags.FLAGS(["trainer.py", f"--runs_dir={tmp_path}", *words])
-            return programs.outcome(trainer.main, capsys)
+            values = programs.parse("trainer", f"--runs_dir={tmp_path}", *words)
+            return programs.outcome(trainer.main, capsys, values)
 
         return call
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import programs
 import pytest
@@ -323,11 +322,7 @@ class TestTable:
         ({"objective": "noise", "steps": None}, "S3TA-16"),
     ],
 )
-def test_training_attack_is_read_from_the_run(
-    tmp_path, monkeypatch, adversarial, line
-):
-    for flag in ("_EPSILON", "_NORM"):
-        monkeypatch.setattr(adversary, flag, types.SimpleNamespace(value=None))
+def test_training_attack_is_read_from_the_run(tmp_path, adversarial, line):
     run = {
         "model": "s3ta",
         "dataset": "imagenet",

@@ -7,8 +7,6 @@ import pathlib
 import keras
 import programs
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import trainer
 
@@ -45,9 +43,8 @@ def test_every_row_is_a_command_line_of_the_trainer(experiment, name, dataset):
     made = experiment(name, f"--dataset={dataset}")
     for row in made.rows:
         program, *line = made.command(row, 3)
-        with flagsaver.flagsaver():
-            flags.FLAGS([program, *line])
-            config = trainer.config_from_flags()
+        assert program == "trainer.py"
+        config = trainer.config_from_flags(programs.parse("trainer", *line))
         assert config.seed == 3 and config.dataset == dataset
         assert config.recipe.epochs == made.epochs or config.step.replays
         assert config.folder == made.folder(row, 3)
@@ -73,11 +70,10 @@ def test_every_column_is_a_record_of_the_adversary(
         "class_names": list("0123456789"),
     }
     monkeypatch.setattr(
-        adversary, "_find_run", lambda: (pathlib.Path("run"), run)
+        adversary, "find_run", lambda values: (pathlib.Path("run"), run)
     )
     for line in {c.flags for c in made.table.columns}:
-        programs.parse("adversary", *line)
-        config = adversary.config_from_flags()
+        config = adversary.config_from_flags(programs.parse("adversary", *line))
         records = [
             {
                 "run": "run",

@@ -147,11 +147,13 @@ class Stop(keras.callbacks.Callback):
         if batch == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-flags.FLAGS(["trainer.py", *sys.argv[3:]])
+values = flags.FlagValues()
+trainer.define_flags(values)
+values(["trainer.py", *sys.argv[3:]])
 command_line.load_keras()
 trainer.run(
-    trainer.config_from_flags(),
-    resume=trainer._RESUME.value,
+    trainer.config_from_flags(values),
+    resume=values.resume,
     callbacks=[Stop()])
 """
 

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import second_process
 import test_trainer
-from absl import flags
-from absl.testing import flagsaver
 from keras import layers
 
-from saccade.cli import command_line, training_progress
+from saccade.cli import training_progress
 from saccade.core import run_folder
 from saccade.training import checkpoints
 from saccade.training import loop as training_loop
@@ -43,8 +41,6 @@ def cheap(monkeypatch):
         "TensorBoard",
         lambda folder: keras.callbacks.Callback(),
     )
-    with flagsaver.flagsaver():
-        yield
 
 
 def config(runs_dir, line=""):
@@ -235,9 +231,9 @@ def test_tag_that_is_a_path_is_refused(tmp_path, tag):
 
 def test_paths_of_flags_expand_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    test_trainer.parse("--runs_dir=~/runs --data_dir=~/data --class_list=~/l")
-    command_line.expand_home(flags.FLAGS)
-    found = trainer.config_from_flags()
+    found = test_trainer.parse(
+        "--runs_dir=~/runs --data_dir=~/data --class_list=~/l"
+    )
     wanted = [str(tmp_path / name) for name in ("runs", "data", "l")]
     assert [found.runs_dir, found.data_dir, found.class_list] == wanted
 

@@ -1,0 +1,115 @@
+"""Settings: typed dataclass fields that carry their own documentation.
+
+A `Setting` says what a field means and which values it takes. It is written
+once. A dataclass field holds it as metadata (`Setting.field`), and the flags,
+`--help`, `docs/flags.md` and the names of record folders are generated from
+the field (`saccade.cli.flags`, `saccade.evaluation.records`). This module and
+the modules that declare settings do not import Keras, so that `--help` is
+quick.
+
+Several dataclasses can have the same setting with different defaults:
+
+>>> STEPS = Setting("Number of gradient steps.", minimum=1)
+>>> @dataclasses.dataclass(frozen=True)
+... class Attack:
+...     steps: int = STEPS.field(20)
+>>> Attack().steps
+20
+>>> of(Attack)["steps"].help()
+'Number of gradient steps.'
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+_KEY = "setting"  # Of the metadata of a field.
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a field means and which values it takes.
+
+    Attributes:
+        doc: One or more sentences: what the value is.
+        by_default: The default in words, without a period, where it is not
+            simply the value of the field: `None`, for example, may stand for
+            the default of a recipe.
+        choices: The names that the field takes. A dict maps them to a few
+            words, which may be empty.
+        minimum: Lower bound of a number; None for no bound.
+        maximum: Upper bound of a number; None for no bound.
+        ratio: Whether a number may be written as a ratio, `8/255`.
+        flag: Name of the flag if it differs from the name of the field.
+        word: How the name of a record folder shows the value, with `{}` in
+            place of it. By default it is the name of the field, then the value.
+    """
+
+    doc: str
+    by_default: str = ""
+    choices: Mapping[str, str] | tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    ratio: bool = False
+    flag: str | None = None
+    word: str | None = None
+
+    def field(self, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+        """Returns a dataclass field with this setting.
+
+        Args:
+            default: The default of the field; without one it is required.
+            **changes: Attributes of the setting that differ in this class.
+        """
+        setting = dataclasses.replace(self, **changes)
+        return dataclasses.field(default=default, metadata={_KEY: setting})
+
+    def help(self) -> str:
+        """Returns the text of the flag.
+
+        >>> rule = Setting("Rule.", "fixed", {"fixed": "", "decayed": "/ 10"})
+        >>> rule.help()
+        'Rule: fixed or decayed (/ 10). By default fixed.'
+        """
+        text = self.doc
+        if self.choices:
+            # A sentence may follow the one that lists the choices.
+            first, period, rest = text.partition(".")
+            text = f"{first}: {self.listed()}{period}{rest}"
+        if self.by_default:
+            text += f" By default {self.by_default}."
+        return text
+
+    def listed(self) -> str:
+        """Returns the choices as text: "fixed or decayed (/ 10)"."""
+        words = [
+            f"{name} ({about})" if about else name
+            for name, about in _explained(self.choices).items()
+        ]
+        return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _explained(choices):
+    return choices if isinstance(choices, Mapping) else dict.fromkeys(choices)
+
+
+def setting(default: Any, doc: str, by_default: str = "", **more: Any) -> Any:
+    """Returns a dataclass field with a setting of its own; see `Setting`."""
+    return Setting(doc, by_default, **more).field(default)
+
+
+def of(cls: type) -> dict[str, Setting]:
+    """Returns the settings of a dataclass by the names of its fields.
+
+    Fields without a setting are left out.
+    """
+    return {
+        field.name: field.metadata[_KEY]
+        for field in dataclasses.fields(cls)
+        if _KEY in field.metadata
+    }
+
+
+SEED = Setting(
+    "Seed of all random numbers.", minimum=0, maximum=2**31 - 1, word="seed{}"
+)
