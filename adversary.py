@@ -18,13 +18,14 @@ import time
 from absl import flags
 
 from saccade.attacks import settings as attack_settings
-from saccade.cli import catalogue, command_line, legacy, model_flags
+from saccade.cli import catalogue, command_line, legacy
 from saccade.cli import flags as program_flags
 from saccade.cli import runs as trained_runs
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
+from saccade.models import options as model_options
 
 import datasets
 
@@ -187,11 +188,8 @@ class AdversaryFlags(RecordSettings, AttackFlags):
     )
     read_outs: str = attack_settings.READ_OUTS.field("last")
     eot: int | None = attack_settings.EOT.field(None)
-    test_gazes: str | None = setting(
-        None,
-        "Gazes of models with random gazes: five (fixed gazes, averaged) or "
-        "random.",
-        "those of the run",
+    test_gazes: str | None = model_options.OPTIONS["test_gazes"].field(
+        None, by_default="those of the run"
     )
     craft_dtype: str = attack_settings.CRAFT_DTYPE.field(
         "float32",
@@ -222,7 +220,9 @@ class AdversaryFlags(RecordSettings, AttackFlags):
 # Model options select the run: only runs with these options are attacked. (An
 # earlier version of this program built the model from these flags.)
 _MODEL_OPTIONS = tuple(
-    row for row in model_flags.ROWS if row.option != "test_gazes"
+    group
+    for group in model_options.GROUPS
+    if group is not model_options.EvaluationOptions
 )
 
 
@@ -233,7 +233,8 @@ def define_flags(values=flags.FLAGS):
         values: The `absl.flags.FlagValues` that get them.
     """
     program_flags.define(AdversaryFlags, values)
-    model_flags.define(_MODEL_OPTIONS, values)
+    for group in _MODEL_OPTIONS:
+        program_flags.define(group, values, unset=True)
 
 
 # The groups of flags in --help and in the README; each flag is in one group.
@@ -261,7 +262,9 @@ THEMES = {
         "worst_classes",
         "overwrite",
     ),
-    "model options that choose the run": model_flags.names(_MODEL_OPTIONS),
+    "model options that choose the run": tuple(
+        name for group in _MODEL_OPTIONS for name in program_flags.names(group)
+    ),
 }
 HELP = command_line.Help(
     __doc__,
@@ -414,7 +417,9 @@ def find_run(values=flags.FLAGS):
         values: `absl.flags.FlagValues` after `define_flags`, parsed.
     """
     given = program_flags.read(AdversaryFlags, values)
-    options = model_flags.given(_MODEL_OPTIONS, values)
+    options = {}
+    for group in _MODEL_OPTIONS:
+        options |= program_flags.given(group, values)
     if given.dataset is not None and given.dataset not in datasets.names():
         datasets.require(given.dataset)  # Raises, with the near names.
     if options or given.model is not None:

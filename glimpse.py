@@ -17,6 +17,7 @@ from keras import ops
 
 from saccade.core import compilation, sampling
 from saccade.core import names as known_names
+from saccade.models.options import OPTIONS
 
 import transformer
 
@@ -600,7 +601,7 @@ class CorticalSampling(keras.layers.Layer):
 
 # --- Fixations ---------------------------------------------------------------
 
-TEST_GAZES = ("five", "random")
+TEST_GAZES = tuple(OPTIONS["test_gazes"].choices)
 
 
 @keras.saving.register_keras_serializable("saccade")

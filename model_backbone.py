@@ -27,6 +27,7 @@ from saccade.models.inspect import (
     read_out,
     shown,
 )
+from saccade.models.options import OPTIONS
 from saccade.models.registry import create, entry, names
 
 import glimpse
@@ -328,7 +329,7 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
     return blocks.classifier(image_shape, net, num_classes)
 
 
-ATTENTIONS = ("transformer", "retina", "dummy", "dummy_scaled")
+ATTENTIONS = tuple(OPTIONS["attention_kind"].choices)
 
 
 def _check_attention(kind, **given):
@@ -637,7 +638,7 @@ def multi_gaze(
     return keras.Model(images, blocks.logits(features, num_classes))
 
 
-POOLINGS = ("concat", "mean", "max")
+POOLINGS = tuple(OPTIONS["pooling"].choices)
 
 
 def _check_ecnn(pooling, single_scale, auxiliary):

@@ -15,13 +15,14 @@ import time
 
 from absl import flags
 
-from saccade.cli import catalogue, command_line, legacy, model_flags
+from saccade.cli import catalogue, command_line, legacy
 from saccade.cli import flags as program_flags
 from saccade.cli import runs as trained_runs
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
+from saccade.models import options as model_options
 from saccade.training import settings
 
 import datasets
@@ -32,7 +33,7 @@ import datasets
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerFlags(settings.RunSettings):
-    """The flags of the program, apart from those of `_OVERRIDES` and models."""
+    """The flags of the program, apart from those of `_OVERRIDES`."""
 
     overwrite: bool = setting(
         False, "Whether to replace an earlier run of the same name."
@@ -89,9 +90,11 @@ _NOT_IN_FREE_TRAINING = {
     *("attack", "steps", "step_size", "step_rule", "random_start"),
     *("momentum", "loss", "l1_fraction", "epsilon_per_image", "train_mode"),
 }
-# Flags that are None unless given: they override the recipe, the step and the
-# adversarial training of the data set. By the prefix of their names.
+# Flags that are None unless given: they override the recipe, the step, the
+# adversarial training of the data set and the options of the model. By the
+# prefix of their names.
 _OVERRIDES = {
+    **dict.fromkeys(model_options.GROUPS, ""),
     settings.RecipeSettings: "",
     settings.StepSettings: "adv_",
     settings.AdversarialSettings: "adv_",
@@ -111,7 +114,6 @@ def define_flags(values=flags.FLAGS):
     program_flags.define(TrainerFlags, values)
     for cls, prefix in _OVERRIDES.items():
         program_flags.define(cls, values, prefix=prefix, unset=True)
-    model_flags.define(model_flags.ROWS, values)
 
 
 def _given(cls, values):
@@ -141,11 +143,11 @@ THEMES = {
         "read_out_curriculum",
     ),
     "augmentation": ("augment", "augmentation"),
-    "glimpses": model_flags.names(model_flags.GLIMPSES),
-    "sampler": model_flags.names(model_flags.SAMPLER),
-    "nets": model_flags.names(model_flags.NETS),
-    "cortical scales": model_flags.names(model_flags.CORTICAL),
-    "S3TA": model_flags.names(model_flags.S3TA),
+    "glimpses": program_flags.names(model_options.GlimpseOptions),
+    "sampler": program_flags.names(model_options.SamplerOptions),
+    "nets": program_flags.names(model_options.NetOptions),
+    "cortical scales": program_flags.names(model_options.CorticalOptions),
+    "S3TA": program_flags.names(model_options.S3TAOptions),
     "adversarial training": _OBJECTIVE_FLAGS,
     "its attack": _all_but(
         program_flags.names(settings.AdversarialSettings, "adv_"),
@@ -158,7 +160,7 @@ THEMES = {
     "evaluation": (
         "eval_batch_size",
         "worst_classes",
-        *model_flags.names(model_flags.EVALUATION),
+        *program_flags.names(model_options.EvaluationOptions),
     ),
 }
 HELP = command_line.Help(
@@ -196,7 +198,8 @@ def config_from_flags(values=flags.FLAGS):
         datasets.load(given.dataset)  # Raises and suggests similar names.
     options = {
         name: value
-        for name, value in model_flags.given(model_flags.ROWS, values).items()
+        for group in model_options.GROUPS
+        for name, value in _given(group, values).items()
         # The handover's command lines set options to 0 that the model lacks.
         if value is not False or name in row.options
     }

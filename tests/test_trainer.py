@@ -16,11 +16,12 @@ import programs
 import pytest
 
 from saccade.attacks import gradient as gradient_attacks
-from saccade.cli import command_line, model_flags
+from saccade.cli import command_line
 from saccade.core import settings as core_settings
 from saccade.data import splits as image_splits
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
+from saccade.models import options as model_options
 from saccade.training import checkpoints, objectives, recipes, settings
 from saccade.training import loop as training_loop
 
@@ -29,7 +30,7 @@ import model_backbone
 import trainer
 
 ROOT = pathlib.Path(trainer.__file__).parent
-MODEL_OPTIONS = {row.option for row in model_flags.ROWS}
+MODEL_OPTIONS = model_options.OPTIONS
 ADVERSARIAL = core_settings.of(settings.AdversarialSettings)
 STEP = core_settings.of(settings.StepSettings)
 HANDOVER = [
@@ -141,7 +142,7 @@ class TestFlags:
     def test_every_option_of_every_model_has_a_flag(self):
         for model in model_backbone.names():
             options = model_backbone.entry(model).options
-            assert set(options) <= MODEL_OPTIONS
+            assert set(options) <= set(MODEL_OPTIONS)
 
     @pytest.mark.parametrize(
         "line,match",

@@ -39,7 +39,10 @@ class _Parser(flags.ArgumentParser):
         return "string"
 
 
-_KINDS = {int: "integer", float: "float", str: "string", bool: "boolean"}
+_KINDS = {
+    **{int: "integer", float: "float", str: "string", bool: "boolean"},
+    list[str]: "list",
+}
 _PARSERS = {
     tuple[float, ...]: command_line.parse_ratios,
     tuple[int, ...]: command_line.parse_integers,
@@ -95,9 +98,9 @@ def _define_one(name, default, setting, kind, values):
         flags.DEFINE(_Parser(parse), name, default, setting.help(), values)
         return
     bounds = {}
-    if setting.minimum is not None:
+    if setting.minimum is not None and not setting.above_minimum:
         bounds["lower_bound"] = setting.minimum
-    if setting.maximum is not None:
+    if setting.maximum is not None and not setting.below_maximum:
         bounds["upper_bound"] = setting.maximum
     make = getattr(flags, f"DEFINE_{_KINDS[kind]}")
     make(name, default, setting.help(), flag_values=values, **bounds)

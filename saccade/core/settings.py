@@ -20,6 +20,7 @@ Several dataclasses can have the same setting with different defaults:
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,9 @@ class Setting:
             words, which may be empty.
         minimum: Lower bound of a number; None for no bound.
         maximum: Upper bound of a number; None for no bound.
+        above_minimum: Whether the number is above its lower bound.
+        below_maximum: Whether the number is below its upper bound.
+        within_side: Whether the upper bound is the side of the images.
         ratio: Whether a number may be written as a ratio, `8/255`.
         flag: Name of the flag if it differs from the name of the field.
         word: How the name of a record folder shows the value, with `{}` in
@@ -50,6 +54,9 @@ class Setting:
     choices: Mapping[str, str] | tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    above_minimum: bool = False
+    below_maximum: bool = False
+    within_side: bool = False
     ratio: bool = False
     flag: str | None = None
     word: str | None = None
@@ -79,6 +86,40 @@ class Setting:
         if self.by_default:
             text += f" By default {self.by_default}."
         return text
+
+    def require_in_range(
+        self, name: str, value: float, maximum: float | None = None
+    ) -> None:
+        """Raises a ValueError if a number is out of range.
+
+        Args:
+            name: What the message calls the number.
+            value: The number.
+            maximum: The upper bound of a setting with `within_side`.
+
+        >>> Setting("", minimum=1, maximum=4).require_in_range("width", 5)
+        Traceback (most recent call last):
+            ...
+        ValueError: Expected width in [1, 4]. Received: width=5.
+        """
+        least = -math.inf if self.minimum is None else self.minimum
+        most = maximum if self.within_side else self.maximum
+        most = math.inf if most is None else most
+        above = self.above_minimum or math.isinf(least)
+        below = self.below_maximum or math.isinf(most)
+        if (least < value if above else least <= value) and (
+            value < most if below else value <= most
+        ):
+            return
+        raise ValueError(
+            f"Expected {name} in {'(' if above else '['}{least}, {most}"
+            f"{')' if below else ']'}. Received: {name}={value}."
+        )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a number has a bound."""
+        return self.minimum is not None or self.maximum is not None
 
     def listed(self) -> str:
         """Returns the choices as text: "fixed or decayed (/ 10)"."""

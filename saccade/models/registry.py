@@ -6,11 +6,11 @@ Modules that assemble models register a builder for each name. Other modules use
 
 import dataclasses
 import inspect
-import math
 from typing import Callable
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
+from saccade.models import options as model_options
 
 keras_settings.set_up_keras()
 
@@ -130,42 +130,8 @@ def create(name, *, num_classes, image_shape, **options):
     return model
 
 
-_MOST = 2**14  # Upper bound of counts, far beyond what fits in memory.
-# Smallest and largest value of an option; _SIDE is the side of the images.
-_SIDE = "side"
-_RANGES = {
-    "dropout": (0, 1),
-    "regularization": (0, math.inf),
-    "gaze_range": (0, _SIDE),
-    "max_ratio": (1, math.inf),
-    "frequencies": (1, _SIDE),
-    "localization_grid": (1, _SIDE),
-    **dict.fromkeys(
-        ("depth", "widen", "num_transformers", "num_steps", "num_heads"),
-        (1, _MOST),
-    ),
-    **dict.fromkeys(("controller_units", "hidden_units"), (1, _MOST)),
-    **dict.fromkeys(
-        ("width", "vision_width", "localization_width", "key_channels"),
-        (0, _MOST),
-    ),
-    **dict.fromkeys(("view_size", "stem_stride", "pool_stride"), (0, _MOST)),
-}
-_OPEN = {"dropout": (False, True), "max_ratio": (True, True)}
-
-
 def _check_range(option, value, side):
     """Raises a ValueError if an option is outside its range."""
-    if value is None or option not in _RANGES:
-        return
-    least, most = _RANGES[option]
-    most = side if most == _SIDE else most
-    above, below = _OPEN.get(option, (False, math.isinf(most)))
-    if (least < value if above else least <= value) and (
-        value < most if below else value <= most
-    ):
-        return
-    raise ValueError(
-        f"Expected {option} in {'(' if above else '['}{least}, {most}"
-        f"{')' if below else ']'}. Received: {option}={value}."
-    )
+    setting = model_options.OPTIONS.get(option)
+    if value is not None and setting is not None and setting.bounded:
+        setting.require_in_range(option, value, side)

@@ -11,6 +11,7 @@ import keras
 from keras import layers, ops, regularizers
 
 from saccade.core import keras_settings
+from saccade.models.options import OPTIONS
 
 keras_settings.set_up_keras()
 
@@ -25,8 +26,8 @@ DEPTHS = {
 # From this depth on, blocks are bottlenecks: convolutions of 1x1, 3x3 and 1x1,
 # the last with four times the filters.
 _BOTTLENECK = 50
-DENOISING = ("none", "stages", "blocks")
-DOWNSAMPLINGS = ("all", "not_last", "none")
+DENOISING = tuple(OPTIONS["denoising"].choices)
+DOWNSAMPLINGS = tuple(OPTIONS["downsampling"].choices)
 # Not Keras's default of 0.99: in short runs it would still contain the start.
 _MOMENTUM = 0.9
 

@@ -1,0 +1,147 @@
+"""Flags are generated from the fields of dataclasses; the choices are true."""
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from saccade.attacks import base as attack_base
+from saccade.attacks import gradient as gradient_attacks
+from saccade.attacks import registry as attack_registry
+from saccade.attacks import settings as attack_settings
+from saccade.cli import flags as program_flags
+from saccade.core import lp, sampling
+from saccade.core import settings as core_settings
+from saccade.core.settings import setting
+from saccade.data import augment
+from saccade.models import options as model_options
+from saccade.models import resnets, s3ta
+from saccade.training import objectives, settings
+
+import glimpse
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A field of each kind."""
+
+    count: int = setting(3, "How many.", minimum=1, maximum=9)
+    rate: float = setting(0.5, "How fast.", minimum=0.0, below_maximum=True)
+    name: str = setting("a", "Which one.", choices={"a": "first", "b": ""})
+    fast: bool = setting(False, "Whether.", flag="quick")
+    radius: float | None = setting(None, "How far.", "none", ratio=True)
+    radii: tuple[float, ...] | None = setting(None, "How far.", "none")
+    steps: tuple[int, ...] | None = setting(None, "How often.", "none")
+    words: list[str] | None = setting(None, "What.", "none")
+    no_flag: int = 7
+
+
+@pytest.fixture
+def values():
+    found = flags.FlagValues()
+    program_flags.define(Config, found)
+    return found
+
+
+def test_flags_that_are_not_given_have_the_defaults_of_the_fields(values):
+    values(["program"])
+    assert program_flags.read(Config, values) == Config()
+    assert "no_flag" not in values and "fast" not in values
+
+
+def test_values_are_read_with_the_type_of_the_field(values):
+    line = "--count=2 --rate=0.25 --name=b --quick --radius=8/255 "
+    line += "--radii=1/255,0.5 --steps=1,20 --words=x,y"
+    values(["program", *line.split()])
+    assert program_flags.read(Config, values) == Config(
+        count=2,
+        rate=0.25,
+        name="b",
+        fast=True,
+        radius=8 / 255,
+        radii=(1 / 255, 0.5),
+        steps=(1, 20),
+        words=["x", "y"],
+    )
+
+
+@pytest.mark.parametrize(
+    "word,message",
+    [
+        ("--count=0", r"--count=0: .*\[1, 9\]"),
+        ("--count=10", r"--count=10: .*\[1, 9\]"),
+        ("--rate=-1", "--rate=-1"),
+        ("--radius=x", "--radius=x: expected a number or a ratio like 8/255"),
+        ("--radii=1,x", "--radii=1,x: expected a number or a ratio"),
+        ("--steps=1.5", "--steps=1.5: expected whole numbers like 10,100"),
+    ],
+)
+def test_values_that_cannot_be_read_are_refused(values, word, message):
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        values(["program", word])
+
+
+def test_an_unknown_choice_is_refused_with_the_near_names(values):
+    values(["program", "--name=c"])
+    with pytest.raises(ValueError, match="Unknown --name=c.*Known: a, b"):
+        program_flags.read(Config, values)
+
+
+def test_overrides_are_none_unless_given():
+    values = flags.FlagValues()
+    program_flags.define(Config, values, prefix="adv_", unset=True)
+    values(["program", "--adv_count=2", "--noadv_quick"])
+    found = program_flags.given(Config, values, prefix="adv_")
+    assert found == {"count": 2, "fast": False}
+
+
+def test_help_has_the_meaning_the_choices_and_the_default(values):
+    assert values["name"].help == "Which one: a (first) or b."
+    assert values["radius"].help == "How far. By default none."
+
+
+@pytest.mark.parametrize("name", sorted(attack_registry.ATTACKS))
+def test_a_setting_of_an_attack_is_the_same_in_every_attack(name):
+    """A subclass that changes a default must keep the setting."""
+    shared = {
+        **core_settings.of(gradient_attacks.PGD),
+        **core_settings.of(attack_base.Attack),
+    }
+    attack = attack_registry.ATTACKS[name]
+    fields = {field.name for field in dataclasses.fields(attack)}
+    found = core_settings.of(attack)
+    assert fields & set(shared) <= set(found)
+    for field in found.keys() & shared.keys():
+        assert found[field] == shared[field]
+
+
+@pytest.mark.parametrize(
+    "choices,known",
+    [
+        (attack_settings.NORM.choices, lp.NORMS),
+        (model_options.BACKBONES, resnets.BACKBONES),
+        (model_options.OPTIONS["vision"].choices, s3ta.VISIONS),
+        (
+            model_options.OPTIONS["interpolation"].choices,
+            sampling.INTERPOLATIONS,
+        ),
+        (
+            model_options.OPTIONS["coarse_variant"].choices,
+            glimpse.COARSE_VARIANTS,
+        ),
+        (
+            core_settings.of(settings.RecipeSettings)["augmentation"].choices,
+            augment.AUGMENTATIONS,
+        ),
+        (
+            core_settings.of(settings.AdversarialSettings)["objective"].choices,
+            objectives.OBJECTIVES,
+        ),
+        (
+            core_settings.of(settings.AdversarialSettings)["attack"].choices,
+            objectives.ATTACKS,
+        ),
+    ],
+)
+def test_choices_are_the_names_that_the_code_knows(choices, known):
+    assert sorted(choices) == sorted(known)
