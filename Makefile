@@ -1,5 +1,6 @@
 # make demo      train, attack and picture a model: five minutes on two cores
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
+# make slow      the tests that take more than ten seconds each
 # make lint      ruff's rules, its format, the levels of imports
 # make results   docs/results.md from the records in results/
 # make notebook  run view_images.ipynb on the newest run, into runs/
@@ -24,7 +25,7 @@ RUN ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint results notebook peers clean
+.PHONY: help demo test slow lint results notebook peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -54,7 +55,10 @@ demo: $(VENV)/.installed-test
 	@echo "See it all, in order: make notebook"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow'
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -687,12 +687,17 @@ def test_softmax_model_is_refused(cli, root, monkeypatch):
 
 
 def test_stochastic_run_requires_eot(cli, data, tmp_path, monkeypatch):
-    options = {"sampling": True, "width": 4, "test_gazes": "random"}
+    options = {
+        "sampling": True,
+        "backbone": "simple_cnn",
+        "width": 4,
+        "test_gazes": "random",
+    }
     model = model_backbone.create(
-        "resnet_cifar", num_classes=10, image_shape=data.image_shape, **options
+        "resnet", num_classes=10, image_shape=data.image_shape, **options
     )
     folder = make_run(
-        tmp_path / "run", data, model="resnet_cifar", model_options=options
+        tmp_path / "run", data, model="resnet", model_options=options
     )
     checkpoints.save_weights(folder / "best.weights.h5", model)
     fast = ("--steps=1", "--epsilon=0.1", "--num_examples=4")
@@ -707,20 +712,23 @@ def test_stochastic_run_requires_eot(cli, data, tmp_path, monkeypatch):
     assert status == 0 and "test_gazes_five" in out, err
 
 
-def test_special_settings_appear_in_the_folder_name(cli, root):
-    fast = ("--steps=2", "--epsilon=0.15", "--num_examples=4")
-    for flag, word in (
-        ("--distraction=1", "distraction1"),
-        ("--straight_through", "straight_through"),
-        ("--craft_dtype=bfloat16", "bfloat16"),
-        ("--surrogate=cluttered_digits-multi_gaze", "from_cluttered"),
+@pytest.mark.parametrize(
+    "flag,word",
+    [
+        ("--distraction=1 --num_examples=4", "distraction1"),
+        ("--straight_through --num_examples=4", "straight_through"),
+        ("--craft_dtype=bfloat16 --num_examples=4", "bfloat16"),
+        (
+            "--surrogate=cluttered_digits-multi_gaze --num_examples=4",
+            "from_cluttered",
+        ),
         ("--examples=3,5", "list_of_2"),
-    ):
-        arguments = [a for a in fast if "examples" not in a or "list" not in
-                     word]  # fmt: skip
-        status, out, err = cli(*arguments, flag)
-        assert status == 0, err
-        assert word in out
+    ],
+)
+def test_special_settings_appear_in_the_folder_name(cli, flag, word):
+    status, out, err = cli("--steps=2", "--epsilon=0.15", *flag.split())
+    assert status == 0, err
+    assert word in out
 
 
 def test_protocol_prints_and_writes_its_table(cli, root):

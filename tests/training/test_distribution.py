@@ -111,6 +111,7 @@ def train(count, path):
     return np.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
     reason="tf.distribute is TensorFlow's",
@@ -187,6 +188,7 @@ def weights_of(folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
     reason="tf.distribute is TensorFlow's",
