@@ -825,7 +825,7 @@ class _Loaded:
 
     def surrogate(self, evaluation):
         """Returns the surrogate of an evaluation; None if it needs none."""
-        from saccade.training import checkpoints
+        import model_backbone
 
         config, dtype = self.config, evaluation.craft_dtype
         half = dtype == "bfloat16"
@@ -835,7 +835,7 @@ class _Loaded:
             options = dict(config.options)
             if config.straight_through:
                 options["interpolation"] = "straight_through"
-            self.surrogates[dtype], _ = checkpoints.load_run(
+            self.surrogates[dtype], _ = model_backbone.load_run(
                 config.surrogate or config.folder,
                 config.weights,
                 options=options,
@@ -924,11 +924,12 @@ def _write_curves(config, records):
 def _load(config, data, hashes):
     """Returns the model, the context that begins each record, and the split."""
     from saccade.evaluation import checks as evaluation_checks
-    from saccade.training import checkpoints
+
+    import model_backbone
 
     run = run_folder.read_config(config.folder, _REQUIRED)
     data, split = _data(config, data)
-    model, _ = checkpoints.load_run(
+    model, _ = model_backbone.load_run(
         config.folder, config.weights, options=config.options
     )
     evaluation_checks.check_fit(model, split)
@@ -1023,14 +1024,15 @@ def _run_checklist(config, data=None):
 def _compute_checks(config, data):
     """Runs and prints the checklist; returns the checks and their context."""
     from saccade.evaluation import checklist
-    from saccade.training import checkpoints
+
+    import model_backbone
 
     evaluation = config.evaluations[0]
     model, context, split = _load(config, data, config.hashes())
     _show_summary(context, config.evaluations[:1], len(split))
     other = None
     if config.surrogate is not None:
-        other, _ = checkpoints.load_run(config.surrogate, config.weights)
+        other, _ = model_backbone.load_run(config.surrogate, config.weights)
     with _show_checks(checklist.NAMES) as report:
         checks = checklist.run(
             model,
@@ -1073,6 +1075,8 @@ def _run_nonrobust(config, given):
     """Trains on adversarial images with the targets as labels."""
     from saccade.evaluation import nonrobust_features
     from saccade.training import loop as training_loop
+
+    import model_backbone  # noqa: F401 -- registers models.
 
     settings = {"seed": given.seed, "num_examples": given.num_examples}
     for name in ("target", "norm", "epsilon", "steps", "step_size", "eot"):

@@ -29,6 +29,7 @@ from saccade.models.inspect import (
 )
 from saccade.models.options import OPTIONS
 from saccade.models.registry import create, entry, names
+from saccade.training import checkpoints
 
 import glimpse
 import transformer
@@ -41,10 +42,24 @@ __all__ = [
     "glimpses",
     "is_stochastic",
     "key_generators",
+    "load_run",
     "names",
     "read_out",
     "shown",
 ]
+
+
+def load_run(folder, weights="best", options=None, dtype=None):
+    """Builds the model of a run, one of this module's or of the package's.
+
+    Args:
+        folder: See `checkpoints.load_run`, like all arguments, the result and
+            the errors.
+        weights: `"best"` or `"last"`.
+        options: Dict of model options that replace those of the run.
+        dtype: A Keras dtype policy; None for the global policy.
+    """
+    return checkpoints.load_run(folder, weights, options, dtype)
 
 
 def _localize(images, outputs, coordinates, kind, width, grid, **head):

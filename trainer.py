@@ -740,7 +740,8 @@ def evaluate(config, data=None):
         The record of the run, with new test results.
     """
     from saccade.evaluation import config as evaluation_config
-    from saccade.training import checkpoints
+
+    import model_backbone
 
     folder = config.folder
     with trained_runs.owned(folder, write=False):
@@ -751,7 +752,7 @@ def evaluate(config, data=None):
                     run, config.data_dir, download=config.download
                 )
             test = datasets.split_of(folder, run, data, "test")
-            model, _ = checkpoints.load_run(folder, "last")
+            model, _ = model_backbone.load_run(folder, "last")
         with command_line.guard_disk():
             try:
                 for weights in ("last", "best"):

@@ -125,7 +125,8 @@ def ours(library, attack, model, split, order, context):
     from saccade.attacks import gradient as gradient_attacks
     from saccade.evaluation import config as evaluation_config
     from saccade.evaluation import evaluate as robust_evaluation
-    from saccade.training import checkpoints
+
+    import model_backbone
 
     ball = {"norm": _NORM.value, "epsilon": context["epsilon"]}
     suite = autoattack.AutoAttack(**ball)
@@ -145,7 +146,9 @@ def ours(library, attack, model, split, order, context):
     half = library.endswith("bfloat16")
     surrogate = None
     if half:
-        surrogate, _ = checkpoints.load_run(_RUN.value, dtype="mixed_bfloat16")
+        surrogate, _ = model_backbone.load_run(
+            _RUN.value, dtype="mixed_bfloat16"
+        )
     config = evaluation_config.EvaluationConfig(
         attack,
         indices=tuple(int(i) for i in order),
@@ -339,10 +342,11 @@ def job(name):
     from saccade.attacks import runner
     from saccade.core import metrics
     from saccade.evaluation import checks as evaluation_checks
-    from saccade.training import checkpoints
+
+    import model_backbone
 
     library, attack = name.split("/")
-    model, run = checkpoints.load_run(_RUN.value)
+    model, run = model_backbone.load_run(_RUN.value)
     data = datasets.load_data(run, _DATA_DIR.value)
     split = datasets.split_of(_RUN.value, run, data, "test")
     evaluation_checks.check_fit(model, split)

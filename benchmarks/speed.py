@@ -458,9 +458,10 @@ def attack_steps(config):
         List of dicts: what, and milliseconds a step.
     """
     from saccade.core import randomness
-    from saccade.training import checkpoints
 
-    model, run = checkpoints.load_run(trained_runs.at("runs", config.run))
+    import model_backbone
+
+    model, run = model_backbone.load_run(trained_runs.at("runs", config.run))
     classes, batch = run["num_classes"], config.batch_size
     shape = (batch, *run["image_shape"])
     rows = {

@@ -37,7 +37,6 @@ from keras import ops  # noqa: E402
 from saccade.core import run_folder, sampling  # noqa: E402
 from saccade.evaluation import records as evaluation_records  # noqa: E402
 from saccade.figures import images as figure_images  # noqa: E402
-from saccade.training import checkpoints  # noqa: E402
 
 import glimpse  # noqa: E402
 import model_backbone  # noqa: E402
@@ -107,7 +106,7 @@ def attacked(folder):
 
 def demo(folder):
     """Where the demo's model looks, and what an attack does to it."""
-    model, config = checkpoints.load_run(folder)
+    model, config = model_backbone.load_run(folder)
     data = datasets.load(
         config["dataset"], seed=config["seed"], test_only=True
     ).test

@@ -544,11 +544,11 @@ def test_default_sizes_of_photographs(tmp_path):
 
 
 def test_the_lists_hold_what_their_names_say():
-    whole = datasets._LISTS / "imagenet.txt"
+    whole = imagenet.CLASS_LISTS / "imagenet.txt"
     known = imagenet.read_wnids(whole)
     assert len(known) == 1000
     for name, size in (("imagenet10", 10), ("imagenet100", 100)):
-        listed = imagenet.read_wnids(datasets._LISTS / f"{name}.txt")
+        listed = imagenet.read_wnids(imagenet.CLASS_LISTS / f"{name}.txt")
         assert len(listed) == size and set(listed) < set(known)
     wnids, names, _ = imagenet.class_list(whole, whole)
     assert list(wnids) == sorted(known) and len(set(names)) == 1000

@@ -229,7 +229,7 @@ def test_slicing_before_a_1x1_convolution_equals_its_stride(side):
 NARROW = """
 import numpy as np
 import keras
-import resnet_backbone as nets
+from saccade.models import resnets as nets
 
 for body in (
     nets.resnet20((64, 64, 3), width=8),

@@ -7,6 +7,7 @@ from keras import layers, ops
 from toys import Jitter
 
 from saccade.attacks import gradient as gradient_attacks
+from saccade.data import augment
 from saccade.models import blocks
 from saccade.training import loop as training_loop
 from saccade.training import objectives, recipes
@@ -314,7 +315,7 @@ def test_all_replays_use_the_same_augmentation():
         Linear().model,
         FAST,
         seed=0,
-        augmentation=training_step.glimpse.Augmentation(flip=True, crop=0.8),
+        augmentation=augment.Augmentation(flip=True, crop=0.8),
         config=StepConfig(replays=3),
     )
     images, labels, indices = map(ops.convert_to_tensor, batch())
@@ -375,7 +376,7 @@ def prepare(model, craft, train_mode=False, crafting_model=None):
         model,
         objective,
         seed=0,
-        augmentation=training_step.glimpse.Augmentation(),
+        augmentation=augment.Augmentation(),
         crafting_model=crafting_model,
     )
     images, labels, indices = map(ops.convert_to_tensor, batch())
