@@ -22,8 +22,6 @@ from saccade.evaluation import tally as evaluation_tally
 from saccade.evaluation.config import EvaluationConfig
 from saccade.evaluation.evaluate import accuracy, evaluate
 
-pytestmark = pytest.mark.every_backend
-
 SHAPE = (6, 6, 1)
 NUM_CLASSES = 4
 PGD = gradient_attacks.PGD(epsilon=0.05, steps=4)
@@ -68,6 +66,7 @@ def forward(model, images):
     return array(model(ops.convert_to_tensor(images), training=False))
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("batch_size", [1, 7, 37, 100])
 def test_accuracy_counts_every_image_once(model, batch_size):
     split, images = make_split()
@@ -82,8 +81,14 @@ def test_accuracy_counts_every_image_once(model, batch_size):
     assert 0.5 < found["accuracy"] < 1.0  # Some images are misclassified.
 
 
-@pytest.mark.parametrize("norm,epsilon", [("linf", 0.05), ("l2", 0.4),
-                                          ("l1", 2.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "norm,epsilon",
+    [
+        pytest.param("linf", 0.05, marks=pytest.mark.every_backend),
+        ("l2", 0.4),
+        ("l1", 2.0),
+    ],
+)
 @pytest.mark.parametrize("target", ["none", "random", "next", 2])
 def test_record_agrees_with_the_returned_images(model, norm, epsilon, target):
     split, images = make_split()
@@ -113,6 +118,7 @@ def test_record_agrees_with_the_returned_images(model, norm, epsilon, target):
     json.dumps(record)
 
 
+@pytest.mark.every_backend
 def test_batch_size_and_order_do_not_change_results(model):
     split, images = make_split()
     attack = gradient_attacks.PGD(epsilon=0.05, steps=3, restarts=2)
@@ -147,6 +153,7 @@ def summing():
     )
 
 
+@pytest.mark.every_backend
 def test_logits_are_bitwise_equal_for_every_batch_size(summing):
     # Up to 32 rows: XLA shares the sums of larger batches among threads.
     _, images = make_split(32)
@@ -159,7 +166,13 @@ def test_logits_are_bitwise_equal_for_every_batch_size(summing):
     np.testing.assert_array_equal(got, want[:17])
 
 
-@pytest.mark.parametrize("norm,epsilon", [("linf", 0.05), ("l1", 2.0)])
+@pytest.mark.parametrize(
+    "norm,epsilon",
+    [
+        pytest.param("linf", 0.05, marks=pytest.mark.every_backend),
+        ("l1", 2.0),
+    ],
+)
 def test_square_attack_does_not_depend_on_batch_size(summing, norm, epsilon):
     split, _ = make_split(12)
     # With the net's own predictions as labels, all clean images are correct
@@ -177,6 +190,7 @@ def test_square_attack_does_not_depend_on_batch_size(summing, norm, epsilon):
         np.testing.assert_array_equal(found[1][1][name], values, err_msg=name)
 
 
+@pytest.mark.every_backend
 def test_seed_determines_the_adversarial_images(model):
     split, _ = make_split()
     found = []
@@ -214,6 +228,7 @@ def test_save_images_limits_only_the_returned_images(model):
         assert record[key] == whole_record[key] == none[key]
 
 
+@pytest.mark.every_backend
 def test_evaluation_does_not_change_model_variables(model):
     split, _ = make_split()
     before = [array(v).copy() for v in model.variables]
@@ -223,6 +238,7 @@ def test_evaluation_does_not_change_model_variables(model):
         np.testing.assert_array_equal(array(variable), value)
 
 
+@pytest.mark.every_backend
 def test_attacks_with_other_settings_share_compiled_functions(
     model, monkeypatch
 ):
@@ -261,6 +277,7 @@ def test_attack_result_does_not_depend_on_earlier_attacks(model):
     assert settings == (5, 3, pytest.approx(0.015))
 
 
+@pytest.mark.every_backend
 def test_accuracy_uses_the_current_weights(model):
     split, _ = make_split()
     model = keras.models.clone_model(model)
@@ -269,6 +286,7 @@ def test_accuracy_uses_the_current_weights(model):
     assert accuracy(model, split) != first
 
 
+@pytest.mark.every_backend
 def test_compiled_functions_do_not_keep_the_model_alive(model):
     split, _ = make_split(4)
     model = keras.models.clone_model(model)
@@ -359,6 +377,7 @@ FAST = [
 ]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("attack", FAST, ids=lambda a: a.name)
 @pytest.mark.parametrize("target", ["none", "least_likely"])
 def test_dropping_successful_rows_does_not_change_results(
@@ -410,7 +429,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize(
+    "after", [0, pytest.param(1, marks=pytest.mark.every_backend), 5]
+)
 def test_killed_evaluation_resumes_with_identical_results(
     model, tmp_path, monkeypatch, after
 ):
@@ -554,6 +575,7 @@ def test_stochastic_model_without_eot_is_refused(noisy):
         evaluate(noisy, split, EvaluationConfig(PGD))
 
 
+@pytest.mark.every_backend
 def test_eot_averages_draws_and_is_repeatable(noisy, model):
     split, images = make_split()
     before = [array(v).copy() for v in noisy.variables]
@@ -572,6 +594,7 @@ def test_eot_averages_draws_and_is_repeatable(noisy, model):
     assert record["eot"] == 8
 
 
+@pytest.mark.every_backend
 def test_clean_and_adversarial_images_share_their_noise(noisy):
     """With epsilon 0, noise alone must not change any prediction."""
     split, _ = make_split()
@@ -582,6 +605,7 @@ def test_clean_and_adversarial_images_share_their_noise(noisy):
     assert record["robust_accuracy"] == record["clean_accuracy"]
 
 
+@pytest.mark.every_backend
 def test_noise_differs_between_steps_and_from_the_final_check(noisy):
     """An attack that knows the noise of the final check would be too strong."""
     _, images = make_split(5)
@@ -604,6 +628,7 @@ def test_noise_differs_between_steps_and_from_the_final_check(noisy):
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.every_backend
 def test_surrogate_is_attacked_and_model_decides_success(model):
     split, _ = make_split()
     blind = keras.models.clone_model(model)
@@ -640,6 +665,7 @@ class RotateClasses(layers.Layer):
         return ops.roll(x, 1, axis=-1)
 
 
+@pytest.mark.every_backend
 def test_bfloat16_attack_is_verified_in_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -686,6 +712,7 @@ class ReadOuts(layers.Layer):
         return {"step_logits": outputs[1]}
 
 
+@pytest.mark.every_backend
 def test_all_read_outs_are_averaged_in_the_loss():
     base = make_small()
     images = keras.Input(SHAPE)
@@ -719,6 +746,7 @@ def test_all_read_outs_are_averaged_in_the_loss():
     assert record["read_outs"] == "all"
 
 
+@pytest.mark.every_backend
 def test_ensemble_is_at_least_as_strong_as_its_members(model):
     """It misclassifies at least the images of the union of its members."""
     from saccade.attacks import autoattack

@@ -26,8 +26,6 @@ from saccade.training import step as training_step
 
 import model_backbone
 
-pytestmark = pytest.mark.every_backend
-
 AUGMENTATION = augment.Augmentation(flip=True, crop=0.8, rotation=0.2)
 
 
@@ -132,6 +130,7 @@ class TestStep:
             assert 0 <= float(numpy(correct)) <= count
         return model, losses
 
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "objective",
         [training_step.STANDARD, ADVERSARIAL],
@@ -172,16 +171,19 @@ class TestStep:
         assert float(numpy(correct)) == np.sum(p.argmax(1) == labels)
         np.testing.assert_allclose(numpy(head.kernel), want, atol=1e-5)
 
+    @pytest.mark.every_backend
     def test_steps_lower_the_loss_and_update_the_batch_statistics(self):
         model, losses = self.take(ADVERSARIAL, steps=40)
         assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.02
         mean = next(v for v in model.variables if v.name == "moving_mean")
         assert np.abs(numpy(mean)).max() > 0
 
+    @pytest.mark.every_backend
     def test_steps_are_reproducible(self):
         first, second = (self.take(ADVERSARIAL, dropout=0.3) for _ in range(2))
         assert first[1] == second[1]
 
+    @pytest.mark.every_backend
     def test_noise_differs_between_steps(self):
         """With one batch and a rate of 0 only the noise can differ."""
         model, optimizer = build(0.5)
@@ -203,6 +205,7 @@ class TestStep:
 
 
 class TestLoop:
+    @pytest.mark.every_backend
     @pytest.mark.parametrize(
         "stops,settings",
         [
@@ -232,6 +235,7 @@ class TestLoop:
             for a, b in zip(history, resumed, strict=True):
                 assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
+    @pytest.mark.every_backend
     def test_replays_repeat_each_batch(self, tmp_path):
         """20 images in batches of 8, three times each: 6 steps an epoch."""
         trained = loop(tmp_path, epochs=1, **{**FREE, "step_config": THRICE})
@@ -293,6 +297,7 @@ class TestLoop:
                 model, optimizer, split(), tmp_path, 0, 64, epochs=1
             )
 
+    @pytest.mark.every_backend
     def test_nonfinite_loss_raises_and_names_the_step(self, tmp_path):
         bad = training_step.Objective(
             loss=lambda f, clean, crafted, labels: (
@@ -398,6 +403,7 @@ class TestBest:
             robust for _, robust in scores
         ]
 
+    @pytest.mark.every_backend
     def test_averaged_weights_are_validated_and_saved(self, tmp_path):
         trained = self.validated(tmp_path, [(0.5, 0.5)] * 3, ema=True)
         trained.train()
@@ -526,6 +532,7 @@ class TestBest:
 class TestReadOuts:
     """A curriculum of read-out steps."""
 
+    @pytest.mark.every_backend
     def test_read_out_changes_at_its_epochs_and_keeps_all_else(self, tmp_path):
         core = Unrolled(num_steps=4)
         settings = {"core": [core], "read_outs": READ_OUTS}
@@ -640,6 +647,7 @@ class TestLoadRun:
         run_folder.write_json(folder / "config.json", config)
         return model
 
+    @pytest.mark.every_backend
     def test_gives_the_same_logits(self, tmp_path):
         model = self.write(tmp_path)
         loaded, config = checkpoints.load_run(tmp_path)
@@ -722,6 +730,7 @@ class TestLoadRun:
             checkpoints.load_run(tmp_path, "last")
 
 
+@pytest.mark.every_backend
 def test_keys_of_the_augmentation_do_not_depend_on_the_batch():
     """The augmentation of an example depends on (seed, step, its index)."""
     data = split()
