@@ -3,6 +3,7 @@
 # make slow      the tests that take more than ten seconds each
 # make lint      ruff's rules, its format, the levels of imports
 # make results   docs/results.md from the records in results/
+# make docs-flags  docs/flags.md from the fields that declare the settings
 # make notebook  run view_images.ipynb on the newest run, into runs/
 # make peers     install the attack libraries that benchmarks/parity.py compares with
 #
@@ -25,7 +26,7 @@ RUN ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint results notebook peers clean
+.PHONY: help demo test slow lint results docs-flags notebook peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -67,6 +68,9 @@ lint: $(VENV)/.installed-test
 
 results: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
+
+docs-flags: $(VENV)/.installed-test
+	$(BIN)/python -m saccade.cli.flags_page trainer adversary > docs/flags.md
 
 notebook: $(VENV)/.installed-notebook
 	@mkdir -p runs

@@ -329,8 +329,8 @@ def _capital(text):
     return text[:1].upper() + text[1:]
 
 
-def _flag_help(flag, width):
-    """The lines of one flag: its form, its text and its default."""
+def describe_flag(flag: flags.Flag) -> tuple[str, str]:
+    """Returns the form of a flag, `--steps=N`, and its text with default."""
     forms = {"bool": "0|1", "int": "N", "float": "X", "string": "TEXT"}
     form = forms.get(flag.flag_type(), "A,B,...")
     text = flag.help
@@ -343,9 +343,15 @@ def _flag_help(flag, width):
         elif isinstance(value, list):
             value = ",".join(value)
         text += f" By default {value}."
+    return f"--{flag.name}={form}", text
+
+
+def _flag_help(flag, width):
+    """The lines of one flag: its form, its text and its default."""
+    form, text = describe_flag(flag)
     lines = textwrap.wrap(text, width - 6)
     indented = "\n".join(f"      {line}" for line in lines)
-    return f"  --{flag.name}={form}\n{indented}"
+    return f"  {form}\n{indented}"
 
 
 _HELP = {"help", "?", "h"}

@@ -1,6 +1,7 @@
 """Flags are generated from the fields of dataclasses; the choices are true."""
 
 import dataclasses
+import pathlib
 
 import pytest
 from absl import flags
@@ -10,6 +11,7 @@ from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import registry as attack_registry
 from saccade.attacks import settings as attack_settings
 from saccade.cli import flags as program_flags
+from saccade.cli import flags_page
 from saccade.core import lp, sampling
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
@@ -145,3 +147,10 @@ def test_a_setting_of_an_attack_is_the_same_in_every_attack(name):
 )
 def test_choices_are_the_names_that_the_code_knows(choices, known):
     assert sorted(choices) == sorted(known)
+
+
+def test_the_page_of_flags_is_the_generated_one():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "flags.md"
+    assert page.read_text() == flags_page.page(["trainer", "adversary"]), (
+        "run make docs-flags"
+    )
