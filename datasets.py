@@ -55,7 +55,7 @@ class _Request:
     seed: int = 0
     skip_corrupt: bool = False
     download: bool = False
-    class_list: str | None = None
+    class_list_file: str | None = None
     validation_fraction: float = 0.0
     resize: str | None = None
     test_only: bool = False
@@ -107,7 +107,7 @@ def load(
     seed=0,
     skip_corrupt=False,
     download=False,
-    class_list=None,
+    class_list_file=None,
     validation_fraction=0.05,
     resize=None,
     test_only=False,
@@ -127,7 +127,7 @@ def load(
         skip_corrupt: Leave unreadable images out, counted in
             `Dataset.skipped`, instead of stopping at the first.
         download: Let TFDS fetch a set that is not there.
-        class_list: Path of a text file, one wnid a line, in place of the
+        class_list_file: Path of a text file, one wnid a line, in place of the
             ImageNet subset's own list.
         validation_fraction: Part of the training images held out, at most
             5000; not used where the set has its own validation images.
@@ -151,7 +151,7 @@ def load(
         CorruptImageError: If an image cannot be read.
     """
     _check_arguments(
-        name, image_size, class_list, resize, seed, validation_fraction
+        name, image_size, class_list_file, resize, seed, validation_fraction
     )
     request = _Request(
         name,
@@ -160,7 +160,7 @@ def load(
         seed,
         skip_corrupt,
         download,
-        class_list,
+        class_list_file,
         validation_fraction,
         resize,
         test_only,
@@ -199,7 +199,7 @@ def _check_name(name):
         )
 
 
-def _check_arguments(name, image_size, class_list, resize, seed, fraction):
+def _check_arguments(name, image_size, class_list_file, resize, seed, fraction):
     _check_name(name)
     if not 0 <= fraction < 1:
         raise ValueError(
@@ -213,10 +213,10 @@ def _check_arguments(name, image_size, class_list, resize, seed, fraction):
             "Expected resize='short_side' or 'handover'. Received: "
             f"resize={resize!r}"
         )
-    if class_list is not None and name not in _IMAGENETS:
+    if class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
             f"A class list goes with {', '.join(_IMAGENETS)}. Received: "
-            f"class_list={str(class_list)!r} with {name}"
+            f"class_list_file={str(class_list_file)!r} with {name}"
         )
     sizes = _TABLE[name].sizes
     fits = image_size is None or image_size in sizes
@@ -547,7 +547,7 @@ _IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet", _BOXED)
 
 def _load_imagenet(request, found):
     wnids, class_names, record = imagenet.class_list(
-        request.class_list
+        request.class_list_file
         or imagenet.CLASS_LISTS / f"{request.name.removeprefix('bbox_')}.txt",
         imagenet.CLASS_LISTS / "imagenet.txt",
     )
@@ -762,7 +762,7 @@ def load_data(run, data_dir=None, test_only=True, download=False):
         image_size=run.get("image_size"),
         seed=run.get("seed", 0),
         skip_corrupt=run.get("skip_corrupt", False),
-        class_list=run.get("class_list_file"),
+        class_list_file=run.get("class_list_file"),
         validation_fraction=run.get("validation_fraction", 0.05),
         test_only=test_only,
         download=download,

@@ -342,7 +342,7 @@ def load_data(config):
         seed=config.seed,
         skip_corrupt=config.skip_corrupt,
         download=config.download,
-        class_list=config.class_list,
+        class_list_file=config.class_list_file,
         validation_fraction=config.validation_fraction,
     )
 
@@ -435,7 +435,6 @@ def describe(config, data, model):
         "class_names": list(data.class_names),
         "class_list": data.class_list,
         "image_shape": [int(side) for side in data.image_shape],
-        "class_list_file": config.class_list,
         "parameters": int(model.count_params()),
         "source": data.source,
         "skipped": data.skipped,

@@ -535,7 +535,9 @@ def test_default_sizes_of_photographs(tmp_path):
     assert dataset.resize == "short_side"
     path = tmp_path / "mine.txt"
     path.write_text("# two of them\nn03888257\nn01440764\ttench\n")
-    dataset = datasets.load("imagenet10", data_dir=tmp_path, class_list=path)
+    dataset = datasets.load(
+        "imagenet10", data_dir=tmp_path, class_list_file=path
+    )
     assert dataset.image_shape == (320, 320, 3)
     assert dataset.resize == "handover"
     assert dataset.wnids == ("n01440764", "n03888257")
@@ -565,15 +567,17 @@ def test_bad_class_lists_are_named(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=expected) as error:
-            datasets.load("imagenet100", data_dir=tmp_path, class_list=path)
+            datasets.load(
+                "imagenet100", data_dir=tmp_path, class_list_file=path
+            )
         assert "list.txt" in one_line(error)
         assert "secret" not in one_line(error)  # It can be any file.
     with pytest.raises(FileNotFoundError):
         datasets.load(
-            "imagenet100", data_dir=tmp_path, class_list=tmp_path / "none"
+            "imagenet100", data_dir=tmp_path, class_list_file=tmp_path / "none"
         )
     with pytest.raises(ValueError, match="class list goes with"):
-        datasets.load("mnist", data_dir=tmp_path, class_list=path)
+        datasets.load("mnist", data_dir=tmp_path, class_list_file=path)
 
 
 def test_a_missing_class_folder_is_named(tmp_path):
@@ -883,7 +887,7 @@ def test_tfds_imagenet_picks_its_classes(tmp_path, monkeypatch, lazy):
         "imagenet10",
         data_dir=tmp_path,
         image_size=8,
-        class_list=path,
+        class_list_file=path,
         validation_fraction=0,
     )
     assert (len(dataset.train), len(dataset.test)) == (30, 25)

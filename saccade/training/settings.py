@@ -251,10 +251,11 @@ class RunSettings:
         "of a paper), 160 for imagenette",
         minimum=8,
     )
-    class_list: str | None = setting(
+    class_list_file: str | None = setting(
         None,
         "Text file of the classes of an ImageNet set, one WordNet id a line.",
         "the data set's own list",
+        flag="class_list",
     )
     validation_fraction: float = setting(
         0.05,

@@ -235,7 +235,7 @@ def test_paths_of_flags_expand_the_home_folder(tmp_path, monkeypatch):
         "--runs_dir=~/runs --data_dir=~/data --class_list=~/l"
     )
     wanted = [str(tmp_path / name) for name in ("runs", "data", "l")]
-    assert [found.runs_dir, found.data_dir, found.class_list] == wanted
+    assert [found.runs_dir, found.data_dir, found.class_list_file] == wanted
 
 
 def rewritten(path, **changes):
