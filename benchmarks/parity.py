@@ -14,6 +14,7 @@ job is a file in <run>/parity/; a job that has one is not run again. Needs the
 torch and peers extras.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -25,10 +26,14 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+from saccade.attacks import settings as attack_settings  # noqa: E402
 from saccade.cli import command_line  # noqa: E402
+from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.cli import runs as trained_runs  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
+from saccade.core import settings as core_settings  # noqa: E402
+from saccade.core.settings import setting  # noqa: E402
 
 import datasets  # noqa: E402
 
@@ -46,80 +51,76 @@ MEMBERS = {
 }
 ORDERS = {"l1": 1, "l2": 2, "linf": math.inf}
 
-_RUN = flags.DEFINE_string(
-    "run",
-    None,
-    "Folder of the run that is attacked. By default none: required.",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of the data set's files. By default the one that the run was "
-    "trained with.",
-)
-_NORM = flags.DEFINE_string(
-    "norm",
-    "linf",
-    "Norm of the ball: linf, l2 or l1. Of the other libraries, only "
-    "pyautoattack is compared in l2 and l1.",
-)
-_EPSILON = flags.DEFINE_string(
-    "epsilon",
-    None,
-    "Radius of the ball, in units of the pixel range: 0.3 or 8/255, for "
-    "example. By default none: required.",
-)
-_ATTACKS = flags.DEFINE_list(
-    "attacks",
-    [name for name in ATTACKS if name != "apgd_t"],
-    "Attacks, separated by commas.",
-)
-_LIBRARIES = flags.DEFINE_list(
-    "libraries",
-    [name for name in (*OURS, *PEERS) if name != "pyautoattack"],
-    "Libraries, separated by commas.",
-)
-_NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples",
-    500,
-    "Number of test images, drawn by --seed.",
-    lower_bound=1,
-)
-_ONLY_RIGHT = flags.DEFINE_boolean(
-    "only_right",
-    False,
-    "Whether only images are attacked that the model classifies correctly.",
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 100, "Images that are attacked at a time.", lower_bound=1
-)
-_PGD_STEPS = flags.DEFINE_integer(
-    "pgd_steps", 50, "Gradient steps of pgd.", lower_bound=1
-)
-_QUERIES = flags.DEFINE_integer(
-    "queries", 5000, "Queries of square for each image.", lower_bound=1
-)
-_BACKEND = flags.DEFINE_string(
-    "backend",
-    "tensorflow",
-    "Keras backend of Saccade's own jobs: tensorflow, jax or torch.",
-)
-_SEED = flags.DEFINE_integer(
-    "seed",
-    0,
-    "Seed from which all randomness comes.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
-)
-_JOB = flags.DEFINE_string(
-    "job",
-    None,
-    "One job, library/attack, that the program runs in a process of its own. "
-    "By default none: all jobs.",
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityFlags:
+    """The flags of the program."""
+
+    run: str | None = setting(
+        None, "Folder of the run that is attacked.", "none: required"
+    )
+    data_dir: str | None = setting(
+        None,
+        "Folder of the data set's files.",
+        "the one that the run was trained with",
+    )
+    norm: str = attack_settings.NORM.field(
+        "linf",
+        doc="Norm of the ball. Of the other libraries, only pyautoattack is "
+        "compared in l2 and l1.",
+    )
+    # Text, because the names of the results have it as it is written.
+    epsilon: str | None = setting(
+        None,
+        "Radius of the ball, in units of the pixel range: 0.3 or 8/255, for "
+        "example.",
+        "none: required",
+    )
+    attacks: tuple[str, ...] = setting(
+        tuple(name for name in ATTACKS if name != "apgd_t"),
+        "Attacks, separated by commas.",
+    )
+    libraries: tuple[str, ...] = setting(
+        tuple(name for name in (*OURS, *PEERS) if name != "pyautoattack"),
+        "Libraries, separated by commas.",
+    )
+    num_examples: int = setting(
+        500, "Number of test images, drawn by --seed.", minimum=1
+    )
+    only_right: bool = setting(
+        False,
+        "Whether only images are attacked that the model classifies correctly.",
+    )
+    batch_size: int = setting(
+        100, "Images that are attacked at a time.", minimum=1
+    )
+    pgd_steps: int = setting(50, "Gradient steps of pgd.", minimum=1)
+    queries: int = setting(5000, "Queries of square for each image.", minimum=1)
+    backend: str = setting(
+        "tensorflow",
+        "Keras backend of Saccade's own jobs: tensorflow, jax or torch.",
+    )
+    seed: int = core_settings.SEED.field(
+        0, doc="Seed from which all randomness comes."
+    )
+    job: str | None = setting(
+        None,
+        "One job, library/attack, that the program runs in a process of its "
+        "own.",
+        "none: all jobs",
+    )
 
 
-def ours(library, attack, model, split, order, context):
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(ParityFlags, values)
+
+
+def ours(given, library, attack, model, split, order, context):
     """Runs one of our attacks; returns (adversarial images, times)."""
     from saccade.attacks import autoattack, square
     from saccade.attacks import gradient as gradient_attacks
@@ -128,32 +129,32 @@ def ours(library, attack, model, split, order, context):
 
     import model_backbone
 
-    ball = {"norm": _NORM.value, "epsilon": context["epsilon"]}
+    ball = {"norm": given.norm, "epsilon": context["epsilon"]}
     suite = autoattack.AutoAttack(**ball)
     apgd, apgd_t, fab_t, _ = suite.members()
     attack = {
         "fgsm": gradient_attacks.FGSM(**ball),
         "pgd": gradient_attacks.PGD(
-            **ball, steps=_PGD_STEPS.value, keep="first", random_start=0
+            **ball, steps=given.pgd_steps, keep="first", random_start=0
         ),
         "apgd": apgd,
         "apgd_t": apgd_t,
         "fab": fab_t,
         # The last row and column are spared by the other libraries.
-        "square": square.Square(**ball, n_queries=_QUERIES.value, spared=1),
+        "square": square.Square(**ball, n_queries=given.queries, spared=1),
         "autoattack": suite,
     }[attack]
     half = library.endswith("bfloat16")
     surrogate = None
     if half:
         surrogate, _ = model_backbone.load_run(
-            _RUN.value, dtype="mixed_bfloat16"
+            given.run, dtype="mixed_bfloat16"
         )
     config = evaluation_config.EvaluationConfig(
         attack,
         indices=tuple(int(i) for i in order),
-        batch_size=_BATCH_SIZE.value,
-        seed=_SEED.value,
+        batch_size=given.batch_size,
+        seed=given.seed,
         craft_dtype="bfloat16" if half else "float32",
     )
     times = []
@@ -167,7 +168,7 @@ def ours(library, attack, model, split, order, context):
     return arrays["adversarial"], times
 
 
-def theirs(library, attack, model, images, labels, context):
+def theirs(given, library, attack, model, images, labels, context):
     """Runs another library's attack; returns (adversarial images, times).
 
     Returns None if the library does not have the attack.
@@ -186,8 +187,8 @@ def theirs(library, attack, model, images, labels, context):
             x = x.permute(0, 2, 3, 1).contiguous()
             return self.keras_model(x, training=False)
 
-    torch.manual_seed(_SEED.value)
-    np.random.seed(_SEED.value)  # ART draws from it.
+    torch.manual_seed(given.seed)
+    np.random.seed(given.seed)  # ART draws from it.
     net = Channels().eval()
     for parameter in net.parameters():
         parameter.requires_grad_(False)
@@ -200,11 +201,11 @@ def theirs(library, attack, model, images, labels, context):
         "pyautoattack": _pyautoattack,
     }
     run = None
-    if _NORM.value == "linf" or library == "pyautoattack":
-        run = make[library](attack, net, x, context)
+    if given.norm == "linf" or library == "pyautoattack":
+        run = make[library](given, attack, net, x, context)
     if run is None:
         return None
-    size, parts = _BATCH_SIZE.value, []
+    size, parts = given.batch_size, []
     started = time.perf_counter()
     for start in range(0, len(x), size):
         parts.append(run(x[start : start + size], y[start : start + size]))
@@ -212,11 +213,11 @@ def theirs(library, attack, model, images, labels, context):
     return torch.cat(parts).permute(0, 2, 3, 1).numpy(), [seconds]
 
 
-def _torchattacks(attack, net, x, context):
+def _torchattacks(given, attack, net, x, context):
     import torchattacks as peers
 
     epsilon, classes = context["epsilon"], context["classes"]
-    steps = _PGD_STEPS.value
+    steps = given.pgd_steps
     made = {
         "fgsm": lambda: peers.FGSM(net, eps=epsilon),
         "pgd": lambda: peers.PGD(
@@ -239,7 +240,7 @@ def _torchattacks(attack, net, x, context):
             n_classes=classes,
         ),
         "square": lambda: peers.Square(
-            net, eps=epsilon, n_queries=_QUERIES.value, seed=_SEED.value
+            net, eps=epsilon, n_queries=given.queries, seed=given.seed
         ),
     }
     if attack == "autoattack":
@@ -250,10 +251,10 @@ def _torchattacks(attack, net, x, context):
     return lambda x, y: found(x, y).detach()
 
 
-def _foolbox(attack, net, x, context):
+def _foolbox(given, attack, net, x, context):
     import foolbox
 
-    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    epsilon, steps = context["epsilon"], given.pgd_steps
     if attack == "fgsm":
         found = foolbox.attacks.LinfFastGradientAttack(random_start=False)
     elif attack == "pgd":
@@ -268,12 +269,12 @@ def _foolbox(attack, net, x, context):
     return lambda x, y: found(bounded, x, y, epsilons=[epsilon])[1][0].detach()
 
 
-def _art(attack, net, x, context):
+def _art(given, attack, net, x, context):
     import torch
     from art import estimators
     from art.attacks import evasion
 
-    epsilon, steps = context["epsilon"], _PGD_STEPS.value
+    epsilon, steps = context["epsilon"], given.pgd_steps
     classifier = estimators.classification.PyTorchClassifier(
         net,
         loss=torch.nn.CrossEntropyLoss(),
@@ -282,10 +283,10 @@ def _art(attack, net, x, context):
         clip_values=(0.0, 1.0),
         device_type="cpu",
     )
-    common = {"eps": epsilon, "batch_size": _BATCH_SIZE.value, "verbose": False}
+    common = {"eps": epsilon, "batch_size": given.batch_size, "verbose": False}
     if attack == "fgsm":
         found = evasion.FastGradientMethod(
-            classifier, eps=epsilon, batch_size=_BATCH_SIZE.value
+            classifier, eps=epsilon, batch_size=given.batch_size
         )
     elif attack == "pgd":
         found = evasion.ProjectedGradientDescentPyTorch(
@@ -306,14 +307,14 @@ def _art(attack, net, x, context):
         )
     elif attack == "square":
         found = evasion.SquareAttack(
-            classifier, max_iter=_QUERIES.value, p_init=0.8, **common
+            classifier, max_iter=given.queries, p_init=0.8, **common
         )
     else:
         return None
     return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
 
 
-def _pyautoattack(attack, net, x, context):
+def _pyautoattack(given, attack, net, x, context):
     import pyautoattack
 
     if attack not in MEMBERS:
@@ -321,13 +322,13 @@ def _pyautoattack(attack, net, x, context):
     names = {"l1": "L1", "l2": "L2", "linf": "Linf"}
     suite = pyautoattack.AutoAttack(
         net,
-        norm=names[_NORM.value],
+        norm=names[given.norm],
         eps=context["epsilon"],
-        seed=_SEED.value,
+        seed=given.seed,
         version="standard",
     )
     suite.attacks_to_run = MEMBERS[attack]
-    suite.square.n_queries = _QUERIES.value
+    suite.square.n_queries = given.queries
 
     def run(x, y):
         return suite.run_standard_evaluation(x, y, batch_size=len(x))[0]
@@ -335,7 +336,7 @@ def _pyautoattack(attack, net, x, context):
     return run
 
 
-def job(name):
+def job(given, name):
     """Runs one job and writes its result."""
     import numpy as np
 
@@ -346,25 +347,25 @@ def job(name):
     import model_backbone
 
     library, attack = name.split("/")
-    model, run = model_backbone.load_run(_RUN.value)
-    data = datasets.load_data(run, _DATA_DIR.value)
-    split = datasets.split_of(_RUN.value, run, data, "test")
+    model, run = model_backbone.load_run(given.run)
+    data = datasets.load_data(run, given.data_dir)
+    split = datasets.split_of(given.run, run, data, "test")
     evaluation_checks.check_fit(model, split)
-    order = np.random.default_rng(_SEED.value).permutation(len(split))
-    if _ONLY_RIGHT.value:
+    order = np.random.default_rng(given.seed).permutation(len(split))
+    if given.only_right:
         images = split.read(order)
         logits = runner.logits(model, images, 250)
         order = order[metrics.predictions(logits) == split.labels[order]]
-    order = order[: _NUM_EXAMPLES.value]
+    order = order[: given.num_examples]
     images, labels = split.read(order), split.labels[order]
     context = {
-        "epsilon": command_line.parse_ratio(_EPSILON.value),
+        "epsilon": command_line.parse_ratio(given.epsilon),
         "classes": len(data.class_names),
     }
     if library in OURS:
-        found = ours(library, attack, model, split, order, context)
+        found = ours(given, library, attack, model, split, order, context)
     else:
-        found = theirs(library, attack, model, images, labels, context)
+        found = theirs(given, library, attack, model, images, labels, context)
     result = {"library": library, "attack": attack, "available": bool(found)}
     if found:
         adversarial, times = found
@@ -375,7 +376,7 @@ def job(name):
         right = right == labels
         moved = adversarial.astype("float64") - images
         norms = np.linalg.norm(
-            moved.reshape(len(moved), -1), ORDERS[_NORM.value], axis=-1
+            moved.reshape(len(moved), -1), ORDERS[given.norm], axis=-1
         )
         result.update(
             clean_accuracy=float(clean.mean()),
@@ -383,89 +384,89 @@ def job(name):
             robust_accuracy=float((right & clean).mean()),
             seconds=round(times[0], 2),
             warm_seconds=round(times[-1], 2),
-            norm=_NORM.value,
+            norm=given.norm,
             largest_norm=float(norms.max()),
             verdicts=(right & clean).astype(int).tolist(),
             indices=[int(i) for i in order],
-            batch_size=_BATCH_SIZE.value,  # The seconds depend on it.
+            batch_size=given.batch_size,  # The seconds depend on it.
             **context,
         )
     result["provenance"] = run_folder.provenance()
-    _place(name).parent.mkdir(exist_ok=True)
-    run_folder.write_json(_place(name), result)
+    _place(given, name).parent.mkdir(exist_ok=True)
+    run_folder.write_json(_place(given, name), result)
 
 
-def _place(name):
-    settings = f"eps{_EPSILON.value.replace('/', '_')}-{_NUM_EXAMPLES.value}"
-    if _NORM.value != "linf":
-        settings = f"{_NORM.value}-{settings}"
-    if _ONLY_RIGHT.value:
+def _place(given, name):
+    settings = f"eps{given.epsilon.replace('/', '_')}-{given.num_examples}"
+    if given.norm != "linf":
+        settings = f"{given.norm}-{settings}"
+    if given.only_right:
         settings += "-right"
-    if _PGD_STEPS.value != 50 and name.endswith("/pgd"):
-        settings += f"-{_PGD_STEPS.value}steps"
-    if _QUERIES.value != 5000 and name.endswith("/square"):
-        settings += f"-{_QUERIES.value}queries"
-    if _SEED.value != 0:
-        settings += f"-seed{_SEED.value}"
+    if given.pgd_steps != 50 and name.endswith("/pgd"):
+        settings += f"-{given.pgd_steps}steps"
+    if given.queries != 5000 and name.endswith("/square"):
+        settings += f"-{given.queries}queries"
+    if given.seed != 0:
+        settings += f"-seed{given.seed}"
     name = name.replace("/", "-")
-    return pathlib.Path(_RUN.value) / "parity" / f"{name}-{settings}.json"
+    return pathlib.Path(given.run) / "parity" / f"{name}-{settings}.json"
 
 
-def check():
+def check(given):
     """Raises a ValueError or an OSError, one line, if something is wrong."""
-    if _RUN.value is None or _EPSILON.value is None:
+    if given.run is None or given.epsilon is None:
         raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
-    known_names.require_known("norm", _NORM.value, ORDERS)
     epsilon = command_line.parsed(
-        "epsilon", _EPSILON.value, command_line.parse_ratio
+        "epsilon", given.epsilon, command_line.parse_ratio
     )
-    if not 0 < epsilon <= (1 if _NORM.value == "linf" else math.inf):
+    if not 0 < epsilon <= (1 if given.norm == "linf" else math.inf):
         raise ValueError(
             "Expected --epsilon above 0, in units of the pixel range, and up "
-            f"to 1 in linf. Received: --epsilon={_EPSILON.value} in "
-            f"{_NORM.value}."
+            f"to 1 in linf. Received: --epsilon={given.epsilon} in "
+            f"{given.norm}."
         )
-    for flag, known in ((_ATTACKS, ATTACKS), (_LIBRARIES, (*OURS, *PEERS))):
-        for name in flag.value:
-            known_names.require_known(flag.name, name, known)
-    if _JOB.value is not None:
-        library, _, attack = _JOB.value.partition("/")
+    for name in given.attacks:
+        known_names.require_known("attacks", name, ATTACKS)
+    for name in given.libraries:
+        known_names.require_known("libraries", name, (*OURS, *PEERS))
+    if given.job is not None:
+        library, _, attack = given.job.partition("/")
         known_names.require_known("job", library, (*OURS, *PEERS))
         known_names.require_known("job", attack, ATTACKS)
-    folder = trained_runs.at("runs", _RUN.value)
-    for library in _LIBRARIES.value:
+    folder = trained_runs.at("runs", given.run)
+    for library in given.libraries:
         if library in OURS:
-            command_line.require_backend(_BACKEND.value, "--backend")
+            command_line.require_backend(given.backend, "--backend")
         else:
             for package in ("torch", library):
                 command_line.require_package(package, f"--libraries={library}")
-    _check_images(folder)
+    _check_images(given, folder)
 
 
-def _check_images(folder):
+def _check_images(given, folder):
     """Raises if a run's weights, or so many images, are not there."""
     trained_runs.weights_sha256(folder, "best")
     needed = ("model", "dataset", "class_names", "image_shape")
     run = run_folder.read_config(folder, needed)
-    data = datasets.load_data(run, _DATA_DIR.value)
+    data = datasets.load_data(run, given.data_dir)
     split = datasets.split_of(folder, run, data, "test")
-    if _NUM_EXAMPLES.value > len(split):
+    if given.num_examples > len(split):
         raise ValueError(
             f"Expected --num_examples of at most the {len(split)} test images. "
-            f"Received: --num_examples={_NUM_EXAMPLES.value}."
+            f"Received: --num_examples={given.num_examples}."
         )
 
 
-def table():
+def table(given):
     """Prints what is there: accuracy and seconds, and the ratio of times."""
     import rich.box
     import rich.console
     import rich.table
 
     found = {}
-    for library in _LIBRARIES.value:
-        for attack in _ATTACKS.value:
-            path = _place(f"{library}/{attack}")
+    for library in given.libraries:
+        for attack in given.attacks:
+            path = _place(given, f"{library}/{attack}")
             if path.exists():
                 found[library, attack] = run_folder.read_json(path)
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -473,13 +474,13 @@ def table():
     for head in heads:
         text = head in ("attack", "library")
         grid.add_column(head, justify="left" if text else "right")
-    for attack in _ATTACKS.value:
+    for attack in given.attacks:
         peers = [
             r["seconds"]
             for (library, name), r in found.items()
             if name == attack and library not in OURS and r["available"]
         ]
-        for library in _LIBRARIES.value:
+        for library in given.libraries:
             result = found.get((library, attack))
             if result is None:
                 grid.add_row(attack, library, "missing", "", "", "")
@@ -501,29 +502,34 @@ def table():
         console.width = 100
     some = next(iter(found.values()), {})
     console.print(
-        f"{_RUN.value}: {_NORM.value} {_EPSILON.value}, "
-        f"{_NUM_EXAMPLES.value} images, "
+        f"{given.run}: {given.norm} {given.epsilon}, "
+        f"{given.num_examples} images, "
         f"clean {100 * some.get('clean_accuracy', float('nan')):.1f}%",
         highlight=False,
     )
     console.print(grid)
 
 
-def main():
-    """Runs every job that has no result yet, and prints the table."""
+def main(values=flags.FLAGS):
+    """Runs every job that has no result yet, and prints the table.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     with command_line.guard():
-        check()
-    if _JOB.value is not None:
+        given = program_flags.read(ParityFlags, values)
+        check(given)
+    if given.job is not None:
         command_line.load_keras()
-        job(_JOB.value)
+        job(given, given.job)
         return
-    names = [f"{b}/{a}" for a in _ATTACKS.value for b in _LIBRARIES.value]
+    names = [f"{b}/{a}" for a in given.attacks for b in given.libraries]
     failed = []
     for number, name in enumerate(names, 1):
-        if _place(name).exists():
+        if _place(given, name).exists():
             continue
         print(f"{number} of {len(names)}: {name}", flush=True)
-        backend = _BACKEND.value if name.split("/")[0] in OURS else "torch"
+        backend = given.backend if name.split("/")[0] in OURS else "torch"
         completed = subprocess.run(
             [sys.executable, *sys.argv, f"--job={name}"],
             env={**os.environ, "KERAS_BACKEND": backend},
@@ -532,10 +538,11 @@ def main():
         if completed.returncode:
             print(f"{name} failed; the table goes on without it.")
             failed.append(name)
-    table()
+    table(given)
     if failed:
         command_line.fail(f"{len(failed)} jobs failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -22,85 +22,73 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from saccade.cli import command_line  # noqa: E402
+from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.cli import runs as trained_runs  # noqa: E402
-from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
-
-_WHAT = flags.DEFINE_string(
-    "what",
-    "sampler",
-    "What is measured: sampler, full_size, s3ta or attack_steps.",
-)
-_BATCH = flags.DEFINE_integer(
-    "batch_size", 8, "Images in a batch.", lower_bound=1
-)
-_SIZE = flags.DEFINE_integer(
-    "image_size", 320, "Side of the images in pixels.", lower_bound=8
-)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 15, "Timed calls, of which the median counts.", lower_bound=3
-)
-_MODELS = flags.DEFINE_list(
-    "models",
-    ["multi_gaze", "parallel_transformers"],
-    "Models of --what=full_size, separated by commas.",
-)
-_RUN = flags.DEFINE_string(
-    "run",
-    None,
-    "Folder of the run that --what=attack_steps attacks. By default none.",
-)
-_OUTPUT = flags.DEFINE_string(
-    "output",
-    None,
-    "JSON file to which the record is written. By default none.",
-)
+from saccade.core.settings import setting  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """What is measured: see the flags."""
+    """What is measured."""
 
-    what: str = "sampler"
-    batch_size: int = 8
-    image_size: int = 320
-    rounds: int = 15
-    models: tuple[str, ...] = ("multi_gaze", "parallel_transformers")
-    run: str | None = None
+    what: str = setting(
+        "sampler",
+        "What is measured.",
+        choices=("sampler", "full_size", "s3ta", "attack_steps"),
+    )
+    batch_size: int = setting(8, "Images in a batch.", minimum=1)
+    image_size: int = setting(320, "Side of the images in pixels.", minimum=8)
+    rounds: int = setting(
+        15, "Timed calls, of which the median counts.", minimum=3
+    )
+    models: tuple[str, ...] = setting(
+        ("multi_gaze", "parallel_transformers"),
+        "Models of --what=full_size, separated by commas.",
+    )
+    run: str | None = setting(
+        None, "Folder of the run that --what=attack_steps attacks.", "none"
+    )
 
 
-def config_from_flags():
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Where the record goes."""
+
+    output: str | None = setting(
+        None, "JSON file to which the record is written.", "none"
+    )
+
+
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    for cls in (BenchmarkConfig, Output):
+        program_flags.define(cls, values)
+
+
+def config_from_flags(values):
     """Makes the `BenchmarkConfig` of the parsed flags.
 
     Raises:
         ValueError: If the benchmark is unknown, or lacks its run.
     """
-    if _WHAT.value not in BENCHMARKS:
-        raise ValueError(
-            f"unknown benchmark --what={_WHAT.value}."
-            f"{known_names.near(_WHAT.value, BENCHMARKS)} Expected one of "
-            f"{', '.join(BENCHMARKS)}"
-        )
-    command_line.refuse_idle(
-        (
-            True,
-            [f for f in _SETTINGS if f.name not in _HEEDED[_WHAT.value]],
-            f"with --what={_WHAT.value}",
-        )
-    )
-    _check_parts()
-    return BenchmarkConfig(
-        what=_WHAT.value,
-        batch_size=_BATCH.value,
-        image_size=_SIZE.value,
-        rounds=_ROUNDS.value,
-        models=tuple(_MODELS.value),
-        run=_RUN.value,
-    )
+    config = program_flags.read(BenchmarkConfig, values)
+    heeded = ("what", *_HEEDED[config.what])
+    idle = [
+        values[name]
+        for name in program_flags.names(BenchmarkConfig)
+        if name not in heeded
+    ]
+    command_line.refuse_idle((True, idle, f"with --what={config.what}"))
+    _check_parts(config, values.output)
+    return config
 
 
-_SETTINGS = (_BATCH, _SIZE, _ROUNDS, _MODELS, _RUN)
-# Which of them a benchmark looks at.
+# The flags that a benchmark looks at.
 _HEEDED = {
     "sampler": ("batch_size", "image_size", "rounds"),
     "full_size": ("batch_size", "image_size", "models"),
@@ -109,33 +97,33 @@ _HEEDED = {
 }
 
 
-def _check_parts():
+def _check_parts(config, output):
     """Raises a ValueError or an OSError if what is measured is not there."""
     import keras
 
     import model_backbone
 
-    what = f"--what={_WHAT.value}"
-    if _WHAT.value == "sampler":
+    what = f"--what={config.what}"
+    if config.what == "sampler":
         command_line.require_package("torch", what)
-    if _WHAT.value == "s3ta" and keras.config.backend() != "tensorflow":
+    if config.what == "s3ta" and keras.config.backend() != "tensorflow":
         raise ValueError(
             f"Expected KERAS_BACKEND=tensorflow for {what}, whose operations "
             "TensorFlow's profiler counts. Received: "
             f"KERAS_BACKEND={keras.config.backend()}."
         )
-    if _WHAT.value == "full_size":
-        for name in _MODELS.value:
+    if config.what == "full_size":
+        for name in config.models:
             model_backbone.entry(name)
-    if _WHAT.value == "attack_steps":
-        if _RUN.value is None:
+    if config.what == "attack_steps":
+        if config.run is None:
             raise ValueError(f"Expected --run=FOLDER with {what}.")
-        folder = trained_runs.at("runs", _RUN.value)
+        folder = trained_runs.at("runs", config.run)
         run = run_folder.read_config(folder, ("model", "num_classes"))
         for attack in _attacks().values():
             attack.fit(run["num_classes"])
-    if _OUTPUT.value is not None:
-        path = pathlib.Path(_OUTPUT.value)
+    if output is not None:
+        path = pathlib.Path(output)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(
                 "Expected --output to be a file in a folder that exists. "
@@ -568,18 +556,23 @@ def run(config):
     }
 
 
-def main():
-    """Prints a line for each row of the benchmark."""
+def main(values=flags.FLAGS):
+    """Prints a line for each row of the benchmark.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     with command_line.guard():
         command_line.load_keras()
-        config = config_from_flags()
+        config = config_from_flags(values)
     record = run(config)
     for row in record["rows"]:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if _OUTPUT.value:
+    if values.output:
         with command_line.guard():
-            run_folder.write_json(_OUTPUT.value, record)
+            run_folder.write_json(values.output, record)
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -41,7 +41,7 @@ class _Parser(flags.ArgumentParser):
 
 _KINDS = {
     **{int: "integer", float: "float", str: "string", bool: "boolean"},
-    list[str]: "list",
+    **{list[str]: "list", tuple[str, ...]: "list"},
 }
 _PARSERS = {
     tuple[float, ...]: command_line.parse_ratios,
@@ -102,6 +102,8 @@ def _define_one(name, default, setting, kind, values):
         bounds["lower_bound"] = setting.minimum
     if setting.maximum is not None and not setting.below_maximum:
         bounds["upper_bound"] = setting.maximum
+    if isinstance(default, tuple):
+        default = list(default)  # absl takes lists of words alone.
     make = getattr(flags, f"DEFINE_{_KINDS[kind]}")
     make(name, default, setting.help(), flag_values=values, **bounds)
 
@@ -113,10 +115,12 @@ def read(cls: type[_Config], values: flags.FlagValues) -> _Config:
         ValueError: If a value is none of the choices of its setting; the
             message suggests similar ones.
     """
-    found = {}
+    found, kinds = {}, typing.get_type_hints(cls)
     for name, setting in core_settings.of(cls).items():
         flag = flag_name(name, setting)
         found[name] = values[flag].value
+        if kinds[name] == tuple[str, ...] and found[name] is not None:
+            found[name] = tuple(found[name])  # absl has a list.
         if setting.choices and found[name] is not None:
             known_names.require_known(flag, found[name], setting.choices)
     return cls(**found)

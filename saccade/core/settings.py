@@ -68,8 +68,8 @@ class Setting:
             default: The default of the field; without one it is required.
             **changes: Attributes of the setting that differ in this class.
         """
-        setting = dataclasses.replace(self, **changes)
-        return dataclasses.field(default=default, metadata={_KEY: setting})
+        metadata = {_KEY: dataclasses.replace(self, **changes)}
+        return dataclasses.field(default=default, metadata=metadata)
 
     def help(self) -> str:
         """Returns the text of the flag.

@@ -8,6 +8,7 @@ import programs
 import pytest
 
 from saccade.attacks import autoattack
+from saccade.cli import flags as program_flags
 from saccade.data import splits as image_splits
 from saccade.evaluation import evaluate as robust_evaluation
 
@@ -17,14 +18,14 @@ SHAPE = (4, 4, 1)
 
 @pytest.fixture
 def flags():
-    """Sets parity.py's flags; those of an L1 comparison by default."""
+    """Parses parity.py's flags; those of an L1 comparison by default."""
 
     def parse(*more):
         usual = ("--run=nowhere", "--norm=l1", "--epsilon=10")
-        programs.parse("parity", *usual, *more)
+        values = programs.parse("parity", *usual, *more)
+        return program_flags.read(parity.ParityFlags, values)
 
-    yield parse
-    programs.parse("parity")
+    return parse
 
 
 @pytest.fixture
@@ -42,13 +43,13 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_our_attacks_are_the_members_of_autoattack(flags, asked, norm):
-    flags(f"--norm={norm}", "--queries=70", "--seed=3")
+    given = flags(f"--norm={norm}", "--queries=70", "--seed=3")
     split = image_splits.Split(
         "test", np.zeros(2, "int32"), lambda i: np.zeros((len(i), *SHAPE))
     )
     context = {"epsilon": 0.5, "classes": 10}
     for name in parity.ATTACKS:
-        parity.ours("saccade", name, None, split, range(2), context)
+        parity.ours(given, "saccade", name, None, split, range(2), context)
     attacks = {config.attack.name: config.attack for config in asked}
     members = autoattack.AutoAttack(norm, 0.5).members()
     for member in members[:3]:
@@ -75,9 +76,9 @@ def test_pyautoattack_is_given_the_norm_and_the_members(flags, monkeypatch):
 
     fake = types.SimpleNamespace(AutoAttack=AutoAttack)
     monkeypatch.setitem(sys.modules, "pyautoattack", fake)
-    flags("--queries=70", "--seed=3")
+    given = flags("--queries=70", "--seed=3")
     context = {"epsilon": 10.0, "classes": 10}
-    run = parity._pyautoattack("autoattack", None, None, context)
+    run = parity._pyautoattack(given, "autoattack", None, None, context)
     images = np.zeros((2, 1, 4, 4))
     assert run(images, np.zeros(2)) is images
     assert made[0].settings == {
@@ -88,17 +89,16 @@ def test_pyautoattack_is_given_the_norm_and_the_members(flags, monkeypatch):
     }
     assert made[0].attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert made[0].square.n_queries == 70
-    assert parity._pyautoattack("pgd", None, None, context) is None
+    assert parity._pyautoattack(given, "pgd", None, None, context) is None
 
 
 def test_results_of_two_norms_have_names_of_their_own(flags):
-    flags()
-    names = {parity._place("saccade/apgd").name}
-    flags("--norm=l2")
-    names.add(parity._place("saccade/apgd").name)
+    names = {parity._place(flags(), "saccade/apgd").name}
+    names.add(parity._place(flags("--norm=l2"), "saccade/apgd").name)
     # The results of earlier versions, which had no norm, are still found.
-    flags("--norm=linf", "--epsilon=0.3")
-    assert parity._place("saccade/apgd").name == "saccade-apgd-eps0.3-500.json"
+    linf = flags("--norm=linf", "--epsilon=0.3")
+    found = parity._place(linf, "saccade/apgd").name
+    assert found == "saccade-apgd-eps0.3-500.json"
     assert len(names) == 2
 
 
@@ -111,7 +111,6 @@ def test_results_of_two_norms_have_names_of_their_own(flags):
     ],
 )
 def test_bad_input_is_one_line(flags, arguments, words):
-    flags(*arguments)
     with pytest.raises(ValueError, match=words) as error:
-        parity.check()
+        parity.check(flags(*arguments))
     assert "\n" not in str(error.value)

@@ -35,6 +35,7 @@ class Config:
     radii: tuple[float, ...] | None = setting(None, "How far.", "none")
     steps: tuple[int, ...] | None = setting(None, "How often.", "none")
     words: list[str] | None = setting(None, "What.", "none")
+    places: tuple[str, ...] = setting(("here",), "Where.")
     no_flag: int = 7
 
 
@@ -53,7 +54,8 @@ def test_flags_that_are_not_given_have_the_defaults_of_the_fields(values):
 
 def test_values_are_read_with_the_type_of_the_field(values):
     line = "--count=2 --rate=0.25 --name=b --quick --radius=8/255 "
-    line += "--radii=1/255,0.5 --steps=1,20 --words=x,y"
+    line += "--radii=1/255,0.5 --steps=1,20 --words=x,y "
+    line += "--places=a,b"
     values(["program", *line.split()])
     assert program_flags.read(Config, values) == Config(
         count=2,
@@ -64,6 +66,7 @@ def test_values_are_read_with_the_type_of_the_field(values):
         radii=(1 / 255, 0.5),
         steps=(1, 20),
         words=["x", "y"],
+        places=("a", "b"),
     )
 
 
