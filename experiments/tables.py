@@ -36,64 +36,13 @@ sys.path.insert(0, str(ROOT))
 import publish  # noqa: E402
 
 from saccade.cli import command_line  # noqa: E402
+from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
+from saccade.core import settings as core_settings  # noqa: E402
 from saccade.evaluation import published, tables  # noqa: E402
 
 import datasets  # noqa: E402
-
-_WHICH = flags.DEFINE_string(
-    "table",
-    "race",
-    "Table that is made: digits, mnist, race, objectives or lineage.",
-)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Folder of the data set's files. By default none.",
-)
-_DATASET = flags.DEFINE_string(
-    "dataset", None, "Data set of the table. By default the table's own."
-)
-_OUT = flags.DEFINE_string(
-    "out",
-    None,
-    "Folder of the runs and of the table. By default runs/<table>.",
-)
-_SEEDS = flags.DEFINE_list(
-    "seeds",
-    ["0", "1", "2"],
-    "Seeds separated by commas, run in this order.",
-)
-_EPOCHS = flags.DEFINE_integer(
-    "epochs",
-    None,
-    "Epochs of each training. By default the table's own.",
-    lower_bound=1,
-)
-_ROWS = flags.DEFINE_list(
-    "rows",
-    None,
-    "Rows of the table that are run, separated by commas. By default all.",
-)
-_NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples",
-    None,
-    "Number of test images in each attack; some columns take a part of them. "
-    "By default the table's own.",
-    lower_bound=1,
-)
-_SHOW = flags.DEFINE_boolean(
-    "show",
-    False,
-    "Whether to write the table from the runs that are there and run nothing.",
-)
-_PUBLISH = flags.DEFINE_string(
-    "publish",
-    None,
-    "Name of the folder in results/ to which the records are copied, without "
-    "weights and images. By default none: they stay with the runs.",
-)
 
 # What every record of a table has in common, unless its column says otherwise.
 _USUAL = {
@@ -545,15 +494,34 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which table is made, and how much of it: see the flags."""
+    """Which table is made, and how much of it."""
 
-    table: str
-    dataset: str | None = None
-    data_dir: str | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
-    rows: tuple[str, ...] | None = None
-    epochs: int | None = None
-    num_examples: int | None = None
+    table: str = core_settings.setting(
+        "race",
+        "Table that is made: digits, mnist, race, objectives or lineage.",
+    )
+    dataset: str | None = core_settings.setting(
+        None, "Data set of the table.", "the table's own"
+    )
+    data_dir: str | None = core_settings.setting(
+        None, "Folder of the data set's files.", "none"
+    )
+    seeds: tuple[int, ...] = core_settings.setting(
+        (0, 1, 2), "Seeds separated by commas, run in this order.", "0,1,2"
+    )
+    rows: tuple[str, ...] | None = core_settings.setting(
+        None, "Rows of the table that are run, separated by commas.", "all"
+    )
+    epochs: int | None = core_settings.setting(
+        None, "Epochs of each training.", "the table's own", minimum=1
+    )
+    num_examples: int | None = core_settings.setting(
+        None,
+        "Number of test images in each attack; some columns take a part of "
+        "them.",
+        "the table's own",
+        minimum=1,
+    )
 
     def words(self):
         """Returns the arguments of this program that make the same choice."""
@@ -826,17 +794,43 @@ class Experiment:
         figure_style.finish(drawn, self.out / f"{self.name}.png")
 
 
-def _seeds():
-    """Reads --seeds, a list of numbers."""
-    text = ",".join(_SEEDS.value)
-    seeds = command_line.parsed("seeds", text, command_line.parse_integers)
+@dataclasses.dataclass(frozen=True)
+class TablesFlags(Choice):
+    """The flags of the program."""
+
+    out: str | None = core_settings.setting(
+        None, "Folder of the runs and of the table.", "runs/<table>"
+    )
+    show: bool = core_settings.setting(
+        False,
+        "Whether to write the table from the runs that are there and run "
+        "nothing.",
+    )
+    publish: str | None = core_settings.setting(
+        None,
+        "Name of the folder in results/ to which the records are copied, "
+        "without weights and images.",
+        "none: they stay with the runs",
+    )
+
+
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(TablesFlags, values)
+
+
+def _check_seeds(seeds):
+    """Raises a ValueError if a seed is out of range or given twice."""
     _require_once("seeds", seeds)
     for seed in seeds:
         if not 0 <= seed < 2**31:
             raise ValueError(
                 f"Expected --seeds from 0 to {2**31 - 1}. Received: {seed}."
             )
-    return seeds
 
 
 def _require_once(flag, values):
@@ -848,29 +842,26 @@ def _require_once(flag, values):
         )
 
 
-def experiment_from_flags():
-    """Makes the `Experiment` of the parsed flags."""
-    name = _WHICH.value
-    known_names.require_known("table", name, TABLES)
-    choice = Choice(
-        table=name,
-        dataset=_DATASET.value,
-        data_dir=_DATA_DIR.value,
-        seeds=tuple(_seeds()),
-        rows=_ROWS.value and tuple(_ROWS.value),
-        epochs=_EPOCHS.value,
-        num_examples=_NUM_EXAMPLES.value,
-    )
-    return Experiment(choice, _OUT.value or ROOT / "runs" / name)
+def experiment_from_flags(values=flags.FLAGS):
+    """Makes the `Experiment` of the parsed flags.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
+    choice = program_flags.read(Choice, values)
+    known_names.require_known("table", choice.table, TABLES)
+    _check_seeds(choice.seeds)
+    out = values.out or ROOT / "runs" / choice.table
+    return Experiment(choice, out)
 
 
-def _experiment():
+def _experiment(values):
     """Makes the experiment of the flags; raises for what is wrong."""
-    experiment = experiment_from_flags()
-    if _PUBLISH.value is not None:
-        publish.destination(_PUBLISH.value)
-    if not _SHOW.value:
-        datasets.require(experiment.dataset, data_dir=_DATA_DIR.value)
+    experiment = experiment_from_flags(values)
+    if values.publish is not None:
+        publish.destination(values.publish)
+    if not values.show:
+        datasets.require(experiment.dataset, data_dir=values.data_dir)
     elif experiment.dataset not in datasets.names():
         datasets.require(experiment.dataset)  # Raises, with the near names.
     elif not experiment.out.is_dir():
@@ -883,11 +874,11 @@ def _experiment():
     return experiment
 
 
-def _report(experiment):
+def _report(experiment, published):
     """Writes the table, and copies the records if that is wanted."""
     experiment.report()
-    if _PUBLISH.value is not None:
-        publish_records(experiment, publish.destination(_PUBLISH.value))
+    if published is not None:
+        publish_records(experiment, publish.destination(published))
 
 
 def publish_records(experiment, into):
@@ -911,10 +902,14 @@ def published_experiment(folder):
     return Experiment(Choice(**about), folder)
 
 
-def main():
-    """Runs what is missing, the seeds one after another."""
+def main(values=flags.FLAGS):
+    """Runs what is missing, the seeds one after another.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     with command_line.guard():
-        experiment = _experiment()
+        experiment = _experiment(values)
     jobs = experiment.jobs
     calls = len({column.flags for column in experiment.table.columns})
     print(
@@ -922,18 +917,19 @@ def main():
         f"on {experiment.num_examples} images each: {experiment.out}",
         flush=True,
     )
-    if _SHOW.value:
+    if values.show:
         with command_line.guard():
-            _report(experiment)
+            _report(experiment, values.publish)
         return
     for job in jobs:
         with command_line.guard():
             experiment.run(*job)
-            _report(experiment)
+            _report(experiment, values.publish)
     if experiment.failed:
         failed = ", ".join(f"{row} seed {s}" for row, s in experiment.failed)
         command_line.fail(f"Failed, and left out of the table: {failed}.")
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -30,13 +30,6 @@ def load(name):
                 *sys.path,
             ],
         )
-        for kind in ("string", "integer", "float", "boolean", "list"):
-            define = getattr(flags, f"DEFINE_{kind}")
-            patch.setattr(
-                flags,
-                f"DEFINE_{kind}",
-                functools.partial(define, flag_values=own),
-            )
         module = importlib.import_module(name)
     if hasattr(module, "define_flags"):
         module.define_flags(own)

@@ -24,8 +24,9 @@ _Config = TypeVar("_Config")
 class _Parser(flags.ArgumentParser):
     """An absl parser around a function from text to a value."""
 
-    def __init__(self, parse: Callable[[str], Any]):
+    def __init__(self, parse: Callable[[str], Any], kind: str):
         self._parse = parse
+        self._kind = kind
         self.syntactic_help = ""
 
     def parse(self, argument):
@@ -36,7 +37,7 @@ class _Parser(flags.ArgumentParser):
 
     def flag_type(self):
         """Returns the type that `--help` shows."""
-        return "string"
+        return self._kind
 
 
 _KINDS = {
@@ -92,10 +93,13 @@ def _without_none(hint):
 
 
 def _define_one(name, default, setting, kind, values):
-    parse = command_line.parse_ratio if setting.ratio else None
-    parse = _PARSERS.get(kind, parse)
-    if parse is not None:
-        flags.DEFINE(_Parser(parse), name, default, setting.help(), values)
+    parser = None
+    if kind in _PARSERS:
+        parser = _Parser(_PARSERS[kind], "list")
+    elif setting.ratio:
+        parser = _Parser(command_line.parse_ratio, "string")
+    if parser is not None:
+        flags.DEFINE(parser, name, default, setting.help(), values)
         return
     bounds = {}
     if setting.minimum is not None and not setting.above_minimum:

@@ -24,8 +24,7 @@ adversary, _ = programs.load("adversary")
 def experiment(tmp_path):
     def make(name, *more):
         given = (f"--table={name}", f"--out={tmp_path}", "--seeds=0", *more)
-        programs.parse("tables", *given)
-        return tables.experiment_from_flags()
+        return tables.experiment_from_flags(programs.parse("tables", *given))
 
     return make
 
