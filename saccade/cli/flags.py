@@ -5,6 +5,7 @@
 values of those that were set, to override the fields of another instance.
 """
 
+import dataclasses
 import types
 import typing
 from collections.abc import Callable
@@ -21,7 +22,7 @@ flags.disclaim_key_flags()  # The flags belong to the program that calls.
 _Config = TypeVar("_Config")
 
 
-class _Parser(flags.ArgumentParser):
+class _Parser(flags.ArgumentParser[Any]):
     """An absl parser around a function from text to a value."""
 
     def __init__(self, parse: Callable[[str], Any], kind: str):
@@ -29,28 +30,34 @@ class _Parser(flags.ArgumentParser):
         self._kind = kind
         self.syntactic_help = ""
 
-    def parse(self, argument):
+    def parse(self, argument: Any) -> Any:
         """Returns the value; `command_line.check_given` refuses blanks."""
         if not isinstance(argument, str) or not argument.strip():
             return argument
         return self._parse(argument)
 
-    def flag_type(self):
+    def flag_type(self) -> str:
         """Returns the type that `--help` shows."""
         return self._kind
 
 
-_KINDS = {
-    **{int: "integer", float: "float", str: "string", bool: "boolean"},
-    **{list[str]: "list", tuple[str, ...]: "list"},
+_KINDS: dict[Any, str] = {
+    int: "integer",
+    float: "float",
+    str: "string",
+    bool: "boolean",
+    list[str]: "list",
+    tuple[str, ...]: "list",
 }
-_PARSERS = {
+_PARSERS: dict[Any, Callable[[str], Any]] = {
     tuple[float, ...]: command_line.parse_ratios,
     tuple[int, ...]: command_line.parse_integers,
 }
 
 
-def flag_name(name: str, setting: core_settings.Setting, prefix="") -> str:
+def flag_name(
+    name: str, setting: core_settings.Setting, prefix: str = ""
+) -> str:
     """Returns the name of the flag of a field."""
     return prefix + (setting.flag or name)
 
@@ -62,7 +69,11 @@ def names(cls: type, prefix: str = "") -> tuple[str, ...]:
 
 
 def define(
-    cls: type, values: flags.FlagValues, *, prefix: str = "", unset=False
+    cls: type,
+    values: flags.FlagValues,
+    *,
+    prefix: str = "",
+    unset: bool = False,
 ) -> None:
     """Defines a flag for each field of a dataclass that has a setting.
 
@@ -74,7 +85,7 @@ def define(
             they have the defaults of the fields.
     """
     hints = typing.get_type_hints(cls)
-    defaults = {name: f.default for name, f in cls.__dataclass_fields__.items()}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     for name, setting in core_settings.of(cls).items():
         _define_one(
             flag_name(name, setting, prefix),
@@ -85,14 +96,20 @@ def define(
         )
 
 
-def _without_none(hint):
+def _without_none(hint: Any) -> Any:
     """Returns `int` for `int | None`."""
     if isinstance(hint, types.UnionType):
         (hint,) = set(typing.get_args(hint)) - {type(None)}
     return hint
 
 
-def _define_one(name, default, setting, kind, values):
+def _define_one(
+    name: str,
+    default: Any,
+    setting: core_settings.Setting,
+    kind: Any,
+    values: flags.FlagValues,
+) -> None:
     parser = None
     if kind in _PARSERS:
         parser = _Parser(_PARSERS[kind], "list")
@@ -119,7 +136,8 @@ def read(cls: type[_Config], values: flags.FlagValues) -> _Config:
         ValueError: If a value is none of the choices of its setting; the
             message suggests similar ones.
     """
-    found, kinds = {}, typing.get_type_hints(cls)
+    found: dict[str, Any] = {}
+    kinds = typing.get_type_hints(cls)
     for name, setting in core_settings.of(cls).items():
         flag = flag_name(name, setting)
         found[name] = values[flag].value

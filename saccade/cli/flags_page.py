@@ -10,6 +10,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from absl import flags
 
@@ -54,13 +55,13 @@ def page(programs: Iterable[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _row(flag):
+def _row(flag: flags.Flag[Any]) -> str:
     form, text = command_line.describe_flag(flag)
     # A bar would begin the next column.
     return f"| `{form.replace('|', '/')}` | {_code(text)} |"
 
 
-def _code(text):
+def _code(text: str) -> str:
     """Marks flags and <placeholders>; Markdown reads the latter as HTML."""
     return re.sub(r"--\w+(=\w+)?|<\S*>\]?", r"`\g<0>`", text)
 

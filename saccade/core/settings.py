@@ -130,8 +130,10 @@ class Setting:
         return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def _explained(choices):
-    return choices if isinstance(choices, Mapping) else dict.fromkeys(choices)
+def _explained(choices: Mapping[str, str] | tuple[str, ...]) -> dict[str, str]:
+    if isinstance(choices, Mapping):
+        return dict(choices)
+    return dict.fromkeys(choices, "")
 
 
 def setting(default: Any, doc: str, by_default: str = "", **more: Any) -> Any:

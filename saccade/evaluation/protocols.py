@@ -17,25 +17,11 @@ from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import published, tables
 
 _S3TA_URL = "https://arxiv.org/abs/1912.02184"
-# Records that agree in `_COMPARED_KEYS` belong to the same cell of a table. A
-# record must have those in `_REQUIRED_KEYS`; others count if it has them.
+# Records that agree in every setting of the attack and in the target belong to
+# the same cell of a table. A record must have these keys; others count if it
+# has them.
 _REQUIRED_KEYS = ("attack", "norm", "epsilon", "target")
-_COMPARED_KEYS = (
-    *_REQUIRED_KEYS,
-    "steps",
-    "step_size",
-    "restarts",
-    "random_start",
-    "keep",
-    "objective",
-    "distraction",
-    "momentum",
-    "rates",
-    "boundaries",
-    "samples",
-    "radius",
-    "version",
-)
+_ONLY_SPEED = ("chunk",)  # Settings that affect only the speed.
 # The usual radii of the RobustBench leaderboard, by norm: for images of up to
 # 64 pixels, for larger ones, and for grey ones (digits, Madry et al.).
 _DEFAULT_RADII = {
@@ -265,17 +251,17 @@ class Protocol:
         """Tests whether a record belongs to these settings."""
         if None in (record.get("norm"), record.get("epsilon")):
             return False
+        attack = self._attack(norm, epsilon, settings, record.get("eot"))
         expected = evaluation_config.EvaluationConfig(
-            attack=self._attack(norm, epsilon, settings, record.get("eot")),
-            target=self.target,
+            attack=attack, target=self.target
         ).describe()
         found = dict(record)
         if found.get("version"):  # A version for few classes matches too.
             found["version"] = autoattack.published_version(found["version"])
         return all(
             _equal(found.get(key), expected[key])
-            for key in _COMPARED_KEYS
-            if key in expected and (key in record or key in _REQUIRED_KEYS)
+            for key in _compared_keys(attack)
+            if key in record or key in _REQUIRED_KEYS
         )
 
     def _find(self, records, norm, column, radius):
@@ -295,6 +281,14 @@ class Protocol:
             key=lambda record: record.get("num_examples", 0),
             default=None,
         )
+
+
+def _compared_keys(attack):
+    """The keys of a record that a record of this attack agrees in."""
+    fields = {field.name for field in dataclasses.fields(attack)}
+    # In a record, "loss" is a result, and "objective" the attack loss.
+    settings = {"objective" if name == "loss" else name for name in fields}
+    return ({*_REQUIRED_KEYS} | settings) - {*_ONLY_SPEED}
 
 
 def _unique_radii(epsilon):
