@@ -205,13 +205,7 @@ def config_from_flags(values=flags.FLAGS):
     }
     name = _recipe_name(given, options)
     adversarial = _adversarial_from_flags(given, values, name)
-    step = training_config.StepConfig(**_given(settings.StepSettings, values))
-    if step.replays:  # Each replay is a pass over the images.
-        step = dataclasses.replace(
-            step,
-            epsilon_warmup=step.epsilon_warmup / step.replays,
-            awp_warmup=step.awp_warmup / step.replays,
-        )
+    step = _step_from_flags(values)
     fast = adversarial is not None and adversarial.objective == "fast"
     num_attacked = given.robust_validation
     if num_attacked is None:
@@ -235,6 +229,19 @@ def config_from_flags(values=flags.FLAGS):
         robust_validation=num_attacked,
         on_collapse=given.on_collapse or ("restore" if fast else "stop"),
         **shared,
+    )
+
+
+def _step_from_flags(values):
+    from saccade.training import config as training_config
+
+    step = training_config.StepConfig(**_given(settings.StepSettings, values))
+    if not step.replays:
+        return step
+    return dataclasses.replace(  # Each replay is a pass over the images.
+        step,
+        epsilon_warmup=step.epsilon_warmup / step.replays,
+        awp_warmup=step.awp_warmup / step.replays,
     )
 
 
