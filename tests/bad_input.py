@@ -265,7 +265,7 @@ DAMAGED = [
     *cases("adversary --run=RUN => config.json", _without("config.json")),
     *cases("adversary --run=RUN => weights", _without("best.weights.h5")),
     *cases(
-        "trainer@plain --only_evaluate PLAIN => results.json|end",
+        "trainer@plain --only_evaluate PLAIN => results.json|finished",
         _without("results.json"),
     ),
     *cases(
