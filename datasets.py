@@ -37,7 +37,7 @@ from saccade.data import splits as image_splits
 CorruptImageError = image_files.CorruptImageError
 
 # Decoded splits up to this many bytes are kept in memory.
-_IN_MEMORY_BYTES = 3 * 2**29
+IN_MEMORY_BYTES = 3 * 2**29
 _DIGITS = tuple("0123456789")
 
 
@@ -470,7 +470,7 @@ def _encoded_dataset(
     if request.test_only:
         encoded = {"test": encoded["test"]}
     total = sum(len(images.labels) for images in encoded.values())
-    in_memory = total * size * size * len(mode) <= _IN_MEMORY_BYTES
+    in_memory = total * size * size * len(mode) <= IN_MEMORY_BYTES
     splits, skipped = {}, {"train": 0, "test": 0}
     for name, images in encoded.items():
         read, corrupt = image_files.reader(

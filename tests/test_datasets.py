@@ -369,7 +369,7 @@ def broken_folder(tmp_path, how):
 def test_a_broken_file_is_named_or_skipped(tmp_path, monkeypatch, lazy, how):
     path = broken_folder(tmp_path, how)
     if lazy:
-        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     options = dict(data_dir=tmp_path, image_size=16, validation_fraction=0)
     with pytest.raises(datasets.CorruptImageError) as error:
         datasets.load("folder", **options)
@@ -401,7 +401,7 @@ def test_lazy_and_decoded_images_are_the_same(tmp_path, monkeypatch):
             save(tmp_path / split / "a" / f"{i}.jpg", noise(i, sides))
     options = dict(data_dir=tmp_path, image_size=16)
     decoded = datasets.load("folder", **options)
-    monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     lazy = datasets.load("folder", **options)
     order = image_splits.epoch_order(len(lazy.train), 0, 0)
     for ours, theirs in zip(
@@ -714,7 +714,7 @@ def test_boxed_images_are_cropped_to_their_box(
     tmp_path, monkeypatch, lazy, place, boxes, flat
 ):
     if lazy:
-        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     write_boxed(tmp_path / place, boxes, flat)
     datasets.require("bbox_imagenet10", data_dir=tmp_path)
     dataset = load_boxed(tmp_path)
@@ -773,7 +773,7 @@ def test_a_bad_annotation_is_named_or_skipped(
     tmp_path, monkeypatch, lazy, text, match
 ):
     if lazy:
-        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     paths = write_boxed(tmp_path)
     bad = paths["train", TEN[3]]
     bad.write_text(text)
@@ -870,7 +870,7 @@ def test_tfds_digits_are_read_as_tfds_reads_them(tmp_path):
 def test_tfds_imagenet_picks_its_classes(tmp_path, monkeypatch, lazy):
     tfds = pytest.importorskip("tensorflow_datasets")
     if lazy:
-        monkeypatch.setattr(datasets, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
     names = [*WNIDS[::-1], "n00000001"]  # Not our order, and one more.
     rows = [(solid(value_of(w), (9, 12)), w) for w in WNIDS * 3]
     rows += [(solid(255), "n00000001")] * 3

@@ -61,7 +61,7 @@ class Progress(keras.callbacks.Callback):
         rate = self.shown.rate()
         if rate is None:
             return ""
-        remaining = self._remaining(rate)
+        remaining = self.remaining(rate)
         return (
             f"{_speed(rate * self.batch_size)}, "
             f"{progress.duration(self.shown.left())} left in the epoch and "
@@ -69,7 +69,7 @@ class Progress(keras.callbacks.Callback):
             f"{progress.ends(remaining)}"
         )
 
-    def _remaining(self, rate):
+    def remaining(self, rate):
         """Seconds to the end of the run, at `rate` steps per second."""
         done = self.epoch * self.steps + self.shown.done
         left = self.epochs * self.steps - done
@@ -84,7 +84,7 @@ class Progress(keras.callbacks.Callback):
         if steps < _STEPS or shown.clock() - shown.first[0] < _SECONDS:
             return
         self.estimated = True
-        left = self._remaining(rate)
+        left = self.remaining(rate)
         shown.say(
             f"estimate   {progress.duration(self.steps / rate)} for an epoch, "
             f"{progress.duration(left)} for the training without validation; "

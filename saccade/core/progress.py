@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-_TICK = 1.0  # Seconds between two looks at the clock.
-INTERVAL = 30.0 - _TICK  # After so many seconds a line is due.
+TICK = 1.0  # Seconds between two looks at the clock.
+INTERVAL = 30.0 - TICK  # After so many seconds a line is due.
 
 
 class Progress:
@@ -165,7 +165,7 @@ class Progress:
                 self.bar.close()
 
     def _tick_on(self) -> None:
-        while not self.ended.wait(_TICK):
+        while not self.ended.wait(TICK):
             with self.lock:
                 if self.bar is not None and not self.ended.is_set():
                     self.bar.refresh()  # Its clock moves between updates.

@@ -41,7 +41,7 @@ TARGETS = ("random", "next")
 _SET = "set.json"
 # Largest number of crafted images in a file; a kill loses one file at most.
 _FILE_ROWS = 1000
-_FILE_BYTES = 2**26  # Approximate largest size of a file of images.
+FILE_BYTES = 2**26  # Approximate largest size of a file of images.
 _METADATA_BYTES = 2**20  # Largest size of a file of labels, targets and so on.
 # Separate the choice of images and the new model from other uses of the seed.
 _CHOICE_STREAM, _MODEL_STREAM = 0xFEA7, 0xF2E5
@@ -152,7 +152,7 @@ def build(
         )
     path = pathlib.Path(path)
     indices = _choose(len(split), config)
-    rows = _FILE_BYTES // split.read([0]).nbytes
+    rows = FILE_BYTES // split.read([0]).nbytes
     rows = min(max(1, rows), _FILE_ROWS)
     starts = range(0, len(indices), rows)
     _claim(

@@ -30,7 +30,7 @@ _NOT_NEEDED = (
 )
 _FLOAT = 4  # Bytes.
 _FIXED = 150 * 2**20  # Graph, threads and buffers of the backend, in bytes.
-_FRAGMENTS = 1.15  # Factor for memory fragmentation.
+FRAGMENTS = 1.15  # Factor for memory fragmentation.
 # Gradients and the temporaries of the optimizer, in multiples of the weights.
 # JAX creates new weights and slots while the old ones exist.
 _GRADIENTS, _GRADIENTS_JAX = 3, 7.5
@@ -117,7 +117,7 @@ def step_bytes(
     kept *= passes(objective, model.output_shape[-1])
     on_jax = keras.config.backend() == "jax"
     copies = (_GRADIENTS_JAX if on_jax else _GRADIENTS) + 2 * awp
-    return int(_FIXED + _FRAGMENTS * kept + copies * weights)
+    return int(_FIXED + FRAGMENTS * kept + copies * weights)
 
 
 def used() -> int:

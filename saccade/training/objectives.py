@@ -34,8 +34,8 @@ TARGETS = tuple(attack_settings.TARGET.choices)
 # Each independent draw from an example's key has its own stream; the attack
 # uses the key itself.
 _TARGET_STREAM = 0x7A67
-_START_STREAM = 0x57A7
-_RADIUS_STREAM = 0x3AD1
+START_STREAM = 0x57A7
+RADIUS_STREAM = 0x3AD1
 _NOISE_STREAM = 0x2015
 _TRADES_START = 1e-3  # Standard deviation of the start in the authors' code.
 
@@ -316,7 +316,7 @@ class Adversarial(Standard):
 
     def _scaled_attack(self, keys, scale):
         if self.epsilon_per_image:
-            keys = randomness.fold_in(keys, _RADIUS_STREAM)
+            keys = randomness.fold_in(keys, RADIUS_STREAM)
             scale = scale * (1.0 - randomness.uniform(keys, ()))
         elif isinstance(scale, (int, float)) and scale == 1:
             return self.attack
@@ -441,7 +441,7 @@ class TRADES(Adversarial):
             return outputs._replace(ascended=divergence)
 
         start = _TRADES_START * randomness.normal(
-            randomness.fold_in(keys, _START_STREAM), tuple(images.shape[1:])
+            randomness.fold_in(keys, START_STREAM), tuple(images.shape[1:])
         )
         return self._scaled_attack(keys, scale).perturb(
             outputs_with_divergence, images, labels, keys, start=start
@@ -524,7 +524,7 @@ class LocalLinearity(Adversarial):
 
         attack = self._scaled_attack(keys, scale)
         start = lp.random_in_ball(
-            randomness.fold_in(keys, _START_STREAM),
+            randomness.fold_in(keys, START_STREAM),
             tuple(images.shape[1:]),
             attack.epsilon,
             attack.norm,

@@ -118,7 +118,7 @@ def make_step(
         )
     config = config or training_config.StepConfig()
     config.check(objective)
-    run = _Step(
+    run = Step(
         model,
         objective,
         seed,
@@ -170,7 +170,7 @@ def perturbed(weights, grads, size):
     return found
 
 
-class _Step:
+class Step:
     """The backend-independent part: keys, augmentation, attack and loss."""
 
     def __init__(

@@ -56,9 +56,10 @@ def test_every_flag_is_in_exactly_one_theme_that_is_the_readmes(program):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_flag_has_a_complete_sentence_and_a_default(program):
-    for name, flag in load(program)[1].items():
+    own = load(program)[1]
+    for name, flag in own.items():
         assert re.match(r"[A-Z0-9].*\.$", flag.help), f"--{name}: {flag.help}"
-        shown = command_line._flag_help(flag, 80)
+        shown = command_line.Help("", {"flags": (name,)}).render(own)
         assert "By default" in " ".join(shown.split()), f"--{name}"
 
 
@@ -116,8 +117,8 @@ def test_a_default_is_shown_once():
     flags.DEFINE_float("a", 300.0, "Seconds.", flag_values=values)
     flags.DEFINE_boolean("b", False, "Whether.", flag_values=values)
     flags.DEFINE_string("c", None, "A name. By default x.", flag_values=values)
-    shown = [command_line._flag_help(values[name], 80) for name in "abc"]
-    assert shown == [
+    shown = command_line.Help("", {"flags": tuple("abc")}).render(values)
+    assert shown.split("\n\n")[2:-1] == [
         "  --a=X\n      Seconds. By default 300.",
         "  --b=0|1\n      Whether. By default 0.",
         "  --c=TEXT\n      A name. By default x.",

@@ -111,7 +111,7 @@ class TestMemory:
         small = need(model, 10, objectives.Standard())
         kept = memory_estimate.kept_bytes(model, 10)
         assert need(model, 20, objectives.Standard()) - small == pytest.approx(
-            memory_estimate._FRAGMENTS * kept, abs=1
+            memory_estimate.FRAGMENTS * kept, abs=1
         )
         weights = 4 * (9 * 4 + 4 + 8 + 8 * 3 + 3)
         assert need(

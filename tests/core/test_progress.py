@@ -68,7 +68,7 @@ def test_the_time_of_a_step_is_no_excuse(clock, capsys):
 
 
 def test_a_thread_looks_at_the_clock(clock, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_TICK", 0.01)
+    monkeypatch.setattr(progress, "TICK", 0.01)
     out = ""
     with progress.Progress("a", bar=False, lines=True, clock=clock) as shown:
         clock.now = 31
@@ -254,7 +254,7 @@ class TestTraining:
         callback.on_epoch_end(0, {"loss": 0.5, "accuracy": 0.25})
         assert callback.validation == 40
         callback.on_epoch_begin(1)
-        assert callback._remaining(1.0) == 9 * 40 + 18
+        assert callback.remaining(1.0) == 9 * 40 + 18
 
 
 def test_an_epoch_line(clock, capsys):

@@ -88,7 +88,7 @@ def model(trained):
 @pytest.fixture
 def small_files(monkeypatch):
     """Files of 32 images."""
-    monkeypatch.setattr(nonrobust_features, "_FILE_BYTES", 32 * 8 * 8 * 4)
+    monkeypatch.setattr(nonrobust_features, "FILE_BYTES", 32 * 8 * 8 * 4)
 
 
 def stop_after(count):

@@ -734,7 +734,7 @@ class TestLoadRun:
 def test_keys_of_the_augmentation_do_not_depend_on_the_batch():
     """The augmentation of an example depends on (seed, step, its index)."""
     data = split()
-    run = training_step._Step(
+    run = training_step.Step(
         build()[0], training_step.STANDARD, 5, AUGMENTATION
     )
     images = ops.convert_to_tensor(data.read(np.arange(8)))

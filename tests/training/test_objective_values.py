@@ -264,7 +264,7 @@ class TestCrafting:
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
         objective = objectives.TRADES(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
-        keys = randomness.fold_in(keys_for(), objectives._START_STREAM)
+        keys = randomness.fold_in(keys_for(), objectives.START_STREAM)
         start = 1e-3 * array(randomness.normal(keys, SHAPE)).astype("float64")
         assert 0.8e-3 < start.std() < 1.2e-3
         p = np.exp(log_p(WEIGHTS, CLEAN))
@@ -283,7 +283,7 @@ class TestCrafting:
         attack = PGD(epsilon=EPSILON, steps=4, step_size=0.04, keep="last")
         objective = objectives.LocalLinearity(attack)
         out = array(objective.craft(linear(WEIGHTS), CLEAN, LABELS, keys_for()))
-        keys = randomness.fold_in(keys_for(), objectives._START_STREAM)
+        keys = randomness.fold_in(keys_for(), objectives.START_STREAM)
         start = lp.random_in_ball(keys, SHAPE, EPSILON, "linf")
         clean_loss, grad = hard(WEIGHTS, CLEAN), slope_of(WEIGHTS, CLEAN)
 
@@ -353,7 +353,7 @@ class TestCrafting:
         keys = keys_for()
         own = radius * (
             1 - array(randomness.uniform(
-                randomness.fold_in(keys, objectives._RADIUS_STREAM), ()
+                randomness.fold_in(keys, objectives.RADIUS_STREAM), ()
             ))
         )  # fmt: skip
         out = array(attack.craft(linear(WEIGHTS), CLEAN, LABELS, keys))

@@ -311,7 +311,7 @@ def test_free_training_carries_the_perturbation_to_the_next_batch():
 
 
 def test_all_replays_use_the_same_augmentation():
-    run = training_step._Step(
+    run = training_step.Step(
         Linear().model,
         FAST,
         seed=0,
@@ -372,7 +372,7 @@ def prepare(model, craft, train_mode=False, crafting_model=None):
     """Crafts one batch as a step does."""
     objective = training_step.Objective(None, craft)
     object.__setattr__(objective, "train_mode", train_mode)
-    run = training_step._Step(
+    run = training_step.Step(
         model,
         objective,
         seed=0,
