@@ -149,8 +149,8 @@ class TestFlags:
         [
             ("--model=multigaze", "Did you mean multi_gaze"),
             ("--dataset=imagnet10", "imagenet10"),
-            ("--optimizer=adm", "unknown optimizer 'adm'"),
-            ("--learning_rate=-1", "learning_rate must be above 0"),
+            ("--optimizer=adm", "optimizer='adm'. Did you mean adam"),
+            ("--learning_rate=-1", r"learning_rate in \(0, inf\)"),
             ("--adv_train=1 --adv_attack=pdg", "fgsm, pgd, bim, mim, pgd_adam"),
             ("--adv_objective=trads", "madry, fast, trades, mart, alp, llr"),
             ("--adv_objective=noise --adv_epsilon=0.1", "of noise: sigma"),
@@ -160,7 +160,7 @@ class TestFlags:
             ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
             ("--recipe=s3at", "Unknown recipe 's3at'. Did you mean s3ta"),
             ("--read_out_curriculum=4", "pairs of an epoch and a step"),
-            ("--ema=1", "momentum of the averaged weights.*ema=1"),
+            ("--ema=1", r"ema in \[0, 1\).*ema=1"),
             (
                 "--adv_train=1 --adv_replays=4 --adv_steps=7",
                 "no settings of the attack with --adv_replays.*--adv_steps=7",

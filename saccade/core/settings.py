@@ -24,6 +24,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from saccade.core import names as known_names
+
 _KEY = "setting"  # Of the metadata of a field.
 
 
@@ -139,6 +141,35 @@ def _explained(choices: Mapping[str, str] | tuple[str, ...]) -> dict[str, str]:
 def setting(default: Any, doc: str, by_default: str = "", **more: Any) -> Any:
     """Returns a dataclass field with a setting of its own; see `Setting`."""
     return Setting(doc, by_default, **more).field(default)
+
+
+def check(config: Any) -> None:
+    """Checks every field of a dataclass instance that has a setting.
+
+    Raises:
+        ValueError: If a value is none of the choices or out of range. None is
+            always accepted.
+
+    >>> @dataclasses.dataclass
+    ... class Net:
+    ...     depth: int = setting(18, "Layers.", minimum=1)
+    >>> check(Net(depth=0))
+    Traceback (most recent call last):
+        ...
+    ValueError: Expected depth in [1, inf). Received: depth=0.
+    """
+    for name, row in of(type(config)).items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if row.choices and value not in row.choices:
+            near = known_names.near(value, row.choices)
+            raise ValueError(
+                f"Expected {name} to be one of {', '.join(row.choices)}. "
+                f"Received: {name}={value!r}.{near}"
+            )
+        if row.bounded:
+            row.require_in_range(name, value)
 
 
 def of(cls: type) -> dict[str, Setting]:

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from saccade.attacks import settings as attack_settings
 from saccade.core import run_folder
+from saccade.core import settings as core_settings
 from saccade.training import objectives, recipes, settings
 
 
@@ -32,19 +32,7 @@ class StepConfig(settings.StepSettings):
     """
 
     def __post_init__(self):
-        if self.craft_dtype not in attack_settings.CRAFT_DTYPE.choices:
-            raise ValueError(
-                "Expected craft_dtype to be one of "
-                f"{', '.join(attack_settings.CRAFT_DTYPE.choices)}. Received: "
-                f"craft_dtype={self.craft_dtype!r}."
-            )
-        for name in ("epsilon_warmup", "awp", "awp_warmup", "replays"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"Expected a finite {name} >= 0. Received: "
-                    f"{name}={value:g}."
-                )
+        core_settings.check(self)
         if self.awp_warmup and not self.awp:
             raise ValueError(
                 "Expected awp > 0 with awp_warmup. Received: awp=0, "

@@ -24,36 +24,7 @@ class Recipe(settings.RecipeSettings):
     """
 
     def __post_init__(self):
-        for field, setting in core_settings.of(type(self)).items():
-            known = setting.choices
-            if known and getattr(self, field) not in known:
-                raise ValueError(
-                    f"unknown {field} {getattr(self, field)!r}. Expected one "
-                    f"of {', '.join(known)}."
-                )
-        for field in ("learning_rate", "epochs", "batch_size"):
-            if not 0 < getattr(self, field) < math.inf:
-                raise ValueError(
-                    f"{field} must be above 0 and finite, got "
-                    f"{getattr(self, field)}"
-                )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                "Expected momentum, that of SGD, in [0, 1). Received: "
-                f"momentum={self.momentum:g}."
-            )
-        for field in ("weight_decay", "l2", "warmup"):
-            value = getattr(self, field)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"Expected a finite {field} >= 0. Received: "
-                    f"{field}={value:g}."
-                )
-        if not 0 <= self.ema < 1:
-            raise ValueError(
-                "Expected ema, the momentum of the averaged weights, in "
-                f"[0, 1). Received: ema={self.ema:g}."
-            )
+        core_settings.check(self)
         _check_read_outs(self.read_outs)
 
     def override(self, **changes):

@@ -41,7 +41,11 @@ class RecipeSettings:
         "adam", "Optimizer.", _RECIPE, choices=("adam", "sgd")
     )
     learning_rate: float = setting(
-        1e-3, "Learning rate that the schedule multiplies.", _RECIPE
+        1e-3,
+        "Learning rate that the schedule multiplies.",
+        _RECIPE,
+        minimum=0,
+        above_minimum=True,
     )
     epochs: int = setting(
         100,
@@ -70,30 +74,45 @@ class RecipeSettings:
         0.0,
         "Epochs in which the learning rate rises linearly at the start.",
         _RECIPE,
+        minimum=0,
     )
     warmup_from: float = 0.0
     decay: float = 0.0
-    momentum: float = setting(0.9, "Momentum of sgd.", _RECIPE)
+    momentum: float = setting(
+        0.9,
+        "Momentum of sgd.",
+        _RECIPE,
+        minimum=0,
+        maximum=1,
+        below_maximum=True,
+    )
     nesterov: bool = False
     weight_decay: float = setting(
-        0.0, "Decoupled weight decay of the kernels.", _RECIPE
+        0.0, "Decoupled weight decay of the kernels.", _RECIPE, minimum=0
     )
     l2: float = setting(
         0.0,
         "Coefficient c of the loss c / 2 * sum of squares of the kernels of "
         "convolutions and dense layers.",
         _RECIPE,
+        minimum=0,
     )
     ema: float = setting(
         0.0,
         "Momentum of a running average of the weights, which is validated and "
         "saved; 0 for no average.",
         _RECIPE,
+        minimum=0,
+        maximum=1,
+        below_maximum=True,
     )
     label_smoothing: float = setting(
         0.0,
         "Part of each label that is spread over all classes, in [0, 1).",
         _RECIPE,
+        minimum=0,
+        maximum=1,
+        below_maximum=True,
     )
     augmentation: str = setting(
         "none",
@@ -122,6 +141,7 @@ class StepSettings:
         "Epochs in which the radius and the step size of the attack grow "
         "linearly from 0.",
         "0",
+        minimum=0,
     )
     craft_dtype: str = attack_settings.CRAFT_DTYPE.field(
         "float32", by_default="float32"
@@ -131,15 +151,17 @@ class StepSettings:
         "Size of the adversarial weight perturbation relative to each weight "
         "tensor (in the paper 0.01, and 0.005 with trades).",
         "0: no perturbation",
+        minimum=0,
     )
     awp_warmup: float = setting(
-        0.0, "Epochs before the weight perturbation begins.", "0"
+        0.0, "Epochs before the weight perturbation begins.", "0", minimum=0
     )
     replays: int = setting(
         0,
         "Free adversarial training: number of times that each batch is "
         "repeated; the epochs are divided by it.",
         "0: no free training",
+        minimum=0,
     )
 
 
