@@ -1,6 +1,6 @@
 # make demo      train, attack and picture a model: five minutes on two cores
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
-# make slow      the tests that take more than ten seconds each
+# make slow      the tests that make test leaves out: they take longest
 # make lint      ruff's rules, its format, the levels of imports
 # make results   docs/results.md from the records in results/
 # make docs-flags  docs/flags.md from the fields that declare the settings

@@ -168,19 +168,33 @@ CASES = {
     ),
 }
 ALL_CASES = dict(CASES)
+# The others take minutes in sum: TensorFlow's slow tests have them.
+LIGHT = (
+    "resnet-auto",
+    "resnet_cifar",
+    "madry_cnn",
+    "attention_mnist-transformer",
+    "parallel_transformers",
+    "multi_gaze",
+    "s3ta",
+    "ecnn-auxiliary",
+)
 if keras.config.backend() != "tensorflow":
-    # One of each model: XLA takes minutes to compile all the others.
-    LIGHT = (
-        "resnet-auto",
-        "resnet_cifar",
-        "madry_cnn",
-        "attention_mnist-transformer",
-        "parallel_transformers",
-        "multi_gaze",
-        "s3ta",
-        "ecnn-auxiliary",
-    )
     CASES = {name: CASES[name] for name in LIGHT}
+
+
+def cases(everywhere=LIGHT):
+    """A parameter for each case, marked by where it runs."""
+    return [
+        pytest.param(
+            case,
+            marks=[
+                *([pytest.mark.every_backend] if case in everywhere else []),
+                *([] if case in LIGHT else [pytest.mark.slow]),
+            ],
+        )
+        for case in CASES
+    ]
 
 
 def numpy(x):
@@ -215,8 +229,7 @@ def test_every_registered_model_has_a_case():
     )
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_forward_is_finite_deterministic_logits(case):
     model, images = share(case)
     logits = shared_logits(case)
@@ -228,8 +241,7 @@ def test_forward_is_finite_deterministic_logits(case):
     np.testing.assert_allclose(single[0], logits[1], atol=1e-4)
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_training_step_changes_every_weight(case):
     """The localization kernel starts at zero, so noise is added to weights."""
     model, images = make(case)
@@ -257,18 +269,7 @@ def test_training_step_changes_every_weight(case):
     assert not unchanged
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            marks=[pytest.mark.every_backend]
-            if case in ("multi_gaze", "s3ta")
-            else [],
-        )
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", cases(everywhere=("multi_gaze", "s3ta")))
 def test_save_and_load_safely(case, tmp_path):
     model, images = share(case)
     model.save(tmp_path / "m.keras")
@@ -290,8 +291,7 @@ def test_save_and_load_safely(case, tmp_path):
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-5)
 
 
-@pytest.mark.every_backend
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_glimpses_have_the_documented_shapes(case):
     model, images = share(case)
     name, options, shape = CASES[case]

@@ -37,6 +37,7 @@ def test_an_outcome_is_right_only_if_all_of_it_is():
         assert bad_input.verdict(case, *wrong)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_table_is_right():
     done = subprocess.run(
         [sys.executable, bad_input.__file__, f"--every={PART}", "--jobs=1"],
