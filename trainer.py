@@ -65,18 +65,11 @@ class TrainerFlags(settings.RunSettings):
         "for example 0:4,35:8,70:16.",
         "the recipe's, or always the last step",
     )
-    on_collapse: str | None = setting(
-        None,
-        "What to do when the loss is not finite or a validation accuracy "
-        "collapses: stop (an error), restore (end with the last good weights) "
-        "or ignore.",
-        "stop, and restore for the objective fast",
+    on_collapse: str | None = settings.ON_COLLAPSE.field(
+        None, by_default="stop, and restore for the objective fast"
     )
-    robust_validation: int | None = setting(
-        None,
-        "Number of validation images attacked by PGD after each epoch.",
-        "500 in adversarial training and 0 otherwise",
-        minimum=0,
+    robust_validation: int | None = settings.ROBUST_VALIDATION.field(
+        None, by_default="500 in adversarial training and 0 otherwise"
     )
     adv_train: bool | None = setting(
         None,
@@ -218,6 +211,9 @@ def config_from_flags(values=flags.FLAGS):
         name: getattr(given, name)
         for name in core_settings.of(settings.RunSettings)
     }
+    shared["robust_validation"] = num_attacked
+    if given.on_collapse is None:
+        shared["on_collapse"] = "restore" if fast else "stop"
     if not given.image_size:
         shared["image_size"] = recipes.image_size(name, given.dataset)
     return training_config.RunConfig(
@@ -226,8 +222,6 @@ def config_from_flags(values=flags.FLAGS):
         model_options=options,
         adversarial=adversarial,
         step=step,
-        robust_validation=num_attacked,
-        on_collapse=given.on_collapse or ("restore" if fast else "stop"),
         **shared,
     )
 

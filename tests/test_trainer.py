@@ -672,8 +672,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
             "1 to 2. Received: read_out=9",
         ),
         ("--read_out_curriculum=0:1", "Expected a recurrent model"),
-        ("--on_collapse=wait", "Received: on_collapse='wait'"),
-        ("--distribute=all", "one of none, mirrored"),
+        ("--on_collapse=wait", "--on_collapse=wait"),
+        ("--distribute=all", "none, mirrored"),
     ],
 )
 def test_bad_settings_are_one_line(line, message, tmp_path, capsys):

@@ -82,9 +82,6 @@ class RunConfig(settings.RunSettings):
         recipe_name: The name of the recipe in `recipes.NAMED`; None for the
             recipe of the data set.
         step: How a training step handles an adversarial objective.
-        robust_validation: Number of validation images that PGD attacks after
-            each epoch.
-        on_collapse: See `training_loop.Loop`.
     """
 
     recipe: recipes.Recipe = dataclasses.field(kw_only=True)
@@ -92,8 +89,6 @@ class RunConfig(settings.RunSettings):
     adversarial: objectives.AdversarialConfig | None = None
     recipe_name: str | None = None
     step: StepConfig = StepConfig()
-    robust_validation: int = 0
-    on_collapse: str = "stop"
 
     @property
     def folder(self):

@@ -4,7 +4,12 @@ import contextlib
 
 import keras
 
-DISTRIBUTIONS = ("none", "mirrored")
+from saccade.core import settings as core_settings
+from saccade.training import settings
+
+DISTRIBUTIONS = tuple(
+    core_settings.of(settings.RunSettings)["distribute"].choices
+)
 
 
 def scope(distribute, batch_size):

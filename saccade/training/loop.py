@@ -21,11 +21,11 @@ from saccade.core import run_folder
 from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
 from saccade.models import inspect as model_inspect
-from saccade.training import checkpoints
+from saccade.training import checkpoints, settings
 from saccade.training import config as training_config
 from saccade.training import step as training_step
 
-ON_COLLAPSE = ("stop", "restore", "ignore")
+ON_COLLAPSE = tuple(settings.ON_COLLAPSE.choices)
 # A validation accuracy has collapsed when it is below half of its best value so
 # far. The rule applies only if that best value is at least twice chance; below
 # it differences are noise.

@@ -248,6 +248,20 @@ class AdversarialSettings:
     )
 
 
+ON_COLLAPSE = core_settings.Setting(
+    "What to do when the loss is not finite or a validation accuracy "
+    "collapses.",
+    choices={
+        "stop": "an error",
+        "restore": "end with the last good weights",
+        "ignore": "",
+    },
+)
+ROBUST_VALIDATION = core_settings.Setting(
+    "Number of validation images attacked by PGD after each epoch.", minimum=0
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The data, the folder and the computation of a run."""
@@ -258,6 +272,8 @@ class RunSettings:
     dataset: str = setting(
         "cluttered_digits", "Data set to train on, one of those listed below."
     )
+    on_collapse: str = ON_COLLAPSE.field("stop")
+    robust_validation: int = ROBUST_VALIDATION.field(0)
     robust_validation_steps: int = setting(
         10, "Gradient steps of the PGD of --robust_validation.", minimum=1
     )
@@ -303,8 +319,12 @@ class RunSettings:
     seed: int = core_settings.SEED.field(0)
     distribute: str = setting(
         "none",
-        "Devices: none (one device) or mirrored (all GPUs of the machine, "
-        "each with its part of a batch; TensorFlow only).",
+        "Devices.",
+        choices={
+            "none": "one device",
+            "mirrored": "all GPUs of the machine, each with its part of a "
+            "batch; TensorFlow only",
+        },
     )
     save_every: float = setting(
         300.0,
