@@ -14,14 +14,18 @@ References:
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 from keras import ops
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import fab, losses, settings, square
+from saccade.attacks.base import AscendedLoss, LogitsFn
+from saccade.attacks.losses import State
 from saccade.core import lp, randomness
+from saccade.core.arrays import Tensor
 
 VERSIONS = tuple(settings.VERSION.choices)
 # The smallest numbers of classes for the DLR loss and its targeted form.
@@ -32,7 +36,9 @@ _DLR_CLASSES, _TARGETED_DLR_CLASSES = 3, 4
 
 
 @functools.lru_cache
-def schedule(steps, norm, largereps=False):
+def schedule(
+    steps: int, norm: str, largereps: bool = False
+) -> dict[str, np.ndarray]:
     """The settings of every step in a round of APGD.
 
     A round is one run of `steps` updates. With `largereps` it is three runs,
@@ -125,10 +131,10 @@ class APGD(attack_base.Attack):
     keep: str = settings.KEEP.field("first")
 
     name: ClassVar[str] = "apgd"
-    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = ("epsilon", "restarts")
     random: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         fab.check_rounds(self.steps, self.restarts, self.keep)
         losses.check_loss(self.loss)
@@ -144,21 +150,28 @@ class APGD(attack_base.Attack):
             )
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """See `Attack.rounds`."""
         return self.restarts
 
     @property
-    def steps_a_round(self):
+    def steps_a_round(self) -> int:
         """See `Attack.steps_a_round`; `schedule` explains the extra steps."""
         return self.steps + (3 if self.largereps else 1)
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`."""
         state = super().open(logits_fn, images, labels, keys, targets)
         return {**state, **self._optimizer_state(state["images"])}
 
-    def _optimizer_state(self, start):
+    def _optimizer_state(self, start: Tensor) -> State:
         """Empty state of a round; its first step sets all but "top"."""
         zero, row = ops.zeros_like(start), ops.zeros_like(start[:, 0, 0, 0])
         memory = {
@@ -176,7 +189,9 @@ class APGD(attack_base.Attack):
         more = {"old": zero, "value": row, "rises": row, "checked": row}
         return {**memory, **more, "reduced": ops.cast(row, "bool")}
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.begin`: draws the start, which the first step evaluates.
 
         As published, the start is on the surface of the norm ball in L-inf and
@@ -207,7 +222,13 @@ class APGD(attack_base.Attack):
             "top": start,
         }
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`: one update and the gradient at its result."""
         del round_index
         row = {
@@ -233,16 +254,18 @@ class APGD(attack_base.Attack):
         state = self._update_run(state, row, delta, value, grad)
         return self._checkpoint(state, row)
 
-    def _candidate_loss(self, value, logits, state):
+    def _candidate_loss(
+        self, value: Tensor, logits: Tensor, state: State
+    ) -> Tensor:
         """The loss by which candidates of all rounds are compared."""
         del logits, state
         return value
 
-    def _next_iterate(self, state, row):
+    def _next_iterate(self, state: State, row: State) -> Tensor:
         """Returns the perturbation at which the next gradient is taken."""
         images, delta, grad = state["images"], state["delta"], state["grad"]
 
-        def project(delta):
+        def project(delta: Tensor) -> Tensor:
             return lp.project(delta, row["radius"], self.norm, images)
 
         length = lp.per_example(state["length"], delta)
@@ -260,7 +283,14 @@ class APGD(attack_base.Attack):
         )
         return ops.where(row["first"], delta, updated)
 
-    def _update_run(self, state, row, delta, value, grad):
+    def _update_run(
+        self,
+        state: State,
+        row: State,
+        delta: Tensor,
+        value: Tensor,
+        grad: Tensor,
+    ) -> State:
         """Returns the state with the new iterate.
 
         The first step of a run also resets what the run before it has stored.
@@ -301,7 +331,7 @@ class APGD(attack_base.Attack):
             new["reduced"] = ops.logical_or(first, state["reduced"])
         return {**state, **new}
 
-    def _checkpoint(self, state, row):
+    def _checkpoint(self, state: State, row: State) -> State:
         """Updates the step sizes and returns examples to their best iterates.
 
         It has an effect only if this step is a checkpoint.
@@ -333,7 +363,7 @@ class APGD(attack_base.Attack):
         return {**state, **new}
 
 
-def count_nonzero(delta):
+def count_nonzero(delta: Tensor) -> Tensor:
     """Returns the number of non-zero entries of each example, `(batch,)`.
 
     The count is exact. The authors' program computes the perturbation as a
@@ -346,7 +376,7 @@ def count_nonzero(delta):
     return ops.sum(ops.reshape(nonzero, (-1, math.prod(delta.shape[1:]))), -1)
 
 
-def sparse_direction(grad, share):
+def sparse_direction(grad: Tensor, share: Tensor) -> Tensor:
     """A step of L1 norm 1 on the entries of largest absolute gradient.
 
     Args:
@@ -394,7 +424,7 @@ class APGDT(APGD):
     name: ClassVar[str] = "apgd_t"
     can_target: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         fab.check_targets(self.num_targets)
         if self.loss != "dlr":
@@ -404,11 +434,11 @@ class APGDT(APGD):
             )
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """See `Attack.rounds`."""
         return self.num_targets * self.restarts
 
-    def fit(self, num_classes, targeted=False):
+    def fit(self, num_classes: int, targeted: bool = False) -> Self:
         """See `Attack.fit`; at most one target for each other class."""
         del targeted  # The attack chooses its targets itself.
         try:
@@ -420,7 +450,14 @@ class APGDT(APGD):
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`."""
         fab.check_untargeted(self.name, targets)
         state = self._initial_state(images, labels, keys, targets)
@@ -431,19 +468,23 @@ class APGDT(APGD):
         state = {**state, **self._optimizer_state(state["images"])}
         return {**state, "scores": logits, "aim": state["labels"]}
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.begin`."""
         state = super().begin(logits_fn, state, round_index)
         rank = round_index // self.restarts
         return {**state, "aim": fab.target_of_rank(state, rank)}
 
-    def ascended_loss(self, logits_fn, state):
+    def ascended_loss(self, logits_fn: LogitsFn, state: State) -> AscendedLoss:
         """See `Attack.ascended_loss`."""
         return super().ascended_loss(
             logits_fn, {**state, "targets": state["aim"]}
         )
 
-    def _candidate_loss(self, value, logits, state):
+    def _candidate_loss(
+        self, value: Tensor, logits: Tensor, state: State
+    ) -> Tensor:
         del value
         return losses.loss("dlr", logits, state["labels"])
 
@@ -485,7 +526,7 @@ class AutoAttack(attack_base.Attack):
     random: ClassVar[bool] = True
     can_target: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.version not in (*VERSIONS, *_FEW_CLASSES):
             raise ValueError(
@@ -494,16 +535,16 @@ class AutoAttack(attack_base.Attack):
             )
 
     @property
-    def eot(self):
+    def eot(self) -> int | None:
         """Draws of a stochastic model for each gradient; None means one."""
         return 20 if self._base == "rand" else None
 
     @property
-    def _base(self):
+    def _base(self) -> str:
         """The published version, without the suffix for few classes."""
         return published_version(self.version)
 
-    def members(self):
+    def members(self) -> tuple[attack_base.Attack, ...]:
         """The attacks of the version, in the order in which they run."""
         make = {"standard": _standard, "plus": _plus, "rand": _rand}
         threat_model = {"norm": self.norm, "epsilon": self.epsilon}
@@ -511,7 +552,7 @@ class AutoAttack(attack_base.Attack):
         classes = _FEW_CLASSES.get(self.version)
         return members if classes is None else _defined(members, classes)
 
-    def fit(self, num_classes, targeted=False):
+    def fit(self, num_classes: int, targeted: bool = False) -> Self:
         """See `Attack.fit`; each member is fitted later, by the evaluation.
 
         Returns:
@@ -533,7 +574,14 @@ class AutoAttack(attack_base.Attack):
             )
         return dataclasses.replace(self, version=version)
 
-    def __call__(self, logits_fn, images, labels, keys=None, targets=None):
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> attack_base.AttackResult:
         """Runs all members on the whole batch; see `Attack.__call__`.
 
         Returns:
@@ -542,7 +590,7 @@ class AutoAttack(attack_base.Attack):
             first member.
         """
         fab.check_untargeted(self.name, targets)
-        best = None
+        best: attack_base.AttackResult | None = None
         for rank, member in enumerate(self.members()):
             member_keys = (
                 None if keys is None else randomness.fold_in(keys, rank)
@@ -558,10 +606,10 @@ class AutoAttack(attack_base.Attack):
                 ops.logical_or(best.success, new.success),
                 ops.where(take, new.loss, best.loss),
             )
-        return best
+        return cast(attack_base.AttackResult, best)  # Has members.
 
 
-def _standard(threat_model):
+def _standard(threat_model: dict[str, Any]) -> tuple[attack_base.Attack, ...]:
     l1 = threat_model["norm"] == "l1"
     return (
         APGD(**threat_model, restarts=5 if l1 else 1, largereps=l1),
@@ -571,7 +619,7 @@ def _standard(threat_model):
     )
 
 
-def _plus(threat_model):
+def _plus(threat_model: dict[str, Any]) -> tuple[attack_base.Attack, ...]:
     return (
         APGD(**threat_model, restarts=5),
         APGD(**threat_model, restarts=5, loss="dlr"),
@@ -582,12 +630,12 @@ def _plus(threat_model):
     )
 
 
-def published_version(version):
+def published_version(version: str) -> str:
     """Returns a version without the suffix that `fit` adds for few classes."""
     return version.partition("_")[0]
 
 
-def _rand(threat_model):
+def _rand(threat_model: dict[str, Any]) -> tuple[attack_base.Attack, ...]:
     return APGD(**threat_model), APGD(**threat_model, loss="dlr")
 
 
@@ -601,19 +649,23 @@ _FEW_CLASSES = {
 }
 
 
-def _defined(members, classes):
+def _defined(
+    members: Sequence[attack_base.Attack], classes: int
+) -> tuple[attack_base.Attack, ...]:
     """Returns the members that are defined for 2 or 3 classes.
 
     This follows the advice of the authors' program: no DLR loss for two
     classes; for three, the untargeted DLR loss instead of the targeted one.
     """
-    found = []
+    found: list[attack_base.Attack] = []
+    # Every version begins with APGD-CE.
+    restarts = cast(APGD, members[0]).restarts
     for member in members:
         if isinstance(member, APGDT):
             member = APGD(
                 member.norm,
                 member.epsilon,
-                restarts=members[0].restarts,
+                restarts=restarts,
                 loss="dlr",
                 largereps=member.largereps,
             )

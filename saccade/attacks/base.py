@@ -18,14 +18,23 @@ results do not depend on the rest of the batch.
 import copy
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import keras
 import numpy as np
 from keras import ops
 
 from saccade.attacks import losses, settings
+from saccade.attacks.losses import Outputs, State
 from saccade.core import compilation, gradients, lp
+from saccade.core.arrays import Tensor
+
+# What an attack knows of a model: images to logits, `(batch, classes)`, or to
+# `losses.Outputs`. `at_step` binds the noise of a stochastic one.
+LogitsFn: TypeAlias = Callable[[Tensor], Tensor | Outputs]
+# Images to the attack loss, `(batch,)`, and the logits.
+AscendedLoss: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class AttackResult(NamedTuple):
@@ -41,9 +50,9 @@ class AttackResult(NamedTuple):
             logits are not finite.
     """
 
-    images: object
-    success: object
-    loss: object
+    images: Tensor
+    success: Tensor
+    loss: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,36 +79,36 @@ class Attack:
     name: ClassVar[str] = ""
     # Numbers that a compiled attack takes as tensors. Evaluating several
     # values of them compiles once; see `bind`.
-    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon",)
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = ("epsilon",)
     # Whether the attack draws noise, and whether it accepts targets.
     random: ClassVar[bool] = False
     can_target: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_threat_model(self.norm, self.epsilon)
 
     # --- Methods that subclasses override ---
 
     @property
-    def keep(self):
+    def keep(self) -> str:
         """Which candidates are kept; see `gradient_attacks.Iterative`."""
         return "first"
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """The number of rounds: restarts, target classes, or both."""
         return 1
 
     @property
-    def steps_a_round(self):
+    def steps_a_round(self) -> int:
         """The number of steps in each round."""
         return 1
 
-    def members(self):
+    def members(self) -> tuple["Attack", ...]:
         """The attacks to run in sequence; an ensemble has several."""
         return (self,)
 
-    def fit(self, num_classes, targeted=False):
+    def fit(self, num_classes: int, targeted: bool = False) -> Self:
         """Returns the attack adapted to the model's number of classes.
 
         Args:
@@ -112,11 +121,18 @@ class Attack:
         losses.check_loss(self._loss, num_classes, targeted)
         return self
 
-    def calls(self):
+    def calls(self) -> int:
         """Model calls per image in one step, from which batch sizes follow."""
         return 1
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """Creates the state of a batch. The clean image is a candidate.
 
         Args:
@@ -137,25 +153,35 @@ class Attack:
         value, logits = self.ascended_loss(logits_fn, state)(state["images"])
         return self.update_best(state, state["images"], value, logits)
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """Starts round `round_index`, an integer or a scalar tensor."""
         del logits_fn, round_index
         return state
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """Takes step `step_index` of round `round_index`."""
         raise NotImplementedError(type(self).__name__)
 
-    def end(self, logits_fn, state, round_index):
+    def end(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """Finishes round `round_index`."""
         del logits_fn, round_index
         return state
 
-    def ascended_loss(self, logits_fn, state):
+    def ascended_loss(self, logits_fn: LogitsFn, state: State) -> AscendedLoss:
         """Returns a callable from images to (attack loss, logits)."""
         labels, targets = state["labels"], state.get("targets")
 
-        def evaluate(images):
+        def evaluate(images: Tensor) -> tuple[Tensor, Tensor]:
             outputs = losses.outputs_of(logits_fn(images))
             value = mean_loss(self._loss, outputs, labels, targets)
             return value, outputs.logits
@@ -165,11 +191,18 @@ class Attack:
     # --- Methods that all attacks share ---
 
     @property
-    def _loss(self):
+    def _loss(self) -> str:
         """The name of the attack loss; some attacks have a field for it."""
         return getattr(self, "loss", "cross_entropy")
 
-    def __call__(self, logits_fn, images, labels, keys=None, targets=None):
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> AttackResult:
         """Attacks a batch; see `open` for the arguments.
 
         Returns:
@@ -187,7 +220,7 @@ class Attack:
         logits_fn = check_inputs(logits_fn, images, labels, targets)
         state = self.open(logits_fn, images, labels, keys, targets)
 
-        def run_round(round_index, state):
+        def run_round(round_index: int | Tensor, state: State) -> State:
             state = self.begin(
                 at_step(logits_fn, round_index, 0), state, round_index
             )
@@ -204,8 +237,14 @@ class Attack:
         return AttackResult(state["best"], state["success"], state["loss"])
 
     def perturb(
-        self, logits_fn, images, labels, keys=None, targets=None, start=None
-    ):
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Takes the steps of one round and returns the last iterate.
 
         Training needs no success flags, so this method omits the model calls
@@ -230,21 +269,28 @@ class Attack:
             f"Received: {type(self).__name__}."
         )
 
-    def advance(self, logits_fn, state, round_index, first, count):
+    def advance(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        first: int | Tensor,
+        count: int | Tensor,
+    ) -> State:
         """Takes `count` steps of round `round_index`, from step `first`."""
 
-        def body(offset, state):
+        def body(offset: int | Tensor, state: State) -> State:
             step_index = first + offset
             fn = at_step(logits_fn, round_index, step_index)
             return self.step(fn, state, round_index, step_index)
 
         return ops.fori_loop(0, count, body, state)
 
-    def runtime_parameters(self):
+    def runtime_parameters(self) -> dict[str, Any]:
         """Returns the values of `RUNTIME_PARAMETERS`, by name; see `bind`."""
         return {name: getattr(self, name) for name in self.RUNTIME_PARAMETERS}
 
-    def bind(self, parameters):
+    def bind(self, parameters: Mapping[str, Any]) -> Self:
         """Returns a copy of this attack with other runtime parameters.
 
         The values may be scalar tensors, so that one compiled attack serves
@@ -258,7 +304,7 @@ class Attack:
             object.__setattr__(bound, name, value)
         return bound
 
-    def scaled(self, factor):
+    def scaled(self, factor: float | Tensor) -> Self:
         """Returns this attack with radius and step size times `factor`.
 
         Args:
@@ -274,7 +320,13 @@ class Attack:
             }
         )
 
-    def _initial_state(self, images, labels, keys, targets):
+    def _initial_state(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None,
+        targets: Tensor | None,
+    ) -> State:
         images = ops.convert_to_tensor(images, dtype="float32")
         labels = ops.cast(labels, "int32")
         if keys is None:
@@ -299,7 +351,9 @@ class Attack:
             state["targets"] = ops.cast(targets, "int32")
         return state
 
-    def gradient(self, logits_fn, state, iterate):
+    def gradient(
+        self, logits_fn: LogitsFn, state: State, iterate: Tensor
+    ) -> tuple[State, Tensor, Tensor, Tensor]:
         """Evaluates the attack loss and its gradient at `iterate`.
 
         Args:
@@ -320,7 +374,14 @@ class Attack:
         )
         return mark_nonfinite(state, flags), value, logits, grad
 
-    def update_best(self, state, images, value, logits, allowed=True):
+    def update_best(
+        self,
+        state: State,
+        images: Tensor,
+        value: Tensor,
+        logits: Tensor,
+        allowed: bool | Tensor = True,
+    ) -> State:
         """Compares candidates with the best so far and keeps the better.
 
         Args:
@@ -349,12 +410,14 @@ class Attack:
         )
 
 
-def mark_nonfinite(state, flags):
+def mark_nonfinite(state: State, flags: Tensor) -> State:
     """Returns the state with "nonfinite" also set where `flags` are true."""
     return {**state, "nonfinite": ops.logical_or(state["nonfinite"], flags)}
 
 
-def at_step(logits_fn, round_index, step_index):
+def at_step(
+    logits_fn: LogitsFn, round_index: int | Tensor, step_index: int | Tensor
+) -> LogitsFn:
     """Binds the noise of a stochastic model to a round and a step.
 
     Args:
@@ -369,7 +432,12 @@ def at_step(logits_fn, round_index, step_index):
     return logits_fn.at_step(round_index, step_index)
 
 
-def mean_loss(name, outputs, labels, targets=None):
+def mean_loss(
+    name: str,
+    outputs: losses.Outputs,
+    labels: Tensor,
+    targets: Tensor | None = None,
+) -> Tensor:
     """The attack loss of `Outputs`: `(batch,)`.
 
     It is `outputs.ascended` if that is set. Otherwise it is `losses.loss`,
@@ -388,7 +456,12 @@ def mean_loss(name, outputs, labels, targets=None):
     return ops.mean(ops.reshape(values, (-1, count)), axis=-1)
 
 
-def check_inputs(logits_fn, images, labels, targets=None):
+def check_inputs(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None = None,
+) -> LogitsFn:
     """Validates the inputs of an attack.
 
     Args:
@@ -428,7 +501,7 @@ def check_inputs(logits_fn, images, labels, targets=None):
     return _CheckedLogits(logits_fn, highest)
 
 
-def _check_type(name, values, kind, description):
+def _check_type(name: str, values: Tensor, kind: str, description: str) -> None:
     dtype = getattr(values, "dtype", None)
     if dtype is None:
         dtype = np.asarray(values).dtype
@@ -443,16 +516,18 @@ def _check_type(name, values, kind, description):
 class _CheckedLogits:
     """A `logits_fn` that raises if its logits lack the class `highest`."""
 
-    def __init__(self, logits_fn, highest):
+    def __init__(self, logits_fn: LogitsFn, highest: int) -> None:
         self.logits_fn, self.highest = logits_fn, highest
 
-    def at_step(self, round_index, step_index):
+    def at_step(
+        self, round_index: int | Tensor, step_index: int | Tensor
+    ) -> "_CheckedLogits":
         """See `at_step`."""
         return _CheckedLogits(
             at_step(self.logits_fn, round_index, step_index), self.highest
         )
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Tensor | losses.Outputs:
         outputs = losses.outputs_of(self.logits_fn(images))
         classes = outputs.logits.shape[-1]
         if self.highest >= classes:
@@ -463,7 +538,7 @@ class _CheckedLogits:
         return outputs
 
 
-def check_threat_model(norm, epsilon):
+def check_threat_model(norm: str, epsilon: float) -> None:
     """Raises a ValueError, in one line, if norm or epsilon is invalid."""
     lp.check_norm(norm)
     if not (math.isfinite(epsilon) and epsilon >= 0):
@@ -479,7 +554,7 @@ def check_threat_model(norm, epsilon):
         )
 
 
-def perturbed(images, delta):
+def perturbed(images: Tensor, delta: Tensor) -> Tensor:
     """Returns images + delta, clipped to [0, 1].
 
     The model is evaluated on this image, and attacks return it. The sum of a

@@ -11,19 +11,22 @@ References:
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from keras import ops
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import losses, settings
+from saccade.attacks.base import AscendedLoss, LogitsFn
+from saccade.attacks.losses import State
 from saccade.core import gradients, lp, randomness
+from saccade.core.arrays import Tensor
 
 _TINY = 1e-30
 _DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
-def check_rounds(steps, restarts, keep):
+def check_rounds(steps: int, restarts: int, keep: str) -> None:
     """Raises a ValueError, in one line, if an argument is invalid."""
     if steps < 0 or restarts < 1:
         raise ValueError(
@@ -36,7 +39,7 @@ def check_rounds(steps, restarts, keep):
         )
 
 
-def check_targets(num_targets):
+def check_targets(num_targets: int) -> None:
     """Raises a ValueError, in one line, if there is no target class."""
     if num_targets < 1:
         raise ValueError(
@@ -44,7 +47,7 @@ def check_targets(num_targets):
         )
 
 
-def check_untargeted(name, targets):
+def check_untargeted(name: str, targets: Tensor | None) -> None:
     """Raises a ValueError, in one line, if the caller passes targets."""
     if targets is not None:
         raise ValueError(
@@ -53,7 +56,7 @@ def check_untargeted(name, targets):
         )
 
 
-def target_of_rank(state, rank):
+def target_of_rank(state: State, rank: int | Tensor) -> Tensor:
     """Returns the class with the `rank`-th largest clean logit.
 
     The label is not counted.
@@ -115,7 +118,7 @@ class FAB(attack_base.Attack):
     name: ClassVar[str] = "fab"
     can_target: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_rounds(self.steps, self.restarts, self.keep)
         check_targets(self.num_targets)
@@ -131,39 +134,48 @@ class FAB(attack_base.Attack):
             )
 
     @property
-    def random(self):
+    def random(  # type: ignore[override]  # It depends on a field here.
+        self,
+    ) -> bool:
         """Whether the attack draws noise."""
         return self.restarts > 1
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """See `Attack.rounds`."""
         return self.restarts * (self.num_targets if self.targeted else 1)
 
     @property
-    def steps_a_round(self):
+    def steps_a_round(self) -> int:
         """See `Attack.steps_a_round`."""
         return self.steps
 
-    def fit(self, num_classes, targeted=False):
+    def fit(self, num_classes: int, targeted: bool = False) -> Self:
         """See `Attack.fit`; at most one target for each other class."""
         del targeted  # The attack chooses its targets itself.
         losses.check_loss("margin", num_classes)
         most = min(self.num_targets, num_classes - 1)
         return dataclasses.replace(self, num_targets=most)
 
-    def ascended_loss(self, logits_fn, state):
+    def ascended_loss(self, logits_fn: LogitsFn, state: State) -> AscendedLoss:
         """See `Attack.ascended_loss`: the margin, as in the result."""
         labels = state["labels"]
 
-        def evaluate(images):
+        def evaluate(images: Tensor) -> tuple[Tensor, Tensor]:
             outputs = losses.outputs_of(logits_fn(images))
             value = attack_base.mean_loss("margin", outputs, labels)
             return value, outputs.logits
 
         return evaluate
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`."""
         check_untargeted(self.name, targets)
         state = self._initial_state(images, labels, keys, targets)
@@ -179,7 +191,9 @@ class FAB(attack_base.Attack):
             "aim": state["labels"],
         }
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.begin`."""
         del logits_fn
         images = state["images"]
@@ -193,7 +207,7 @@ class FAB(attack_base.Attack):
             state["point"] = ops.where(is_restart, start, images)
         return state
 
-    def _random_start(self, images, keys):
+    def _random_start(self, images: Tensor, keys: Tensor) -> Tensor:
         shape = tuple(images.shape[1:])
         if self.norm == "linf":
             delta = randomness.uniform(keys, shape, -1.0, 1.0)
@@ -204,7 +218,13 @@ class FAB(attack_base.Attack):
         delta = radius * delta / lp.per_example(size, delta)
         return attack_base.perturbed(images, delta)
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`."""
         del round_index, step_index
         images, point = state["images"], state["point"]
@@ -239,7 +259,9 @@ class FAB(attack_base.Attack):
         misclassified = lp.per_example(misclassified, point)
         return {**state, "point": ops.where(misclassified, closer, point)}
 
-    def _keep_nearest(self, state, point, value, misclassified):
+    def _keep_nearest(
+        self, state: State, point: Tensor, value: Tensor, misclassified: Tensor
+    ) -> State:
         """Keeps a misclassified iterate within epsilon if it is nearer.
 
         Points outside epsilon are rejected rather than projected, because a
@@ -262,7 +284,9 @@ class FAB(attack_base.Attack):
             "distance": ops.where(better, distance, state["distance"]),
         }
 
-    def _linearize(self, logits_fn, state):
+    def _linearize(
+        self, logits_fn: LogitsFn, state: State
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Linearizes the decision boundary of this step at the iterate.
 
         Returns:
@@ -273,8 +297,8 @@ class FAB(attack_base.Attack):
         """
         labels, point = state["labels"], state["point"]
 
-        def gap_to(classes):
-            def gap(images):
+        def gap_to(classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            def gap(images: Tensor) -> Tensor:
                 outputs = losses.outputs_of(logits_fn(images))
                 logits = outputs.logits
                 if outputs.head_logits is not None:
@@ -292,7 +316,9 @@ class FAB(attack_base.Attack):
         if self.targeted:
             return gap_to(state["aim"])
 
-        def keep_nearer(other, best):
+        def keep_nearer(
+            other: int | Tensor, best: tuple[Tensor, ...]
+        ) -> tuple[Tensor, ...]:
             value, grad, flags = gap_to(ops.zeros_like(labels) + other)
             slope = lp.lp_norm(grad, _DUAL[self.norm])
             distance = ops.abs(value) / (slope + 1e-12)
@@ -313,7 +339,7 @@ class FAB(attack_base.Attack):
         return ops.fori_loop(0, classes, keep_nearer, initial)[1:]
 
 
-def _pick(logits, classes):
+def _pick(logits: Tensor, classes: Tensor) -> Tensor:
     index = ops.expand_dims(ops.cast(classes, "int32"), -1)
     return ops.take_along_axis(logits, index, axis=-1)[:, 0]
 
@@ -321,7 +347,9 @@ def _pick(logits, classes):
 # --- Projection onto a hyperplane inside the pixel range ----------------------
 
 
-def to_hyperplane(points, weights, gaps, norm):
+def to_hyperplane(
+    points: Tensor, weights: Tensor, gaps: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
     """Projects points onto a hyperplane inside the box [0, 1].
 
     Finds the d of smallest norm with weights . d = -gap and
@@ -362,7 +390,9 @@ def to_hyperplane(points, weights, gaps, norm):
     return shifts[:, 0], shifts[:, 1]
 
 
-def _along_direction(slopes, direction, room, need):
+def _along_direction(
+    slopes: Tensor, direction: Tensor, room: Tensor, need: Tensor
+) -> Tensor:
     """Finds t so that slopes . min(t * direction, room) is `need`.
 
     The sum is concave, increasing and piecewise linear in t, so that Newton's
@@ -371,10 +401,10 @@ def _along_direction(slopes, direction, room, need):
     on the other rows.
     """
 
-    def any_active(t, active):
+    def any_active(t: Tensor, active: Tensor) -> Tensor:
         return ops.any(active)
 
-    def newton(t, active):
+    def newton(t: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         free = t * direction < room
         rate = ops.where(free, slopes * direction, 0.0)
         full = ops.where(free, 0.0, slopes * room)
@@ -390,7 +420,7 @@ def _along_direction(slopes, direction, room, need):
     return ops.minimum(t * direction, room)
 
 
-def _largest_first(slopes, room, need):
+def _largest_first(slopes: Tensor, room: Tensor, need: Tensor) -> Tensor:
     """Moves the entries of largest slope by all their room until `need` is met.
 
     The last entries, all those of the slope at which `need` is met, move by

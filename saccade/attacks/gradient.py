@@ -6,19 +6,22 @@ Each is an `attack_base.Attack`. The iterative ones share the base class
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 from keras import ops
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import losses, settings
+from saccade.attacks.base import AscendedLoss, LogitsFn
+from saccade.attacks.losses import State
 from saccade.core import lp, randomness
+from saccade.core.arrays import Tensor
 
 STEP_RULES = tuple(settings.STEP_RULE.choices)
 KEEPS = tuple(settings.KEEP.choices)
 
 
-def _check_steps(steps, restarts=1):
+def _check_steps(steps: int, restarts: int = 1) -> None:
     if steps < 0 or restarts < 1:
         raise ValueError(
             "Expected steps >= 0 and restarts >= 1. Received: "
@@ -26,7 +29,7 @@ def _check_steps(steps, restarts=1):
         )
 
 
-def _check_start(random_start, restarts):
+def _check_start(random_start: float, restarts: int) -> None:
     if not 0 <= random_start <= 1:
         raise ValueError(
             "Expected random_start to be a probability in [0, 1]. "
@@ -40,7 +43,7 @@ def _check_start(random_start, restarts):
         )
 
 
-def _check_keep(keep):
+def _check_keep(keep: str) -> None:
     if keep not in KEEPS:
         raise ValueError(
             f"Expected keep to be one of {', '.join(KEEPS)}. Received: "
@@ -48,7 +51,7 @@ def _check_keep(keep):
         )
 
 
-def check_fraction(fraction):
+def check_fraction(fraction: float) -> None:
     """Raises a ValueError, in one line, if `fraction` is not in (0, 1]."""
     if not 0 < fraction <= 1:
         raise ValueError(
@@ -57,7 +60,13 @@ def check_fraction(fraction):
         )
 
 
-def gradient_step(delta, grad, images, attack, length):
+def gradient_step(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    attack: Any,
+    length: float | Tensor,
+) -> Tensor:
     """Takes one step along a gradient and projects the result.
 
     The projection is onto the norm ball and the pixel range together.
@@ -86,14 +95,16 @@ def gradient_step(delta, grad, images, attack, length):
     return lp.project(delta, attack.epsilon, attack.norm, images)
 
 
-def _broadcastable(length, like):
+def _broadcastable(length: float | Tensor, like: Tensor) -> Tensor:
     """Reshapes a scalar or `(batch,)` length to broadcast against `like`."""
     if len(getattr(length, "shape", ())) == 0:
         return length
     return lp.per_example(length, like)
 
 
-def random_start(images, attack, keys, round_index):
+def random_start(
+    images: Tensor, attack: Any, keys: Tensor | None, round_index: int | Tensor
+) -> Tensor:
     """Returns the perturbations from which round `round_index` starts.
 
     With probability `attack.random_start` an example starts at a random point
@@ -138,22 +149,35 @@ class FGSM(attack_base.Attack):
 
     name: ClassVar[str] = "fgsm"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         losses.check_loss(self.loss)
         check_fraction(self.l1_fraction)
 
     @property
-    def keep(self):
+    def keep(self) -> str:
         """See `Attack.keep`: the step also counts on misclassified images."""
         return "best"
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`; `step` evaluates the clean image."""
         del logits_fn
         return self._initial_state(images, labels, keys, targets)
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`."""
         del round_index, step_index
         images = state["images"]
@@ -165,8 +189,14 @@ class FGSM(attack_base.Attack):
         )
 
     def perturb(
-        self, logits_fn, images, labels, keys=None, targets=None, start=None
-    ):
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """See `Attack.perturb`."""
         state = self._initial_state(images, labels, keys, targets)
         images = state["images"]
@@ -177,12 +207,12 @@ class FGSM(attack_base.Attack):
         *_, grad = self.gradient(logits_fn, state, iterate)
         return self._take_step(images, delta, grad)
 
-    def _take_step(self, images, delta, grad):
+    def _take_step(self, images: Tensor, delta: Tensor, grad: Tensor) -> Tensor:
         delta = gradient_step(delta, grad, images, self, self.epsilon)
         return attack_base.perturbed(images, delta)
 
 
-def _clean_attention(outputs):
+def _clean_attention(outputs: losses.Outputs) -> State:
     """The attention on the clean images, as entries of the state."""
     return {
         f"clean_{name}": ops.cast(value, "float32")
@@ -222,7 +252,7 @@ class Iterative(attack_base.Attack):
     loss: str = settings.LOSS.field("cross_entropy")
     distraction: float = settings.DISTRACTION.field(0.0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "random_start", float(self.random_start))
         _check_steps(self.steps, self.restarts)
@@ -237,21 +267,23 @@ class Iterative(attack_base.Attack):
             )
 
     @property
-    def random(self):
+    def random(  # type: ignore[override]  # It depends on a field here.
+        self,
+    ) -> bool:
         """Whether the attack draws noise."""
         return self.random_start > 0
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """See `Attack.rounds`."""
         return self.restarts
 
     @property
-    def steps_a_round(self):
+    def steps_a_round(self) -> int:
         """See `Attack.steps_a_round`."""
         return self.steps
 
-    def ascended_loss(self, logits_fn, state):
+    def ascended_loss(self, logits_fn: LogitsFn, state: State) -> AscendedLoss:
         """See `Attack.ascended_loss`; adds the attention distance."""
         if not self.distraction:
             return super().ascended_loss(logits_fn, state)
@@ -263,7 +295,7 @@ class Iterative(attack_base.Attack):
         }
         shape = tuple(state["images"].shape[1:])
 
-        def evaluate(images):
+        def evaluate(images: Tensor) -> tuple[Tensor, Tensor]:
             outputs = losses.outputs_of(logits_fn(images))
             value = attack_base.mean_loss(self.loss, outputs, labels, targets)
             distance = losses.attention_distance(
@@ -273,7 +305,14 @@ class Iterative(attack_base.Attack):
 
         return evaluate
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`."""
         state = self._initial_state(images, labels, keys, targets)
         state["delta"] = ops.zeros_like(state["images"])
@@ -294,19 +333,27 @@ class Iterative(attack_base.Attack):
         )
         return self.update_best(state, state["images"], value, outputs.logits)
 
-    def _optimizer_state(self, images):
+    def _optimizer_state(self, images: Tensor) -> State:
         """Zero state of the optimizer, from which each round starts."""
         del images
         return {}
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.begin`."""
         del logits_fn
         images = state["images"]
         delta = random_start(images, self, state["keys"], round_index)
         return {**state, **self._optimizer_state(images), "delta": delta}
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`."""
         del round_index
         iterate = attack_base.perturbed(state["images"], state["delta"])
@@ -315,13 +362,21 @@ class Iterative(attack_base.Attack):
             state = self.update_best(state, iterate, value, logits)
         return self._update_delta(state, grad, step_index)
 
-    def _update_delta(self, state, grad, step_index):
+    def _update_delta(
+        self, state: State, grad: Tensor, step_index: int | Tensor
+    ) -> State:
         """Returns the state after a step along `grad`."""
         raise NotImplementedError(type(self).__name__)
 
     def perturb(
-        self, logits_fn, images, labels, keys=None, targets=None, start=None
-    ):
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """See `Attack.perturb`: the last iterate of the first restart."""
         # With "last", the steps do not compute success flags.
         attack = self.bind({"keep": "last"})
@@ -338,7 +393,9 @@ class Iterative(attack_base.Attack):
         state = attack.advance(logits_fn, state, 0, 0, attack.steps)
         return attack_base.perturbed(state["images"], state["delta"])
 
-    def end(self, logits_fn, state, round_index):
+    def end(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.end`: evaluates the last iterate."""
         del round_index
         iterate = attack_base.perturbed(state["images"], state["delta"])
@@ -379,14 +436,14 @@ class PGD(Iterative):
     l1_fraction: float = settings.L1_FRACTION.field(0.01)
 
     name: ClassVar[str] = "pgd"
-    RUNTIME_PARAMETERS: ClassVar[tuple] = (
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = (
         "epsilon",
         "step_length",
         "steps",
         "restarts",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.step_size is not None and not (
             math.isfinite(self.step_size) and self.step_size >= 0
@@ -408,7 +465,7 @@ class PGD(Iterative):
         check_fraction(self.l1_fraction)
         object.__setattr__(self, "step_length", self._step_length())
 
-    def _step_length(self):
+    def _step_length(self) -> float | Tensor:
         """The effective step size, from `step_size` and `step_rule`."""
         steps = max(self.steps, 1)
         length = self.step_size
@@ -418,13 +475,16 @@ class PGD(Iterative):
             length = max(length, self.epsilon / steps)
         return length
 
-    def _optimizer_state(self, images):
+    def _optimizer_state(self, images: Tensor) -> State:
         if not self.momentum:
             return {}
         return {"velocity": ops.zeros_like(images)}
 
-    def _update_delta(self, state, grad, step_index):
-        length = self.step_length
+    def _update_delta(
+        self, state: State, grad: Tensor, step_index: int | Tensor
+    ) -> State:
+        # A runtime parameter that is no field; see `__post_init__`.
+        length: float | Tensor = self.step_length  # type: ignore[attr-defined]
         if self.step_rule == "decayed":
             done = ops.cast(step_index, "float32")
             done = done / ops.cast(self.steps, "float32")
@@ -459,7 +519,7 @@ class BIM(PGD):
 
     name: ClassVar[str] = "bim"
 
-    def _step_length(self):
+    def _step_length(self) -> float | Tensor:
         if self.step_size is None:
             return self.epsilon / 0.3 * 0.1
         return super()._step_length()
@@ -482,7 +542,7 @@ class MIM(PGD):
 
     name: ClassVar[str] = "mim"
 
-    def _step_length(self):
+    def _step_length(self) -> float | Tensor:
         if self.step_size is None:
             return self.epsilon / max(self.steps, 1)
         return super()._step_length()
@@ -512,9 +572,13 @@ class PGDAdam(Iterative):
     boundaries: tuple = (100, 200)
 
     name: ClassVar[str] = "pgd_adam"
-    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "steps", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = (
+        "epsilon",
+        "steps",
+        "restarts",
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("rates", "boundaries"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -526,16 +590,18 @@ class PGDAdam(Iterative):
                 f"Received: rates={self.rates}, boundaries={self.boundaries}."
             )
 
-    def scaled(self, factor):
+    def scaled(self, factor: float | Tensor) -> Self:
         """See `Attack.scaled`; the learning rates are scaled too."""
         rates = tuple(rate * factor for rate in self.rates)
         return super().scaled(factor).bind({"rates": rates})
 
-    def _optimizer_state(self, images):
+    def _optimizer_state(self, images: Tensor) -> State:
         zero = ops.zeros_like(images)
         return {"mean": zero, "square": zero}
 
-    def _update_delta(self, state, grad, step_index):
+    def _update_delta(
+        self, state: State, grad: Tensor, step_index: int | Tensor
+    ) -> State:
         # Adam does not depend on the scale of the gradient except through its
         # own epsilon.
         peak = ops.maximum(lp.lp_norm(grad, "linf"), 1e-30)

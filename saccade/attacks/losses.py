@@ -6,12 +6,17 @@ loss takes its targeted form. Nothing here calls a model or changes an image.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from keras import ops
 
 from saccade.attacks import settings
 from saccade.core import lp, randomness
+from saccade.core.arrays import Tensor
+
+# The state of an attack: tensors with one row for each example.
+State: TypeAlias = dict[str, Tensor]
 
 _TINY = 1e-12  # Added to the denominator of DLR, as in AutoAttack.
 # Log-odds above which the cross-entropy is linear.
@@ -33,13 +38,13 @@ class Outputs(NamedTuple):
             of `LOSSES`, for example a divergence from the clean logits.
     """
 
-    logits: object
-    head_logits: object = None
-    shown: dict = {}  # noqa: RUF012 -- never written to.
-    ascended: object = None
+    logits: Tensor
+    head_logits: Tensor | None = None
+    shown: Mapping[str, Tensor] = {}  # noqa: RUF012 -- never written to.
+    ascended: Tensor | None = None
 
 
-def outputs_of(value):
+def outputs_of(value: Tensor | Outputs) -> Outputs:
     """Converts the result of a `logits_fn` to `Outputs`.
 
     A tensor `(batch, heads, classes)` of a model with several heads is
@@ -53,7 +58,7 @@ def outputs_of(value):
 # --- Losses ------------------------------------------------------------------
 
 
-def cross_entropy(logits, classes):
+def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     """Cross-entropy from logits, with a gradient at any confidence.
 
     The usual form in float32 rounds probabilities above 1 - 1e-8 to 1, where
@@ -77,7 +82,7 @@ def cross_entropy(logits, classes):
     return ops.where(odds <= _MAX_ODDS, exact, tangent)
 
 
-def log_odds(logits, classes):
+def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
     """Returns log(p / (1 - p)), where p is the probability of a class.
 
     With z the log-odds, -log(1 - p) is softplus(z), -log p is softplus(-z) and
@@ -97,7 +102,7 @@ def log_odds(logits, classes):
     return _pick(logits, mask) - rest
 
 
-def divergence(reference, logits):
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """The Kullback-Leibler divergence KL(p || q) between two predictions.
 
     Args:
@@ -112,7 +117,7 @@ def divergence(reference, logits):
     return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def margin(logits, classes):
+def margin(logits: Tensor, classes: Tensor) -> Tensor:
     """The largest other logit minus the logit of the class.
 
     It is positive where the class is not predicted.
@@ -132,7 +137,7 @@ def margin(logits, classes):
     return ops.max(_mask_out(logits, mask), axis=-1) - _pick(logits, mask)
 
 
-def dlr(logits, labels):
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio: the margin relative to the largest logits.
 
     The denominator is the difference between the largest and the third largest
@@ -156,7 +161,7 @@ def dlr(logits, labels):
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
 
 
-def targeted_dlr(logits, labels, targets):
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """The targeted difference of logits ratio.
 
     Args:
@@ -181,7 +186,9 @@ def targeted_dlr(logits, labels, targets):
 LOSSES = tuple(settings.LOSS.choices)
 
 
-def check_loss(name, num_classes=None, targeted=False):
+def check_loss(
+    name: str, num_classes: int | None = None, targeted: bool = False
+) -> None:
     """Raises a ValueError, in one line, if an attack loss cannot be used.
 
     Args:
@@ -203,7 +210,9 @@ def check_loss(name, num_classes=None, targeted=False):
         )
 
 
-def loss(name, logits, labels, targets=None):
+def loss(
+    name: str, logits: Tensor, labels: Tensor, targets: Tensor | None = None
+) -> Tensor:
     """Returns the attack loss of each example.
 
     Args:
@@ -227,7 +236,7 @@ def loss(name, logits, labels, targets=None):
     return -function(logits, targets)
 
 
-def _class_mask(logits, classes):
+def _class_mask(logits: Tensor, classes: Tensor) -> Tensor:
     """Booleans of the shape of `logits`, true at `classes`."""
     hot = ops.one_hot(
         ops.cast(classes, "int32"), logits.shape[-1], dtype="float32"
@@ -235,18 +244,18 @@ def _class_mask(logits, classes):
     return ops.cast(hot, "bool")
 
 
-def _mask_out(logits, mask):
+def _mask_out(logits: Tensor, mask: Tensor) -> Tensor:
     """Replaces the logits at the mask by minus infinity."""
     return ops.where(mask, ops.full_like(logits, -math.inf), logits)
 
 
-def _pick(logits, mask):
+def _pick(logits: Tensor, mask: Tensor) -> Tensor:
     """Returns the logit at the mask, `(batch,)`."""
     # A product with a one-hot vector would be NaN for infinite logits.
     return ops.sum(ops.where(mask, logits, ops.zeros_like(logits)), axis=-1)
 
 
-def _top(logits, count):
+def _top(logits: Tensor, count: int) -> Tensor:
     values, _ = ops.top_k(logits, count, sorted=True)
     return values
 
@@ -254,7 +263,7 @@ def _top(logits, count):
 # --- Targets -----------------------------------------------------------------
 
 
-def random_targets(keys, labels, num_classes):
+def random_targets(keys: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Draws a target for each example, uniformly from the other classes.
 
     Args:
@@ -270,13 +279,13 @@ def random_targets(keys, labels, num_classes):
     return ops.mod(ops.cast(labels, "int32") + shift, num_classes)
 
 
-def next_targets(labels, num_classes):
+def next_targets(labels: Tensor, num_classes: int) -> Tensor:
     """Returns label + 1, and class 0 after the last; int32, `(batch,)`."""
     _check_classes(num_classes)
     return ops.mod(ops.cast(labels, "int32") + 1, num_classes)
 
 
-def least_likely_targets(logits, labels):
+def least_likely_targets(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the class of the smallest logit, other than the label.
 
     Args:
@@ -296,7 +305,7 @@ def least_likely_targets(logits, labels):
     return ops.cast(ops.argmin(others, axis=-1), "int32")
 
 
-def fixed_targets(labels, target, num_classes):
+def fixed_targets(labels: Tensor, target: int, num_classes: int) -> Tensor:
     """Returns the same target for all examples not labelled with it.
 
     Examples with that label get the next class.
@@ -327,7 +336,9 @@ def fixed_targets(labels, target, num_classes):
     )
 
 
-def likely_targets(logits, labels, rank):
+def likely_targets(
+    logits: Tensor, labels: Tensor, rank: int | Tensor
+) -> Tensor:
     """Returns the class of the `rank`-th largest logit, without the label.
 
     Args:
@@ -344,7 +355,7 @@ def likely_targets(logits, labels, rank):
     return ops.cast(ops.take(order, rank, axis=-1), "int32")
 
 
-def _check_classes(num_classes):
+def _check_classes(num_classes: int) -> None:
     if num_classes < 2:
         raise ValueError(
             "Expected at least 2 classes for a targeted attack. "
@@ -355,7 +366,11 @@ def _check_classes(num_classes):
 # --- Attention ---------------------------------------------------------------
 
 
-def attention_distance(shown, reference, image_shape):
+def attention_distance(
+    shown: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    image_shape: Sequence[int],
+) -> Tensor:
     """The distance between the attention and that on the clean images.
 
     It is the mean over the kinds of attention that the model has, each scaled
@@ -405,13 +420,13 @@ def attention_distance(shown, reference, image_shape):
 # --- Candidates --------------------------------------------------------------
 
 
-def nonfinite(logits):
+def nonfinite(logits: Tensor) -> Tensor:
     """Returns whether a row of logits holds NaN or infinity, `(batch,)`."""
     finite = ops.isfinite(ops.cast(logits, "float32"))
     return ops.any(ops.logical_not(finite), axis=-1)
 
 
-def predictions(logits):
+def predictions(logits: Tensor) -> Tensor:
     """Returns the class of the largest logit.
 
     Args:
@@ -425,7 +440,9 @@ def predictions(logits):
     return ops.where(nonfinite(logits), -ops.ones_like(found), found)
 
 
-def judge(logits, labels, targets=None):
+def judge(
+    logits: Tensor, labels: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns which images are adversarial.
 
     Non-finite logits count as misclassified and as a success of the attack,
@@ -450,7 +467,7 @@ def judge(logits, labels, targets=None):
     return ops.logical_or(hit, predicted < 0), misclassified
 
 
-def comparable(values, logits):
+def comparable(values: Tensor, logits: Tensor) -> Tensor:
     """Returns losses without NaN, by which candidates can be compared.
 
     Args:
@@ -466,7 +483,14 @@ def comparable(values, logits):
     return ops.where(nonfinite(logits), high, values)
 
 
-def update_best(state, images, values, success, misclassified, keep="best"):
+def update_best(
+    state: State,
+    images: Tensor,
+    values: Tensor,
+    success: Tensor,
+    misclassified: Tensor,
+    keep: str = "best",
+) -> State:
     """Replaces the best candidate of each example if the new one is better.
 
     A success is better than another misclassified image, which is better than
@@ -485,7 +509,7 @@ def update_best(state, images, values, success, misclassified, keep="best"):
         The new state.
     """
 
-    def rank(success, misclassified):
+    def rank(success: Tensor, misclassified: Tensor) -> Tensor:
         success = ops.cast(success, "int32")
         return 2 * success + ops.cast(misclassified, "int32")
 

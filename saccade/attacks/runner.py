@@ -12,16 +12,30 @@ example, so that an evaluation can save it to a file and resume from it.
 
 import dataclasses
 import weakref
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 from keras import ops
 
 from saccade.attacks import losses
+from saccade.attacks.base import Attack
+from saccade.attacks.losses import Outputs, State
 from saccade.core import compilation
+from saccade.core.arrays import Tensor
 from saccade.models import inspect as model_inspect
 
+# The state of an attack in NumPy, as the runner keeps it between chunks.
+Rows: TypeAlias = dict[str, Any]
+# Images, labels and targets (or None) to booleans: which attacks succeed.
+Confirm: TypeAlias = Callable[
+    [np.ndarray, np.ndarray, np.ndarray | None], np.ndarray
+]
 # Compiled functions by model. They hold no strong reference to the model.
-_COMPILED = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[keras.Model, dict[Hashable, Any]] = (
+    weakref.WeakKeyDictionary()
+)
 # Entries of a state that no step changes, so that they are not copied back.
 _CONSTANT = ("images", "labels", "keys", "targets")
 _MAX_CHUNK = 25  # In steps.
@@ -53,17 +67,25 @@ class Reading:
 class _LogitsFn:
     """A `logits_fn` of a model, with the noise of one round and step."""
 
-    def __init__(self, model, generators, reading, noise=(_VERDICT_ROUND, 0)):
+    def __init__(
+        self,
+        model: keras.Model,
+        generators: list[keras.random.SeedGenerator],
+        reading: Reading,
+        noise: tuple[Tensor, Tensor] = (_VERDICT_ROUND, 0),
+    ) -> None:
         self.model, self.generators = model, generators
         self.reading, self.noise = reading, noise
 
-    def at_step(self, round_index, step_index):
+    def at_step(
+        self, round_index: int | Tensor, step_index: int | Tensor
+    ) -> "_LogitsFn":
         """See `attack_base.at_step`."""
         return _LogitsFn(
             self.model, self.generators, self.reading, (round_index, step_index)
         )
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Tensor | Outputs:
         reading = self.reading
         if reading.draws is None:
             return self._outputs(images)
@@ -94,7 +116,7 @@ class _LogitsFn:
             shown,
         )
 
-    def _outputs(self, images):
+    def _outputs(self, images: Tensor) -> Tensor | Outputs:
         reading = self.reading
         values = self.model(images, training=False)
         if not isinstance(values, dict):
@@ -109,7 +131,12 @@ class _LogitsFn:
         )
 
 
-def compiled(model, key, make, reading=None):
+def compiled(
+    model: keras.Model,
+    key: Hashable,
+    make: Callable[[_LogitsFn], Callable[..., Any]],
+    reading: Reading | None = None,
+) -> Callable[..., Any]:
     """Returns the compiled function `key` of a model.
 
     It is compiled at the first call and reused afterwards.
@@ -132,8 +159,10 @@ def compiled(model, key, make, reading=None):
             # the function.
             reference = weakref.ref(model)
 
-            def read(images, training):
-                return reference()(images, training=training)
+            def read(images: Tensor, training: bool) -> Any:
+                return reference()(  # type: ignore[misc]  # Alive in a call.
+                    images, training=training
+                )
 
         found = model_inspect.generators(model)
         functions[key, reading] = compilation.compile_call(
@@ -142,7 +171,12 @@ def compiled(model, key, make, reading=None):
     return functions[key, reading]
 
 
-def logits(model, images, size, reading=None):
+def logits(
+    model: keras.Model,
+    images: np.ndarray,
+    size: int,
+    reading: Reading | None = None,
+) -> np.ndarray:
     """Returns logits in float32 NumPy, with `size` images in a batch."""
     reading = dataclasses.replace(
         reading or Reading(), read_outs="last", shown=False
@@ -162,7 +196,7 @@ def logits(model, images, size, reading=None):
     return np.concatenate(parts).astype("float32")
 
 
-def pad(values, size):
+def pad(values: np.ndarray, size: int) -> np.ndarray:
     """Repeats the last row until the batch has a size of `row_count`.
 
     Args:
@@ -193,7 +227,14 @@ class Crafter:
             whether the attack succeeds on the attacked model.
     """
 
-    def __init__(self, model, attack, reading, size, confirm):
+    def __init__(
+        self,
+        model: keras.Model,
+        attack: Attack,
+        reading: Reading,
+        size: int,
+        confirm: Confirm,
+    ) -> None:
         self.model, self.attack, self.size = model, attack, size
         self.confirm = confirm
         self.reading = dataclasses.replace(
@@ -209,7 +250,12 @@ class Crafter:
             ),
         )
 
-    def run(self, rows, saved=None, save=None):
+    def run(
+        self,
+        rows: Rows,
+        saved: Rows | None = None,
+        save: Callable[[Rows], Any] | None = None,
+    ) -> Rows:
         """Runs the whole attack.
 
         Args:
@@ -251,13 +297,13 @@ class Crafter:
                 save({**state, "at_round": round_index + 1, "at_step": first})
         return state
 
-    def _remaining(self, state):
+    def _remaining(self, state: Rows) -> np.ndarray:
         """Rows still to attack; all rows if the attack keeps the best."""
         if self.attack.keep == "best":
             return np.arange(len(state["labels"]))
         return np.flatnonzero(~state["success"])
 
-    def _confirm_successes(self, state, active):
+    def _confirm_successes(self, state: Rows, active: np.ndarray) -> None:
         """Clears each success among `active` that `confirm` rejects."""
         if self.attack.keep == "best":
             return
@@ -275,7 +321,9 @@ class Crafter:
         state["wrong"][unconfirmed] = False
         state["loss"][unconfirmed] = -np.inf
 
-    def _apply(self, method, state, active, *scalars):
+    def _apply(
+        self, method: str, state: Rows, active: np.ndarray, *scalars: int
+    ) -> None:
         """Runs a method of the attack on the `active` rows, in batches."""
         run = self._compiled(method)
         parameters = self.attack.runtime_parameters()
@@ -290,11 +338,11 @@ class Crafter:
                     state[name] = np.zeros(shape, value.dtype)
                 state[name][index] = value
 
-    def _compiled(self, method):
+    def _compiled(self, method: str) -> Callable[..., Any]:
         attack = self.attack
 
-        def make(logits_fn):
-            def open_rows(rows, parameters):
+        def make(logits_fn: _LogitsFn) -> Callable[..., Any]:
+            def open_rows(rows: State, parameters: Mapping[str, Any]) -> State:
                 state = attack.bind(parameters).open(
                     logits_fn.at_step(_VERDICT_ROUND - 1, 0),
                     rows["images"],
@@ -304,7 +352,9 @@ class Crafter:
                 )
                 return {k: v for k, v in state.items() if k not in _CONSTANT}
 
-            def run_method(rows, parameters, *scalars):
+            def run_method(
+                rows: State, parameters: Mapping[str, Any], *scalars: Tensor
+            ) -> State:
                 bound = attack.bind(parameters)
                 if method == "advance":
                     state = bound.advance(logits_fn, rows, *scalars)
@@ -325,7 +375,7 @@ class Crafter:
         return compiled(self.model, (method, self.key), make, self.reading)
 
 
-def _chunk(first):
+def _chunk(first: int) -> int:
     """The number of steps in the chunk that starts at step `first`.
 
     Most examples are misclassified after few steps, so that the first chunks

@@ -12,7 +12,10 @@ from keras import ops
 from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses, settings
+from saccade.attacks.base import LogitsFn
+from saccade.attacks.losses import State
 from saccade.core import randomness
+from saccade.core.arrays import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +52,14 @@ class SPSA(gradient_attacks.Iterative):
 
     name: ClassVar[str] = "spsa"
     random: ClassVar[bool] = True
-    RUNTIME_PARAMETERS: ClassVar[tuple] = (
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = (
         "epsilon",
         "step_length",
         "steps",
         "restarts",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1 or self.chunk < 1 or not self.radius > 0:
             raise ValueError(
@@ -70,11 +73,17 @@ class SPSA(gradient_attacks.Iterative):
             length = min(1.0, 2.5 / max(self.steps, 1)) * self.epsilon
         object.__setattr__(self, "step_length", length)
 
-    def calls(self):
+    def calls(self) -> int:
         """See `Attack.calls`."""
         return 2 * min(self.chunk, self.samples)
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`."""
         iterate = attack_base.perturbed(state["images"], state["delta"])
         ascended_loss = self.ascended_loss(logits_fn, state)
@@ -87,11 +96,18 @@ class SPSA(gradient_attacks.Iterative):
         grad, flags = self.estimate(logits_fn, state, iterate, keys)
         state = attack_base.mark_nonfinite(state, flags)
         delta = gradient_attacks.gradient_step(
-            state["delta"], grad, state["images"], self, self.step_length
+            state["delta"],
+            grad,
+            state["images"],
+            self,
+            # A runtime parameter that is no field; see `__post_init__`.
+            self.step_length,  # type: ignore[attr-defined]
         )
         return {**state, "delta": delta}
 
-    def estimate(self, logits_fn, state, images, keys):
+    def estimate(
+        self, logits_fn: LogitsFn, state: State, images: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Estimates the gradient of the loss at `images`.
 
         Args:
@@ -117,7 +133,9 @@ class SPSA(gradient_attacks.Iterative):
         }
         ascended_loss = self.ascended_loss(logits_fn, rows)
 
-        def add_chunk(part, sums):
+        def add_chunk(
+            part: int | Tensor, sums: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor]:
             total, flags = sums
             # Each direction has its own key, so that it does not depend on the
             # size of the chunks.
@@ -151,7 +169,9 @@ class SPSA(gradient_attacks.Iterative):
         )
         return total / (2.0 * self.radius * self.samples), flags
 
-    def _update_delta(self, state, grad, step_index):
+    def _update_delta(
+        self, state: State, grad: Tensor, step_index: int | Tensor
+    ) -> State:
         raise AssertionError("SPSA overrides step, which calls this method.")
 
 

@@ -11,6 +11,7 @@ unused part of epsilon and from a second square, which is set to zero.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +19,10 @@ from keras import ops
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import losses, settings
+from saccade.attacks.base import LogitsFn
+from saccade.attacks.losses import State
 from saccade.core import lp, randomness
+from saccade.core.arrays import Tensor
 
 # With 10000 queries, the area of the squares is halved after each of these.
 _SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -62,10 +66,14 @@ class Square(attack_base.Attack):
     spared: int = 0
 
     name: ClassVar[str] = "square"
-    RUNTIME_PARAMETERS: ClassVar[tuple] = ("epsilon", "n_queries", "restarts")
+    RUNTIME_PARAMETERS: ClassVar[tuple[str, ...]] = (
+        "epsilon",
+        "n_queries",
+        "restarts",
+    )
     random: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_queries < 1 or self.restarts < 1:
             raise ValueError(
@@ -85,22 +93,31 @@ class Square(attack_base.Attack):
         losses.check_loss(self.loss)
 
     @property
-    def rounds(self):
+    def rounds(self) -> int:
         """See `Attack.rounds`."""
         return self.restarts
 
     @property
-    def steps_a_round(self):
+    def steps_a_round(self) -> int:
         """See `Attack.steps_a_round`."""
         return self.n_queries
 
-    def open(self, logits_fn, images, labels, keys=None, targets=None):
+    def open(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> State:
         """See `Attack.open`."""
         state = super().open(logits_fn, images, labels, keys, targets)
         lowest = ops.full_like(state["loss"], -math.inf)
         return {**state, "current": state["images"], "value": lowest}
 
-    def begin(self, logits_fn, state, round_index):
+    def begin(
+        self, logits_fn: LogitsFn, state: State, round_index: int | Tensor
+    ) -> State:
         """See `Attack.begin`: creates the start, which step 0 evaluates."""
         del logits_fn
         keys = randomness.fold_in(
@@ -111,7 +128,13 @@ class Square(attack_base.Attack):
         current = start(state["images"], self, keys)
         return {**state, "current": current, "value": lowest}
 
-    def step(self, logits_fn, state, round_index, step_index):
+    def step(
+        self,
+        logits_fn: LogitsFn,
+        state: State,
+        round_index: int | Tensor,
+        step_index: int | Tensor,
+    ) -> State:
         """See `Attack.step`: one query."""
         keys = randomness.fold_in(state["keys"], round_index)
         keys = randomness.fold_in(keys, ops.cast(step_index, "int32") + 1)
@@ -131,7 +154,7 @@ class Square(attack_base.Attack):
             "value": ops.where(accepted, value, state["value"]),
         }
 
-    def stage(self, index):
+    def stage(self, index: int | Tensor) -> Tensor:
         """The number of times the area has been halved by query `index`."""
         index = ops.cast(index, "int32")
         # floor(index * 10000 / n_queries) > last, without large integers.
@@ -145,7 +168,7 @@ class Square(attack_base.Attack):
             for last in _SCHEDULE
         )
 
-    def sides(self, height, width):
+    def sides(self, height: int, width: int) -> list[int]:
         """Returns the side of the squares at each stage, a list of integers.
 
         Args:
@@ -170,13 +193,13 @@ ATTACKS = {Square.name: Square}
 # --- Starts ------------------------------------------------------------------
 
 
-def _stripes(images, attack, keys):
+def _stripes(images: Tensor, attack: Square, keys: Tensor) -> Tensor:
     """Vertical stripes of +-epsilon, one sign per column and channel."""
     signs = randomness.signs(keys, (1, *images.shape[2:]))
     return attack_base.perturbed(images, attack.epsilon * signs)
 
 
-def _tiles(images, attack, keys):
+def _tiles(images: Tensor, attack: Square, keys: Tensor) -> Tensor:
     """A tiling with the pattern, at least five tiles along each side.
 
     Each tile is transposed with probability 1/2, and each of its channels has
@@ -192,7 +215,7 @@ def _tiles(images, attack, keys):
     )
     turned = randomness.uniform(randomness.fold_in(keys, 1), (rows, columns, 1))
 
-    def grow(x):
+    def grow(x: Tensor) -> Tensor:
         return ops.repeat(ops.repeat(x, side, axis=1), side, axis=2)
 
     delta = grow(signs) * ops.where(
@@ -222,7 +245,9 @@ def _tiles(images, attack, keys):
 # --- Proposals ---------------------------------------------------------------
 
 
-def _propose_linf(state, attack, keys, stage):
+def _propose_linf(
+    state: State, attack: Square, keys: Tensor, stage: Tensor
+) -> Tensor:
     """L-inf: sets one square to +-epsilon, with one sign per channel."""
     images = state["images"]
     height, width, channels = images.shape[1:]
@@ -236,7 +261,9 @@ def _propose_linf(state, attack, keys, stage):
     return ops.where(inside, painted, state["current"])
 
 
-def _propose_l1_l2(state, attack, keys, stage):
+def _propose_l1_l2(
+    state: State, attack: Square, keys: Tensor, stage: Tensor
+) -> Tensor:
     """L2 and L1: adds the pattern to one square and clears another."""
     images, norm = state["images"], attack.norm
     height, width, channels = images.shape[1:]
@@ -275,7 +302,7 @@ def _propose_l1_l2(state, attack, keys, stage):
     return _project(images, delta, attack)
 
 
-def _project(images, delta, attack):
+def _project(images: Tensor, delta: Tensor, attack: Square) -> Tensor:
     """Projects onto the L2 sphere or L1 ball, and into the pixel range."""
     if attack.norm == "l1":
         delta = lp.project(delta, attack.epsilon, "l1", images)
@@ -286,7 +313,9 @@ def _project(images, delta, attack):
     return attack_base.perturbed(images, delta)
 
 
-def _draw_square(keys, height, width, side, spared):
+def _draw_square(
+    keys: Tensor, height: int, width: int, side: Tensor, spared: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws the position of a square for each example, uniformly.
 
     The last `spared` positions along each axis are excluded, unless no other
@@ -300,7 +329,7 @@ def _draw_square(keys, height, width, side, spared):
     """
     draws = randomness.uniform(randomness.fold_in(keys, 0), (2,))
 
-    def offsets(draw, length):
+    def offsets(draw: Tensor, length: int) -> Tensor:
         last = ops.maximum(length - side - spared, 0)
         count = ops.cast(last + 1, "float32")
         first = ops.cast(ops.floor(draw * count), "int32")
@@ -315,7 +344,14 @@ def _draw_square(keys, height, width, side, spared):
     return row, column, ops.expand_dims(mask, -1)
 
 
-def _peaks(sides, norm, stage, row, column, turned):
+def _peaks(
+    sides: list[int],
+    norm: str,
+    stage: Tensor,
+    row: Tensor,
+    column: Tensor,
+    turned: Tensor,
+) -> Tensor:
     """The pattern at each pixel; values outside the square are undefined."""
     most = max(sides)
     table = np.zeros((len(sides), most, most), "float32")
@@ -328,17 +364,17 @@ def _peaks(sides, norm, stage, row, column, turned):
     return ops.expand_dims(peaks, -1)
 
 
-def _channel_norm(delta, norm):
+def _channel_norm(delta: Tensor, norm: str) -> Tensor:
     if norm == "l1":
         return ops.sum(ops.abs(delta), axis=(1, 2), keepdims=True)
     return ops.sqrt(ops.sum(ops.square(delta), axis=(1, 2), keepdims=True))
 
 
-def _int_tensor(values):
+def _int_tensor(values: Sequence[int]) -> Tensor:
     return ops.convert_to_tensor(np.array(values, "int32"))
 
 
-def pattern(side, norm):
+def pattern(side: int, norm: str) -> np.ndarray:
     """The pattern of a square: a positive peak above a negative one.
 
     Args:
@@ -355,11 +391,11 @@ def pattern(side, norm):
     """
     order, power = (2, 2) if norm == "l2" else (1, 4)
 
-    def unit(x):
+    def unit(x: np.ndarray) -> np.ndarray:
         length = np.sum(np.abs(x) ** order) ** (1 / order)
         return x / length if x.size else x
 
-    def peak(height):
+    def peak(height: int) -> np.ndarray:
         rows = np.abs(np.arange(height) - height // 2)[:, None]
         columns = np.abs(np.arange(side) - side // 2)[None]
         farthest = max(height, side) // 2

@@ -1,14 +1,19 @@
 """Compiles functions on each Keras backend; batch sizes that suit it."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import keras
+import numpy as np
 from keras import ops
 
 from saccade.core import keras_settings
+from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
 
 
-def concrete(values):
+def concrete(values: Tensor) -> np.ndarray | None:
     """Returns values as a NumPy array, or None inside a compiled function."""
     try:
         return ops.convert_to_numpy(values)
@@ -16,7 +21,11 @@ def concrete(values):
         return None
 
 
-def compile_call(fn, variables=(), rows=False):
+def compile_call(
+    fn: Callable[..., Any],
+    variables: Iterable[keras.Variable] = (),
+    rows: bool = False,
+) -> Callable[..., Any]:
     """Compiles an inference function, which leaves all variables unchanged.
 
     TensorFlow compiles a graph, with XLA only on an accelerator, because on
@@ -46,7 +55,7 @@ def compile_call(fn, variables=(), rows=False):
     backend = keras.config.backend()
     variables = list(variables)
 
-    def stateless(args):
+    def stateless(args: tuple) -> Any:
         with keras.StatelessScope():
             return fn(*args)
 
@@ -68,12 +77,12 @@ def compile_call(fn, variables=(), rows=False):
         import jax
 
         @jax.jit
-        def pure(values, args):
+        def pure(values: list, args: tuple) -> Any:
             mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping):
                 return fn(*args)
 
-        def compiled(args):
+        def compiled(args: tuple) -> Any:
             return pure([v.value for v in variables], args)
 
     elif backend == "torch":
@@ -90,18 +99,18 @@ def compile_call(fn, variables=(), rows=False):
     )
 
 
-def _for_any_size(fn):
+def _for_any_size(fn: Callable[..., Any]) -> Callable[[tuple], Any]:
     """Compiles a TensorFlow function with one graph for all batch sizes."""
     import tensorflow as tf
 
     functions = {}
 
-    def spec(value):
+    def spec(value: Any) -> Any:
         if not value.shape.rank:
             return tf.TensorSpec([], value.dtype)
         return tf.TensorSpec([None, *value.shape[1:]], value.dtype)
 
-    def call(args):
+    def call(args: tuple) -> Any:
         specs = keras.tree.map_structure(spec, args)
         key = repr(specs)
         if key not in functions:
@@ -113,7 +122,7 @@ def _for_any_size(fn):
     return call
 
 
-def row_count(rows, limit):
+def row_count(rows: int, limit: int) -> int:
     """Returns the batch size to which `rows` rows are padded.
 
     Padding costs time, and so does compiling a new batch size. Where each size
@@ -142,7 +151,7 @@ def row_count(rows, limit):
     return -(-size // multiple) * multiple
 
 
-def row_multiple():
+def row_multiple() -> int:
     """Returns the number of which every batch size is a multiple.
 
     It is at least two: a dense layer on a single row is a matrix-vector
@@ -153,20 +162,20 @@ def row_multiple():
     return 4 if keras.config.backend() == "torch" else 2
 
 
-def _compiles_sizes():
+def _compiles_sizes() -> bool:
     backend = keras.config.backend()
     if backend == "tensorflow":
         return _accelerated()
     return backend == "jax"
 
 
-def _accelerated():
+def _accelerated() -> bool:
     import tensorflow as tf
 
     return any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
 
 
-def fuse(fn):
+def fuse(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a small function as one kernel, on every device.
 
     It is meant for index arithmetic and gathers. TensorFlow's graph runs them

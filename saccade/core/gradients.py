@@ -4,11 +4,17 @@
 places where TensorFlow, JAX and Torch differ.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import keras
 from keras import ops
 
 from saccade.core import keras_settings, lp
+from saccade.core.arrays import Tensor
 
+# A loss with its auxiliary output, of an input.
+_Outputs: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
 # Largest entry of a cleaned gradient: 1e8 squares of it do not overflow.
 _MAX_GRADIENT = 1e15
 
@@ -20,8 +26,12 @@ keras_settings.set_up_keras()
 
 
 def value_and_grad(
-    fn, x, has_aux=False, differentiable=False, with_flags=False
-):
+    fn: Callable[..., Any],
+    x: Tensor,
+    has_aux: bool = False,
+    differentiable: bool = False,
+    with_flags: bool = False,
+) -> tuple:
     """Evaluates a per-example loss and its gradient with respect to the input.
 
     Input gradients are cleaned here and nowhere else; see `clean_gradient`.
@@ -60,7 +70,7 @@ def value_and_grad(
     backend = keras.config.backend()
     x = keras.tree.map_structure(ops.convert_to_tensor, x)
 
-    def outputs(x):
+    def outputs(x: Tensor) -> tuple:
         return fn(x) if has_aux else (fn(x), ())
 
     if backend == "tensorflow":
@@ -85,7 +95,7 @@ def value_and_grad(
     return value, cleaned, ops.any(ops.stack(flags), axis=0)
 
 
-def clean_gradient(grad):
+def clean_gradient(grad: Tensor) -> Tensor:
     """Replaces the non-finite entries of a gradient.
 
     NaN becomes 0. An infinite entry keeps its sign and gets the largest finite
@@ -111,12 +121,12 @@ def clean_gradient(grad):
     )
 
 
-def _any_nonfinite(x):
+def _any_nonfinite(x: Tensor) -> Tensor:
     """Returns which examples hold NaN or infinity, `(batch,)`."""
     return ops.any(lp.flatten_rows(ops.logical_not(ops.isfinite(x))), axis=-1)
 
 
-def _value_and_grad_tensorflow(outputs, x):
+def _value_and_grad_tensorflow(outputs: _Outputs, x: Tensor) -> tuple:
     import tensorflow as tf
 
     # An outer tape records these operations too, so that the result is
@@ -132,10 +142,12 @@ def _value_and_grad_tensorflow(outputs, x):
     return losses, aux, keras.tree.map_structure(tf.convert_to_tensor, grad)
 
 
-def _value_and_grad_jax(outputs, x, differentiable):
+def _value_and_grad_jax(
+    outputs: _Outputs, x: Tensor, differentiable: bool
+) -> tuple:
     import jax
 
-    def total(x):
+    def total(x: Tensor) -> tuple:
         losses, aux = outputs(x)
         return ops.sum(losses), (losses, aux)
 
@@ -152,10 +164,12 @@ def _value_and_grad_jax(outputs, x, differentiable):
     return losses, aux, grad
 
 
-def _value_and_grad_torch(outputs, x, differentiable):
+def _value_and_grad_torch(
+    outputs: _Outputs, x: Tensor, differentiable: bool
+) -> tuple:
     import torch
 
-    def leaf(value):
+    def leaf(value: Tensor) -> Tensor:
         if differentiable and value.requires_grad:
             return value.clone()
         return value.detach().clone().requires_grad_(True)

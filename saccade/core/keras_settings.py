@@ -5,7 +5,7 @@ import keras
 # --- Keras's settings ----------------------------------------------------
 
 
-def set_up_keras():
+def set_up_keras() -> None:
     """Sets Keras's image layout, float type and epsilon to the project's.
 
     Keras reads them from the user's `keras.json`, which may have been written

@@ -1,10 +1,12 @@
 """Lp geometry: norms, steepest ascent, projections, random points."""
 
 import math
+from collections.abc import Sequence
 
 from keras import ops
 
 from saccade.core import keras_settings, randomness
+from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
 
@@ -17,7 +19,7 @@ _MAX_ITERATIONS = 60  # More than either search below needs in float32.
 # --- Lp geometry -------------------------------------------------------------
 
 
-def lp_norm(delta, norm):
+def lp_norm(delta: Tensor, norm: str) -> Tensor:
     """Returns the Lp norm of every example.
 
     >>> delta = ops.array([[3.0, -4.0]])
@@ -43,7 +45,7 @@ def lp_norm(delta, norm):
     return ops.sum(flat, axis=-1)
 
 
-def check_norm(norm):
+def check_norm(norm: str) -> None:
     """Raises a ValueError if `norm` is not one of `NORMS`."""
     if norm not in NORMS:
         raise ValueError(
@@ -52,12 +54,18 @@ def check_norm(norm):
         )
 
 
-def per_example(values, like):
+def per_example(values: Tensor, like: Tensor) -> Tensor:
     """Reshapes `(batch,)` values so that they broadcast against `like`."""
     return ops.reshape(values, (-1,) + (1,) * (len(like.shape) - 1))
 
 
-def ascent_direction(grad, norm, *, fraction=0.01, room=None):
+def ascent_direction(
+    grad: Tensor,
+    norm: str,
+    *,
+    fraction: float | Tensor = 0.01,
+    room: Tensor | None = None,
+) -> Tensor:
     """Returns the step of norm 1 that increases a linear loss.
 
     In L-inf and L2 it is the steepest one. The steepest step in L1 changes a
@@ -108,7 +116,7 @@ def ascent_direction(grad, norm, *, fraction=0.01, room=None):
     return ops.sign(grad) * ops.reshape(filled, ops.shape(grad))
 
 
-def _fill_largest_first(values, limits):
+def _fill_largest_first(values: Tensor, limits: Tensor) -> Tensor:
     """Distributes a total of 1 over the largest values, up to their limits.
 
     A bisection finds the smallest value that gets a part, without sorting:
@@ -124,14 +132,14 @@ def _fill_largest_first(values, limits):
     """
     zero = ops.zeros_like(values)
 
-    def total_above(threshold):
+    def total_above(threshold: Tensor) -> Tensor:
         above = ops.where(values > threshold, limits, zero)
         return ops.sum(above, axis=-1, keepdims=True)
 
-    def unconverged(low, high):
+    def unconverged(low: Tensor, high: Tensor) -> Tensor:
         return ops.any(high - low > 1e-7 * high)
 
-    def halve(low, high):
+    def halve(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         middle = 0.5 * (low + high)
         fits = total_above(middle) <= 1.0
         return ops.where(fits, low, middle), ops.where(fits, middle, high)
@@ -151,7 +159,12 @@ def _fill_largest_first(values, limits):
     return ops.where(full, limits, partial * ops.clip(share, 0.0, 1.0))
 
 
-def project(delta, epsilon, norm, images=None):
+def project(
+    delta: Tensor,
+    epsilon: float | Tensor,
+    norm: str,
+    images: Tensor | None = None,
+) -> Tensor:
     """Projects perturbations onto the Lp ball and, optionally, the box.
 
     The result is the point nearest to `delta` in Euclidean distance among all
@@ -222,7 +235,9 @@ def project(delta, epsilon, norm, images=None):
     return ops.where(untouched, inside, out)
 
 
-def _shrink_l2(magnitude, radius, room):
+def _shrink_l2(
+    magnitude: Tensor, radius: Tensor, room: Tensor | None
+) -> Tensor:
     """Finds s so that min(s * magnitude, room) has the L2 norm `radius`.
 
     The squared norm is a concave, increasing and piecewise linear function of
@@ -239,10 +254,10 @@ def _shrink_l2(magnitude, radius, room):
         return ops.sqrt(ops.minimum(q, 1.0)) * magnitude
     limits = ops.square(room / unit)
 
-    def any_active(q, active):
+    def any_active(q: Tensor, active: Tensor) -> Tensor:
         return ops.any(active)
 
-    def newton(q, active):
+    def newton(q: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         free = q * squares < limits
         zero = ops.zeros_like(squares)
         slope = ops.sum(ops.where(free, squares, zero), -1, keepdims=True)
@@ -258,7 +273,9 @@ def _shrink_l2(magnitude, radius, room):
     return ops.minimum(ops.sqrt(q) * magnitude, room)
 
 
-def _shrink_l1(magnitude, radius, room):
+def _shrink_l1(
+    magnitude: Tensor, radius: Tensor, room: Tensor | None
+) -> Tensor:
     """Finds t so that clip(magnitude - t, 0, room) sums to `radius`.
 
     The sum decreases in t but is neither convex nor concave if `room` is
@@ -267,14 +284,18 @@ def _shrink_l1(magnitude, radius, room):
     is halved.
     """
 
-    def entries(t):
+    def entries(t: Tensor) -> Tensor:
         out = ops.maximum(magnitude - t, 0.0)
         return out if room is None else ops.minimum(out, room)
 
-    def any_active(t, low, high, gap, active):
+    def any_active(
+        t: Tensor, low: Tensor, high: Tensor, gap: Tensor, active: Tensor
+    ) -> Tensor:
         return ops.any(active)
 
-    def search(t, low, high, gap, active):
+    def search(
+        t: Tensor, low: Tensor, high: Tensor, gap: Tensor, active: Tensor
+    ) -> tuple[Tensor, ...]:
         rest = magnitude - t
         free = rest > 0
         if room is not None:
@@ -303,7 +324,9 @@ def _shrink_l1(magnitude, radius, room):
     return entries(t)
 
 
-def random_in_ball(keys, shape, epsilon, norm):
+def random_in_ball(
+    keys: Tensor, shape: Sequence[int], epsilon: float | Tensor, norm: str
+) -> Tensor:
     """Draws points uniformly from an Lp ball.
 
     Args:
@@ -349,5 +372,5 @@ def random_in_ball(keys, shape, epsilon, norm):
     return epsilon * unit
 
 
-def flatten_rows(x):
+def flatten_rows(x: Tensor) -> Tensor:
     return ops.reshape(x, (-1, math.prod(x.shape[1:])))

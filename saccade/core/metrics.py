@@ -5,6 +5,8 @@ results do not depend on how examples were batched.
 """
 
 import typing
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special, stats
@@ -16,7 +18,9 @@ NON_FINITE_NAME = "non-finite"
 MOST_CONFUSED = 100
 
 
-def proportion_interval(count, total, confidence=0.95):
+def proportion_interval(
+    count: int, total: int, confidence: float = 0.95
+) -> tuple[float, float]:
     """Wilson's score interval of a proportion.
 
     Args:
@@ -77,7 +81,12 @@ def log_odds_against(logits: np.ndarray, classes: np.ndarray) -> np.ndarray:
     return np.where(broken, np.inf, odds)
 
 
-def robustness(labels, clean, adversarial, targets=None):
+def robustness(
+    labels: np.ndarray,
+    clean: np.ndarray,
+    adversarial: np.ndarray,
+    targets: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Accuracy and attack success from predictions.
 
     Attack success is reported over all images, as in the S3TA paper, and over
@@ -101,7 +110,7 @@ def robustness(labels, clean, adversarial, targets=None):
     correct = np.asarray(clean) == labels
     robust = adversarial == labels
     success = succeeded(labels, adversarial, targets)
-    out = {}
+    out: dict[str, Any] = {}
     for name, values in (
         ("clean_accuracy", correct),
         ("robust_accuracy", robust),
@@ -138,7 +147,7 @@ def succeeded(
     return (predictions == targets) | (predictions < 0)
 
 
-def worst_case(robust):
+def worst_case(robust: Sequence[np.ndarray]) -> np.ndarray:
     """Combines attacks: an example is robust if it is under every attack.
 
     Args:
@@ -253,7 +262,8 @@ def class_report(
     for name, matrix in matrices.items():
         prefix = "clean" if name == "clean" else "robust"
         correct = matrix.diagonal()
-        wrong = matrix - np.eye(*matrix.shape, dtype=int) * correct[:, None]
+        identity = np.eye(*matrix.shape, dtype=np.int64)
+        wrong = matrix - identity * correct[:, None]
         classes[f"{prefix}_correct"] = correct.tolist()
         classes[f"{prefix}_accuracy"] = [
             float(right / total) if total else None

@@ -50,13 +50,15 @@ class Progress:
         lines: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
         ticking: bool = True,
-    ):
+    ) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.least, self.estimate, self.clock = least, estimate, clock
-        self.done, self.note, self.detail = 0, "", str
+        self.done, self.note = 0, ""
+        self.detail: Callable[[], str] = str
         self.started = self.said = clock()
         # (seconds, done) at the first update and at the last one.
-        self.first = self.last = None
+        self.first: tuple[float, int] | None = None
+        self.last: tuple[float, int] | None = None
         bar = _is_terminal(sys.stderr) if bar is None else bar
         # A log is to show progress also where the terminal has a bar.
         self.lines = (
@@ -70,7 +72,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def update(
@@ -144,7 +146,7 @@ class Progress:
 
         The first unit is left out: compiling is part of it.
         """
-        if self.first is None:
+        if self.first is None or self.last is None:
             return None
         seconds = self.last[0] - self.first[0]
         done = self.last[1] - self.first[1]
@@ -210,7 +212,7 @@ def ends(left: float) -> str:
     return f"ends about {end.strftime(form)}"
 
 
-def _is_terminal(stream) -> bool:
+def _is_terminal(stream: Any) -> bool:
     """Whether a stream is a terminal; a closed or missing one is none."""
     try:
         return bool(stream.isatty())
@@ -218,7 +220,7 @@ def _is_terminal(stream) -> bool:
         return False
 
 
-def _bar(title, total, unit, delay):
+def _bar(title: str, total: int | None, unit: str, delay: float) -> Any:
     import tqdm
 
     return tqdm.tqdm(

@@ -6,10 +6,12 @@ noise whatever the batch size, the order, the number of replicas or the backend.
 """
 
 import math
+from collections.abc import Sequence
 
 from keras import ops
 
 from saccade.core import keras_settings
+from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
 
@@ -25,7 +27,9 @@ _WORD_SALT = 0x5851F42D
 # --- Keyed randomness --------------------------------------------------------
 
 
-def example_keys(seed, indices, *stream):
+def example_keys(
+    seed: int | Tensor, indices: Tensor, *stream: int | Tensor
+) -> Tensor:
     """Derives one key for each example from a seed and the example's index.
 
     Args:
@@ -54,7 +58,7 @@ def example_keys(seed, indices, *stream):
     return keys
 
 
-def fold_in(keys, value):
+def fold_in(keys: Tensor, value: int | Tensor) -> Tensor:
     """Derives new keys from keys and an integer.
 
     For a fixed value the map is a bijection of the 64 key bits, so that the
@@ -76,7 +80,12 @@ def fold_in(keys, value):
     return ops.stack([first, second], axis=-1)
 
 
-def uniform(keys, shape, low=0.0, high=1.0):
+def uniform(
+    keys: Tensor,
+    shape: Sequence[int],
+    low: float | Tensor = 0.0,
+    high: float | Tensor = 1.0,
+) -> Tensor:
     """Draws numbers from the uniform distribution, 24 bits each.
 
     Args:
@@ -95,7 +104,7 @@ def uniform(keys, shape, low=0.0, high=1.0):
     return low + (high - low) * unit
 
 
-def normal(keys, shape):
+def normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Draws from the standard normal distribution, by inversion.
 
     Args:
@@ -113,12 +122,12 @@ def normal(keys, shape):
     return math.sqrt(2.0) * ops.erfinv(centred)
 
 
-def signs(keys, shape):
+def signs(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Draws -1 or 1 with equal probability; float32, `(batch, *shape)`."""
     return 1.0 - 2.0 * ops.cast(_bits(keys, shape) < 0, "float32")
 
 
-def exponential(keys, shape):
+def exponential(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Draws from the exponential distribution of rate 1, by inversion.
 
     Args:
@@ -131,7 +140,7 @@ def exponential(keys, shape):
     return -ops.log1p(-uniform(keys, shape))
 
 
-def integers(keys, shape, bound):
+def integers(keys: Tensor, shape: Sequence[int], bound: int) -> Tensor:
     """Draws integers from 0 to `bound` - 1; int32, `(batch, *shape)`.
 
     The draw has 24 bits, so that the relative bias is below `bound` / 2**24.
@@ -141,17 +150,17 @@ def integers(keys, shape, bound):
     return ops.minimum(ops.cast(scaled, "int32"), bound - 1)
 
 
-def _wrap(value):
+def _wrap(value: int) -> int:
     """Returns the int32 with the low 32 bits of a Python integer."""
     return (value + 2**31) % 2**32 - 2**31
 
 
-def _shift(x, count):
+def _shift(x: Tensor, count: int) -> Tensor:
     """Logical right shift: arithmetic int32 shift, with sign bits masked."""
     return ops.bitwise_and(ops.right_shift(x, count), 2 ** (32 - count) - 1)
 
 
-def _mix(x):
+def _mix(x: Tensor) -> Tensor:
     """The bijective 32-bit hash `lowbias32`, in wrapping int32 arithmetic.
 
     References:
@@ -162,7 +171,7 @@ def _mix(x):
     return ops.bitwise_xor(x, _shift(x, 16))
 
 
-def _bits(keys, shape):
+def _bits(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Hashes every position of an example with both words of its key."""
     positions = ops.arange(math.prod(shape), dtype="int32")
     first, second = keys[..., 0:1], keys[..., 1:2]

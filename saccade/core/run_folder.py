@@ -11,6 +11,7 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -23,19 +24,25 @@ import socket
 import subprocess
 import sys
 import time
+import typing
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 try:
     import fcntl
 except ImportError:  # Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # `own` asks for None.
+
+StrPath: TypeAlias = str | os.PathLike[str]
+# The content of a `results.json`, by field; `RECORD_FIELDS` checks it.
+Record: TypeAlias = dict[str, Any]
 
 CONFIG = "config.json"
-_NUMBER = r"(?:-?\d[\d.eE+-]*|null)"
-_NUMBERS = re.compile(rf"\[\n\s+{_NUMBER}(?:,\s+{_NUMBER})*\s+\]")
+_NUMERAL = r"(?:-?\d[\d.eE+-]*|null)"
+_NUMBERS = re.compile(rf"\[\n\s+{_NUMERAL}(?:,\s+{_NUMERAL})*\s+\]")
 _PACKAGES = ("tensorflow", "keras", "numpy", "jax", "torch")
 # What a killed process leaves: a file or folder that was being written, or the
 # folder that it was about to replace.
@@ -48,7 +55,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # --- Files -------------------------------------------------------------------
 
 
-def atomic_write(path, writer, size=0):
+def atomic_write(
+    path: StrPath, writer: Callable[[pathlib.Path], Any], size: int = 0
+) -> None:
     """Writes a file so that readers see the old content or the new, never less.
 
     Args:
@@ -77,7 +86,7 @@ def atomic_write(path, writer, size=0):
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path: StrPath, value: Any) -> None:
     """Writes `value` as indented JSON, atomically; numbers share a line."""
     text = json.dumps(value, indent=2, allow_nan=True) + "\n"
     # A string cannot hold a raw line break, so only lists of numbers match.
@@ -87,7 +96,7 @@ def write_json(path, value):
     atomic_write(path, lambda temporary: temporary.write_text(text))
 
 
-def read_json(path):
+def read_json(path: StrPath) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Returns:
@@ -113,12 +122,12 @@ def read_json(path):
     return value
 
 
-def as_json(value):
+def as_json(value: Any) -> Any:
     """Returns a value as it is read back from a file: tuples are lists."""
     return json.loads(json.dumps(value))
 
 
-def changed(found, wanted):
+def changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Names what a JSON file holds otherwise than it should.
 
     Args:
@@ -144,7 +153,8 @@ def differences(found: dict, wanted: dict) -> list[str]:
         List of texts such as `"recipe.epochs was 2, now 3"`, one for each
         innermost field of `wanted` whose value differs.
     """
-    wanted, texts = as_json(wanted), []
+    wanted = as_json(wanted)
+    texts: list[str] = []
     for key in changed(found, wanted):
         before, now = found.get(key), wanted[key]
         if isinstance(before, dict) and isinstance(now, dict):
@@ -156,13 +166,15 @@ def differences(found: dict, wanted: dict) -> list[str]:
     return texts
 
 
-def brief(value) -> str:
+def brief(value: Any) -> str:
     """Returns the text of a value on one line, at most 60 characters long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_npz(path, limit: int, names: Sequence[str] | None = None) -> dict:
+def read_npz(
+    path: StrPath, limit: int, names: Sequence[str] | None = None
+) -> dict:
     """Reads arrays from an `.npz` file, never more than is expected of it.
 
     Sizes are checked before anything is allocated or decompressed: a small
@@ -198,12 +210,19 @@ def read_npz(path, limit: int, names: Sequence[str] | None = None) -> dict:
         raise ValueError(reason) from error
 
 
-def _read_npy(archive, members, name, limit):
+def _read_npy(
+    archive: zipfile.ZipFile,
+    members: Mapping[str, zipfile.ZipInfo],
+    name: str,
+    limit: int,
+) -> np.ndarray:
     """Reads one array of an `.npz` file into memory of its own."""
     if f"{name}.npy" not in members:
         raise ValueError(f"it has no array {name!r}")
     info = members[f"{name}.npy"]
-    with archive.open(info) as file:
+    with archive.open(info) as opened:
+        # `IO`, as typeshed calls it, has no `readinto`.
+        file = typing.cast(io.BufferedIOBase, opened)
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"the array {name!r} is of another format")
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
@@ -216,7 +235,7 @@ def _read_npy(archive, members, name, limit):
                 f"{min(limit, info.file_size)} expected"
             )
         array = np.empty(shape[::-1] if is_fortran else shape, dtype)
-        left = memoryview(array.reshape(-1).view(np.uint8))
+        left = array.reshape(-1).view(np.uint8).data
         while len(left):
             count = file.readinto(left)
             if not count:
@@ -227,7 +246,7 @@ def _read_npy(archive, members, name, limit):
     return array.T if is_fortran else array
 
 
-def sha256(path):
+def sha256(path: StrPath) -> str:
     """Returns the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -263,7 +282,9 @@ def component(text: str, name: str = "name") -> str:
     return text
 
 
-def folder(root, dataset, model, tag=""):
+def folder(
+    root: StrPath, dataset: str, model: str, tag: str = ""
+) -> pathlib.Path:
     """Returns where the run of a model on a data set lives.
 
     Raises:
@@ -274,7 +295,7 @@ def folder(root, dataset, model, tag=""):
     return pathlib.Path(root) / component(name, "the name of the run")
 
 
-def inside(folder, *parts: str) -> pathlib.Path:
+def inside(folder: StrPath, *parts: str) -> pathlib.Path:
     """Returns the path of a folder within a run; it need not exist yet.
 
     Args:
@@ -297,7 +318,7 @@ def inside(folder, *parts: str) -> pathlib.Path:
     return path
 
 
-def remove(path) -> None:
+def remove(path: StrPath) -> None:
     """Deletes a file, a folder or a link (not what it points to), if any."""
     path = pathlib.Path(path)
     if path.is_dir() and not path.is_symlink():
@@ -306,7 +327,7 @@ def remove(path) -> None:
         path.unlink(missing_ok=True)
 
 
-def discard(path) -> None:
+def discard(path: StrPath) -> None:
     """Deletes a folder such that a kill leaves it whole or not at all."""
     path = pathlib.Path(path)
     if os.path.lexists(path):
@@ -316,7 +337,9 @@ def discard(path) -> None:
         remove(temporary)
 
 
-def replace_folder(path, writer: Callable[[pathlib.Path], None]) -> None:
+def replace_folder(
+    path: StrPath, writer: Callable[[pathlib.Path], None]
+) -> None:
     """Writes a folder so that readers see the old one or the new one.
 
     Args:
@@ -345,7 +368,7 @@ def replace_folder(path, writer: Callable[[pathlib.Path], None]) -> None:
                 remove(left)
 
 
-def recover(path) -> None:
+def recover(path: StrPath) -> None:
     """Tidies up what killed processes left of a file or a folder.
 
     Only its owner may do so, for the temporary files of a running process look
@@ -367,12 +390,14 @@ def recover(path) -> None:
             remove(left)
 
 
-def _beside(path, kind):
+def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:
     """Where a file or folder lies while it is written or replaced."""
     return path.with_name(f".{os.getpid()}.{kind}.{path.name}")
 
 
-def _leftovers(folder, name=None):
+def _leftovers(
+    folder: pathlib.Path, name: str | None = None
+) -> list[tuple[pathlib.Path, str]]:
     """Lists pairs (path, kind) of what killed processes left in a folder."""
     found = ((p, _LEFT.fullmatch(p.name)) for p in sorted(folder.iterdir()))
     return [(p, m[1]) for p, m in found if m and name in (None, m[2])]
@@ -382,7 +407,7 @@ def _leftovers(folder, name=None):
 
 
 @contextlib.contextmanager
-def own(path, wait: float = 0.0, write: bool = True) -> Iterator[None]:
+def own(path: StrPath, wait: float = 0.0, write: bool = True) -> Iterator[None]:
     """Makes this process the only owner of a run or an evaluation.
 
     The lock is the file `.<name>.lock` beside the folder. The system releases
@@ -428,7 +453,7 @@ def own(path, wait: float = 0.0, write: bool = True) -> Iterator[None]:
                 folder.rmdir()  # If nothing was written there.
 
 
-def _lock(path):
+def _lock(path: pathlib.Path) -> int | None:
     """Locks a file; returns its descriptor, or None if it is locked."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
@@ -451,7 +476,7 @@ def _lock(path):
     return handle
 
 
-def _try_lock(handle):
+def _try_lock(handle: int) -> bool:
     """Locks an open file if nobody else has; returns whether it is ours."""
     try:
         if fcntl is not None:
@@ -468,7 +493,7 @@ def _try_lock(handle):
     return True
 
 
-def _owner(lock):
+def _owner(lock: pathlib.Path) -> str:
     """Describes the process that holds a lock."""
     try:
         with open(lock, "rb") as file:
@@ -480,7 +505,7 @@ def _owner(lock):
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _require_idle(folder):
+def _require_idle(folder: pathlib.Path) -> None:
     """Raises a BlockingIOError if an evaluation in a run's folder is owned."""
     for lock in (*folder.glob(".*.lock"), *folder.glob("attacks/.*.lock")):
         with own(lock.with_name(lock.name[1:].removesuffix(".lock"))):
@@ -490,7 +515,7 @@ def _require_idle(folder):
 # --- Runs --------------------------------------------------------------------
 
 
-def create(path, config: dict, overwrite: bool = False) -> None:
+def create(path: StrPath, config: dict, overwrite: bool = False) -> None:
     """Makes the folder of a new run, with its `config.json` in it.
 
     The folder appears together with the file, so that a kill leaves no folder
@@ -527,32 +552,34 @@ def create(path, config: dict, overwrite: bool = False) -> None:
     )
 
 
-def _is_text(value):
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value):
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**31
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not abs(value) > 1e300
 
 
-def _is_fraction(value):
+def _is_fraction(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1
 
 
-def _is_object(value):
+def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _is_flag(value):
+def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_list(is_item, length=None):
-    def check(value):
+def _is_list(
+    is_item: Callable[[Any], bool], length: int | None = None
+) -> Callable[[Any], bool]:
+    def check(value: object) -> bool:
         return (
             isinstance(value, list)
             and length in (None, len(value))
@@ -562,7 +589,7 @@ def _is_list(is_item, length=None):
     return check
 
 
-def _is_fingerprint(value):
+def _is_fingerprint(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and _is_list(_is_number)(value.get("means"))
@@ -570,7 +597,7 @@ def _is_fingerprint(value):
     )
 
 
-def _is_shape(value):
+def _is_shape(value: Any) -> bool:
     return _is_list(_is_count, 3)(value) and 0 < math.prod(value) < 2**31
 
 
@@ -611,7 +638,7 @@ RECORD_FIELDS = {
 }
 
 
-def read_config(folder, required: Sequence[str] = ()) -> dict:
+def read_config(folder: StrPath, required: Sequence[str] = ()) -> dict:
     """Reads the `config.json` of a run.
 
     Args:
@@ -631,7 +658,7 @@ def read_config(folder, required: Sequence[str] = ()) -> dict:
     }
     check_fields(path, config, {**CONFIG_FIELDS, **optional}, required)
     names, count = config.get("class_names"), config.get("num_classes")
-    if None not in (names, count) and len(names) != count:
+    if names is not None and count is not None and len(names) != count:
         raise ValueError(
             f"Expected {path} to name its {count} classes. Received: "
             f"{len(names)} class_names."
@@ -639,7 +666,7 @@ def read_config(folder, required: Sequence[str] = ()) -> dict:
     return config
 
 
-def read_record(path) -> dict:
+def read_record(path: StrPath) -> dict:
     """Reads the `results.json` of an evaluation under attack.
 
     Raises:
@@ -648,12 +675,14 @@ def read_record(path) -> dict:
     """
     record = read_json(path)
     required = ("attack", "norm", "epsilon", "clean_accuracy")
-    required = (*required, "robust_accuracy", "num_examples")
-    check_fields(path, record, RECORD_FIELDS, required)
+    more = ("robust_accuracy", "num_examples")
+    check_fields(path, record, RECORD_FIELDS, (*required, *more))
     return record
 
 
-def check_fields(path, found: dict, fields: dict, required=()) -> None:
+def check_fields(
+    path: StrPath, found: dict, fields: dict, required: Iterable[str] = ()
+) -> None:
     """Raises a ValueError if a field is missing or of another type.
 
     Args:
@@ -678,7 +707,7 @@ def check_fields(path, found: dict, fields: dict, required=()) -> None:
             )
 
 
-def records(folder) -> dict[str, dict]:
+def records(folder: StrPath) -> dict[str, dict]:
     """Reads the records of a run's evaluations, in the order of their names.
 
     Args:
@@ -705,7 +734,13 @@ def pass_over(error: Exception) -> None:
     print(f"Left out: {line}", file=sys.stderr)
 
 
-def newest(root, model=None, dataset=None, where=None, wanted=()):
+def newest(
+    root: StrPath,
+    model: str | None = None,
+    dataset: str | None = None,
+    where: Callable[[dict[str, Any]], bool] | None = None,
+    wanted: Sequence[str] = (),
+) -> pathlib.Path:
     """Finds the run that was trained last.
 
     Args:
@@ -740,31 +775,31 @@ def newest(root, model=None, dataset=None, where=None, wanted=()):
             found.append((weights.stat().st_mtime, path.parent))
     if not found:
         named = (("model", model), ("dataset", dataset))
-        wanted = " ".join(
+        flags = " ".join(
             [f"--{key}={value}" for key, value in named if value] + [*wanted]
         )
         there = sorted(
             p.parent.name for p in pathlib.Path(root).glob(f"*/{CONFIG}")
         )
         raise FileNotFoundError(
-            f"No trained run {'of ' + wanted + ' ' if wanted else ''}under "
+            f"No trained run {'of ' + flags + ' ' if flags else ''}under "
             f"{root}/ (there: {', '.join(there) or 'nothing'}). Train one "
-            f"first: python trainer.py {wanted}".rstrip()
+            f"first: python trainer.py {flags}".rstrip()
             + "".join(f" Left out: {error}" for error in damaged[:1])
         )
-    for error in damaged:
-        pass_over(error)
+    for failure in damaged:
+        pass_over(failure)
     return max(found)[1]
 
 
-def cores():
+def cores() -> int | None:
     """Returns how many cores this process may use; not every system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
-def provenance():
+def provenance() -> dict[str, Any]:
     """Says what produced a file: command, versions, git hash, machine, time."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -784,12 +819,12 @@ def provenance():
     }
 
 
-def _command():
+def _command() -> str:
     program = pathlib.Path(sys.argv[0]).name or "python"
     return shlex.join([program, *sys.argv[1:]])
 
 
-def _keras_settings():
+def _keras_settings() -> dict[str, Any]:
     """Keras's backend, image layout and float type, if it is loaded."""
     keras = sys.modules.get("keras")
     if keras is None:
@@ -803,11 +838,11 @@ def _keras_settings():
     }
 
 
-def _git_hash():
+def _git_hash() -> str | None:
     """The commit of this source, marked `+` if files differ from it."""
     here = pathlib.Path(__file__).parent
 
-    def git(*arguments):
+    def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments],
             cwd=here,

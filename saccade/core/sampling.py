@@ -1,20 +1,27 @@
 """Images at real-valued locations: bilinear sampler and affine grids."""
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import keras
 import numpy as np
 from keras import ops
 
 from saccade.core import compilation, keras_settings
+from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
 
 
+# The top-left neighbours of locations, and the fractions to the next ones.
+_Located: TypeAlias = tuple[Tensor, Tensor, Tensor]
 PADDINGS = ("zeros", "edge")
 
 
-def sample_bilinear(images, points, padding="zeros"):
+def sample_bilinear(
+    images: Tensor, points: Tensor, padding: str = "zeros"
+) -> Tensor:
     """Reads images at real-valued locations by bilinear interpolation.
 
     Differentiable in the images and in the locations, on every backend. Both
@@ -63,7 +70,12 @@ def sample_bilinear(images, points, padding="zeros"):
 INTERPOLATIONS = ("bilinear", "nearest", "straight_through")
 
 
-def sample(images, points, padding="zeros", interpolation="bilinear"):
+def sample(
+    images: Tensor,
+    points: Tensor,
+    padding: str = "zeros",
+    interpolation: str = "bilinear",
+) -> Tensor:
     """Reads images at points by one of three kinds of interpolation.
 
     Args:
@@ -97,7 +109,7 @@ def sample(images, points, padding="zeros", interpolation="bilinear"):
     return smooth + ops.stop_gradient(values - smooth)
 
 
-def check_interpolation(interpolation):
+def check_interpolation(interpolation: str) -> None:
     """Raises a ValueError if there is no such kind of interpolation."""
     if interpolation not in INTERPOLATIONS:
         raise ValueError(
@@ -107,7 +119,7 @@ def check_interpolation(interpolation):
 
 
 @functools.cache
-def _sampler(padding):
+def _sampler(padding: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The sampler on `(batch, points, 2)`, with its two gradients.
 
     Each of the parts is compiled by itself (see `compilation.fuse`): a training
@@ -126,11 +138,15 @@ def _sampler(padding):
     )
 
     @ops.custom_gradient
-    def sample(images, points):
+    def sample(
+        images: Tensor, points: Tensor
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]:
         framed = frame(images)
         where = locate(images, points)
 
-        def gradient(*args, upstream=None):
+        def gradient(
+            *args: Tensor, upstream: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             # TensorFlow and JAX pass the upstream gradient alone, Torch
             # passes the inputs as well and names it.
             upstream = args[0] if upstream is None else upstream
@@ -144,7 +160,7 @@ def _sampler(padding):
     return sample
 
 
-def _frame(images, padding):
+def _frame(images: Tensor, padding: str) -> Tensor:
     """Puts one pixel before the image and two after it, along both axes.
 
     Every location then has four neighbours, and no read needs a condition.
@@ -153,7 +169,9 @@ def _frame(images, padding):
     return ops.pad(images, [[0, 0], [1, 2], [1, 2], [0, 0]], mode=mode)
 
 
-def _locate(images, points, padding):
+def _locate(
+    images: Tensor, points: Tensor, padding: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Finds the top-left neighbours in the framed image, and the fractions.
 
     Locations far outside are moved to where the sampler is constant: one pixel
@@ -174,7 +192,7 @@ def _locate(images, points, padding):
     return index, ops.expand_dims(down, -1), ops.expand_dims(right, -1)
 
 
-def _neighbours(framed, index):
+def _neighbours(framed: Tensor, index: Tensor) -> Iterator[Tensor]:
     """Reads the four pixels around each location."""
     columns, channels = framed.shape[2:]
     flat = ops.reshape(framed, (-1, channels))
@@ -184,7 +202,7 @@ def _neighbours(framed, index):
     )
 
 
-def _read(framed, where, padding):
+def _read(framed: Tensor, where: _Located, padding: str) -> Tensor:
     index, down, right = where
     a, b, c, d = _neighbours(framed, index)
     # (1 - w) a + w b, not a + w (b - a): only the former returns b at w = 1.
@@ -193,7 +211,13 @@ def _read(framed, where, padding):
     return (1.0 - down) * upper + down * lower
 
 
-def _gradient_to_points(framed, points, where, upstream, padding):
+def _gradient_to_points(
+    framed: Tensor,
+    points: Tensor,
+    where: _Located,
+    upstream: Tensor,
+    padding: str,
+) -> Tensor:
     index, down, right = where
     a, b, c, d = _neighbours(framed, index)
     by_row = (1.0 - right) * (c - a) + right * (d - b)
@@ -214,7 +238,9 @@ def _gradient_to_points(framed, points, where, upstream, padding):
     return ops.where(inside, gradient, 0.0)
 
 
-def _gradient_to_images(images, where, upstream, padding):
+def _gradient_to_images(
+    images: Tensor, where: _Located, upstream: Tensor, padding: str
+) -> Tensor:
     """Adds every upstream value to the four pixels it was read from.
 
     The four shares of a location lie side by side in one row of a table with a
@@ -251,7 +277,7 @@ def _gradient_to_images(images, where, upstream, padding):
     )
 
 
-def full_affine(theta):
+def full_affine(theta: Tensor) -> Tensor:
     """Completes restricted parameters to the six of an affine transform.
 
     Args:
@@ -278,7 +304,9 @@ def full_affine(theta):
     return ops.stack([sx, zero, tx, zero, sy, ty], axis=-1)
 
 
-def affine_points(theta, image_size, view_size):
+def affine_points(
+    theta: Tensor, image_size: Sequence[int], view_size: Sequence[int]
+) -> Tensor:
     """Returns the pixels that an affine view of an image reads.
 
     Args:
