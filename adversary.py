@@ -670,12 +670,12 @@ def _target(text, class_names):
         return class_names.index(text)
     if text.isdecimal() and int(text) < len(class_names):
         return int(text)
-    words = (*evaluation_config.TARGETS, *class_names)
-    near = "" if text.isdecimal() else known_names.near(text, words)
-    raise ValueError(
-        f"Unknown --target={text}.{near} Expected "
-        f"{', '.join(evaluation_config.TARGETS)}, or a class id from 0 to "
-        f"{len(class_names) - 1} or its name."
+    raise known_names.unknown(
+        "--target",
+        text,
+        evaluation_config.TARGETS,
+        f", a class id from 0 to {len(class_names) - 1} or its name",
+        similar=() if text.isdecimal() else class_names,
     )
 
 

@@ -13,13 +13,13 @@ files are read.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from typing import Callable
 
 import numpy as np
 from PIL import Image
 
+from saccade.core import names as known_names
 from saccade.core import run_folder
 from saccade.data import (
     bounding_boxes,
@@ -185,22 +185,13 @@ def require(name, *, data_dir=None, download=False):
         ValueError: For an unknown name.
         OSError: If the files are not there: says what to put where.
     """
-    _check_name(name)
+    known_names.require("dataset", name, names())
     folder = _data_folder(name, data_dir, download)
     _find(_Request(name, folder, download=download))
 
 
-def _check_name(name):
-    if name not in _TABLE:
-        near = difflib.get_close_matches(str(name), names(), 3, 0.4)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"Unknown data set {name!r}. {hint}Known: {', '.join(names())}."
-        )
-
-
 def _check_arguments(name, image_size, class_list_file, resize, seed, fraction):
-    _check_name(name)
+    known_names.require("dataset", name, names())
     if not 0 <= fraction < 1:
         raise ValueError(
             "Expected validation_fraction in [0, 1). Received: "
@@ -208,11 +199,8 @@ def _check_arguments(name, image_size, class_list_file, resize, seed, fraction):
         )
     if seed < 0:
         raise ValueError(f"Expected a seed >= 0. Received: seed={seed}")
-    if resize not in (None, "short_side", "handover"):
-        raise ValueError(
-            "Expected resize='short_side' or 'handover'. Received: "
-            f"resize={resize!r}"
-        )
+    if resize is not None:
+        known_names.require("resize", resize, ("short_side", "handover"))
     if class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
             f"A class list goes with {', '.join(_IMAGENETS)}. Received: "

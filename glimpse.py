@@ -308,12 +308,7 @@ def coarse_fixation(image_size, variant="crop"):
     Raises:
         ValueError: If the variant is unknown.
     """
-    if variant not in _COARSE:
-        raise ValueError(
-            f"Expected coarse_variant to be one of {', '.join(_COARSE)}."
-            f"{known_names.near(variant, _COARSE)} Received: "
-            f"coarse_variant={variant!r}."
-        )
+    known_names.require("coarse_variant", variant, _COARSE)
     small = image_size <= _SMALL
     scale = image_size / (32 if small else 320)
     side, blur, enlarge = _COARSE[variant][small]
@@ -642,11 +637,7 @@ class Fixations(keras.layers.Layer):
         whole=False,
         **kwargs,
     ):
-        if test_gazes not in TEST_GAZES:
-            raise ValueError(
-                f"Expected test_gazes to be one of {', '.join(TEST_GAZES)}. "
-                f"Received: test_gazes={test_gazes!r}."
-            )
+        known_names.require("test_gazes", test_gazes, TEST_GAZES)
         if reach < 0:
             raise ValueError(
                 "Expected gazes to reach a number of pixels >= 0 from the "

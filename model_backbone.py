@@ -349,11 +349,7 @@ ATTENTIONS = tuple(OPTIONS["attention_kind"].choices)
 
 def _check_attention(kind, **given):
     """Raises a ValueError for an unknown attention or an unused option."""
-    if kind not in ATTENTIONS:
-        raise ValueError(
-            f"unknown attention {kind!r}.{known_names.near(kind, ATTENTIONS)} "
-            f"Expected one of {', '.join(ATTENTIONS)}."
-        )
+    known_names.require("attention", kind, ATTENTIONS)
     unused = {
         "transformer": ("gaze_range",),
         "retina": ("restricted_attention",),
@@ -657,12 +653,7 @@ POOLINGS = tuple(OPTIONS["pooling"].choices)
 
 
 def _check_ecnn(pooling, single_scale, auxiliary):
-    if pooling not in POOLINGS:
-        raise ValueError(
-            f"Expected pooling to be one of {', '.join(POOLINGS)}."
-            f"{known_names.near(pooling, POOLINGS)} Received: "
-            f"pooling={pooling!r}."
-        )
+    known_names.require("pooling", pooling, POOLINGS)
     if not single_scale:
         return
     for name, given, reason in (

@@ -263,11 +263,7 @@ def _recipe_name(given, options):
     name = given.recipe
     if name is None:
         return recipes.by_model(given.model, given.dataset, options)
-    if name not in recipes.NAMED:
-        raise ValueError(
-            f"Unknown recipe {name!r}.{known_names.near(name, recipes.NAMED)} "
-            f"Known: {', '.join(recipes.NAMED)}."
-        )
+    known_names.require_known("recipe", name, recipes.NAMED)
     return name
 
 

@@ -27,9 +27,8 @@ import table as run_table  # noqa: E402
 import tables as experiment_tables  # noqa: E402
 
 from saccade.cli import command_line  # noqa: E402
-from saccade.core import run_folder  # noqa: E402
+from saccade.core import ratios, run_folder  # noqa: E402
 from saccade.evaluation import tables  # noqa: E402
-from saccade.figures import captions  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
 MISSING = "missing"
@@ -218,7 +217,7 @@ def parity(folder: pathlib.Path) -> str:
             )
             flips.append(different_verdicts(ours, theirs))
             speeds.append(theirs["seconds"] / ours["seconds"])
-        radius = MISSING if epsilon is None else captions.radius(epsilon)
+        radius = MISSING if epsilon is None else ratios.text(epsilon)
         cells += [_mean(differences, "+.2f"), _mean(flips, ".1f")]
         start = [f"`{run}`", radius, _mean(clean, ".1f")]
         rows.append([*start, *cells, _mean(speeds, ".1f")])

@@ -20,9 +20,8 @@ import publish  # noqa: E402
 
 from saccade.cli import command_line  # noqa: E402
 from saccade.cli import runs as trained_runs  # noqa: E402
-from saccade.core import run_folder  # noqa: E402
+from saccade.core import ratios, run_folder  # noqa: E402
 from saccade.evaluation import tables  # noqa: E402
-from saccade.figures import captions  # noqa: E402
 
 
 def describe(folder: pathlib.Path) -> tuple[str, str, dict]:
@@ -39,7 +38,7 @@ def describe(folder: pathlib.Path) -> tuple[str, str, dict]:
     for record in run_folder.records(folder).values():
         name = (
             f"{record['attack'].upper()}-{record.get('steps', 1)} "
-            f"{record['norm']} {captions.radius(record['epsilon'])} "
+            f"{record['norm']} {ratios.text(record['epsilon'])} "
             f"({record['num_examples']}) %"
         )
         columns[name] = 100 * record["robust_accuracy"]

@@ -983,7 +983,9 @@ def test_unknown_names_and_values():
     with pytest.raises(ValueError, match="Did you mean imagenet10") as error:
         datasets.load("imagnet10")
     one_line(error)
-    with pytest.raises(ValueError, match="Known: cluttered_digits, mnist"):
+    with pytest.raises(
+        ValueError, match="to be one of cluttered_digits, mnist"
+    ):
         datasets.load("???")
     for name, options, expected in (
         ("mnist", {"image_size": 32}, "28 pixels"),

@@ -416,7 +416,7 @@ def test_default_backbone_depends_on_the_image_size(shape, want):
 @pytest.mark.parametrize(
     "name,options,match",
     [
-        ("multigaze", {}, "unknown model 'multigaze'. Did you mean multi_gaze"),
+        ("multigaze", {}, "model='multigaze'. Did you mean multi_gaze"),
         ("multi_gaze", {"num_transformer": 2}, "mean num_transformers"),
         ("multi_gaze", {"num_transformers": 0}, "num_transformers=0"),
         ("multi_gaze", {"backbone": "resnet19"}, "Did you mean resnet18"),

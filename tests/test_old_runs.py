@@ -128,5 +128,5 @@ def test_without_model_backbone_an_old_run_names_it(run):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "unknown model 'multi_gaze'" in done.stdout
+    assert "model='multi_gaze'" in done.stdout
     assert "model_backbone" in done.stdout and "import it first" in done.stdout

@@ -158,7 +158,7 @@ class TestFlags:
             ("--adv_train=1 --adv_norm=l2", "an epsilon with the norm l2"),
             ("--adv_train=1 --adv_epsilon=eps", "a ratio like 8/255"),
             ("--adv_train=1 --adv_clean_weight=1", "clean_weight=1"),
-            ("--recipe=s3at", "Unknown recipe 's3at'. Did you mean s3ta"),
+            ("--recipe=s3at", "--recipe=s3at. Did you mean s3ta"),
             ("--read_out_curriculum=4", "pairs of an epoch and a step"),
             ("--ema=1", r"ema in \[0, 1\).*ema=1"),
             (

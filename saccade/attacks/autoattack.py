@@ -25,6 +25,7 @@ from saccade.attacks import fab, losses, settings, square
 from saccade.attacks.base import AscendedLoss, LogitsFn
 from saccade.attacks.losses import State
 from saccade.core import lp, randomness
+from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 
 VERSIONS = tuple(settings.VERSION.choices)
@@ -529,10 +530,7 @@ class AutoAttack(attack_base.Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.version not in (*VERSIONS, *_FEW_CLASSES):
-            raise ValueError(
-                f"Expected version to be one of {', '.join(VERSIONS)}. "
-                f"Received: version={self.version!r}."
-            )
+            raise known_names.unknown("version", self.version, VERSIONS)
 
     @property
     def eot(self) -> int | None:

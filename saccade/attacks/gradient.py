@@ -15,6 +15,7 @@ from saccade.attacks import losses, settings
 from saccade.attacks.base import AscendedLoss, LogitsFn
 from saccade.attacks.losses import State
 from saccade.core import lp, randomness
+from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 
 STEP_RULES = tuple(settings.STEP_RULE.choices)
@@ -44,11 +45,7 @@ def _check_start(random_start: float, restarts: int) -> None:
 
 
 def _check_keep(keep: str) -> None:
-    if keep not in KEEPS:
-        raise ValueError(
-            f"Expected keep to be one of {', '.join(KEEPS)}. Received: "
-            f"keep={keep!r}."
-        )
+    known_names.require("keep", keep, KEEPS)
 
 
 def check_fraction(fraction: float) -> None:
@@ -452,11 +449,7 @@ class PGD(Iterative):
                 "Expected a finite step_size >= 0, or none for 2.5 * epsilon /"
                 f" steps. Received: step_size={self.step_size:g}."
             )
-        if self.step_rule not in STEP_RULES:
-            raise ValueError(
-                f"Expected step_rule to be one of {', '.join(STEP_RULES)}. "
-                f"Received: step_rule={self.step_rule!r}."
-            )
+        known_names.require("step_rule", self.step_rule, STEP_RULES)
         if not (math.isfinite(self.momentum) and self.momentum >= 0):
             raise ValueError(
                 "Expected a finite momentum >= 0. Received: "

@@ -13,6 +13,7 @@ from keras import ops
 
 from saccade.attacks import settings
 from saccade.core import lp, randomness
+from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 
 # The state of an attack: tensors with one row for each example.
@@ -196,11 +197,7 @@ def check_loss(
         num_classes: The number of classes, if known.
         targeted: Whether there are targets.
     """
-    if name not in LOSSES:
-        raise ValueError(
-            f"Expected loss to be one of {', '.join(LOSSES)}. "
-            f"Received: loss={name!r}."
-        )
+    known_names.require("loss", name, LOSSES)
     needed = 2 if name != "dlr" else 4 if targeted else 3
     if num_classes is not None and num_classes < needed:
         raise ValueError(

@@ -209,12 +209,7 @@ def require_backend(name, source):
     Raises:
         ValueError: If it cannot be used.
     """
-    if name not in BACKENDS:
-        raise ValueError(
-            f"Expected {source} to be one of {', '.join(BACKENDS)}."
-            f"{known_names.near(name.lower(), BACKENDS)} Received: "
-            f"{source}={name}."
-        )
+    known_names.require(source, name, BACKENDS)
     require_package(name, f"{source}={name}")
 
 

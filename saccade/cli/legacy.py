@@ -5,6 +5,8 @@ what is off. Names that mean the same here are not listed; what is listed is
 translated before the flags are parsed, and everything else is left as it is.
 """
 
+from saccade.core import names as known_names
+
 _ANY = object()  # Stands for every value that a row does not name.
 _OFF = {"0": None, "None": None}
 
@@ -192,8 +194,7 @@ def _new(name, value, row, model):
     elif _ANY in row:
         new = row[_ANY], value
     else:
-        known = ", ".join(row)
-        raise ValueError(f"Unknown --{name}={value}. Known: {known}.")
+        raise known_names.unknown(f"--{name}", value, row)
     if new is None or isinstance(new[1], str):
         return new
     flag, by_model = new

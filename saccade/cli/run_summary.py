@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 import keras
 
-from saccade.core import run_folder
+from saccade.core import ratios, run_folder
 from saccade.data import augment
 from saccade.evaluation import tally as evaluation_tally
-from saccade.figures import captions
 from saccade.models import registry
 from saccade.training import memory as memory_estimate
 
@@ -111,7 +110,7 @@ def _objective(config):
         return "standard training on clean images"
     text = found.objective
     if found.epsilon is not None:
-        text += f", {found.norm} {captions.radius(found.epsilon)}"
+        text += f", {found.norm} {ratios.text(found.epsilon)}"
     if config.step.replays:
         return f"{text}, free: {config.step.replays} replays of each batch"
     if found.attack is not None:
@@ -238,7 +237,7 @@ def _threats(evaluations):
         found.setdefault(key, {})[evaluation.attack.epsilon] = None
     for (norm, target), radii in found.items():
         goal = "untargeted" if target == "none" else f"target {target}"
-        listed = ", ".join(map(captions.radius, radii))
+        listed = ", ".join(map(ratios.text, radii))
         yield f"{norm} {listed}, {goal}"
 
 

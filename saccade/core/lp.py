@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from keras import ops
 
 from saccade.core import keras_settings, randomness
+from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
@@ -47,11 +48,7 @@ def lp_norm(delta: Tensor, norm: str) -> Tensor:
 
 def check_norm(norm: str) -> None:
     """Raises a ValueError if `norm` is not one of `NORMS`."""
-    if norm not in NORMS:
-        raise ValueError(
-            f"Expected norm to be one of {', '.join(NORMS)}. "
-            f"Received: norm={norm!r}."
-        )
+    known_names.require("norm", norm, NORMS)
 
 
 def per_example(values: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from saccade.core import compilation, keras_settings
+from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
@@ -52,11 +53,7 @@ def sample_bilinear(
             f"images.shape={tuple(images.shape)}, "
             f"points.shape={tuple(points.shape)}"
         )
-    if padding not in PADDINGS:
-        raise ValueError(
-            "Invalid value for argument `padding`. Expected one of "
-            f"{PADDINGS}. Received: padding={padding!r}"
-        )
+    known_names.require("padding", padding, PADDINGS)
     height, width, channels = images.shape[1:]
     source = ops.convert_to_tensor(images, "float32")
     points = ops.convert_to_tensor(points, "float32")
@@ -111,11 +108,7 @@ def sample(
 
 def check_interpolation(interpolation: str) -> None:
     """Raises a ValueError if there is no such kind of interpolation."""
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f"Expected interpolation to be one of {', '.join(INTERPOLATIONS)}."
-            f" Received: interpolation={interpolation!r}."
-        )
+    known_names.require("interpolation", interpolation, INTERPOLATIONS)
 
 
 @functools.cache

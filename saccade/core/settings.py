@@ -162,12 +162,8 @@ def check(config: Any) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        if row.choices and value not in row.choices:
-            near = known_names.near(value, row.choices)
-            raise ValueError(
-                f"Expected {name} to be one of {', '.join(row.choices)}. "
-                f"Received: {name}={value!r}.{near}"
-            )
+        if row.choices:
+            known_names.require(name, value, row.choices)
         if row.bounded:
             row.require_in_range(name, value)
 

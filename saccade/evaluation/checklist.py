@@ -32,6 +32,7 @@ from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses, runner, spsa, square
 from saccade.core import gradients, lp, metrics, randomness
+from saccade.core import names as known_names
 from saccade.evaluation import checks as evaluation_checks
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
@@ -118,10 +119,7 @@ def run(
     """
     selected = NAMES if only is None else tuple(only)
     for name in selected:
-        if name not in NAMES:
-            raise ValueError(
-                f"Unknown check {name!r}. Expected some of {', '.join(NAMES)}."
-            )
+        known_names.require("check", name, NAMES)
     attack_base.check_threat_model(norm, epsilon)
     few, many = steps
     if not (epsilon > 0 and num_examples >= 1 and 1 <= few < many):

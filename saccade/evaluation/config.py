@@ -4,6 +4,7 @@ import dataclasses
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import settings as attack_settings
+from saccade.core import names as known_names
 from saccade.core import settings as core_settings
 
 TARGETS = tuple(attack_settings.TARGET.choices)
@@ -57,9 +58,8 @@ class EvaluationConfig:
         if self.target not in TARGETS and not (
             isinstance(self.target, int) and self.target >= 0
         ):
-            raise ValueError(
-                f"Expected target to be one of {', '.join(TARGETS)} or a class "
-                f"id. Received: target={self.target!r}."
+            raise known_names.unknown(
+                "target", self.target, TARGETS, " or a class id"
             )
         if self.target != "none" and not self.attack.can_target:
             raise ValueError(
@@ -68,11 +68,7 @@ class EvaluationConfig:
             )
         for name in ("read_outs", "craft_dtype"):
             known = core_settings.of(type(self))[name].choices
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Expected {name} to be one of {', '.join(known)}. "
-                    f"Received: {name}={getattr(self, name)!r}."
-                )
+            known_names.require(name, getattr(self, name), known)
         check_counts(self)
         if self.indices is not None:
             self._check_indices()

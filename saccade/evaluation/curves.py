@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import ticker
 
 from saccade.attacks import registry as attack_registry
-from saccade.core import metrics, run_folder
+from saccade.core import metrics, ratios, run_folder
 from saccade.evaluation import config as evaluation_config
 from saccade.figures import captions
 from saccade.figures import style as figure_style
@@ -606,7 +606,7 @@ def _draw_clean_accuracy(axes, lines, top):
 
 def _radius_unit(radii):
     """Returns 255 if all radii should be in units of 1/255, else 1."""
-    levels = [captions.levels(float(radius)) for radius in radii if radius > 0]
+    levels = [ratios.levels(float(radius)) for radius in radii if radius > 0]
     return 255.0 if levels and all(levels) else 1.0
 
 

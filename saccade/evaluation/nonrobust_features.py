@@ -28,6 +28,7 @@ from keras import ops
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses, runner
 from saccade.core import metrics, randomness, run_folder
+from saccade.core import names as known_names
 from saccade.data import pipeline
 from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
@@ -78,11 +79,7 @@ class CraftConfig:
     eot: int | None = None
 
     def __post_init__(self):
-        if self.target not in TARGETS:
-            raise ValueError(
-                f"Expected target to be one of {', '.join(TARGETS)}. "
-                f"Received: target={self.target!r}."
-            )
+        known_names.require("target", self.target, TARGETS)
         evaluation_config.check_counts(self)
         _ = self.attack  # Its constructor checks the other settings.
 

@@ -12,7 +12,7 @@ from typing import Callable
 
 from saccade.attacks import autoattack, spsa
 from saccade.attacks import gradient as gradient_attacks
-from saccade.core import metrics
+from saccade.core import metrics, ratios
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import published, tables
 
@@ -340,7 +340,7 @@ def _own_row(layout, name, columns, found, radius):
     """Our row: a percentage for every record that was found."""
     name = f"ours: {name}"
     if radius is not None:
-        name += f", ε = {published.radius_text(radius)}"
+        name += f", ε = {ratios.text(radius)}"
     cells = tuple(
         tables.DASH
         if record is None or record.get(key) is None
@@ -414,8 +414,8 @@ def _model_notes(layout, rows, model, options):
 def _threat_model_note(layout, known, norm, radii):
     if known or not layout.radii:
         return ()
-    ours = ", ".join(map(published.radius_text, radii))
-    theirs = ", ".join(map(published.radius_text, layout.radii))
+    ours = ", ".join(map(ratios.text, radii))
+    theirs = ", ".join(map(ratios.text, layout.radii))
     return (
         f"Radius {ours} ({norm}) in place of the published {theirs} "
         f"({layout.norm}), step sizes in proportion: not comparable.",

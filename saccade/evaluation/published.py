@@ -11,6 +11,7 @@ contradicts another place of the same paper; `Layout.doubt` says why.
 import dataclasses
 import math
 
+from saccade.core import ratios
 from saccade.evaluation import tables
 
 _ZORAN = "Zoran et al., 2020"
@@ -70,7 +71,7 @@ class Layout:
         """
         threat_model = "" if norm == self.norm and self.dataset else norm
         if not self.by_radius and len(radii) == 1:
-            threat_model = f"{threat_model} ε = {radius_text(radii[0])}"
+            threat_model = f"{threat_model} ε = {ratios.text(radii[0])}"
         source = self.source if comparable else f"layout of {self.source}"
         content = filter(None, (self.caption, threat_model.strip()))
         return f"{', '.join(content)} ({source})"
@@ -95,7 +96,7 @@ class Layout:
             heads = (heads[0], f"{heads[1]} {unit}")
         at = ""
         if radius is not None:
-            at = self.radius_head.format(radius_text(radius))
+            at = self.radius_head.format(ratios.text(radius))
         return ", ".join(filter(None, (*heads, at)))
 
     def columns(self, radii):
@@ -113,7 +114,7 @@ class Layout:
                     names = [*heads, head]
                     if radius is not None:
                         names.append(
-                            self.radius_head.format(radius_text(radius))
+                            self.radius_head.format(ratios.text(radius))
                         )
                         settings = {**settings, "epsilon": radius}
                     names = tuple(name for name in names if name)
@@ -149,15 +150,6 @@ class Layout:
 def close(a, b):
     """Tests whether two settings are equal up to rounding."""
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
-
-
-def radius_text(radius):
-    """Formats a radius: 16/255, 0.001."""
-    levels = round(radius * 255)
-    decimal = f"{radius:.4g}"
-    if 0 < levels < 255 and close(radius * 255, levels) and len(decimal) > 5:
-        return f"{levels}/255"
-    return decimal
 
 
 # --- The published row of a model --------------------------------------------

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from saccade.core import metrics, progress, run_folder
+from saccade.core import metrics, progress, ratios, run_folder
 from saccade.core import settings as core_settings
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.evaluation import resume as evaluation_state
@@ -57,7 +57,8 @@ def name(evaluation, *parts):
         The name of its folder.
     """
     attack = evaluation.attack
-    words = [attack.name, attack.norm, f"eps{short(attack.epsilon)}"]
+    radius = ratios.in_file_name(attack.epsilon)
+    words = [attack.name, attack.norm, f"eps{radius}"]
     for field in dataclasses.fields(attack):
         value = getattr(attack, field.name)
         default = "first" if field.name == "keep" else field.default
@@ -79,34 +80,12 @@ def _word(config, field, value):
     if field == "indices":
         value = len(value)
     elif isinstance(value, tuple):
-        value = "_".join(short(v) for v in value)
+        value = "_".join(ratios.in_file_name(v) for v in value)
     elif isinstance(value, float):
-        value = short(value)
+        value = ratios.in_file_name(value)
     setting = core_settings.of(type(config)).get(field)
     word = setting.word if setting is not None else None
     return (word or field + "{}").format(value)
-
-
-def short(value):
-    """Formats a radius for a file name: 0.05, 8_255."""
-    text = f"{value:.6g}"
-    levels = _levels(value)
-    return f"{levels}_255" if len(text) > 5 and levels else text
-
-
-def radius(epsilon):
-    """Formats a radius for a table: 0.03137 (8/255)."""
-    levels = _levels(epsilon)
-    text = f"{epsilon:.4g}"
-    # Short decimals stay as they are, although 0.2, for example, is 51/255.
-    return f"{text} ({levels}/255)" if levels and len(text) > 5 else text
-
-
-def _levels(value):
-    """Returns k if the value is k/255 with 0 < k < 255, otherwise None."""
-    levels = round(value * 255)
-    exact = abs(value * 255 - levels) < 1e-9
-    return levels if exact and 0 < levels < 255 else None
 
 
 def existing_record(folder, request, overwrite=False):
@@ -618,7 +597,7 @@ def show(results, file=None):
             str(number),
             rich.text.Text(f"{_attack(record)}{_target(record)}"),
             record["norm"],
-            radius(record["epsilon"]),
+            ratios.with_decimal(record["epsilon"]),
             _steps(record),
             str(record.get("restarts", 1)),
             str(record["num_examples"]),

@@ -1,13 +1,13 @@
-"""Text about records: radii, captions, class names and the table of classes.
+"""Text about records: captions, class names and the table of classes.
 
-Figures, tables and programs use these functions, so that a radius or a class
+Figures, tables and programs use these functions, so that an attack or a class
 looks the same everywhere.
 """
 
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from saccade.core import metrics
+from saccade.core import metrics, ratios
 
 _ATTACKS = {
     "apgd": "APGD",
@@ -28,11 +28,11 @@ _FORMATS = {
     "attack": lambda v: _ATTACKS.get(v, str(v)),
     "norm": lambda v: NORMS.get(v, str(v)),
     "target": lambda v: _target(v),
-    "epsilon": lambda v: f"ε = {radius(v)}",
+    "epsilon": lambda v: f"ε = {ratios.text(v)}",
     "steps": lambda v: f"{v} steps" if v != 1 else "1 step",
     "restarts": lambda v: f"{v} restarts" if v != 1 else "1 restart",
     "n_queries": lambda v: f"{v} queries",
-    "step_size": lambda v: f"step {radius(v)}",
+    "step_size": lambda v: f"step {ratios.text(v)}",
     "num_examples": lambda v: f"{v} images",
     "eot": lambda v: f"{v} draws",
     **{name: str for name in ("model", "dataset", "run", "split", "version")},
@@ -55,20 +55,6 @@ def _target(value):
     if isinstance(value, int):
         return f"target class {value}"
     return "untargeted" if value == "none" else f"{value} targets"
-
-
-def radius(value: float) -> str:
-    """Formats a radius: 8/255, 0.05."""
-    found = levels(value)
-    return f"{found:g}/255" if found else f"{value:.4g}"
-
-
-def levels(value: float) -> float | None:
-    """Returns k if a value should be written as k/255, otherwise None."""
-    found = round(value * 255, 6)
-    short = len(f"{value:.6g}") <= 5
-    whole = abs(found * 10 - round(found * 10)) < 1e-4
-    return round(found, 1) if whole and 0 < found < 255 and not short else None
 
 
 def describe(settings: Mapping, names: Sequence[str]) -> str:

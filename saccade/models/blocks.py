@@ -138,10 +138,7 @@ def backbone(kind, input_shape, width, name, **options):
     if kind == "auto":
         kind = fitting(input_shape)
     if kind not in resnets.BACKBONES:
-        raise ValueError(
-            f"unknown backbone {kind!r}.{known_names.near(kind, BACKBONES)} "
-            f"Expected one of {', '.join(BACKBONES)}."
-        )
+        raise known_names.unknown("backbone", kind, BACKBONES)
     build = resnets.BACKBONES[kind]
     taken = inspect.signature(build).parameters
     if "stem_stride" in taken:

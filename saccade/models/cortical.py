@@ -124,12 +124,7 @@ def feedback_resnet20(
         - [Liao and Poggio, 2016](https://arxiv.org/abs/1604.03640)
     """
     halving = {"all": (2, 3), "not_last": (2,), "none": ()}
-    if downsampling not in halving:
-        raise ValueError(
-            f"Expected downsampling of {tuple(halving)}."
-            f"{known_names.near(downsampling, halving)} Received: "
-            f"downsampling={downsampling!r}."
-        )
+    known_names.require("downsampling", downsampling, halving)
 
     def conv(filters, kernel, **kwargs):
         return layers.Conv2D(

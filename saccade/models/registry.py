@@ -74,8 +74,8 @@ def names():
 
 # The handover's models are assembled outside of the package.
 _NOT_IMPORTED = (
-    " The module model_backbone of a checkout registers more models; import it "
-    "first."
+    " (the module model_backbone of a checkout registers more models; import "
+    "it first)"
 )
 
 
@@ -87,10 +87,7 @@ def entry(name):
     """
     if name not in _REGISTRY:
         missing = "" if "multi_gaze" in _REGISTRY else _NOT_IMPORTED
-        raise ValueError(
-            f"unknown model {name!r}.{known_names.near(name, names())} "
-            f"Expected one of {', '.join(names()) or 'none'}.{missing}"
-        )
+        raise known_names.unknown("model", name, names(), missing)
     return _REGISTRY[name]
 
 

@@ -11,6 +11,7 @@ import keras
 from keras import layers, ops, regularizers
 
 from saccade.core import keras_settings
+from saccade.core import names as known_names
 from saccade.models.options import OPTIONS
 
 keras_settings.set_up_keras()
@@ -348,11 +349,7 @@ def denoise(x, name, form="embedded_softmax"):
     References:
         - [Xie et al., 2019](https://arxiv.org/abs/1812.03411), Section 4
     """
-    if form not in ("embedded_softmax", "dot_product"):
-        raise ValueError(
-            "Expected form to be one of embedded_softmax, dot_product. "
-            f"Received: form={form!r}."
-        )
+    known_names.require("form", form, ("embedded_softmax", "dot_product"))
     channels = x.shape[-1]
     theta = phi = x
     embedded = form == "embedded_softmax"
@@ -386,11 +383,7 @@ def _preactivated_stages(
             f"Expected {len(depths)} strides, one a stage. Received: "
             f"strides={tuple(strides)}."
         )
-    if denoising not in DENOISING:
-        raise ValueError(
-            f"Expected denoising to be one of {', '.join(DENOISING)}. "
-            f"Received: denoising={denoising!r}."
-        )
+    known_names.require("denoising", denoising, DENOISING)
     rows = enumerate(zip(filters, depths, strides, strict=True), start=1)
     for stage, (count, blocks, first) in rows:
         for block in range(1, blocks + 1):

@@ -22,11 +22,7 @@ VISIONS = (
 
 def _vision(kind, image_shape, width, strides, **options):
     """The vision net without its pooling: from images to a map."""
-    if kind not in VISIONS:
-        raise ValueError(
-            f"Expected vision to be one of {', '.join(VISIONS)}."
-            f"{known_names.near(kind, VISIONS)} Received: vision={kind!r}."
-        )
+    known_names.require("vision", kind, VISIONS)
     if kind == "auto":
         kind = blocks.fitting(image_shape)
         kind = "resnet152" if kind == "resnet18" else kind

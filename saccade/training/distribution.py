@@ -4,6 +4,7 @@ import contextlib
 
 import keras
 
+from saccade.core import names as known_names
 from saccade.core import settings as core_settings
 from saccade.training import settings
 
@@ -30,11 +31,7 @@ def scope(distribute, batch_size):
         ValueError: If the name is unknown, the backend is not TensorFlow, or
             the devices cannot share a batch.
     """
-    if distribute not in DISTRIBUTIONS:
-        raise ValueError(
-            f"Expected distribute to be one of {', '.join(DISTRIBUTIONS)}. "
-            f"Received: distribute={distribute!r}."
-        )
+    known_names.require("distribute", distribute, DISTRIBUTIONS)
     if distribute == "none":
         return contextlib.nullcontext()
     if keras.config.backend() != "tensorflow":

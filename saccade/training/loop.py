@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from saccade.core import names as known_names
 from saccade.core import run_folder
 from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
@@ -135,11 +136,7 @@ class Loop:
     should_stop: Callable = lambda: False
 
     def __post_init__(self):
-        if self.on_collapse not in ON_COLLAPSE:
-            raise ValueError(
-                f"Expected on_collapse to be one of {', '.join(ON_COLLAPSE)}. "
-                f"Received: on_collapse={self.on_collapse!r}."
-            )
+        known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
         self.step_config.check(self.objective)
         self.replays = max(1, self.step_config.replays)
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays

@@ -28,6 +28,7 @@ from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses
 from saccade.attacks import settings as attack_settings
 from saccade.core import gradients, lp, randomness
+from saccade.core import names as known_names
 from saccade.training import settings
 
 TARGETS = tuple(attack_settings.TARGET.choices)
@@ -246,11 +247,7 @@ class Adversarial(Standard):
                 "Expected epsilon > 0 for adversarial training; with 0 it is "
                 f"standard training. Received: epsilon={self.attack.epsilon:g}."
             )
-        if self.target not in TARGETS:
-            raise ValueError(
-                f"Expected target to be one of {', '.join(TARGETS)}. "
-                f"Received: target={self.target!r}."
-            )
+        known_names.require("target", self.target, TARGETS)
         if self.target in ("random", "next") and self.num_classes is None:
             raise ValueError(
                 f"Expected num_classes with {self.target} targets. Received: "
@@ -633,7 +630,7 @@ class AdversarialConfig(settings.AdversarialSettings):
     """
 
     def __post_init__(self):
-        _check_name("objective", self.objective, OBJECTIVES)
+        known_names.require("objective", self.objective, OBJECTIVES)
         known = _settings(self.objective, self.attack)
         for name, value in self._given().items():
             if name not in known:
@@ -698,7 +695,7 @@ class AdversarialConfig(settings.AdversarialSettings):
                 f"{self.epsilon:g}, is a radius in {self.norm}."
             )
         objective = changes.get("objective", self.objective)
-        _check_name("objective", objective, OBJECTIVES)
+        known_names.require("objective", objective, OBJECTIVES)
         kept = self._given()
         if objective != self.objective:
             kept = self._shared_with(objective)
@@ -772,21 +769,13 @@ def _settings(objective, attack=None):
         return names
     if attack is None:
         attack = _DEFAULTS["attack"]
-    _check_name("attack", attack, ATTACKS)
+    known_names.require("attack", attack, ATTACKS)
     kind = gradient_attacks.ATTACKS[attack]
     known = {field.name for field in dataclasses.fields(kind)}
     if "rates" in known:
         known.add("step_size")
     missing = {*_STEPS, *_TARGET} - {"attack", "target"} - known
     return tuple(name for name in names if name not in missing)
-
-
-def _check_name(field, name, known):
-    if name not in known:
-        raise ValueError(
-            f"Expected {field} to be one of {', '.join(known)}. "
-            f"Received: {field}={name!r}."
-        )
 
 
 # The settings of the handover.

@@ -198,10 +198,14 @@ REFUSED = [
             "Received: --model=multi_gaze.",
         ),
         ("--cifar_wider=1", "Received: no --model."),
-        ("--cifar_wider=2", "Unknown --cifar_wider=2. Known: 0, None, 1."),
+        (
+            "--cifar_wider=2",
+            "Expected --cifar_wider to be one of 0, None, 1. Received: "
+            "--cifar_wider=2.",
+        ),
         (
             "--pooling=men",
-            "--pooling=men. Known: 0, None, avg, max, mean, concat.",
+            "one of 0, None, avg, max, mean, concat. Received: --pooling=men.",
         ),
         ("--name --seed=1", "--name needs a value"),
         ("--dropout", "--dropout needs a value"),
@@ -211,10 +215,11 @@ REFUSED = [
     for line, message in [
         (
             "--attack_algo=BIM",
-            "Unknown --attack_algo=BIM. Known: PGD, PGD_ADAM, FGSM.",
+            "Expected --attack_algo to be one of PGD, PGD_ADAM, FGSM. "
+            "Received: --attack_algo=BIM.",
         ),
-        ("--attack_distance_metric=linf", "Known: LINF, L2, L1."),
-        ("--evaluate_mode=all", "Known: robustness, nonrobust_features."),
+        ("--attack_distance_metric=linf", "to be one of LINF, L2, L1."),
+        ("--evaluate_mode=all", "to be one of robustness, nonrobust_features."),
         ("--attack_algo", "--attack_algo needs a value"),
         (
             "--attack_criteria_det=1 --attack_criteria_targeted=0",
@@ -255,7 +260,7 @@ def call(program, *arguments):
 @pytest.mark.parametrize(
     "program,line,message",
     [
-        ("trainer", "--pooling=sum", "Unknown --pooling=sum. Known: "),
+        ("trainer", "--pooling=sum", "Expected --pooling to be one of "),
         # Taken, or they would be said to be unknown.
         ("trainer", "--name=x --mnist_attention --dataset=imagenet10",
          "imagenet10 needs its files"),
