@@ -18,9 +18,11 @@ PAGES = sorted(DOCS.glob("**/*.md"))
 PROGRAMS = {
     "trainer.py": "trainer",
     "adversary.py": "adversary",
-    "benchmarks/speed.py": "benchmark",
-    "benchmarks/parity.py": "parity",
+    "benchmarks/speed.py": "benchmarks/speed",
+    "benchmarks/parity.py": "benchmarks/parity",
 }
+# Words in command lines that stand for a value.
+PLACEHOLDERS = {"EPSILON": "0.1", "SEED": "0"}
 
 
 def page(name):
@@ -68,6 +70,8 @@ def commands(program):
             r"^```(?:bash|text)\n(.*?)^```$", path.read_text(), re.S | re.M
         )
         for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            for word, value in PLACEHOLDERS.items():
+                line = line.replace(word, value)
             if line.startswith(f"python {program}"):
                 found.append(shlex.split(line, comments=True)[2:])
     return found
@@ -84,7 +88,7 @@ def test_every_command_parses(program):
 
 
 def test_every_flag_that_a_page_names_exists():
-    known = {"help"}
+    known = {"help", "name"}  # `--name` stands for any flag.
     for module in PROGRAMS.values():
         known |= set(test_readme.parse(module, [])["flags"])
     for path in PAGES:
