@@ -211,9 +211,6 @@ def config_from_flags(values=flags.FLAGS):
         name: getattr(given, name)
         for name in core_settings.of(settings.RunSettings)
     }
-    shared["robust_validation"] = num_attacked
-    if given.on_collapse is None:
-        shared["on_collapse"] = "restore" if fast else "stop"
     if not given.image_size:
         shared["image_size"] = recipes.image_size(name, given.dataset)
     return training_config.RunConfig(
@@ -222,6 +219,8 @@ def config_from_flags(values=flags.FLAGS):
         model_options=options,
         adversarial=adversarial,
         step=step,
+        on_collapse=given.on_collapse or ("restore" if fast else "stop"),
+        robust_validation=num_attacked,
         **shared,
     )
 

@@ -89,6 +89,8 @@ class RunConfig(settings.RunSettings):
     adversarial: objectives.AdversarialConfig | None = None
     recipe_name: str | None = None
     step: StepConfig = StepConfig()
+    on_collapse: str = settings.ON_COLLAPSE.field("stop")
+    robust_validation: int = settings.ROBUST_VALIDATION.field(0)
 
     @property
     def folder(self):

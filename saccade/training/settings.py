@@ -272,8 +272,6 @@ class RunSettings:
     dataset: str = setting(
         "cluttered_digits", "Data set to train on, one of those listed below."
     )
-    on_collapse: str = ON_COLLAPSE.field("stop")
-    robust_validation: int = ROBUST_VALIDATION.field(0)
     robust_validation_steps: int = setting(
         10, "Gradient steps of the PGD of --robust_validation.", minimum=1
     )
