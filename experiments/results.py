@@ -37,7 +37,9 @@ PARITY_COMMAND = """python benchmarks/parity.py --run=RUN --norm=l1 \\
   --epsilon=EPSILON --attacks=autoattack --libraries=saccade,pyautoattack \\
   --num_examples=1000 --batch_size=1000 --seed=SEED"""
 # Libraries differ in what a second thread gains them.
-ONE_THREAD = "OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 "
+ONE_THREAD = (
+    "OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 "
+)
 INTRODUCTION = """# Results
 
 <!-- make results writes this page; changes by hand are lost. -->
