@@ -83,8 +83,16 @@ class Section:
 
 
 def experiment(folder: pathlib.Path) -> str:
-    """Returns a table of tables.py."""
-    return experiment_tables.published_experiment(folder).markdown().strip()
+    """Returns a table of tables.py, and the sizes of its models."""
+    made = experiment_tables.published_experiment(folder)
+    sizes = {}
+    for row, seed in made.jobs:
+        path = made.folder(row, seed) / run_folder.CONFIG
+        if path.exists():
+            count = run_folder.read_json(path)["parameters"]
+            sizes.setdefault(row, f"{row} {count:,}")
+    text = f"Parameters: {'; '.join(sizes.values())}."
+    return f"{made.markdown().strip()}\n\n{textwrap.fill(text, 80)}"
 
 
 def walk(folder: pathlib.Path) -> str:
@@ -256,7 +264,8 @@ SECTIONS = (
         "The first row is the model of `make demo`, trained and attacked as "
         "there, with two more seeds; the others are trained with the same "
         "recipe on the same clean images. PGD has 20 steps in L-inf and one "
-        "random start. None of these models was trained against attacks.",
+        "random start. None of these models was trained against attacks, "
+        "and they differ in size.",
         experiment,
     ),
     Section(
