@@ -813,10 +813,7 @@ class _Loaded:
 
         self.config, self.hashes = config, hashes
         self.model, self.context, self.split = _load(config, data, hashes)
-        entry = model_backbone.entry(self.context["model"])
-        stochastic = entry.stochastic or model_backbone.is_stochastic(
-            self.model
-        )
+        stochastic = model_backbone.is_stochastic(self.model)
         for evaluation in config.evaluations:
             _check_draws(self.context["model"], stochastic, evaluation.eot)
             if not config.surrogate:

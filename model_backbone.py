@@ -172,12 +172,7 @@ def _side_by_side(shape, build):
     return keras.Model(inputs, features, name="backbone")
 
 
-@registry.register(
-    "resnet",
-    reference="https://arxiv.org/abs/1512.03385 (ResNet-18 V1)",
-    image_size=320,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("resnet", shows=("gazes", "boxes", "views"))
 def resnet(
     *,
     num_classes,
@@ -227,6 +222,9 @@ def resnet(
             otherwise 1.
         pool_stride: Stride of the pool after the stem; 0 as for `stem_stride`.
         dropout: Rate of dropout on the features.
+
+    References:
+        - [He et al., 2015](https://arxiv.org/abs/1512.03385), ResNet-18
     """
 
     def build(shape, name="backbone"):
@@ -257,12 +255,7 @@ def resnet(
     )
 
 
-@registry.register(
-    "resnet_cifar",
-    reference="https://arxiv.org/abs/1512.03385 (ResNet-20 V1)",
-    image_size=32,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("resnet_cifar", shows=("gazes", "boxes", "views"))
 def resnet_cifar(
     *,
     num_classes,
@@ -294,6 +287,9 @@ def resnet_cifar(
         width: Filters of the first stage, 16 by default ("wider": 32).
         downsampling: `"all"`, `"not_last"` or `"none"`.
         dropout: Rate of dropout on the features.
+
+    References:
+        - [He et al., 2015](https://arxiv.org/abs/1512.03385), ResNet-20
     """
 
     def build(shape):
@@ -317,11 +313,7 @@ def resnet_cifar(
     )
 
 
-@registry.register(
-    "madry_cnn",
-    reference="https://arxiv.org/abs/1706.06083 (the network for MNIST)",
-    image_size=28,
-)
+@registry.register("madry_cnn")
 def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
     """The convolutional network of Madry et al. for MNIST.
 
@@ -331,6 +323,9 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
         width: Filters of the first convolution, 32 by default; the second has
             twice as many, and the dense layer 32 times.
         dropout: Rate of dropout on the features; the published one has none.
+
+    References:
+        - [Madry et al., 2017](https://arxiv.org/abs/1706.06083)
     """
     width = width or 32
     net = resnets.simple_cnn(
@@ -378,12 +373,7 @@ def _glimpse(images, kind, theta, gaze_range, interpolation):
     )(images, theta)[0]
 
 
-@registry.register(
-    "attention_mnist",
-    reference="https://arxiv.org/abs/1506.02025; the handover's small model",
-    image_size=40,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("attention_mnist", shows=("gazes", "boxes", "views"))
 def attention_mnist(
     *,
     num_classes,
@@ -416,6 +406,9 @@ def attention_mnist(
         regularization: L2 coefficient on the parameters of the view.
         dropout: Rate of dropout before the logits.
         interpolation: Interpolation of the view; see `sampling.sample`.
+
+    References:
+        - [Jaderberg et al., 2015](https://arxiv.org/abs/1506.02025)
     """
     _check_attention(
         attention_kind,
@@ -477,12 +470,7 @@ class FrozenView(layers.Layer):
         return {**super().get_config(), "scale": self.scale}
 
 
-@registry.register(
-    "parallel_transformers",
-    reference="the handover's parallel spatial transformers",
-    image_size=320,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("parallel_transformers", shows=("gazes", "boxes", "views"))
 def parallel_transformers(
     *,
     num_classes,
@@ -526,6 +514,9 @@ def parallel_transformers(
         view_size: Side of a view in pixels; 0 is the size of the image.
         dropout: Rate of dropout on the features of each branch.
         interpolation: Interpolation of the views; see `sampling.sample`.
+
+    References:
+        - [Jaderberg et al., 2015](https://arxiv.org/abs/1506.02025)
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -558,12 +549,7 @@ def parallel_transformers(
     return keras.Model(images, blocks.logits(features, num_classes))
 
 
-@registry.register(
-    "multi_gaze",
-    reference="the handover's multi-gaze model; retina: arXiv:2006.16427",
-    image_size=320,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("multi_gaze", shows=("gazes", "boxes", "views"))
 def multi_gaze(
     *,
     num_classes,
@@ -612,6 +598,9 @@ def multi_gaze(
         max_ratio: Sampling density at the fovea over that at the periphery.
         dropout: Rate of dropout on the features of each branch.
         interpolation: Interpolation of the views; see `sampling.sample`.
+
+    References:
+        - [Reddy et al., 2020](https://arxiv.org/abs/2006.16427), the retina
     """
     _check_count(num_transformers)
     images = keras.Input(image_shape, name="images")
@@ -679,12 +668,7 @@ def _join(features, pooling):
     return join(name="join")(features)
 
 
-@registry.register(
-    "ecnn",
-    reference="https://arxiv.org/abs/2006.16427 (cortical sampling)",
-    image_size=320,
-    shows=("gazes", "boxes", "views"),
-)
+@registry.register("ecnn", shows=("gazes", "boxes", "views"))
 def ecnn(
     *,
     num_classes,
@@ -726,6 +710,10 @@ def ecnn(
             images (43 in its wider variant).
         dropout: Rate of dropout on the joined features (0.75 in the
             handover's variant).
+
+    References:
+        - [Reddy et al., 2020](https://arxiv.org/abs/2006.16427), cortical
+          sampling
     """
     _check_ecnn(pooling, single_scale, auxiliary)
     scales = glimpse.cortical_scales(min(image_shape[:2]), scale4_freeze)

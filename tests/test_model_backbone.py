@@ -483,9 +483,7 @@ def test_global_pooling_ignores_positions():
 
 def test_registering_a_name_twice_raises():
     with pytest.raises(ValueError, match="already registered by multi_gaze"):
-        registry.register("multi_gaze", reference="", image_size=1)(
-            lambda: None
-        )
+        registry.register("multi_gaze")(lambda: None)
 
 
 @pytest.mark.every_backend

@@ -68,11 +68,19 @@ def shown(model):
     return keras.Model(images, {**outputs, "logits": logits})
 
 
+def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Returns the layers of a model, nested ones included, the model first.
+
+    Keras has no public function for this.
+    """
+    return list(model._flatten_layers())
+
+
 def generators(model):
     """Returns the seed generators of a model's layers, in a fixed order."""
     return [
         layer.seed_generator
-        for layer in model._flatten_layers()
+        for layer in all_layers(model)
         if isinstance(
             getattr(layer, "seed_generator", None), keras.random.SeedGenerator
         )
@@ -116,7 +124,7 @@ def set_read_out(model, step):
 
 
 def _recurrent(model):
-    for layer in model._flatten_layers():
+    for layer in all_layers(model):
         if isinstance(getattr(layer, "read_out", None), int):
             yield layer
 
@@ -129,7 +137,7 @@ def is_stochastic(model):
             true attribute `stochastic`.
     """
     return any(
-        getattr(layer, "stochastic", False) for layer in model._flatten_layers()
+        getattr(layer, "stochastic", False) for layer in all_layers(model)
     )
 
 

@@ -25,16 +25,10 @@ class Entry:
     Attributes:
         build: Callable with keyword arguments only, returning a `keras.Model`
             from [0, 1] images to logits.
-        reference: Source of the model.
-        image_size: Image side in pixels for which the defaults are meant.
-        stochastic: Whether two calls in inference mode can differ.
         shows: What `glimpses` can return for it, depending on its options.
     """
 
     build: Callable
-    reference: str
-    image_size: int
-    stochastic: bool = False
     shows: tuple[str, ...] = ()
 
     @property

@@ -5,7 +5,6 @@ import keras
 from saccade.core import names as known_names
 from saccade.models import attention, blocks, registry, resnets
 
-_PAPER = "https://arxiv.org/abs/1912.02184"
 # Strides of S3TA: only the second stage halves the resolution, so that the map
 # stays large.
 _STRIDES = (1, 2, 1, 1)
@@ -72,7 +71,7 @@ def _check_division(image_shape, rows, columns):
         )
 
 
-@registry.register("s3ta", reference=_PAPER, image_size=224, shows=("maps",))
+@registry.register("s3ta", shows=("maps",))
 def s3ta(
     *,
     num_classes,
@@ -116,6 +115,9 @@ def s3ta(
         controller_units: Units of the LSTM.
         hidden_units: Hidden units of the query net and of the output net.
         remat: Whether steps are recomputed in the backward pass.
+
+    References:
+        - [Zoran et al., 2019](https://arxiv.org/abs/1912.02184)
     """
     images = keras.Input(image_shape, name="images")
     net = _vision(
@@ -152,9 +154,7 @@ def _plain(kind, image_shape, num_classes, width, **options):
     return blocks.classifier(image_shape, net, num_classes)
 
 
-def _register_resnet(
-    name, reference, image_size=224, depth=152, denoising="none", **own
-):
+def _register_resnet(name, depth=152, denoising="none", **own):
     """Registers a ResNet V2 for ImageNet under its name in the tables."""
 
     def build(
@@ -196,30 +196,20 @@ def _register_resnet(
             **own,
         )
 
-    registry.register(name, reference=reference, image_size=image_size)(build)
+    registry.register(name)(build)
 
 
-_V2 = "https://arxiv.org/abs/1603.05027"
-_register_resnet("resnet50", f"{_V2} (ResNet-50 V2)", depth=50)
-_register_resnet("resnet152", f"{_V2} (ResNet-152 V2)")
-_register_resnet(
-    "denoise",
-    "https://arxiv.org/abs/1812.03411 (four denoising blocks; its ResNet-152 "
-    "is of version 1)",
-    denoising="stages",
-)
-_register_resnet(
-    "resnet_se",
-    "https://arxiv.org/abs/1709.01507 (squeeze-and-excitation, ratio 16)",
-    squeeze_excite=16,
-)
+# He et al., 2016, https://arxiv.org/abs/1603.05027
+_register_resnet("resnet50", depth=50)
+_register_resnet("resnet152")
+# Xie et al., 2018, https://arxiv.org/abs/1812.03411: four denoising blocks. The
+# paper's ResNet-152 is of version 1.
+_register_resnet("denoise", denoising="stages")
+# Hu et al., 2017, https://arxiv.org/abs/1709.01507: ratio 16.
+_register_resnet("resnet_se", squeeze_excite=16)
 
 
-@registry.register(
-    "preact_resnet18",
-    reference="https://arxiv.org/abs/2002.11569 (PreActResNet-18)",
-    image_size=32,
-)
+@registry.register("preact_resnet18")
 def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
     """PreActResNet-18, a common baseline of robust training on CIFAR-10.
 
@@ -228,17 +218,16 @@ def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
         image_shape: (height, width, channels).
         width: Filters of the first stage; 0 is 64.
         dropout: Rate of dropout on the features.
+
+    References:
+        - [Rice et al., 2020](https://arxiv.org/abs/2002.11569)
     """
     return _plain(
         "preact_resnet18", image_shape, num_classes, width, dropout=dropout
     )
 
 
-@registry.register(
-    "wide_resnet",
-    reference="https://arxiv.org/abs/1605.07146 (WRN-28-10)",
-    image_size=32,
-)
+@registry.register("wide_resnet")
 def wide_resnet(
     *, num_classes, image_shape, depth=28, widen=10, width=0, dropout=0.0
 ):
@@ -251,6 +240,9 @@ def wide_resnet(
         widen: Factor of the filters of every stage.
         width: Filters of the stem; 0 is 16.
         dropout: Rate of dropout on the features.
+
+    References:
+        - [Zagoruyko and Komodakis, 2016](https://arxiv.org/abs/1605.07146)
     """
     return _plain(
         "wide_resnet",

@@ -136,7 +136,7 @@ def kernels(model):
     trainable = {id(variable) for variable in model.trainable_variables}
     found = {
         id(layer.kernel): layer.kernel
-        for layer in model._flatten_layers()
+        for layer in model_inspect.all_layers(model)
         if isinstance(layer, _WITH_KERNEL) and id(layer.kernel) in trainable
     }
     return list(found.values())
