@@ -3,6 +3,7 @@
 # make slow      the tests that make test leaves out: they take longest
 # make lint      ruff's rules, its format, the levels of imports
 # make results   docs/results.md from the records in results/
+# make docs      the documentation site, in site/; a dead link fails
 # make docs-flags  docs/flags.md from the fields that declare the settings
 # make notebook  run view_images.ipynb on the newest run, into runs/
 # make peers     install the attack libraries that benchmarks/parity.py compares with
@@ -26,7 +27,7 @@ RUN ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint results docs-flags notebook peers clean
+.PHONY: help demo test slow lint results docs docs-flags notebook peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -69,6 +70,9 @@ lint: $(VENV)/.installed-test
 results: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 docs-flags: $(VENV)/.installed-test
 	$(BIN)/python -m saccade.cli.flags_page trainer adversary > docs/flags.md
 
@@ -85,4 +89,4 @@ peers: $(VENV)/.installed-peers
 	$(BIN)/python -m pip install --quiet --no-deps 'torchattacks>=3.5.1'
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache site

@@ -117,3 +117,36 @@ def test_every_page_is_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r": ([\w/]+\.md)$", menu, re.MULTILINE)
     assert sorted(pages) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+
+
+def test_every_module_that_a_page_names_exists():
+    for path in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
+            if name.startswith(("saccade/", "benchmarks/", "experiments/")):
+                assert (ROOT / name).exists(), (path, name)
+
+
+def test_no_walk_visits_a_station_twice():
+    walks = page("architecture").split("\n### ")[1:]
+    assert len(walks) == 3
+    for walk in walks:
+        stations = re.findall(r"^ *\d+\. `([\w/.]+\.py)`", walk, re.MULTILINE)
+        assert len(stations) > 8
+        assert len(stations) == len(set(stations))
+        for station in stations:
+            assert (ROOT / station).exists(), station
+
+
+def test_the_reference_has_every_module():
+    listed = re.findall(
+        r"^::: (saccade[\w.]*)$",
+        "".join(path.read_text() for path in PAGES),
+        re.MULTILINE,
+    )
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in ROOT.glob("saccade/*/*.py")
+        if path.stem != "__init__"
+    ]
+    assert sorted(listed) == sorted(modules)
