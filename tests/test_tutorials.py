@@ -57,6 +57,7 @@ def steps(text):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_the_examples_of_a_tutorial_run(path, tmp_path):
     text = path.read_text()

@@ -231,7 +231,8 @@ def test_exif_turned(tmp_path, turn):
     exif = Image.Exif()
     exif[0x0112] = turn
     path = save(tmp_path / "turned.jpg", noise(6), exif=exif)
-    stored = np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        stored = np.asarray(image)
     got = read_one(path, turn % 2)
     np.testing.assert_array_equal(got, UPRIGHT[turn](stored))
 

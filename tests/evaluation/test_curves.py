@@ -293,7 +293,8 @@ class TestCurves:
         for axes in panels(figure).values():
             for points in lines(axes).values():
                 assert np.isfinite(points).all()
-        assert Image.open(tmp_path / "scan.png").size[0] > 300
+        with Image.open(tmp_path / "scan.png") as image:
+            assert image.size[0] > 300
 
     def test_single_record_is_a_point(self, tmp_path):
         figure = curves.accuracy_curves([record(0.5)], tmp_path / "one.png")
