@@ -22,6 +22,8 @@ import dataclasses
 import functools
 import math
 import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -31,8 +33,11 @@ from scipy import stats
 from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses, runner, spsa, square
+from saccade.attacks.base import LogitsFn
 from saccade.core import gradients, lp, metrics, randomness
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
+from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
@@ -43,12 +48,13 @@ _SUBSET_STREAM = 0xC4EC
 # Gradients below this count as zero: see `lp.ascent_direction`.
 _ZERO_GRADIENT = 1e-30
 # Fraction of images that one more attack misclassifies on a sound model.
+_Finding: TypeAlias = tuple[bool | None, str]  # Whether it passed, and why.
 _CHANCE_RATE = 0.02
 _CALLS = 3  # Number of calls of the model on the same images.
 # An accelerator may compute sums in another order; AutoAttack's tolerance.
 _ROUNDING = 1e-4
 _NOISE_DRAWS = 20  # Number of random perturbations of each image.
-_SPSA_SETTINGS = {"steps": 20, "samples": 64}
+_SPSA_SETTINGS: dict[str, Any] = {"steps": 20, "samples": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,21 +75,21 @@ class Check:
 
 
 def run(
-    model,
-    split,
+    model: keras.Model,
+    split: image_splits.Split,
     *,
-    norm="linf",
-    epsilon,
-    num_examples=128,
-    batch_size=64,
-    seed=0,
-    transfer_from=None,
-    eot=None,
-    steps=(10, 100),
-    queries=1000,
-    only=None,
-    report=None,
-):
+    norm: str = "linf",
+    epsilon: float,
+    num_examples: int = 128,
+    batch_size: int = 64,
+    seed: int = 0,
+    transfer_from: keras.Model | None = None,
+    eot: int | None = None,
+    steps: tuple[int, int] = (10, 100),
+    queries: int = 1000,
+    only: Iterable[str] | None = None,
+    report: Callable[[Check], Any] | None = None,
+) -> list[Check]:
     """Runs the checks on images drawn from a split.
 
     Checks share the results of the white-box attack (PGD). Attacks that must
@@ -156,7 +162,7 @@ def run(
     return checks
 
 
-def render(checks, width=100):
+def render(checks: Sequence[Check], width: int = 100) -> str:
     """Formats the checks: one line each, and the remedies of failed ones.
 
     Args:
@@ -216,7 +222,7 @@ class _Subject:
     """A model and the images on which it is checked; each PGD runs once."""
 
     model: keras.Model
-    split: object
+    split: image_splits.Split
     indices: np.ndarray
     norm: str
     epsilon: float
@@ -228,7 +234,7 @@ class _Subject:
     seed: int
     eot: int | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.images = np.asarray(self.split.read(self.indices), "float32")
         self.labels = np.asarray(self.split.labels)[self.indices]
         self.logits = runner.logits(
@@ -238,15 +244,15 @@ class _Subject:
         self.clean_correct = metrics.predictions(self.logits) == self.labels
         self.count = int(self.clean_correct.sum())
         self.gaps = metrics.log_odds_against(self.logits, self.labels)
-        self._pgd_outcomes = {}
+        self._pgd_outcomes: dict[tuple[int, float], _AttackOutcome] = {}
 
     @property
-    def reading(self):
+    def reading(self) -> runner.Reading:
         """How logits of a stochastic model are averaged."""
         return runner.Reading(self.eot, seed=self.seed)
 
     @functools.cached_property
-    def calls(self):
+    def calls(self) -> np.ndarray:
         """The logits of several calls, float64 `(calls, n, classes)`.
 
         The calls are not compiled, because compilation would freeze random
@@ -264,7 +270,7 @@ class _Subject:
         return np.stack(calls).astype("float64")
 
     @property
-    def call_difference(self):
+    def call_difference(self) -> float:
         """Largest difference between two calls relative to the logits' norm.
 
         Only images whose logits are finite in each call count; 0 if there are
@@ -278,7 +284,7 @@ class _Subject:
         return float((differences / norms).max())
 
     @property
-    def obstacle(self):
+    def obstacle(self) -> str:
         """Why this model cannot be attacked; an empty string if it can."""
         if metrics.nonfinite(self.logits).any():
             return "attacks need finite logits (see finite)"
@@ -291,7 +297,7 @@ class _Subject:
         return ""
 
     @property
-    def tolerance(self):
+    def tolerance(self) -> int:
         """Number of images that may contradict a check by chance.
 
         Even on a sound model an attack misclassifies an image or two in a
@@ -303,7 +309,7 @@ class _Subject:
         return max(1, int(stats.binom.ppf(0.95, self.count, rate)))
 
     @property
-    def keep(self):
+    def keep(self) -> str:
         """Which iterate PGD returns.
 
         An iterate that is misclassified in one draw of a stochastic model may
@@ -312,14 +318,19 @@ class _Subject:
         return "first" if self.eot is None else "last"
 
     @property
-    def diameter(self):
+    def diameter(self) -> float:
         """The radius within which every image can become any other image."""
         size = math.prod(self.images.shape[1:])
         return {"linf": 1.0, "l2": math.sqrt(size), "l1": float(size)}[
             self.norm
         ]
 
-    def attack(self, attack, rows, surrogate=None):
+    def attack(
+        self,
+        attack: attack_base.Attack,
+        rows: np.ndarray,
+        surrogate: keras.Model | None = None,
+    ) -> _AttackOutcome:
         """Attacks some of the images.
 
         Args:
@@ -356,7 +367,7 @@ class _Subject:
             )
         return _AttackOutcome(correct, gaps)
 
-    def pgd(self, steps, factor=1):
+    def pgd(self, steps: int, factor: float = 1) -> _AttackOutcome:
         """PGD with radius `factor * epsilon` on all correct clean images."""
         if (steps, factor) in self._pgd_outcomes:
             return self._pgd_outcomes[steps, factor]
@@ -372,31 +383,40 @@ class _Subject:
         return self._pgd_outcomes[steps, factor]
 
     @property
-    def white_box_correct(self):
+    def white_box_correct(self) -> np.ndarray:
         """Booleans `(n,)`: images correct under both white-box attacks."""
         return self.pgd(self.few).correct & self.pgd(self.many).correct
 
-    def still_correct(self, attack, rows, surrogate=None):
+    def still_correct(
+        self,
+        attack: attack_base.Attack,
+        rows: np.ndarray,
+        surrogate: keras.Model | None = None,
+    ) -> np.ndarray:
         """Booleans `(n,)`: which of `rows` are correct under an attack."""
         return rows & self.attack(attack, rows, surrogate).correct
 
     @functools.cached_property
-    def largest_gradients(self):
+    def largest_gradients(self) -> dict[str, np.ndarray]:
         """Largest entry of each loss's input gradient on correct images.
 
         Returns:
             Dict of arrays `(count,)`, by the name of the loss; NaN where an
             entry of the gradient is NaN or infinite.
         """
-        by_name = {
+        by_name: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "cross_entropy": losses.cross_entropy,
             "margin": losses.margin,
         }
         if self.logits.shape[-1] >= 3:
             by_name["dlr"] = losses.dlr
 
-        def make(logits_fn):
-            def largest_gradient(loss, images, labels):
+        def make(logits_fn: LogitsFn) -> Callable[..., Tensor]:
+            def largest_gradient(
+                loss: Callable[[Tensor, Tensor], Tensor],
+                images: Tensor,
+                labels: Tensor,
+            ) -> Tensor:
                 _, grad, flags = gradients.value_and_grad(
                     lambda x: loss(
                         losses.outputs_of(logits_fn(x)).logits, labels
@@ -432,7 +452,7 @@ class _Subject:
 # --- The checks --------------------------------------------------------------
 
 
-def _run_check(name, subject):
+def _run_check(name: str, subject: _Subject) -> Check:
     """Runs one check; skips it if the model cannot be attacked."""
     function, remedy = _CHECKS[name]
     if name not in _PRELIMINARY and subject.obstacle:
@@ -441,7 +461,7 @@ def _run_check(name, subject):
     return Check(name, passed, found, remedy)
 
 
-def _finite(subject):
+def _finite(subject: _Subject) -> _Finding:
     """Checks the logits of clean and of randomly perturbed images."""
     shape = subject.images.shape[1:]
     keys = randomness.example_keys(subject.seed, subject.indices)
@@ -468,7 +488,7 @@ def _finite(subject):
     return not any(counts), found
 
 
-def _logits(subject):
+def _logits(subject: _Subject) -> _Finding:
     logits = subject.logits
     logits = logits[~metrics.nonfinite(logits)]
     if not len(logits):
@@ -480,7 +500,7 @@ def _logits(subject):
     return True, f"{found}: they are not probabilities"
 
 
-def _deterministic(subject):
+def _deterministic(subject: _Subject) -> _Finding:
     calls = subject.calls
     predicted = metrics.predictions(calls)
     changed = (predicted != predicted[0]).any(0).sum()
@@ -496,7 +516,7 @@ def _deterministic(subject):
     return False, found
 
 
-def _zero_gradients(subject):
+def _zero_gradients(subject: _Subject) -> _Finding:
     counts = {
         name: int(np.sum(~(largest_gradients > _ZERO_GRADIENT)))
         for name, largest_gradients in subject.largest_gradients.items()
@@ -509,7 +529,7 @@ def _zero_gradients(subject):
     return max(counts.values()) <= subject.tolerance, found
 
 
-def _logit_scale(subject):
+def _logit_scale(subject: _Subject) -> _Finding:
     log_odds = -subject.gaps[subject.clean_correct]
     underflow = log_odds > evaluation_tally.UNDERFLOW
     underflow &= subject.largest_gradients["margin"] > _ZERO_GRADIENT
@@ -522,7 +542,7 @@ def _logit_scale(subject):
     return count <= subject.tolerance, found
 
 
-def _more_steps(subject):
+def _more_steps(subject: _Subject) -> _Finding:
     few, many = subject.pgd(subject.few), subject.pgd(subject.many)
     found = _rates(
         subject,
@@ -543,7 +563,7 @@ def _more_steps(subject):
     return True, found
 
 
-def _larger_epsilon(subject):
+def _larger_epsilon(subject: _Subject) -> _Finding:
     factors = [1] + [
         factor
         for factor in (2, 4)
@@ -573,7 +593,7 @@ def _larger_epsilon(subject):
     return True, found
 
 
-def _unbounded_epsilon(subject):
+def _unbounded_epsilon(subject: _Subject) -> _Finding:
     # It starts at the image: a random start anywhere in [0, 1] would be
     # misclassified even without a gradient.
     attack = gradient_attacks.PGD(
@@ -588,7 +608,7 @@ def _unbounded_epsilon(subject):
     return bool(correct.sum() <= max(1, 0.01 * subject.count)), found
 
 
-def _black_box(subject):
+def _black_box(subject: _Subject) -> _Finding:
     white_box_correct = subject.white_box_correct
     remaining = subject.still_correct(
         square.Square(
@@ -614,7 +634,7 @@ def _black_box(subject):
     )
 
 
-def _transfer(subject):
+def _transfer(subject: _Subject) -> _Finding:
     if subject.surrogate is None:
         return None, "no other model was given to transfer from"
     white_box_correct = subject.white_box_correct
@@ -629,7 +649,7 @@ def _transfer(subject):
     )
 
 
-def _single_step(subject):
+def _single_step(subject: _Subject) -> _Finding:
     white_box_correct = subject.white_box_correct
     attack = gradient_attacks.FGSM(norm=subject.norm, epsilon=subject.epsilon)
     remaining = subject.still_correct(attack, white_box_correct)
@@ -638,7 +658,7 @@ def _single_step(subject):
     )
 
 
-def _random_noise(subject):
+def _random_noise(subject: _Subject) -> _Finding:
     white_box_correct = subject.white_box_correct
     attack = gradient_attacks.PGD(
         norm=subject.norm,
@@ -652,7 +672,9 @@ def _random_noise(subject):
     return _compare_with_white_box(subject, white_box_correct, remaining, how)
 
 
-def _compare_with_white_box(subject, before, after, how):
+def _compare_with_white_box(
+    subject: _Subject, before: np.ndarray, after: np.ndarray, how: str
+) -> _Finding:
     """Counts the images that an attack breaks and the white-box ones do not.
 
     Args:
@@ -674,7 +696,7 @@ def _compare_with_white_box(subject, before, after, how):
     return broken <= subject.tolerance, found
 
 
-def _rates(subject, *outcomes):
+def _rates(subject: _Subject, *outcomes: tuple[str, np.ndarray]) -> str:
     """Formats robust accuracies over the images that are correct when clean."""
     listed = ", ".join(
         f"{name}: {correct.sum() / subject.count:.1%}"

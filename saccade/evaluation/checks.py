@@ -1,9 +1,12 @@
 """Checks of a model, its outputs and its images before an evaluation."""
 
+import keras
 import numpy as np
 from keras import ops
 
 from saccade.core import metrics
+from saccade.core.arrays import Tensor
+from saccade.data import splits as image_splits
 from saccade.evaluation import config as evaluation_config
 from saccade.models import inspect as model_inspect
 
@@ -12,7 +15,9 @@ _SUBSET_STREAM = 0x5ACC
 _PROBE_IMAGES = 32  # Images on which the model's outputs are checked first.
 
 
-def check_model_outputs(model, config):
+def check_model_outputs(
+    model: keras.Model, config: evaluation_config.EvaluationConfig
+) -> None:
     """Checks that a model has the outputs that an attack uses.
 
     Args:
@@ -38,7 +43,9 @@ def check_model_outputs(model, config):
         )
 
 
-def choose(split, config: evaluation_config.EvaluationConfig) -> np.ndarray:
+def choose(
+    split: image_splits.Split, config: evaluation_config.EvaluationConfig
+) -> np.ndarray:
     """Returns the indices of an evaluation's images in their random order.
 
     Subsets nest: a larger evaluation begins with the images of a smaller one.
@@ -62,7 +69,7 @@ def choose(split, config: evaluation_config.EvaluationConfig) -> np.ndarray:
     return rng.permutation(len(split))[: config.num_examples]
 
 
-def check_fit(model, split):
+def check_fit(model: keras.Model, split: image_splits.Split) -> None:
     """Checks that images and labels of a split fit a model.
 
     Args:
@@ -100,7 +107,7 @@ def check_fit(model, split):
         )
 
 
-def check_weights(model):
+def check_weights(model: keras.Model) -> None:
     """Raises an `EvaluationError` if a weight of a model is not finite.
 
     Finite logits do not prove it: a ReLU may turn NaN into 0.
@@ -111,7 +118,7 @@ def check_weights(model):
         raise evaluation_config.EvaluationError(error) from error
 
 
-def check_finite(logits, indices):
+def check_finite(logits: np.ndarray, indices: np.ndarray) -> None:
     """Raises an `EvaluationError` if clean images have non-finite logits."""
     broken = metrics.nonfinite(logits)
     if broken.any():
@@ -123,7 +130,7 @@ def check_finite(logits, indices):
         )
 
 
-def unit_range(images, name):
+def unit_range(images: np.ndarray, name: str) -> np.ndarray:
     """Returns the images as float32; raises if pixels are outside [0, 1]."""
     images = np.asarray(images, "float32")
     low, high = float(images.min()), float(images.max())
@@ -137,7 +144,11 @@ def unit_range(images, name):
     return images
 
 
-def check_outputs(model, split, config):
+def check_outputs(
+    model: keras.Model,
+    split: image_splits.Split,
+    config: evaluation_config.EvaluationConfig,
+) -> None:
     """Raises if outputs are probabilities, or random without `config.eot`.
 
     It calls the model twice on the first images.
@@ -181,7 +192,7 @@ def probabilities(outputs: np.ndarray) -> str:
     return ""
 
 
-def varies(model, images):
+def varies(model: keras.Model, images: np.ndarray) -> bool:
     """Tests whether two calls in inference mode differ on the same images.
 
     Differences up to 1e-4 (AutoAttack's tolerance) are ignored, because sums
@@ -194,11 +205,13 @@ def varies(model, images):
     return _differ(*_two_calls(model, images))
 
 
-def _differ(first, second):
+def _differ(first: np.ndarray, second: np.ndarray) -> bool:
     return not np.allclose(first, second, rtol=0, atol=1e-4, equal_nan=True)
 
 
-def _two_calls(model, images):
+def _two_calls(
+    model: keras.Model, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Calls a model twice and restores its seed generators."""
     states = [g.state for g in model_inspect.generators(model)]
     before = [as_array(state).copy() for state in states]
@@ -208,5 +221,5 @@ def _two_calls(model, images):
     return first.astype("float64"), second.astype("float64")
 
 
-def as_array(values):
+def as_array(values: Tensor) -> np.ndarray:
     return ops.convert_to_numpy(ops.stop_gradient(values))

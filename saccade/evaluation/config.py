@@ -1,7 +1,9 @@
 """The settings of an evaluation."""
 
 import dataclasses
+from typing import Any, Self
 
+from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import settings as attack_settings
 from saccade.core import names as known_names
@@ -44,7 +46,7 @@ class EvaluationConfig:
             final predictions are always float32.
     """
 
-    attack: object = gradient_attacks.PGD(keep="first")
+    attack: attack_base.Attack = gradient_attacks.PGD(keep="first")
     target: str | int = attack_settings.TARGET.field("none")
     num_examples: int | None = attack_settings.NUM_EXAMPLES.field(None)
     indices: tuple[int, ...] | None = attack_settings.INDICES.field(None)
@@ -54,7 +56,7 @@ class EvaluationConfig:
     read_outs: str = attack_settings.READ_OUTS.field("last")
     craft_dtype: str = attack_settings.CRAFT_DTYPE.field("float32")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.target not in TARGETS and not (
             isinstance(self.target, int) and self.target >= 0
         ):
@@ -73,22 +75,23 @@ class EvaluationConfig:
         if self.indices is not None:
             self._check_indices()
 
-    def _check_indices(self):
-        object.__setattr__(self, "indices", tuple(map(int, self.indices)))
+    def _check_indices(self) -> None:
+        indices = tuple(map(int, self.indices or ()))
+        object.__setattr__(self, "indices", indices)
         if self.num_examples is not None:
             raise ValueError(
                 "Expected num_examples or indices, not both. Received: "
-                f"num_examples={self.num_examples} and {len(self.indices)} "
+                f"num_examples={self.num_examples} and {len(indices)} "
                 "indices."
             )
-        if not self.indices or len(set(self.indices)) < len(self.indices):
+        if not indices or len(set(indices)) < len(indices):
             raise ValueError(
                 "Expected indices to name at least one image, each once. "
-                f"Received: {len(self.indices)}, "
-                f"{len(set(self.indices))} of them different."
+                f"Received: {len(indices)}, "
+                f"{len(set(indices))} of them different."
             )
 
-    def fit(self, num_classes):
+    def fit(self, num_classes: int) -> Self:
         """Returns the config for a model with `num_classes` classes.
 
         If some members of an AutoAttack are not defined for that many classes,
@@ -111,18 +114,19 @@ class EvaluationConfig:
         return dataclasses.replace(self, attack=fitted)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The attack's name in `ATTACKS`."""
         return self.attack.name
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """Returns every setting as a dict that can be written as JSON."""
         settings = dataclasses.asdict(self.attack)
         # In a record, "loss" is a result, and "objective" the attack loss.
         if "loss" in settings:
             settings["objective"] = settings.pop("loss")
         if "step_size" in settings:
-            settings["step_size"] = self.attack.step_length
+            length = self.attack.runtime_parameters()["step_length"]
+            settings["step_size"] = length
         described = {"attack": self.name, **settings, "target": self.target}
         if self.eot is not None:
             described["eot"] = self.eot
@@ -136,7 +140,7 @@ class EvaluationConfig:
         }
 
 
-def check_counts(config):
+def check_counts(config: Any) -> None:
     """Checks the numbers of a config.
 
     Args:

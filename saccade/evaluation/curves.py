@@ -13,13 +13,20 @@ import dataclasses
 import itertools
 import json
 import math
+import pathlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
 from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from saccade.attacks import registry as attack_registry
 from saccade.core import metrics, ratios, run_folder
+from saccade.core.run_folder import Record, StrPath
 from saccade.evaluation import config as evaluation_config
 from saccade.figures import captions
 from saccade.figures import style as figure_style
@@ -102,7 +109,7 @@ _INTERVALS = {
 # --- CSV --------------------------------------------------------------------
 
 
-def rows(records):
+def rows(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Returns the records as flat dicts of numbers and strings.
 
     An interval becomes two entries, `..._low` and `..._high`. Lists and dicts
@@ -122,7 +129,7 @@ def rows(records):
     return [{k: row[k] for k in order if k in row} for row in flat]
 
 
-def _flatten(record):
+def _flatten(record: Record) -> dict[str, Any]:
     flat = {}
     for key, value in record.items():
         if key in _EXCLUDED or value is None:
@@ -140,7 +147,7 @@ def _flatten(record):
     return flat
 
 
-def _settings():
+def _settings() -> list[str]:
     """Returns the names of all settings of attacks and evaluations."""
     names = {"attack": None, "norm": None, "epsilon": None, "target": None}
     for attack in attack_registry.ATTACKS.values():
@@ -152,7 +159,7 @@ def _settings():
     return [n for n in names if n not in ("loss", "batch_size")]
 
 
-def write_csv(records, path):
+def write_csv(records: Iterable[Record], path: StrPath) -> None:
     """Writes records as CSV, one row each; missing values are empty fields.
 
     Args:
@@ -164,7 +171,7 @@ def write_csv(records, path):
     heads = [k for k in heads if k not in _RESULTS]
     heads += [k for k in _RESULTS if any(k in row for row in table)]
 
-    def write(temporary):
+    def write(temporary: pathlib.Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, heads, lineterminator="\n")
             writer.writeheader()
@@ -180,34 +187,35 @@ def write_csv(records, path):
 class _Line:
     """The points of one attack in one panel, from left to right."""
 
-    settings: dict
-    records: list
+    settings: dict[str, Any]
+    records: list[Record]
     axis: str
 
     @property
-    def x(self):
+    def x(self) -> np.ndarray:
         return np.array([_position(r, self.axis) for r in self.records])
 
     @property
-    def y(self):
+    def y(self) -> np.ndarray:
         return np.array([r["robust_accuracy"] for r in self.records])
 
     @property
-    def bounds(self):
+    def bounds(self) -> np.ndarray:
         """Lower and upper ends of the intervals, NaN where unknown."""
         return np.array([_interval(r) for r in self.records]).T
 
 
-def _position(record, axis):
+def _position(record: Record, axis: str) -> float | None:
     """Returns the value of a record on an axis, or None."""
     value = record.get(axis)
     if axis == "steps" and value is None:
         value = record.get("n_queries")  # Square has queries, not steps.
-    usable = isinstance(value, (int, float)) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
 
 
-def _interval(record):
+def _interval(record: Record) -> tuple[float, float]:
     interval = record.get("robust_accuracy_interval")
     number = record.get("num_examples")
     if interval is None and number:
@@ -216,7 +224,7 @@ def _interval(record):
     return (math.nan, math.nan) if interval is None else tuple(interval)
 
 
-def _lines(records, axis):
+def _lines(records: Sequence[Record], axis: str) -> list[_Line]:
     """Groups records into lines along an axis."""
     varying = {axis}
     if axis == "seconds":  # These settings determine the time.
@@ -232,7 +240,9 @@ def _lines(records, axis):
     return lines
 
 
-def _split_coinciding(group, axis):
+def _split_coinciding(
+    group: Sequence[Record], axis: str
+) -> Sequence[tuple[dict[str, Any], Sequence[Record]]]:
     """Splits a group by as few details as possible to separate its points."""
     if axis == "seconds" or not _coincide(group, axis):
         return [({}, group)]
@@ -244,13 +254,15 @@ def _split_coinciding(group, axis):
     return [({}, group)]  # The group holds the same evaluation twice.
 
 
-def _coincide(group, axis):
+def _coincide(group: Sequence[Record], axis: str) -> bool:
     return len({_position(record, axis) for record in group}) < len(group)
 
 
-def _group(records, names):
+def _group(
+    records: Iterable[Record], names: Sequence[str]
+) -> Iterable[tuple[dict[str, Any], list[Record]]]:
     """Yields pairs (settings, records that share them)."""
-    groups = {}
+    groups: dict[str, tuple[dict[str, Any], list[Record]]] = {}
     for record in records:
         settings = {
             name: record[name] for name in names if record.get(name) is not None
@@ -260,13 +272,16 @@ def _group(records, names):
     return groups.values()
 
 
-def _line(settings, group, axis):
+def _line(
+    settings: dict[str, Any], group: Sequence[Record], axis: str
+) -> _Line:
     """Returns a line with one point per position, the last such record."""
-    points = {_position(record, axis): record for record in group}
+    # `_panels` leaves out records that have no position.
+    points = {cast(float, _position(r, axis)): r for r in group}
     return _Line(settings, [points[x] for x in sorted(points)], axis)
 
 
-def _panels(records):
+def _panels(records: Sequence[Record]) -> dict[str, list[_Line]]:
     """Returns {axis: lines} for every axis that was scanned."""
     panels = {}
     for axis in AXES:
@@ -291,20 +306,20 @@ def _panels(records):
     return panels
 
 
-def _effort_varies(records):
+def _effort_varies(records: Iterable[Record]) -> bool:
     efforts = {(_position(r, "steps"), r.get("restarts")) for r in records}
     return len(efforts) > 1
 
 
-def _thin_out(lines, axis):
+def _thin_out(lines: list[_Line], axis: str) -> list[_Line]:
     """Leaves out lines if present are too many to distinguish.
 
     It keeps the largest number of restarts and as many others as fit, evenly
     spread; then it does the same for steps and for radii.
     """
     for name in ("restarts", "steps", "epsilon"):
-        values = {line.settings.get(name) for line in lines} - {None}
-        values = sorted(values)
+        there = (line.settings.get(name) for line in lines)
+        values = sorted({value for value in there if value is not None})
         if name == axis or len(lines) <= _MAX_LINES:
             continue
         for count in range(len(values) - 1, 0, -1):
@@ -329,10 +344,10 @@ def _thin_out(lines, axis):
 _ALWAYS_NAMED = (*captions.ORIGIN_SETTINGS, *captions.ATTACK_SETTINGS)
 
 
-def _distinguishing_settings(lines):
+def _distinguishing_settings(lines: Sequence[_Line]) -> list[list[str]]:
     """Returns for each line the settings that distinguish it from others."""
     differing = _differing(lines)
-    by_attack = {}
+    by_attack: dict[Any, list[_Line]] = {}
     for line in lines:
         by_attack.setdefault(line.settings.get("attack"), []).append(line)
     within = {attack: _differing(group) for attack, group in by_attack.items()}
@@ -347,7 +362,7 @@ def _distinguishing_settings(lines):
     ]
 
 
-def _differing(lines):
+def _differing(lines: Sequence[_Line]) -> list[str]:
     """Returns the names of the settings in which lines differ."""
     names = dict.fromkeys(name for line in lines for name in line.settings)
     return [
@@ -360,7 +375,12 @@ def _differing(lines):
 # --- Drawing ----------------------------------------------------------------
 
 
-def accuracy_curves(records, path=None, *, title=None):
+def accuracy_curves(
+    records: Iterable[Record],
+    path: StrPath | None = None,
+    *,
+    title: str | None = None,
+) -> Figure:
     """Draws robust accuracy against every quantity that varies.
 
     Args:
@@ -392,7 +412,8 @@ def accuracy_curves(records, path=None, *, title=None):
         figure = figure_style.new_figure(
             0.4 + 4.5 * columns, 0.4 + height, title or _title(records), _DPI
         )
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.04)
+        engine = cast(ConstrainedLayoutEngine, figure.get_layout_engine())
+        engine.set(w_pad=0.08, h_pad=0.08, wspace=0.04)
         axes = figure.subplots(
             -(-len(panels) // columns), columns, squeeze=False
         )
@@ -405,7 +426,7 @@ def accuracy_curves(records, path=None, *, title=None):
     return figure_style.finish(figure, path)
 
 
-def _title(records):
+def _title(records: Sequence[Record]) -> str:
     """Returns the model, data set and number of images that records share."""
     parts = []
     splits = {record.get("split") for record in records}
@@ -421,7 +442,7 @@ def _title(records):
     return " ".join(parts) or "Accuracy under attack"
 
 
-def _upper_limit(records):
+def _upper_limit(records: Sequence[Record]) -> float:
     """Returns the upper limit of a panel's vertical axis.
 
     It includes the clean accuracy, unless all robust accuracies are so much
@@ -436,7 +457,7 @@ def _upper_limit(records):
     return min(1.1 * max(highest, clean) + 0.01, 1.08)
 
 
-def _draw_panel(axes, axis, lines):
+def _draw_panel(axes: Axes, axis: str, lines: list[_Line]) -> None:
     shown = _thin_out(lines, axis)
     names = _distinguishing_settings(shown)
     differing = {name for named in names for name in named}
@@ -495,13 +516,15 @@ def _draw_panel(axes, axis, lines):
         )
 
 
-def _line_styles(lines, differing):
+def _line_styles(
+    lines: Sequence[_Line], differing: Collection[str]
+) -> list[dict[str, Any]]:
     """Returns colour, marker and line style of each line.
 
     If lines differ in a single number, their colours follow its order.
     """
     count = len(lines)
-    values = [
+    values: list[Any] = [
         x.settings.get(name) for x in lines for name in list(differing)[:1]
     ]
     ordered = (
@@ -525,9 +548,16 @@ def _line_styles(lines, differing):
     ]
 
 
-def _draw_line(axes, line, label, style, unit, log):
+def _draw_line(
+    axes: Axes,
+    line: _Line,
+    label: str,
+    style: Mapping[str, Any],
+    unit: float,
+    log: bool,
+) -> None:
     x, y, (low, high) = line.x * unit, line.y, line.bounds
-    clean = line.records[0].get("clean_accuracy")
+    clean: Any = line.records[0].get("clean_accuracy")
     path_x, path_y = x, y
     from_clean = line.axis == "epsilon" and not log and clean is not None
     if from_clean and len(x) > 1 and x[0] > 0:
@@ -570,7 +600,9 @@ def _draw_line(axes, line, label, style, unit, log):
         )
 
 
-def _draw_clean_accuracy(axes, lines, top):
+def _draw_clean_accuracy(
+    axes: Axes, lines: Sequence[_Line], top: float
+) -> None:
     """Draws a dashed line at each clean accuracy, at most three."""
     values = sorted(
         {
@@ -604,13 +636,15 @@ def _draw_clean_accuracy(axes, lines, top):
         )
 
 
-def _radius_unit(radii):
+def _radius_unit(radii: Iterable[float]) -> float:
     """Returns 255 if all radii should be in units of 1/255, else 1."""
     levels = [ratios.levels(float(radius)) for radius in radii if radius > 0]
     return 255.0 if levels and all(levels) else 1.0
 
 
-def _axis_label(axis, lines, unit, log):
+def _axis_label(
+    axis: str, lines: Sequence[_Line], unit: float, log: bool
+) -> str:
     name = {
         "epsilon": "ε",
         "steps": "steps",
@@ -618,7 +652,8 @@ def _axis_label(axis, lines, unit, log):
         "seconds": "evaluation time in seconds",
     }[axis]
     if axis == "epsilon":
-        norms = {line.settings.get("norm") for line in lines} - {None}
+        norms: set[Any] = {line.settings.get("norm") for line in lines}
+        norms.discard(None)
         if len(norms) == 1:
             (norm,) = norms
             name = f"ε in {captions.NORMS.get(norm, norm)}"
@@ -627,7 +662,7 @@ def _axis_label(axis, lines, unit, log):
     return f"{name} (log scale)" if log else name
 
 
-def _set_ticks(axes, axis, positions, log):
+def _set_ticks(axes: Axes, axis: str, positions: np.ndarray, log: bool) -> None:
     """Sets ticks at the measured values whose labels do not overlap."""
     if log:
         wide = positions.max() > 200 * positions.min()
@@ -644,14 +679,14 @@ def _set_ticks(axes, axis, positions, log):
         values = sorted({0.0, *values})
     scale = np.log10 if log else np.asarray
     low, high = scale(axes.get_xlim())
-    chosen = []
+    chosen: list[float] = []
     for value in reversed(values):  # The largest value always has a tick.
-        room = chosen and scale(chosen[-1]) - scale(value)
-        if not chosen or room > 0.085 * (high - low):
+        room = scale(chosen[-1]) - scale(value) if chosen else math.inf
+        if room > 0.085 * (high - low):
             chosen.append(value)
     axes.set_xticks(chosen)
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(_format_number))
 
 
-def _format_number(value, _=None):
+def _format_number(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

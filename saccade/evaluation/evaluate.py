@@ -11,20 +11,35 @@ resumes.
 
 import dataclasses
 import math
+import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 
+from saccade.attacks import base as attack_base
 from saccade.attacks import losses, runner
 from saccade.core import metrics, randomness
+from saccade.core.run_folder import Record
 from saccade.data import pipeline
+from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import resume as evaluation_state
 from saccade.evaluation import tally as evaluation_tally
 
+# Called with the number of decided images, the number of all, and the record.
+Report: TypeAlias = Callable[[int, int, Record | None], Any]
 
-def accuracy(model, split, batch_size=256, class_names=None):
+
+def accuracy(
+    model: keras.Model,
+    split: image_splits.Split,
+    batch_size: int = 256,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Computes a model's accuracy on a split; every image counts once.
 
     Args:
@@ -68,16 +83,16 @@ def accuracy(model, split, batch_size=256, class_names=None):
 
 
 def evaluate(
-    model,
-    split,
-    config,
+    model: keras.Model,
+    split: image_splits.Split,
+    config: evaluation_config.EvaluationConfig,
     *,
-    surrogate=None,
-    context=None,
-    progress=None,
-    save_images=64,
-    state_dir=None,
-):
+    surrogate: keras.Model | None = None,
+    context: Mapping[str, Any] | None = None,
+    progress: Report | None = None,
+    save_images: int = 64,
+    state_dir: pathlib.Path | None = None,
+) -> tuple[Record, dict[str, np.ndarray]]:
     """Attacks a model over a split.
 
     Args:
@@ -144,7 +159,7 @@ def evaluate(
                 split.read(indices), split.name
             )
 
-            def report(done, start=start):
+            def report(done: int, start: int = start) -> None:
                 if progress is not None:
                     record = tally.record() if tally.count else None
                     progress(start + done, len(order), record)
@@ -162,7 +177,13 @@ def evaluate(
 class _Evaluation:
     """Attacks groups of images; a group's arrays fit into memory at once."""
 
-    def __init__(self, model, surrogate, config, total):
+    def __init__(
+        self,
+        model: keras.Model,
+        surrogate: keras.Model,
+        config: evaluation_config.EvaluationConfig,
+        total: int,
+    ) -> None:
         self.model, self.surrogate, self.config = model, surrogate, config
         classes = model.output_shape[-1]
         self.classes = classes
@@ -175,7 +196,7 @@ class _Evaluation:
             self.verdicts, read_outs=config.read_outs
         )
 
-    def group_size(self, split):
+    def group_size(self, split: image_splits.Split) -> int:
         """Returns how many examples fit into memory with their states."""
         row_bytes = split.read([0]).nbytes * evaluation_state.IMAGES_PER_ROW
         return (
@@ -183,7 +204,7 @@ class _Evaluation:
             * self.size
         )
 
-    def state_bytes(self, split, count):
+    def state_bytes(self, split: image_splits.Split, count: int) -> int:
         """Returns the largest possible size of a group's state in bytes."""
         row_bytes = 2 * evaluation_state.IMAGES_PER_ROW * split.read([0]).nbytes
         row_bytes += (
@@ -192,45 +213,45 @@ class _Evaluation:
         )
         return row_bytes * count + evaluation_state.STATE_BYTES
 
-    def attack(self, images, labels, indices, state, number, report):
+    def attack(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        indices: np.ndarray,
+        state: evaluation_state.State,
+        number: int,
+        report: Callable[[int], None],
+    ) -> dict[str, np.ndarray]:
         """Attacks one group; returns a dict of arrays with its results."""
         started = time.perf_counter()
         labels = np.asarray(labels, "int32")
         clean_logits = self._logits(images)
         evaluation_checks.check_finite(clean_logits, indices)
-        keys = evaluation_checks.as_array(
-            randomness.example_keys(self.config.seed, indices)
-        )
+        keys = randomness.example_keys(self.config.seed, indices)
+        keys = evaluation_checks.as_array(keys)
         targets = self._targets(keys, labels, clean_logits)
-        best, earlier_seconds = images.copy(), 0.0
-        logits = clean_logits.copy()
+        best, logits = images.copy(), clean_logits.copy()
         nonfinite = np.zeros(len(labels), bool)
-        first, saved, seconds = state.resume(number, best, logits, nonfinite)
-        earlier_seconds += seconds
+        first, saved, earlier = state.resume(number, best, logits, nonfinite)
         for member, attack in enumerate(self.members):
             if member < first:
                 continue
-            succeeded = self._succeeded(logits, labels, targets)
-            remaining = np.flatnonzero(~succeeded)
-            if attack.keep == "best" and len(self.members) == 1:
-                remaining = np.arange(len(labels))
+            remaining = self._remaining(attack, logits, labels, targets)
             if not len(remaining):
                 break
 
-            def save(rows, member=member):
-                done = len(labels) - int(np.sum(~rows["success"]))
-                report(done)
-                elapsed = earlier_seconds + time.perf_counter() - started
+            def save(rows: runner.Rows, member: int = member) -> None:
+                report(len(labels) - int(np.sum(~rows["success"])))
+                elapsed = earlier + time.perf_counter() - started
                 state.save(
                     number, member, rows, best, logits, nonfinite, elapsed
                 )
 
+            member_keys = randomness.fold_in(keys[remaining], member)
             rows = {
                 "images": images[remaining],
                 "labels": labels[remaining],
-                "keys": evaluation_checks.as_array(
-                    randomness.fold_in(keys[remaining], member)
-                ),
+                "keys": evaluation_checks.as_array(member_keys),
             }
             if targets is not None:
                 rows["targets"] = targets[remaining]
@@ -240,7 +261,7 @@ class _Evaluation:
             self._keep_stronger(
                 best, logits, remaining, found["best"], labels, targets
             )
-        seconds = earlier_seconds + time.perf_counter() - started
+        seconds = earlier + time.perf_counter() - started
         return self._results(
             images,
             best,
@@ -253,7 +274,19 @@ class _Evaluation:
             seconds,
         )
 
-    def _crafter(self, attack):
+    def _remaining(
+        self,
+        attack: attack_base.Attack,
+        logits: np.ndarray,
+        labels: np.ndarray,
+        targets: np.ndarray | None,
+    ) -> np.ndarray:
+        """Returns the rows that an attack still has to attack."""
+        if attack.keep == "best" and len(self.members) == 1:
+            return np.arange(len(labels))
+        return np.flatnonzero(~self._succeeded(logits, labels, targets))
+
+    def _crafter(self, attack: attack_base.Attack) -> runner.Crafter:
         size = max(1, self.size // (self.config.eot or 1))
         calls = attack.calls()
         if calls > 8:
@@ -262,17 +295,29 @@ class _Evaluation:
             self.surrogate, attack, self.reading, size, self._confirm
         )
 
-    def _confirm(self, images, labels, targets):
+    def _confirm(
+        self, images: np.ndarray, labels: np.ndarray, targets: np.ndarray | None
+    ) -> np.ndarray:
         return self._succeeded(self._logits(images), labels, targets)
 
-    def _logits(self, images):
+    def _logits(self, images: np.ndarray) -> np.ndarray:
         return runner.logits(self.model, images, self.size, self.verdicts)
 
-    def _succeeded(self, logits, labels, targets):
+    def _succeeded(
+        self, logits: np.ndarray, labels: np.ndarray, targets: np.ndarray | None
+    ) -> np.ndarray:
         predicted = metrics.predictions(logits)
         return metrics.succeeded(labels, predicted, targets)
 
-    def _keep_stronger(self, best, logits, rows, candidates, labels, targets):
+    def _keep_stronger(
+        self,
+        best: np.ndarray,
+        logits: np.ndarray,
+        rows: np.ndarray,
+        candidates: np.ndarray,
+        labels: np.ndarray,
+        targets: np.ndarray | None,
+    ) -> None:
         """Replaces `best` where an attack found a stronger example.
 
         Args:
@@ -314,7 +359,9 @@ class _Evaluation:
         best[rows[stronger]] = candidates[stronger]
         logits[rows[stronger]] = new[stronger]
 
-    def _targets(self, keys, labels, clean_logits):
+    def _targets(
+        self, keys: np.ndarray, labels: np.ndarray, clean_logits: np.ndarray
+    ) -> np.ndarray | None:
         target = self.config.target
         if target == "none":
             return None
@@ -326,21 +373,21 @@ class _Evaluation:
         elif target == "least_likely":
             targets = losses.least_likely_targets(clean_logits, labels)
         else:
-            targets = losses.fixed_targets(labels, target, self.classes)
+            targets = losses.fixed_targets(labels, int(target), self.classes)
         return evaluation_checks.as_array(targets)
 
     def _results(
         self,
-        images,
-        best,
-        labels,
-        targets,
-        indices,
-        clean,
-        logits,
-        nonfinite,
-        seconds,
-    ):
+        images: np.ndarray,
+        best: np.ndarray,
+        labels: np.ndarray,
+        targets: np.ndarray | None,
+        indices: np.ndarray,
+        clean: np.ndarray,
+        logits: np.ndarray,
+        nonfinite: np.ndarray,
+        seconds: float,
+    ) -> dict[str, np.ndarray]:
         untargeted = np.full(len(labels), -1, "int32")
         perturbation = best.astype("float64") - images
         return {
@@ -362,12 +409,12 @@ class _Evaluation:
         }
 
 
-def _cross_entropy(logits, labels):
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Cross-entropy in float64, `(batch,)`; infinite for non-finite logits."""
     return np.logaddexp(0.0, metrics.log_odds_against(logits, labels))
 
 
-def _norm(delta, norm):
+def _norm(delta: np.ndarray, norm: str) -> np.ndarray:
     """The Lp norm of every row in float64.
 
     It does not use `numerics`, so that a record checks the attacks' own

@@ -20,6 +20,8 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -27,8 +29,11 @@ from keras import ops
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses, runner
+from saccade.attacks.base import LogitsFn
 from saccade.core import metrics, randomness, run_folder
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
+from saccade.core.run_folder import StrPath
 from saccade.data import pipeline
 from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
@@ -78,13 +83,13 @@ class CraftConfig:
     seed: int = 0
     eot: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known_names.require("target", self.target, TARGETS)
         evaluation_config.check_counts(self)
         _ = self.attack  # Its constructor checks the other settings.
 
     @property
-    def attack(self):
+    def attack(self) -> gradient_attacks.PGD:
         """The attack that crafts the images."""
         return gradient_attacks.PGD(
             norm=self.norm,
@@ -95,7 +100,7 @@ class CraftConfig:
             keep="last",
         )
 
-    def describe(self):
+    def describe(self) -> dict[str, Any]:
         """Returns a dict of every setting that affects the result."""
         settings = dataclasses.asdict(self)
         del settings["batch_size"]
@@ -106,15 +111,15 @@ class CraftConfig:
 
 
 def build(
-    model,
-    split,
-    config,
-    path,
-    progress=None,
+    model: keras.Model,
+    split: image_splits.Split,
+    config: CraftConfig,
+    path: StrPath,
+    progress: Callable[[int, int], Any] | None = None,
     *,
-    weights_sha256=None,
-    should_stop=lambda: False,
-):
+    weights_sha256: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Crafts the set into a folder, or resumes an unfinished one.
 
     Args:
@@ -186,7 +191,7 @@ def build(
     }
 
 
-def as_split(path):
+def as_split(path: StrPath) -> image_splits.Split:
     """Returns a crafted set as a training `image_splits.Split`.
 
     Its labels are the targets. Images are read from the files when they are
@@ -214,7 +219,7 @@ def as_split(path):
     images = [_images(path, number) for number in range(files)]
     firsts = np.cumsum([0, *map(len, targets)]).tolist()
 
-    def read(indices):
+    def read(indices: np.ndarray) -> np.ndarray:
         out = np.empty((len(indices), *images[0].shape[1:]), "float32")
         for row, index in enumerate(indices):
             number = bisect.bisect_right(firsts, index) - 1
@@ -224,14 +229,14 @@ def as_split(path):
     return image_splits.Split("train", np.concatenate(targets), read)
 
 
-def _choose(size, config):
+def _choose(size: int, config: CraftConfig) -> np.ndarray:
     order = np.random.default_rng([config.seed, _CHOICE_STREAM]).permutation(
         size
     )
     return np.sort(order[: config.num_examples])
 
 
-def _claim(path, described):
+def _claim(path: pathlib.Path, described: Mapping[str, Any]) -> None:
     """Makes the folder of a set, or checks that it is the same set."""
     path.mkdir(parents=True, exist_ok=True)
     if not (path / _SET).exists():
@@ -244,14 +249,21 @@ def _claim(path, described):
         )
 
 
-def _craft(model, split, config, indices):
+def _craft(
+    model: keras.Model,
+    split: image_splits.Split,
+    config: CraftConfig,
+    indices: np.ndarray,
+) -> dict[str, np.ndarray]:
     """Crafts the images of one file; returns its dict of arrays."""
     started = time.perf_counter()
     reading = runner.Reading(config.eot, seed=config.seed)
     classes = model.output_shape[-1]
 
-    def make(logits_fn):
-        def craft(images, labels, indices):
+    def make(logits_fn: LogitsFn) -> Callable[..., tuple[Tensor, Tensor]]:
+        def craft(
+            images: Tensor, labels: Tensor, indices: Tensor
+        ) -> tuple[Tensor, Tensor]:
             keys = randomness.example_keys(config.seed, indices)
             if config.target == "next":
                 targets = losses.next_targets(labels, classes)
@@ -269,15 +281,15 @@ def _craft(model, split, config, indices):
     key = ("nonrobust_features", *config.describe().items())
     craft = runner.compiled(model, key, make, reading)
     size = max(1, config.batch_size // (config.eot or 1))
-    images, labels, targets = [], [], []
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])
     for batch in pipeline.batches(split, indices, size):
         count = len(batch[0])
         padded = [runner.pad(part, size) for part in batch]
         found = [ops.convert_to_numpy(part)[:count] for part in craft(*padded)]
-        images.append(found[0].astype("float32"))
-        labels.append(batch[1])
-        targets.append(found[1].astype("int32"))
-    images, labels, targets = map(np.concatenate, (images, labels, targets))
+        parts[0].append(found[0].astype("float32"))
+        parts[1].append(batch[1])
+        parts[2].append(found[1].astype("int32"))
+    images, labels, targets = map(np.concatenate, parts)
     logits = runner.logits(model, images, size, reading)
     return {
         "images": images,
@@ -289,7 +301,9 @@ def _craft(model, split, config, indices):
     }
 
 
-def _files(path, number):
+def _files(
+    path: pathlib.Path, number: int
+) -> tuple[pathlib.Path, pathlib.Path]:
     """The paths of a part's images and of its other arrays.
 
     The images are in a file of their own, so that they can be memory-mapped.
@@ -298,32 +312,36 @@ def _files(path, number):
     return path / f"{number:05d}.images.npy", path / f"{number:05d}.npz"
 
 
-def _write(path, number, arrays):
+def _write(
+    path: pathlib.Path, number: int, arrays: Mapping[str, np.ndarray]
+) -> None:
     images, rest = _files(path, number)
-    arrays = dict(arrays)
-    values = arrays.pop("images")
+    others: dict[str, Any] = dict(arrays)
+    values = others.pop("images")
     run_folder.atomic_write(
         images, lambda file: np.save(file, values), size=values.nbytes
     )
-    run_folder.atomic_write(rest, lambda file: np.savez(file, **arrays))
+    run_folder.atomic_write(rest, lambda file: np.savez(file, **others))
 
 
-def _read(path, number):
+def _read(path: pathlib.Path, number: int) -> dict[str, np.ndarray]:
     return _read_intact(_files(path, number)[1], _load)
 
 
-def _images(path, number):
-    def load(file):
+def _images(path: pathlib.Path, number: int) -> np.ndarray:
+    def load(file: pathlib.Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
     return _read_intact(_files(path, number)[0], load)
 
 
-def _load(path):
+def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
     return run_folder.read_npz(path, _METADATA_BYTES)
 
 
-def _read_intact(path, load):
+def _read_intact(
+    path: pathlib.Path, load: Callable[[pathlib.Path], Any]
+) -> Any:
     """Reads a file; raises a one-line error if it is damaged."""
     try:
         return load(path)
@@ -341,19 +359,19 @@ def _read_intact(path, load):
 
 
 def run(
-    folder,
+    folder: StrPath,
     *,
-    data,
-    config=None,
-    epochs=None,
-    weights="best",
-    overwrite=False,
-    callbacks=(),
-    progress=None,
-    save_every=300.0,
-    should_stop=lambda: False,
-    **settings,
-):
+    data: image_splits.Dataset,
+    config: CraftConfig | None = None,
+    epochs: int | None = None,
+    weights: str = "best",
+    overwrite: bool = False,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    progress: Callable[[int, int], Any] | None = None,
+    save_every: float = 300.0,
+    should_stop: Callable[[], bool] = lambda: False,
+    **settings: Any,
+) -> dict[str, Any]:
     """Crafts the set of a run, trains a new model on it and evaluates it.
 
     The new model has the run's architecture and recipe but another
@@ -390,19 +408,18 @@ def run(
     """
     folder = pathlib.Path(folder)
     config = _resolve_config(config, settings, data)
+    train = cast(image_splits.Split, data.train)
     output = run_folder.inside(folder, f"nonrobust_features-{config.target}")
     sha256 = run_folder.sha256(folder / f"{weights}.weights.h5")
     model, described = checkpoints.load_run(folder, weights)
     recipe = _recipe(described).override(epochs=epochs)
+    chosen = train.sha256(_choose(len(train), config))
     request = {
         **config.describe(),
         "epochs": recipe.epochs,
         "weights": weights,
         "weights_sha256": sha256,
-        "data_sha256": [
-            data.train.sha256(_choose(len(data.train), config)),
-            data.test.sha256(),
-        ],
+        "data_sha256": [chosen, data.test.sha256()],
     }
     with run_folder.own(output):
         record = _open_result(output, request, overwrite)
@@ -410,8 +427,9 @@ def run(
             return record
         provenance = run_folder.provenance()
         path = run_folder.inside(output, "crafted")
-        made = {"weights_sha256": sha256, "should_stop": should_stop}
-        crafted = build(model, data.train, config, path, progress, **made)
+        made: dict[str, Any] = {"weights_sha256": sha256}
+        made["should_stop"] = should_stop
+        crafted = build(model, train, config, path, progress, **made)
         loop = _new_loop(
             described,
             recipe,
@@ -435,7 +453,11 @@ def run(
     return record
 
 
-def _resolve_config(config, settings, data):
+def _resolve_config(
+    config: CraftConfig | None,
+    settings: dict[str, Any],
+    data: image_splits.Dataset,
+) -> CraftConfig:
     if data.train is None:
         raise ValueError(
             "The data set was loaded without its training images, from which "
@@ -448,7 +470,13 @@ def _resolve_config(config, settings, data):
     return config
 
 
-def _train(described, loop, model, test, recipe):
+def _train(
+    described: Mapping[str, Any],
+    loop: training_loop.Loop,
+    model: keras.Model,
+    test: image_splits.Split,
+    recipe: recipes.Recipe,
+) -> dict[str, Any]:
     """Trains the new model; returns its part of the record."""
     history = loop.train()
     return {
@@ -468,7 +496,7 @@ def _train(described, loop, model, test, recipe):
     }
 
 
-def _recipe(described):
+def _recipe(described: Mapping[str, Any]) -> recipes.Recipe:
     """The recipe of a run's `config.json`."""
     fields = {field.name for field in dataclasses.fields(recipes.Recipe)}
     found = described.get("recipe", {})
@@ -484,7 +512,9 @@ def _recipe(described):
         ) from error
 
 
-def _open_result(output, request, overwrite):
+def _open_result(
+    output: pathlib.Path, request: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any] | None:
     """Creates the folder of a result; returns an earlier record or None."""
     path = output / "request.json"
     if path.exists() and not overwrite:
@@ -505,7 +535,14 @@ def _open_result(output, request, overwrite):
     return None
 
 
-def _new_loop(described, recipe, split, output, seed, **settings):
+def _new_loop(
+    described: Mapping[str, Any],
+    recipe: recipes.Recipe,
+    split: image_splits.Split,
+    output: pathlib.Path,
+    seed: int,
+    **settings: Any,
+) -> training_loop.Loop:
     """Returns a training loop on a new model, with a seed of its own."""
     seed = int(
         np.random.SeedSequence([seed, _MODEL_STREAM]).generate_state(1)[0]
@@ -535,7 +572,9 @@ def _new_loop(described, recipe, split, output, seed, **settings):
     )
 
 
-def _evaluate_new_model(model, split):
+def _evaluate_new_model(
+    model: keras.Model, split: image_splits.Split
+) -> dict[str, Any]:
     """Evaluates the new model on clean images."""
     classes = model.output_shape[-1]
     found = robust_evaluation.accuracy(model, split)

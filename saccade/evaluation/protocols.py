@@ -8,15 +8,21 @@ tables.
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import keras
 
 from saccade.attacks import autoattack, spsa
+from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.core import metrics, ratios
+from saccade.core.run_folder import Record
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import published, tables
 
 _S3TA_URL = "https://arxiv.org/abs/1912.02184"
+_Radii: TypeAlias = float | Sequence[float]
 # Records that agree in every setting of the attack and in the target belong to
 # the same cell of a table. A record must have these keys; others count if it
 # has them.
@@ -51,15 +57,20 @@ class Protocol:
     name: str
     summary: str
     reference: str
-    make: Callable
-    layouts: tuple
+    make: Callable[..., attack_base.Attack]
+    layouts: tuple[published.Layout, ...]
     target: str = "none"
     num_examples: int | None = None
-    remarks: tuple = ()
+    remarks: tuple[str, ...] = ()
 
     def evaluations(
-        self, image_shape, num_classes, norm=None, epsilon=None, **common
-    ):
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        norm: str | None = None,
+        epsilon: _Radii | None = None,
+        **common: Any,
+    ) -> tuple[evaluation_config.EvaluationConfig, ...]:
         """Returns the evaluations to run.
 
         Args:
@@ -98,16 +109,29 @@ class Protocol:
             for attack in attacks
         )
 
-    def _attack(self, norm, epsilon, settings, eot):
+    def _attack(
+        self,
+        norm: str,
+        epsilon: float,
+        settings: Mapping[str, Any],
+        eot: int | None,
+    ) -> attack_base.Attack:
         attack = self.make(norm, epsilon, **settings)
         if self.name == "autoattack" and (eot or 1) > 1:
-            return dataclasses.replace(attack, version="rand")
+            ensemble = cast(autoattack.AutoAttack, attack)
+            return dataclasses.replace(ensemble, version="rand")
         if eot is not None and isinstance(attack, gradient_attacks.BIM):
             # In a single draw an iterate may be misclassified by chance.
             return dataclasses.replace(attack, keep="last")
         return attack
 
-    def _radii(self, layout, image_shape, norm, epsilon):
+    def _radii(
+        self,
+        layout: published.Layout,
+        image_shape: Sequence[int],
+        norm: str,
+        epsilon: _Radii | None,
+    ) -> tuple[float, ...]:
         if epsilon is not None:
             return _unique_radii(epsilon)
         if layout.radii and norm == layout.norm:
@@ -127,15 +151,15 @@ class Protocol:
 
     def table(
         self,
-        records,
-        model,
-        dataset,
+        records: Iterable[Record],
+        model: keras.Model,
+        dataset: str,
         *,
-        options=None,
-        attack_steps=None,
-        norm=None,
-        epsilon=None,
-    ):
+        options: Mapping[str, Any] | None = None,
+        attack_steps: int | None = None,
+        norm: str | None = None,
+        epsilon: _Radii | None = None,
+    ) -> tables.Table:
         """Puts records into the layout of the paper's table.
 
         Args:
@@ -181,8 +205,9 @@ class Protocol:
         options = _options_of_attacked_model(
             options,
             used,
-            lambda found: published.published_name(
-                layout, model, found, attack_steps
+            lambda found: (
+                published.published_name(layout, model, found, attack_steps)
+                is not None
             ),
         )
         if comparable:
@@ -203,7 +228,9 @@ class Protocol:
             ),
         )
 
-    def _layout(self, records, dataset):
+    def _layout(
+        self, records: Sequence[Record], dataset: str
+    ) -> published.Layout:
         """The layout of the data set, or the one that fits most records."""
         for layout in self.layouts:
             if layout.dataset == dataset:
@@ -213,7 +240,9 @@ class Protocol:
             key=lambda layout: len(self._threat_models(layout, records)),
         )
 
-    def _threat_models(self, layout, records):
+    def _threat_models(
+        self, layout: published.Layout, records: Sequence[Record]
+    ) -> list[tuple[str, float]]:
         """Pairs (norm, epsilon) of all records that fit a layout."""
         found = []
         for record in records:
@@ -227,7 +256,13 @@ class Protocol:
                 found.append((norm, epsilon))
         return found
 
-    def _threat_model(self, layout, records, norm, epsilon):
+    def _threat_model(
+        self,
+        layout: published.Layout,
+        records: Sequence[Record],
+        norm: str | None,
+        epsilon: _Radii | None,
+    ) -> tuple[str, tuple[float, ...]]:
         """The norm and the radii of a table."""
         if epsilon is not None:
             norm, radii = norm or layout.norm, _unique_radii(epsilon)
@@ -244,10 +279,16 @@ class Protocol:
         ):
             return layout.norm, layout.radii
         norm = norm or (found[0][0] if found else layout.norm)
-        radii = sorted({radius for n, radius in found if n == norm})
-        return norm, tuple(radii)
+        shown = sorted({radius for n, radius in found if n == norm})
+        return norm, tuple(shown)
 
-    def _matches(self, record, norm, epsilon, settings):
+    def _matches(
+        self,
+        record: Record,
+        norm: str,
+        epsilon: float,
+        settings: Mapping[str, Any],
+    ) -> bool:
         """Tests whether a record belongs to these settings."""
         if None in (record.get("norm"), record.get("epsilon")):
             return False
@@ -264,7 +305,13 @@ class Protocol:
             if key in record or key in _REQUIRED_KEYS
         )
 
-    def _find(self, records, norm, column, radius):
+    def _find(
+        self,
+        records: Sequence[Record],
+        norm: str,
+        column: published.Column,
+        radius: float | None,
+    ) -> Record | None:
         """The matching record with the most images; None without a match."""
         _, settings, _ = column
         if settings is None:
@@ -283,7 +330,7 @@ class Protocol:
         )
 
 
-def _compared_keys(attack):
+def _compared_keys(attack: attack_base.Attack) -> set[str]:
     """The keys of a record that a record of this attack agrees in."""
     fields = {field.name for field in dataclasses.fields(attack)}
     # In a record, "loss" is a result, and "objective" the attack loss.
@@ -291,7 +338,7 @@ def _compared_keys(attack):
     return ({*_REQUIRED_KEYS} | settings) - {*_ONLY_SPEED}
 
 
-def _unique_radii(epsilon):
+def _unique_radii(epsilon: _Radii) -> tuple[float, ...]:
     """Radii as a tuple without duplicates."""
     if isinstance(epsilon, (int, float)):
         epsilon = (epsilon,)
@@ -301,7 +348,7 @@ def _unique_radii(epsilon):
     return radii
 
 
-def _equal(a, b):
+def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
@@ -309,7 +356,9 @@ def _equal(a, b):
     return a == b
 
 
-def _with_clean(columns, found):
+def _with_clean(
+    columns: Sequence[published.Column], found: Sequence[Record | None]
+) -> list[Record | None]:
     """Fills the clean accuracy from the record with the most images."""
     others = [record for record in found if record is not None]
     best = max(
@@ -321,7 +370,11 @@ def _with_clean(columns, found):
     ]
 
 
-def _options_of_attacked_model(options, used, is_published):
+def _options_of_attacked_model(
+    options: Mapping[str, Any] | None,
+    used: Sequence[Record],
+    is_published: Callable[[Mapping[str, Any]], bool],
+) -> Mapping[str, Any]:
     """The options of the model that was attacked.
 
     An evaluation may replace some options of the run. If evaluations differ in
@@ -331,12 +384,18 @@ def _options_of_attacked_model(options, used, is_published):
     options = options or {}
     return min(
         ({**options, **(record.get("options") or {})} for record in used),
-        key=lambda found: bool(is_published(found)),
+        key=is_published,
         default=options,
     )
 
 
-def _own_row(layout, name, columns, found, radius):
+def _own_row(
+    layout: published.Layout,
+    name: str,
+    columns: Sequence[published.Column],
+    found: Sequence[Record | None],
+    radius: float | None,
+) -> tables.Row:
     """Our row: a percentage for every record that was found."""
     name = f"ours: {name}"
     if radius is not None:
@@ -350,14 +409,21 @@ def _own_row(layout, name, columns, found, radius):
     return tables.Row(name, cells)
 
 
-def _missing_note(missing, used):
+def _missing_note(
+    missing: Sequence[str], used: Sequence[Record]
+) -> tuple[str, ...]:
     if not missing:
         return ()
     names = "; ".join(filter(None, dict.fromkeys(missing)))
     return (f"missing: {names if used and names else 'all evaluations'}",)
 
 
-def _comparison_notes(layout, rows, dataset, used):
+def _comparison_notes(
+    layout: published.Layout,
+    rows: Sequence[tables.Row],
+    dataset: str,
+    used: Sequence[Record],
+) -> tuple[str, ...]:
     """Notes on differences of the images and on doubtful numbers."""
     if not layout.dataset:
         return ()
@@ -380,7 +446,12 @@ def _comparison_notes(layout, rows, dataset, used):
     return tuple(notes)
 
 
-def _model_notes(layout, rows, model, options):
+def _model_notes(
+    layout: published.Layout,
+    rows: Sequence[tables.Row],
+    model: keras.Model,
+    options: Mapping[str, Any],
+) -> tuple[str, ...]:
     """Notes on the model of the published rows."""
     kinds = {row.kind for row in rows}
     if "same" in kinds:
@@ -411,7 +482,9 @@ def _model_notes(layout, rows, model, options):
     return tuple(notes)
 
 
-def _threat_model_note(layout, known, norm, radii):
+def _threat_model_note(
+    layout: published.Layout, known: bool, norm: str, radii: Sequence[float]
+) -> tuple[str, ...]:
     if known or not layout.radii:
         return ()
     ours = ", ".join(map(ratios.text, radii))
@@ -422,9 +495,9 @@ def _threat_model_note(layout, known, norm, radii):
     )
 
 
-def _sample_notes(used):
+def _sample_notes(used: Sequence[Record]) -> tuple[str, ...]:
     """Notes on the number of our images and the resulting uncertainty."""
-    kinds = {}
+    kinds: dict[tuple[int, str], None] = {}
     for record in used:
         number = record.get("num_examples")
         if number:
@@ -455,14 +528,18 @@ to_csv = tables.to_csv
 # --- Attacks ----------------------------------------------------------------
 
 
-def _scaled_step(norm, epsilon, length, radius=published.RADIUS):
+def _scaled_step(
+    norm: str, epsilon: float, length: float, radius: float = published.RADIUS
+) -> float:
     """A published step size, scaled in proportion to the radius."""
     if norm == "linf" and published.close(epsilon, radius):
         return length
     return length * (epsilon / radius)
 
 
-def _s3ta_pgd(norm, epsilon, steps, restarts=1):
+def _s3ta_pgd(
+    norm: str, epsilon: float, steps: int, restarts: int = 1
+) -> gradient_attacks.PGD:
     length = (1.6 if steps == 10 else 1) / 255
     return gradient_attacks.PGD(
         norm=norm,
@@ -475,14 +552,16 @@ def _s3ta_pgd(norm, epsilon, steps, restarts=1):
     )
 
 
-def _s3ta_untargeted(norm, epsilon, steps):
+def _s3ta_untargeted(
+    norm: str, epsilon: float, steps: int
+) -> attack_base.Attack:
     if norm == "linf" and published.close(epsilon, 4 / 255):
         attack = _s3ta_pgd(norm, published.RADIUS, steps)
         return dataclasses.replace(attack, epsilon=epsilon)
     return _s3ta_pgd(norm, epsilon, steps)
 
 
-def _s3ta_adam(norm, epsilon):
+def _s3ta_adam(norm: str, epsilon: float) -> gradient_attacks.PGDAdam:
     return gradient_attacks.PGDAdam(
         norm=norm,
         epsilon=epsilon,
@@ -496,7 +575,7 @@ def _s3ta_adam(norm, epsilon):
     )
 
 
-def _s3ta_spsa(norm, epsilon):
+def _s3ta_spsa(norm: str, epsilon: float) -> spsa.SPSA:
     return spsa.SPSA(
         norm=norm,
         epsilon=epsilon,
@@ -508,17 +587,19 @@ def _s3ta_spsa(norm, epsilon):
     )
 
 
-def _handover_bim(norm, epsilon, steps):
+def _handover_bim(
+    norm: str, epsilon: float, steps: int
+) -> gradient_attacks.BIM:
     return gradient_attacks.BIM(norm=norm, epsilon=epsilon, steps=steps)
 
 
-def _perceptual_pgd(norm, epsilon):
+def _perceptual_pgd(norm: str, epsilon: float) -> gradient_attacks.PGD:
     return gradient_attacks.PGD(
         norm=norm, epsilon=epsilon, steps=10, random_start=1.0, keep="last"
     )
 
 
-def _autoattack(norm, epsilon):
+def _autoattack(norm: str, epsilon: float) -> autoattack.AutoAttack:
     return autoattack.AutoAttack(norm=norm, epsilon=epsilon, version="standard")
 
 

@@ -10,9 +10,14 @@ contradicts another place of the same paper; `Layout.doubt` says why.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from saccade.core import ratios
 from saccade.evaluation import tables
+
+# Heads, the settings of an attack (None: no attack), the key of the record.
+Column: TypeAlias = tuple[tuple[str, ...], Mapping[str, Any] | None, str]
 
 _ZORAN = "Zoran et al., 2020"
 _HANDOVER = "the handover's published results"
@@ -48,20 +53,20 @@ class Layout:
     caption: str
     dataset: str = ""
     image_size: int = 0
-    corner: tuple = ("Model",)
-    scans: tuple = (((), {}),)
-    measures: tuple = (("", "robust_accuracy"),)
-    radii: tuple = ()
+    corner: tuple[str, ...] = ("Model",)
+    scans: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (((), {}),)
+    measures: tuple[tuple[str, str], ...] = (("", "robust_accuracy"),)
+    radii: tuple[float, ...] = ()
     by_radius: bool = False
     radius_head: str = "ε = {}"
-    clean: tuple = ()
-    published: tuple = ()
+    clean: tuple[str, ...] = ()
+    published: tuple[tuple[str, str], ...] = ()
     doubt: str = ""
     decimals: int = 2
     sign: str = "%"
     norm: str = "linf"
 
-    def title(self, norm, radii, comparable):
+    def title(self, norm: str, radii: Sequence[float], comparable: bool) -> str:
         """Returns the title of a table: its content and its source.
 
         Args:
@@ -76,7 +81,7 @@ class Layout:
         content = filter(None, (self.caption, threat_model.strip()))
         return f"{', '.join(content)} ({source})"
 
-    def scan_name(self, column, radius=None):
+    def scan_name(self, column: Column, radius: float | None = None) -> str:
         """Returns a readable name of the evaluation that fills a column.
 
         Args:
@@ -99,13 +104,13 @@ class Layout:
             at = self.radius_head.format(ratios.text(radius))
         return ", ".join(filter(None, (*heads, at)))
 
-    def columns(self, radii):
+    def columns(self, radii: Sequence[float]) -> list[Column]:
         """Returns a triple (heads, settings, key of the record) per column.
 
         The settings are None for the clean accuracy. They hold "epsilon" if
         radii are columns.
         """
-        columns = []
+        columns: list[Column] = []
         if self.clean:
             columns.append((self.clean, None, "clean_accuracy"))
         for radius in radii if self.by_radius else (None,):
@@ -117,29 +122,29 @@ class Layout:
                             self.radius_head.format(ratios.text(radius))
                         )
                         settings = {**settings, "epsilon": radius}
-                    names = tuple(name for name in names if name)
-                    columns.append((names, settings, key))
+                    named = tuple(name for name in names if name)
+                    columns.append((named, settings, key))
         return columns
 
-    def header(self, columns):
+    def header(self, columns: Sequence[Column]) -> tuple[tuple[str, ...], ...]:
         """Returns the header rows, all of one length, with the corner."""
         heads = [self.corner, *(heads for heads, _, _ in columns)]
         depth = max(len(head) for head in heads)
         heads = [head + ("",) * (depth - len(head)) for head in heads]
         return tuple(zip(*heads, strict=True))
 
-    def percent(self, value):
+    def percent(self, value: float) -> str:
         """Formats a proportion in the style of the table."""
         return f"{100 * value:.{self.decimals}f}{self.sign}"
 
-    def cells(self, numbers):
+    def cells(self, numbers: str) -> tuple[str, ...]:
         """Returns the cells of a published row."""
         return tuple(
             number.replace("?", "") + self.sign + "?" * number.endswith("?")
             for number in numbers.split()
         )
 
-    def is_published(self, norm, radii):
+    def is_published(self, norm: str, radii: Sequence[float]) -> bool:
         """Tests whether the published numbers are for this threat model."""
         return norm == self.norm and all(
             any(close(radius, known) for known in self.radii)
@@ -147,7 +152,7 @@ class Layout:
         )
 
 
-def close(a, b):
+def close(a: float, b: float) -> bool:
     """Tests whether two settings are equal up to rounding."""
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-12)
 
@@ -164,7 +169,7 @@ _SWITCHED_OPTIONS = (
 _RETINA = {"sampling": True, "interpolation": "nearest"}
 _CROP = {"coarse_fixations": True, "coarse_variant": "crop"}
 _BLUR = {"coarse_fixations": True, "coarse_variant": "blur"}
-_MODEL_ROWS = (
+_MODEL_ROWS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("resnet", {}, "resnet"),
     ("resnet", _RETINA, "retinal sampling"),
     ("resnet", _CROP, "coarse fixations"),
@@ -179,7 +184,7 @@ _MODEL_ROWS = (
 )
 # Values of options with which a model is the published one; any other value
 # makes it another model. The first value is the default.
-_PUBLISHED_VALUES = {
+_PUBLISHED_VALUES: dict[str, Any] = {
     "width": (0,),
     "stem_stride": (0, 2),
     "pool_stride": (0, 2),
@@ -195,7 +200,7 @@ _PUBLISHED_VALUES = {
     "test_gazes": ("five",),
 }
 # Further such values of one model; they override those above.
-_PUBLISHED_VALUES_OF = {
+_PUBLISHED_VALUES_OF: dict[str, dict[str, Any]] = {
     "s3ta": {
         "vision": ("auto", "resnet152", "resnet152_v2"),
         "vision_width": (0,),
@@ -213,7 +218,7 @@ _PUBLISHED_VALUES_OF = {
 }
 
 
-def shown_name(model, options=None):
+def shown_name(model: str, options: Mapping[str, Any] | None = None) -> str:
     """Returns the name of our model in a table; that of S3TA has its steps.
 
     Args:
@@ -225,7 +230,12 @@ def shown_name(model, options=None):
     return f"S3TA-{_normalized((options or {}).get('num_steps')) or 16}"
 
 
-def published_name(layout, model, options=None, attack_steps=None):
+def published_name(
+    layout: Layout,
+    model: str,
+    options: Mapping[str, Any] | None = None,
+    attack_steps: int | None = None,
+) -> str | None:
     """Returns the row of a published table for our model, or None.
 
     Args:
@@ -251,10 +261,12 @@ def published_name(layout, model, options=None, attack_steps=None):
     row = _row_name(printed, model, options)
     if attack_steps == 30 and f"{row}-30" in printed:
         row = f"{row}-30"
-    return printed.get(row)
+    return None if row is None else printed.get(row)
 
 
-def _row_name(printed, model, options):
+def _row_name(
+    printed: Mapping[str, Any], model: str, options: Mapping[str, Any]
+) -> str | None:
     """The published name of our model with these options, or None."""
     if model == "s3ta":
         return shown_name(model, options)
@@ -271,7 +283,7 @@ def _row_name(printed, model, options):
     return next((n for needed, n in rows if _matches(options, needed)), None)
 
 
-def _matches(options, needed):
+def _matches(options: Mapping[str, Any], needed: Mapping[str, Any]) -> bool:
     """Tests for the needed options, with all other switches off."""
     options = {"coarse_variant": "crop", **options}
     return all(options.get(key) == value for key, value in needed.items()) and (
@@ -281,7 +293,7 @@ def _matches(options, needed):
     )
 
 
-def _normalized(value):
+def _normalized(value: Any) -> Any:
     """Converts strings and lists of an option to numbers and tuples."""
     if isinstance(value, str) and "," in value:
         value = value.split(",")
@@ -296,7 +308,12 @@ def _normalized(value):
     return value
 
 
-def published_rows(layout, model, options=None, attack_steps=None):
+def published_rows(
+    layout: Layout,
+    model: str,
+    options: Mapping[str, Any] | None = None,
+    attack_steps: int | None = None,
+) -> list[tables.Row]:
     """Returns the published rows; the one of our model is marked with a star.
 
     Args:
@@ -322,7 +339,11 @@ _TOP_1_AND_SUCCESS = (
     ("Top-1", "robust_accuracy"),
     ("Attack Success", "attack_success"),
 )
-_IMAGENET = {"dataset": "imagenet", "image_size": 224, "radii": (RADIUS,)}
+_IMAGENET: dict[str, Any] = {
+    "dataset": "imagenet",
+    "image_size": 224,
+    "radii": (RADIUS,),
+}
 
 S3TA = Layout(
     source=f"{_ZORAN}, Table 1",
@@ -451,7 +472,7 @@ S3TA_SPSA = Layout(
     **_IMAGENET,
 )
 
-_HANDOVER_STYLE = {
+_HANDOVER_STYLE: dict[str, Any] = {
     "source": _HANDOVER,
     "by_radius": True,
     "radius_head": "eps {}",

@@ -10,11 +10,18 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
+import keras
 import numpy as np
+from matplotlib.figure import Figure
 
 from saccade.core import metrics, progress, ratios, run_folder
 from saccade.core import settings as core_settings
+from saccade.core.run_folder import Record, StrPath
+from saccade.data import splits as image_splits
+from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.evaluation import resume as evaluation_state
 from saccade.figures import captions
@@ -46,7 +53,7 @@ _NAMED = (
 )
 
 
-def name(evaluation, *parts):
+def name(evaluation: evaluation_config.EvaluationConfig, *parts: str) -> str:
     """Names an evaluation by its settings, without those at their default.
 
     Args:
@@ -68,14 +75,14 @@ def name(evaluation, *parts):
             continue
         words.append(_word(attack, field.name, value))
     defaults = {f.name: f.default for f in dataclasses.fields(evaluation)}
-    for field in _NAMED:
-        value = getattr(evaluation, field)
-        if value != defaults[field]:
-            words.append(_word(evaluation, field, value))
+    for named in _NAMED:
+        value = getattr(evaluation, named)
+        if value != defaults[named]:
+            words.append(_word(evaluation, named, value))
     return "-".join([*words, *(part for part in parts if part)])
 
 
-def _word(config, field, value):
+def _word(config: Any, field: str, value: Any) -> str:
     """Writes a setting for a folder's name, as its `Setting` says."""
     if field == "indices":
         value = len(value)
@@ -88,7 +95,9 @@ def _word(config, field, value):
     return (word or field + "{}").format(value)
 
 
-def existing_record(folder, request, overwrite=False):
+def existing_record(
+    folder: pathlib.Path, request: Mapping[str, Any], overwrite: bool = False
+) -> Record | None:
     """Returns the record of an earlier run of the same evaluation, or None.
 
     Args:
@@ -125,7 +134,7 @@ def existing_record(folder, request, overwrite=False):
     return record
 
 
-def partial_folder(folder) -> pathlib.Path:
+def partial_folder(folder: pathlib.Path) -> pathlib.Path:
     """Returns the folder of an evaluation's intermediate state.
 
     Raises:
@@ -135,19 +144,19 @@ def partial_folder(folder) -> pathlib.Path:
 
 
 def attack(
-    folder,
-    model,
-    split,
-    evaluation,
+    folder: pathlib.Path,
+    model: keras.Model,
+    split: image_splits.Split,
+    evaluation: evaluation_config.EvaluationConfig,
     *,
-    class_names,
-    context,
-    surrogate=None,
-    progress=None,
-    save_images=64,
-    picture_rows=PICTURE_ROWS,
-    overwrite=False,
-):
+    class_names: Sequence[str],
+    context: Mapping[str, Any],
+    surrogate: keras.Model | None = None,
+    progress: robust_evaluation.Report | None = None,
+    save_images: int = 64,
+    picture_rows: int = PICTURE_ROWS,
+    overwrite: bool = False,
+) -> Record:
     """Runs one evaluation and creates its folder, completely or not at all.
 
     The caller must own the folder; see `run_folder.own`.
@@ -171,7 +180,7 @@ def attack(
     """
     partial = partial_folder(folder)
     run_folder.recover(partial)
-    arguments = {
+    arguments: dict[str, Any] = {
         "surrogate": surrogate,
         "context": context,
         "progress": progress,
@@ -210,11 +219,18 @@ def attack(
     return record
 
 
-def _write(folder, model, record, arrays):
-    def write(temporary):
+def _write(
+    folder: pathlib.Path,
+    model: keras.Model,
+    record: Record,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    content: dict[str, Any] = dict(arrays)
+
+    def write(temporary: pathlib.Path) -> None:
         run_folder.atomic_write(
             temporary / "adversarial.npz",
-            lambda path: np.savez_compressed(path, **arrays),
+            lambda path: np.savez_compressed(path, **content),
         )
         _draw(temporary, model, record, arrays)
         run_folder.write_json(temporary / "results.json", record)
@@ -222,7 +238,9 @@ def _write(folder, model, record, arrays):
     run_folder.replace_folder(folder, write)
 
 
-def redraw(folder, model, record, picture_rows):
+def redraw(
+    folder: pathlib.Path, model: keras.Model, record: Record, picture_rows: int
+) -> Record:
     """Draws the pictures of a record again with another number of rows.
 
     Args:
@@ -241,7 +259,9 @@ def redraw(folder, model, record, picture_rows):
     return record
 
 
-def _with_worst_case(folder, record, arrays):
+def _with_worst_case(
+    folder: pathlib.Path, record: Record, arrays: Mapping[str, np.ndarray]
+) -> tuple[Record, np.ndarray]:
     """Adds the worst case over this and all earlier attacks on the weights.
 
     An earlier attack is included if it has the same norm and no larger radius,
@@ -283,7 +303,7 @@ def _with_worst_case(folder, record, arrays):
     return {**record, "worst_case": worst}, robust
 
 
-def saved_images(folder, image_shape: tuple) -> dict[str, np.ndarray]:
+def saved_images(folder: StrPath, image_shape: tuple) -> dict[str, np.ndarray]:
     """Reads the saved images and predictions of an evaluation.
 
     Args:
@@ -302,6 +322,7 @@ def saved_images(folder, image_shape: tuple) -> dict[str, np.ndarray]:
         OSError: If a file is missing.
         ValueError: If a file is damaged, or larger than the record implies.
     """
+    folder = pathlib.Path(folder)
     record = run_folder.read_record(folder / "results.json")
     classes = len(class_names_of(record)) or _MOST_CLASSES
     # Each image needs this many numbers of four bytes.
@@ -316,12 +337,14 @@ def saved_images(folder, image_shape: tuple) -> dict[str, np.ndarray]:
     return found
 
 
-def class_names_of(record):
+def class_names_of(record: Record) -> list[str]:
     """Returns the class names of a record; an empty list if it has none."""
     return list(record.get("per_class", {}).get("class", ()))
 
 
-def _arrays(folder, limit, names):
+def _arrays(
+    folder: pathlib.Path, limit: int, names: Sequence[str] | None
+) -> dict[str, np.ndarray]:
     """Reads arrays of an evaluation and checks that their lengths agree.
 
     Arrays other than images and logits hold one number per image. Those named
@@ -347,7 +370,9 @@ def _arrays(folder, limit, names):
     return found
 
 
-def _correct_predictions(folder, order, digests):
+def _correct_predictions(
+    folder: pathlib.Path, order: np.ndarray, digests: np.ndarray
+) -> np.ndarray | None:
     """Tells which images an evaluation's attack left correctly classified.
 
     Args:
@@ -371,7 +396,7 @@ def _correct_predictions(folder, order, digests):
     return (predictions == labels)[chosen]
 
 
-def saved(arrays):
+def saved(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays that have one entry per saved image.
 
     Args:
@@ -384,7 +409,7 @@ def saved(arrays):
     }
 
 
-def attacked(arrays):
+def attacked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays of the saved images that were correct before.
 
     Images that are misclassified after the attack come first, robust ones
@@ -406,7 +431,12 @@ def attacked(arrays):
     return {key: value[order] for key, value in rows.items()}
 
 
-def _draw(folder, model, record, arrays):
+def _draw(
+    folder: pathlib.Path,
+    model: keras.Model,
+    record: Record,
+    arrays: Mapping[str, np.ndarray],
+) -> None:
     """Draws the pictures of an evaluation into its folder."""
     rows = record["picture_rows"]
     chosen = attacked(arrays)
@@ -441,7 +471,7 @@ def _draw(folder, model, record, arrays):
         )
 
 
-def headline(record, arrays):
+def headline(record: Record, arrays: Mapping[str, np.ndarray]) -> str:
     """Describes an attack and its result in two lines, for a picture.
 
     Args:
@@ -461,8 +491,15 @@ def headline(record, arrays):
 
 
 def picture(
-    chosen, before, after, class_names, *, max_rows, title=None, path=None
-):
+    chosen: Mapping[str, np.ndarray],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    max_rows: int,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Draws saved images, clean and adversarial, with one row per image.
 
     Args:
@@ -498,7 +535,14 @@ def picture(
     )
 
 
-def attention_picture(chosen, before, after, num_steps, class_names, **options):
+def attention_picture(
+    chosen: Mapping[str, np.ndarray],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    num_steps: int,
+    class_names: Sequence[str],
+    **options: Any,
+) -> Figure:
     """Draws attention maps: each clean image above its adversarial image.
 
     Args:
@@ -511,7 +555,7 @@ def attention_picture(chosen, before, after, num_steps, class_names, **options):
         A matplotlib `Figure`.
     """
 
-    def both(name):
+    def both(name: str) -> np.ndarray:
         return _interleave(
             chosen[f"clean_{name}"], chosen[f"adversarial_{name}"]
         )
@@ -529,14 +573,16 @@ def attention_picture(chosen, before, after, num_steps, class_names, **options):
     )
 
 
-def _interleave(clean, adversarial):
+def _interleave(clean: np.ndarray, adversarial: np.ndarray) -> np.ndarray:
     """Returns clean and adversarial entries alternately: `(2 * n, ...)`."""
     pairs = np.stack([clean, adversarial], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
 @contextlib.contextmanager
-def show_progress(name, wanted):
+def show_progress(
+    name: str, wanted: bool
+) -> Iterator[robust_evaluation.Report | None]:
     """Shows a progress bar that counts the images that are decided.
 
     An image is decided when it is misclassified or the attack on it ends.
@@ -556,7 +602,7 @@ def show_progress(name, wanted):
     # first, the others take longer.
     with progress.Progress(name, unit="images", least=True) as shown:
 
-        def report(done, total, record):
+        def report(done: int, total: int, record: Record | None) -> None:
             accuracies = ""
             if record is not None:
                 accuracies = (
@@ -568,7 +614,10 @@ def show_progress(name, wanted):
         yield report
 
 
-def show(results, file=None):
+def show(
+    results: Sequence[tuple[Record, pathlib.Path, bool]],
+    file: IO[str] | None = None,
+) -> None:
     """Prints the table of the results and the paths of their records.
 
     Args:
@@ -657,13 +706,13 @@ def warnings(record: dict) -> list[str]:
     return found
 
 
-def success(record):
+def success(record: Record) -> str:
     """Formats the success rate on the images that were correct before."""
     rate = record["attack_success_on_correct"]
     return "-" if rate is None else f"{rate:.1%}"
 
 
-def _target(record):
+def _target(record: Record) -> str:
     """The target of an attack for the table; empty if it is untargeted."""
     target = record["target"]
     if isinstance(target, int):
@@ -671,20 +720,20 @@ def _target(record):
     return "" if target == "none" else f" to {target}"
 
 
-def _attack(record):
+def _attack(record: Record) -> str:
     """The attack, with the version of an ensemble if it is not "standard"."""
     name, version = record["attack"], record.get("version", "standard")
     return name if version == "standard" else f"{name} {version}"
 
 
-def _steps(record):
+def _steps(record: Record) -> str:
     """Steps per restart, or queries; "-" for an ensemble, which has several."""
     if record["attack"] == "autoattack":
         return "-"
     return str(record.get("steps", record.get("n_queries", 1)))
 
 
-def _half_width(record):
+def _half_width(record: Record) -> float:
     """Half of the 95% interval of the robust accuracy."""
     low, high = record["robust_accuracy_interval"]
     return (high - low) / 2

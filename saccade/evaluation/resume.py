@@ -2,12 +2,16 @@
 
 import hashlib
 import math
+import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any, cast
 
 import keras
 import numpy as np
 
 from saccade.core import run_folder
+from saccade.data import splits as image_splits
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import tally as evaluation_tally
 
@@ -34,7 +38,12 @@ class State:
     SHARE = 0.03  # Largest share of the run time that is spent on writing.
     PAUSE = 1.0  # Smallest number of seconds between two writes.
 
-    def __init__(self, folder, identity, limit=GROUP_BYTES):
+    def __init__(
+        self,
+        folder: pathlib.Path | None,
+        identity: Mapping[str, Any],
+        limit: int = GROUP_BYTES,
+    ) -> None:
         self.folder, self.cost, self.saved_at = folder, 0.0, -math.inf
         self.limit = limit  # Largest size of a file in bytes.
         if folder is None:
@@ -54,7 +63,9 @@ class State:
                 f"{', '.join(changed)}. Remove it, or use --overwrite."
             )
 
-    def finished(self, number, indices):
+    def finished(
+        self, number: int, indices: np.ndarray
+    ) -> dict[str, np.ndarray] | None:
         """Returns the results of a finished group, or None."""
         name = f"group-{number:05d}.npz"
         results = self._read(name)
@@ -75,14 +86,20 @@ class State:
             raise self._damaged(name, "it belongs to other images")
         return results
 
-    def finish(self, number, results):
+    def finish(self, number: int, results: Mapping[str, np.ndarray]) -> None:
         """Writes the results of a group."""
         if self.folder is None:
             return
         self._write(f"group-{number:05d}.npz", results)
         (self.folder / "underway.npz").unlink(missing_ok=True)
 
-    def resume(self, number, best, logits, nonfinite):
+    def resume(
+        self,
+        number: int,
+        best: np.ndarray,
+        logits: np.ndarray,
+        nonfinite: np.ndarray,
+    ) -> tuple[int, dict[str, np.ndarray] | None, float]:
         """Restores the group in progress, if it is group `number`.
 
         Args:
@@ -104,7 +121,16 @@ class State:
         rows = {k[4:]: v for k, v in found.items() if k.startswith("row_")}
         return member, rows, seconds
 
-    def save(self, number, member, rows, best, logits, nonfinite, seconds):
+    def save(
+        self,
+        number: int,
+        member: int,
+        rows: Mapping[str, Any],
+        best: np.ndarray,
+        logits: np.ndarray,
+        nonfinite: np.ndarray,
+        seconds: float,
+    ) -> None:
         """Writes the group in progress, unless the last write is recent."""
         since = time.perf_counter() - self.saved_at
         if self.folder is None or since < max(
@@ -127,15 +153,16 @@ class State:
         self.saved_at = time.perf_counter()
         self.cost = self.saved_at - started
 
-    def _write(self, name, arrays):
+    def _write(self, name: str, arrays: Mapping[str, Any]) -> None:
+        folder = cast(pathlib.Path, self.folder)  # `finish` and `save` check.
         size = sum(np.asarray(v).nbytes for v in arrays.values())
         run_folder.atomic_write(
-            self.folder / name,
+            folder / name,
             lambda path: np.savez(path, **arrays),
             size=size,
         )
 
-    def _read(self, name):
+    def _read(self, name: str) -> dict[str, np.ndarray] | None:
         if self.folder is None or not (self.folder / name).exists():
             return None
         try:
@@ -143,15 +170,21 @@ class State:
         except ValueError as error:
             raise self._damaged(name, error) from error
 
-    def _damaged(self, name, reason):
+    def _damaged(self, name: str, reason: object) -> StateError:
+        path = cast(pathlib.Path, self.folder) / name  # It has been read.
         return StateError(
-            f"{self.folder / name} is damaged and cannot be read ({reason}). "
+            f"{path} is damaged and cannot be read ({reason}). "
             "Remove it to attack only its images again, or use --overwrite to "
             "attack all images again."
         )
 
 
-def identity(split, config, order, context):
+def identity(
+    split: image_splits.Split,
+    config: evaluation_config.EvaluationConfig,
+    order: np.ndarray,
+    context: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """Returns what must be equal for an evaluation to resume from a state."""
     context = context or {}
     return {

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import textwrap
+from collections.abc import Iterable, Sequence
 
 DASH = "–"
 
@@ -20,7 +21,7 @@ class Row:
     """
 
     name: str
-    cells: tuple
+    cells: tuple[str, ...]
     kind: str = "ours"
 
 
@@ -37,15 +38,15 @@ class Table:
     """
 
     title: str
-    header: tuple
-    rows: tuple
-    notes: tuple = ()
+    header: tuple[tuple[str, ...], ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 # --- Formatting of tables ----------------------------------------------------
 
 
-def render(table):
+def render(table: Table) -> str:
     """Returns a table as plain text for a terminal.
 
     Args:
@@ -79,7 +80,7 @@ def render(table):
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def to_markdown(table):
+def to_markdown(table: Table) -> str:
     """Returns a table as Markdown; our rows are bold.
 
     Args:
@@ -98,7 +99,9 @@ def to_markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def markdown_grid(heads, rows):
+def markdown_grid(
+    heads: Sequence[str], rows: Iterable[Sequence[str]]
+) -> list[str]:
     """Returns the lines of a Markdown table; the first column holds names.
 
     Args:
@@ -115,7 +118,7 @@ def markdown_grid(heads, rows):
     return [_markdown_row(row) for row in (heads, rules, *rows)]
 
 
-def to_csv(table):
+def to_csv(table: Table) -> str:
     """Returns a table as CSV: numbers in percent, empty fields for dashes.
 
     The first column is `Row.kind`: ours, same or published.
@@ -135,7 +138,7 @@ def to_csv(table):
     return out.getvalue()
 
 
-def _header_lines(header):
+def _header_lines(header: Sequence[Sequence[str]]) -> list[str]:
     """Returns one multi-line head per column.
 
     The head of a group appears in its first column only.
@@ -163,25 +166,25 @@ def _header_lines(header):
     return ["\n".join(sum(parts, [])) for parts in zip(*levels, strict=True)]
 
 
-def _wrap(head):
+def _wrap(head: str) -> list[str]:
     """Wraps a head into short lines, but not around an equals sign."""
     unbroken = head.replace(" = ", "\u00a0=\u00a0")
     lines = textwrap.wrap(unbroken, 12, break_long_words=False)
     return [line.replace("\u00a0", " ") for line in lines]
 
 
-def _join_levels(header, between):
+def _join_levels(header: Sequence[Sequence[str]], between: str) -> list[str]:
     """Returns one head per column, with its levels joined."""
     return [
         between.join(filter(None, heads)) for heads in zip(*header, strict=True)
     ]
 
 
-def _markdown_row(cells):
+def _markdown_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(map(_escape_markdown, cells))} |"
 
 
-def _escape_markdown(text):
+def _escape_markdown(text: str) -> str:
     """Escapes the characters that have a meaning in Markdown tables."""
     if set(text) <= set("-:"):
         return text

@@ -1,12 +1,16 @@
 """Counts the outcomes of an evaluation into its record."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from saccade.core import metrics
+from saccade.core.run_folder import Record
+from saccade.evaluation import config as evaluation_config
 
 # exp(-87) is about the smallest normal float32 number. Where the log-odds
 # exceed this, the probabilities of the other classes underflow to zero, and so
@@ -26,14 +30,21 @@ class Tally:
         "adversarial_predictions",
     )
 
-    def __init__(self, config, keep, context):
+    def __init__(
+        self,
+        config: evaluation_config.EvaluationConfig,
+        keep: int,
+        context: Mapping[str, Any],
+    ) -> None:
         self.config, self.keep, self.context = config, keep, context
         self.count, self.seconds = 0, 0.0
         self.low, self.high = math.inf, -math.inf
-        self.kept = {name: [] for name in self.IMAGES}
-        self.all = {}
+        self.kept: dict[str, list[np.ndarray]] = {
+            name: [] for name in self.IMAGES
+        }
+        self.all: dict[str, list[np.ndarray]] = {}
 
-    def add(self, results):
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
         """Adds the results of a group, as `_Evaluation.attack` returns them."""
         for name in self.IMAGES:
             self.kept[name].append(results[name][: max(self.keep, 0)])
@@ -47,7 +58,7 @@ class Tally:
             if name not in (*self.IMAGES, "seconds"):
                 self.all.setdefault(name, []).append(values)
 
-    def record(self):
+    def record(self) -> Record:
         """Returns the record of the examples added so far."""
         rows = {name: np.concatenate(v) for name, v in self.all.items()}
         counted = metrics.robustness(
@@ -77,12 +88,12 @@ class Tally:
         }
 
     @staticmethod
-    def _count_underflowing(rows):
+    def _count_underflowing(rows: Mapping[str, np.ndarray]) -> int:
         """Counts correct clean images whose softmax underflows in float32."""
         correct = rows["clean_predictions"] == rows["labels"]
         return int(np.sum(correct & (rows["clean_gaps"] < -UNDERFLOW)))
 
-    def arrays(self):
+    def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays that `evaluate` returns."""
         out = {k: np.concatenate(v) for k, v in self.kept.items()}
         rows = {k: np.concatenate(self.all[k]) for k in self.EXAMPLES}
@@ -93,12 +104,12 @@ class Tally:
         return out
 
 
-def device():
+def device() -> str:
     """Returns the device of new tensors as the backend names it: `GPU:0`."""
     return str(getattr(ops.zeros(()), "device", "")).rsplit("device:")[-1]
 
 
-def _finite_mean(values):
+def _finite_mean(values: np.ndarray) -> float | None:
     """Mean of the finite values; None if there are none."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None

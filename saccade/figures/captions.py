@@ -5,7 +5,8 @@ looks the same everywhere.
 """
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
 
 from saccade.core import metrics, ratios
 
@@ -24,7 +25,7 @@ _ATTACKS = {
     "square": "Square",
 }
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_FORMATS = {
+_FORMATS: dict[str, Callable[[Any], str]] = {
     "attack": lambda v: _ATTACKS.get(v, str(v)),
     "norm": lambda v: NORMS.get(v, str(v)),
     "target": lambda v: _target(v),
@@ -120,7 +121,7 @@ def printable(text: object) -> str:
 
 
 def show_classes(
-    record: Mapping, count: int, title: str = "", file: object = None
+    record: Mapping, count: int, title: str = "", file: IO[str] | None = None
 ) -> None:
     """Prints the classes with the lowest robust (or clean) accuracy.
 

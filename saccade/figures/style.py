@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from saccade.core import run_folder
+from saccade.core.run_folder import StrPath
 from saccade.figures import captions
 
 # Okabe and Ito's palette (safe for colour-blind readers) without black. Bright
@@ -125,7 +126,7 @@ def _wrap_title(title, width, size):
     return [part for line in lines for part in textwrap.wrap(line, characters)]
 
 
-def finish(figure: Figure, path: object = None) -> Figure:
+def finish(figure: Figure, path: StrPath | None = None) -> Figure:
     """Turns off formulas in all text of a figure, and saves the figure.
 
     Every figure must pass through this function. Text can come from folder and

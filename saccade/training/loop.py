@@ -22,7 +22,7 @@ from saccade.core import run_folder
 from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
 from saccade.models import inspect as model_inspect
-from saccade.training import checkpoints, settings
+from saccade.training import checkpoints, objectives, settings
 from saccade.training import config as training_config
 from saccade.training import step as training_step
 
@@ -124,7 +124,9 @@ class Loop:
     batch_size: int
     epochs: int
     augmentation: str = "none"
-    objective: training_step.Objective = training_step.STANDARD
+    objective: training_step.Objective | objectives.Standard = (
+        training_step.STANDARD
+    )
     l2: float = 0.0
     step_config: training_config.StepConfig = training_config.StepConfig()
     crafting_model: keras.Model | None = None
