@@ -1,4 +1,4 @@
-"""Makes the cheap part of results/: less than an hour of one core.
+"""Makes the cheap part of results/: half an hour of one core.
 
     python experiments/results_runs.py --data_dir=data
     python experiments/results_runs.py --data_dir=data --parts=mnist
@@ -8,10 +8,10 @@ The parts, in this order, and their size on one core of 2026:
     demo      make demo with seeds 0 to 2: 9 minutes
     sampler   three runs of benchmarks/speed.py --what=sampler: 2 minutes
     mnist     two small networks, three seeds, PGD-50 and AutoAttack on 500
-              images: 17 minutes; needs MNIST's four files in --data_dir
+              images: 10 minutes; needs MNIST's four files in --data_dir
     full_size a training step and a PGD step of two models at 320x320: 4
               minutes and 3 GiB
-    digits    a plain network and S3TA beside the demo's model: 10 minutes
+    digits    a plain network and S3TA beside the demo's model: 8 minutes
 
 The same command continues where it was stopped; what is there is not run
 again. Records are copied to results/ after each training.
