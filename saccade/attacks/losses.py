@@ -6,7 +6,7 @@ loss takes its targeted form. Nothing here calls a model or changes an image.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from keras import ops
@@ -331,6 +331,37 @@ def fixed_targets(labels: Tensor, target: int, num_classes: int) -> Tensor:
         ops.full_like(labels, next_class),
         ops.full_like(labels, target),
     )
+
+
+def select_targets(
+    target: str | int,
+    labels: Tensor,
+    num_classes: int,
+    keys: Tensor,
+    clean_logits: Callable[[], Tensor],
+) -> Tensor | None:
+    """Returns the targets that a setting names.
+
+    Args:
+        target: `"none"`, `"random"`, `"next"`, `"least_likely"`, or a class.
+        labels: True labels, `(batch,)`.
+        num_classes: Number of classes.
+        keys: Keys of the examples, `(batch, 2)`, for random targets.
+        clean_logits: Callable that returns the logits of the clean images,
+            `(batch, num_classes)`. It is called for least likely targets only.
+
+    Returns:
+        Int32 tensor `(batch,)`; None for `"none"`.
+    """
+    if target == "none":
+        return None
+    if target == "random":
+        return random_targets(keys, labels, num_classes)
+    if target == "next":
+        return next_targets(labels, num_classes)
+    if target == "least_likely":
+        return least_likely_targets(clean_logits(), labels)
+    return fixed_targets(labels, int(target), num_classes)
 
 
 def likely_targets(

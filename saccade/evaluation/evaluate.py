@@ -363,18 +363,12 @@ class _Evaluation:
         self, keys: np.ndarray, labels: np.ndarray, clean_logits: np.ndarray
     ) -> np.ndarray | None:
         target = self.config.target
-        if target == "none":
-            return None
         if target == "random":
             keys = randomness.fold_in(keys, 2**30)
-            targets = losses.random_targets(keys, labels, self.classes)
-        elif target == "next":
-            targets = losses.next_targets(labels, self.classes)
-        elif target == "least_likely":
-            targets = losses.least_likely_targets(clean_logits, labels)
-        else:
-            targets = losses.fixed_targets(labels, int(target), self.classes)
-        return evaluation_checks.as_array(targets)
+        targets = losses.select_targets(
+            target, labels, self.classes, keys, lambda: clean_logits
+        )
+        return None if targets is None else evaluation_checks.as_array(targets)
 
     def _results(
         self,

@@ -322,13 +322,13 @@ class Adversarial(Standard):
     def _targets(self, logits_fn, images, labels, keys):
         if self.target == "random":
             keys = randomness.fold_in(keys, _TARGET_STREAM)
-            return losses.random_targets(keys, labels, self.num_classes)
-        if self.target == "next":
-            return losses.next_targets(labels, self.num_classes)
-        if self.target == "least_likely":
-            outputs = losses.outputs_of(logits_fn(images))
-            return losses.least_likely_targets(outputs.logits, labels)
-        return None
+        return losses.select_targets(
+            self.target,
+            labels,
+            self.num_classes,
+            keys,
+            lambda: losses.outputs_of(logits_fn(images)).logits,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
