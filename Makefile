@@ -1,7 +1,7 @@
 # make demo      train, attack and picture a model: five minutes on two cores
 # make test      the tests, on TensorFlow (KERAS_BACKEND=jax or torch: there)
 # make slow      the tests that make test leaves out: they take longest
-# make lint      ruff's rules, its format, the levels of imports
+# make lint      ruff's rules, its format, the levels of imports, the types
 # make results   docs/results.md from the records in results/
 # make docs      the documentation site, in site/; a dead link fails
 # make docs-flags  docs/flags.md from the fields that declare the settings
@@ -66,6 +66,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 results: $(VENV)/.installed-test
 	$(BIN)/python experiments/results.py

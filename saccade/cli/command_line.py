@@ -135,8 +135,9 @@ def expand_home(values: flags.FlagValues) -> None:
     The shell does so in `--run ~/x` but not in `--run=~/x`.
     """
     for name in _PATHS & set(values):
-        if values[name].value:
-            values[name].value = os.path.expanduser(values[name].value)
+        path = values[name].value
+        if path:
+            values[name].value = os.path.expanduser(path)
 
 
 @contextlib.contextmanager

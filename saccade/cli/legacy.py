@@ -5,10 +5,12 @@ what is off. Names that mean the same here are not listed; what is listed is
 translated before the flags are parsed, and everything else is left as it is.
 """
 
+from typing import Any
+
 from saccade.core import names as known_names
 
 _ANY = object()  # Stands for every value that a row does not name.
-_OFF = {"0": None, "None": None}
+_OFF: dict[Any, Any] = {"0": None, "None": None}
 
 
 def _switch(flag, value="1"):
@@ -24,7 +26,7 @@ def _renamed(flag):
 # By old flag and value: our flag and its value, which may depend on the model
 # (a dict then, in which None is a line without --model); None drops it. A row
 # that depends on the model stands behind the one that chooses it.
-_BOTH = {
+_BOTH: dict[str, dict[Any, Any]] = {
     "name": _renamed("tag"),
     "upsample_fixations": _switch("coarse_variant", "upsample"),
     "blur_fixations": _switch("coarse_variant", "blur"),

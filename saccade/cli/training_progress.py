@@ -1,6 +1,7 @@
 """Progress of a training run: progress bar, time estimate, TensorBoard."""
 
 import pathlib
+from typing import Any
 
 import keras
 
@@ -146,7 +147,8 @@ class TensorBoard(keras.callbacks.Callback):
 
     def __init__(self, folder: pathlib.Path):
         super().__init__()
-        self.folder, self.writers = folder, {}
+        self.folder = folder
+        self.writers: dict[str, Any] = {}
 
     def on_epoch_end(self, epoch, logs=None):
         try:

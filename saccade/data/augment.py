@@ -1,17 +1,12 @@
 """Augmentation of training images by random affine views."""
 
 import dataclasses
-import functools
 import math
-import keras
-import numpy as np
-import scipy.optimize
+
 from keras import ops
 
-from saccade.core import randomness
-from saccade.core import sampling
-
-
+from saccade.core import randomness, sampling
+from saccade.core.arrays import Tensor
 
 # --- Augmentation ------------------------------------------------------------
 
@@ -58,7 +53,7 @@ AUGMENTATIONS = {
 }
 
 
-def augment(images, keys, augmentation):
+def augment(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tensor:
     """Draws a random view of every image; one bilinear read for all of it.
 
     Args:
@@ -95,7 +90,9 @@ def augment(images, keys, augmentation):
     return sampling.sample_bilinear(images, points, "zeros")
 
 
-def _sides(draw, keys, augmentation):
+def _sides(
+    draw: Tensor, keys: Tensor, augmentation: Augmentation
+) -> tuple[Tensor, Tensor]:
     """Width and height of each crop, as fractions of the image's."""
     if augmentation.area == 1.0:
         side = augmentation.crop + (1.0 - augmentation.crop) * draw

@@ -8,10 +8,10 @@ import os
 import pathlib
 from xml.etree import ElementTree
 from xml.parsers import expat
+
 import numpy as np
 
 from saccade.data import formats
-
 
 _XML_BYTES = 2**20  # ImageNet's largest annotation has 2**14.
 

@@ -7,9 +7,6 @@ bytes are the same on every machine.
 
 import numpy as np
 
-
-
-
 CANVAS = 40
 SIZES = range(22, 28)
 COUNTS = {"train": 4000, "validation": 500, "test": 1000}

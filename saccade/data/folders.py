@@ -1,26 +1,6 @@
 """Folders of images: one folder a class."""
 
-import collections
-import concurrent.futures
-import contextlib
-import dataclasses
-import errno
-import functools
-import hashlib
-import io
-import math
-import mmap
 import os
-import pathlib
-import re
-import struct
-import sys
-import warnings
-from typing import Callable
-import numpy as np
-from PIL import Image, ImageOps
-
-
 
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
 

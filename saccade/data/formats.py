@@ -15,10 +15,10 @@ import stat
 import struct
 import zipfile
 import zlib
+
 import numpy as np
 
 from saccade.core import run_folder
-
 
 # Most bytes of an array: a million images of MNIST are 0.8 GB.
 _ARRAY_BYTES = 2**30

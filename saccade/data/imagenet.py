@@ -1,28 +1,14 @@
 """ImageNet's files: WordNet ids, class lists and validation labels."""
 
 import collections
-import concurrent.futures
-import contextlib
-import dataclasses
-import errno
-import functools
 import hashlib
 import io
-import math
-import mmap
 import os
 import pathlib
 import re
-import struct
-import sys
-import warnings
-from typing import Callable
-import numpy as np
-from PIL import Image, ImageOps
 
 from saccade.data import folders as class_folders
 from saccade.data import formats
-
 
 CLASS_LISTS = pathlib.Path(__file__).resolve().parent / "class_lists"
 _WNID = re.compile(r"n\d{8}")
@@ -111,7 +97,9 @@ def wnid_files(folder, wnids, places):
             their list differ.
         FileNotFoundError: If a flat folder has no list.
     """
-    if any(map(_WNID.fullmatch, class_folders.listing(folder, directories=True))):
+    if any(
+        map(_WNID.fullmatch, class_folders.listing(folder, directories=True))
+    ):
         return class_folders.class_files(folder, wnids)
     files = {
         pathlib.Path(name).stem: name
@@ -124,7 +112,8 @@ def wnid_files(folder, wnids, places):
     absent = sorted(truth.keys() - files) or sorted(files - truth.keys())
     if absent:
         raise ValueError(
-            f"The images of {folder} and their list differ: {class_folders.some(absent)} "
+            f"The images of {folder} and their list differ: "
+            f"{class_folders.some(absent)} "
             f"({len(files)} images, {len(truth)} listed)."
         )
     ids = {wnid: label for label, wnid in enumerate(wnids)}

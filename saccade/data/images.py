@@ -17,14 +17,13 @@ import functools
 import hashlib
 import io
 import math
-import mmap
 import os
-import pathlib
-import re
 import struct
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Callable
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -522,7 +521,9 @@ def shared(train: Encoded, test: Encoded) -> list[tuple[str, str]]:
     Returns:
         List of pairs of what the images are called, in the order of `train`.
     """
-    chosen = [range(len(images.labels)) for images in (train, test)]
+    chosen: list[Sequence[int]] = [
+        range(len(images.labels)) for images in (train, test)
+    ]
     for key in (
         lambda images, i: images.size(i),
         lambda images, i: images.fetch(i, _END_BYTES),

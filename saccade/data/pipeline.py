@@ -2,16 +2,25 @@
 
 import collections
 import concurrent.futures
-import dataclasses
-import hashlib
-from typing import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
 import numpy as np
 
 from saccade.data import splits as image_splits
 
+# Images, labels and indices.
+Batch: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def batches(split, order, batch_size, *, first_batch=0, prefetch=2):
+def batches(
+    split: image_splits.Split,
+    order: np.ndarray,
+    batch_size: int,
+    *,
+    first_batch: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
     """Reads a split in a given order, ahead of the consumer.
 
     Args:
@@ -39,7 +48,7 @@ def batches(split, order, batch_size, *, first_batch=0, prefetch=2):
     order = np.asarray(order).reshape(-1)
     starts = range(first_batch * batch_size, len(order), batch_size)
 
-    def read(start):
+    def read(start: int) -> Batch:
         chosen = order[start : start + batch_size]
         labels = split.labels[chosen]
         return split.read(chosen), labels, chosen.astype(np.int32)
@@ -47,13 +56,17 @@ def batches(split, order, batch_size, *, first_batch=0, prefetch=2):
     return _ahead(read, starts, prefetch)
 
 
-def _ahead(read, starts, prefetch):
+def _ahead(
+    read: Callable[[int], Batch], starts: Sequence[int], prefetch: int
+) -> Iterator[Batch]:
     if not prefetch:
         yield from map(read, starts)
         return
     # One worker keeps the order; what is not consumed is cancelled on close.
     pool = concurrent.futures.ThreadPoolExecutor(1, "batches")
-    waiting = collections.deque()
+    waiting: collections.deque[concurrent.futures.Future[Batch]] = (
+        collections.deque()
+    )
     try:
         for start in starts:
             waiting.append(pool.submit(read, start))
@@ -65,7 +78,13 @@ def _ahead(read, starts, prefetch):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def scaled(name, read, labels, boxes=None, content=None):
+def scaled(
+    name: str,
+    read: Callable[[np.ndarray], np.ndarray],
+    labels: np.ndarray,
+    boxes: np.ndarray | None = None,
+    content: Callable[[int], bytes] | None = None,
+) -> image_splits.Split:
     """Returns a split that scales uint8 images to [0, 1]; floats are kept.
 
     Args:
@@ -76,10 +95,12 @@ def scaled(name, read, labels, boxes=None, content=None):
         boxes, content: See `Split`.
     """
 
-    def scale(indices):
+    def scale(indices: np.ndarray) -> np.ndarray:
         images = read(indices)
         if images.dtype == np.uint8:
             return images.astype(np.float32) / np.float32(255)
         return images.astype(np.float32)
 
-    return image_splits.Split(name, np.asarray(labels, np.int32), scale, boxes, content)
+    return image_splits.Split(
+        name, np.asarray(labels, np.int32), scale, boxes, content
+    )

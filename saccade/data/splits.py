@@ -10,18 +10,13 @@ killed goes on where it stopped. Where the images come from is the reader's
 business: a file, memory, or what an attack has made.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-from typing import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
-import difflib
-import pathlib
-from PIL import Image
-
-
-
 
 _MAX_VALIDATION = 5000
 
@@ -43,14 +38,14 @@ class Split:
 
     name: str
     labels: np.ndarray
-    reader: Callable
+    reader: Callable[[np.ndarray], np.ndarray]
     boxes: np.ndarray | None = None
-    content: Callable | None = None
+    content: Callable[[int], bytes] | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices):
+    def read(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Reads images.
 
         Args:
@@ -74,7 +69,7 @@ class Split:
             )
         return self.reader(indices)
 
-    def fingerprint(self):
+    def fingerprint(self) -> dict[str, Any]:
         """Returns what tells this split from another, for a run's config.
 
         The labels' SHA-256 and the mean brightness of 16 images. Decoders
@@ -122,7 +117,7 @@ class Split:
         """
         content = self.content or (lambda i: self.read([i]).tobytes())
 
-        def one(i):
+        def one(i: int) -> bytes:
             label = int(self.labels[i]).to_bytes(4, "little")
             return hashlib.sha256(label + content(i)).digest()
 
@@ -130,7 +125,7 @@ class Split:
             found = b"".join(pool.map(one, np.asarray(indices).tolist()))
         return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
-    def subset(self, indices):
+    def subset(self, indices: np.ndarray | Sequence[int]) -> "Split":
         """Returns the split that holds only `indices`, in that order."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         content = self.content
@@ -143,12 +138,14 @@ class Split:
         )
 
 
-def epoch_order(n, seed, epoch):
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the permutation of `range(n)` that belongs to (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def hold_out(train, fraction, seed):
+def hold_out(
+    train: Split, fraction: float, seed: int
+) -> tuple[Split, Split | None]:
     """Splits the training images into those and a validation split.
 
     Args:
@@ -204,8 +201,8 @@ class Dataset:
     """
 
     name: str
-    class_names: tuple
-    image_shape: tuple
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
     train: Split | None
     validation: Split | None
     test: Split

@@ -8,9 +8,6 @@ import os
 import pathlib
 
 
-
-
-
 def find(name, data_dir=None):
     """Returns the folder of a prepared set; None if there is none.
 

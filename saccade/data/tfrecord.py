@@ -1,29 +1,13 @@
 """Images and labels in TFRecord files, read without TensorFlow."""
 
-import collections
-import concurrent.futures
-import contextlib
-import dataclasses
-import errno
-import functools
-import hashlib
-import io
-import math
 import mmap
 import os
-import pathlib
-import re
 import struct
-import sys
-import warnings
-from typing import Callable
+
 import numpy as np
-from PIL import Image, ImageOps
 
 from saccade.core import progress
 from saccade.data import images as image_files
-
-
 
 # ---------------------------------------------------------------------------
 # TFRecord

@@ -113,8 +113,8 @@ def step_bytes(
     weights = _FLOAT * sum(
         math.prod(v.shape) for v in model.trainable_variables
     )
-    kept = kept_bytes(model, batch_size)
-    kept *= passes(objective, model.output_shape[-1])
+    factor = passes(objective, model.output_shape[-1])
+    kept = kept_bytes(model, batch_size) * factor
     on_jax = keras.config.backend() == "jax"
     copies = (_GRADIENTS_JAX if on_jax else _GRADIENTS) + 2 * awp
     return int(_FIXED + FRAGMENTS * kept + copies * weights)
