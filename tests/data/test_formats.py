@@ -166,9 +166,7 @@ def test_an_hdf5_file_is_read_within_itself(tmp_path, bounded, kind):
             a.create_group("b")
         else:
             a["b"] = np.zeros((3, 2))
-    line = refused(
-        lambda: formats.read_hdf5(path, {"a/b": None}, "a/b"), "a/b"
-    )
+    line = refused(lambda: formats.read_hdf5(path, {"a/b": None}, "a/b"), "a/b")
     assert str(path) in line and "secret" not in line
 
 

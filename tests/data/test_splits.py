@@ -56,9 +56,7 @@ def test_batches_keep_order_and_lose_nothing(prefetch, first_batch):
 
 def test_batches_read_ahead_but_not_far():
     reads = []
-    iterator = pipeline.batches(
-        numbered(100, reads), range(100), 5, prefetch=2
-    )
+    iterator = pipeline.batches(numbered(100, reads), range(100), 5, prefetch=2)
     assert not reads
     next(iterator)
     next(iterator)
