@@ -1,4 +1,4 @@
-"""What the README tells people to type is taken by the programs."""
+"""What the README and the pages say is what the programs accept."""
 
 import json
 import os
@@ -14,6 +14,9 @@ from saccade.attacks import registry as attack_registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in ROOT.glob("docs/*.md")}
+# What a reader finds: the README and all pages that it links to.
+TOLD = "\n".join([README, *PAGES.values()])
 PROGRAMS = ("trainer", "adversary", "benchmarks/speed", "benchmarks/parity")
 HANDOVER = (
     "python trainer.py --model=parallel_transformers --dataset=imagenet10 "
@@ -53,8 +56,12 @@ print(json.dumps({"errors": errors, "flags": own}))
 def commands(text, program):
     """The arguments of every `python <program>.py ...` in the code blocks."""
     found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.M):
+    for block in re.findall(
+        r"^```(?:bash)?\n(.*?)^```", text, re.DOTALL | re.M
+    ):
         for line in block.replace("\\\n", " ").splitlines():
+            if not line.startswith("python "):
+                continue
             words = shlex.split(line, comments=True)
             if words[:2] == ["python", f"{program}.py"]:
                 found.append(words[2:])
@@ -76,12 +83,12 @@ def parse(program, arguments):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_command_parses_and_every_flag_is_told(program):
     bad = ["--no_such_flag=1"]
-    said = parse(program, [*commands(README, program), bad])
+    said = parse(program, [*commands(TOLD, program), bad])
     # The last one must fail, or the others prove nothing.
     assert list(said["errors"]) == [bad[0]], said["errors"]
-    told = set(re.findall(r"--(\w+)", README))
+    told = set(re.findall(r"--(\w+)", TOLD))
     untold = sorted(set(said["flags"]) - told)
-    assert not untold, f"flags of {program}.py that the README leaves out"
+    assert not untold, f"flags of {program}.py that no page names"
 
 
 def test_no_flag_is_told_that_no_program_has():
@@ -93,7 +100,7 @@ def test_no_flag_is_told_that_no_program_has():
 
 
 def test_the_handover_commands_are_there_word_for_word():
-    lines = README.splitlines()
+    lines = PAGES["history"].splitlines()
     for command in HANDOVER:
         assert command in lines
 
@@ -113,7 +120,7 @@ def test_every_file_it_names_is_there():
 
 
 def test_the_table_of_attacks_names_each_of_them():
-    section = README.split("### Attacks")[1].split("\n### ")[0]
+    section = PAGES["attacks"].split("\n## Attacks")[1].split("\n##")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(named) == sorted(attack_registry.ATTACKS)
