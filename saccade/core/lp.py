@@ -370,4 +370,5 @@ def random_in_ball(
 
 
 def flatten_rows(x: Tensor) -> Tensor:
+    """Reshapes `(batch, ...)` to `(batch, size)`."""
     return ops.reshape(x, (-1, math.prod(x.shape[1:])))

@@ -222,4 +222,5 @@ def _two_calls(
 
 
 def as_array(values: Tensor) -> np.ndarray:
+    """Returns a tensor as a NumPy array, detached from any gradient."""
     return ops.convert_to_numpy(ops.stop_gradient(values))
