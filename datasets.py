@@ -737,9 +737,11 @@ def load_data(run, data_dir=None, test_only=True, download=False):
     """Loads the data set of a run as the run had it.
 
     Args:
-        run: The run's config, a dict.
+        run: The run's config, a dict: that of a folder, or the fields of a
+            `training_config.RunConfig`.
         data_dir: Folder of the files; None for the run's own.
-        test_only, download: See `load`.
+        test_only: See `load`.
+        download: See `load`.
 
     Returns:
         A `image_splits.Dataset`.

@@ -329,20 +329,6 @@ def _adversarial_from_flags(given, values, recipe_name):
     return found
 
 
-def load_data(config):
-    """Loads the data set of a config."""
-    return datasets.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        seed=config.seed,
-        skip_corrupt=config.skip_corrupt,
-        download=config.download,
-        class_list_file=config.class_list_file,
-        validation_fraction=config.validation_fraction,
-    )
-
-
 def build(config, data):
     """Builds model and optimizer; the seed determines the weights."""
     import keras
@@ -526,7 +512,12 @@ def _run(config, data, overwrite, resume, callbacks):
     from saccade.cli import run_summary, training_progress
 
     with command_line.guard():
-        data = load_data(config) if data is None else data
+        if data is None:
+            data = datasets.load_data(
+                dataclasses.asdict(config),
+                test_only=False,
+                download=config.download,
+            )
         _check_validation(config, data)
         shown = training_progress.Progress(
             config.recipe.batch_size, run_summary.advice(config, data)
