@@ -6,11 +6,15 @@ shear, 2 for a gaze. Sequential attention (S3TA) is recurrent: at each step it
 reads a feature map with queries that it computes from its state.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers, ops
 
 from saccade.core import keras_settings
+from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
 
@@ -30,7 +34,7 @@ FIVE_FIXATIONS = (
 )
 
 
-def spread_fixations(count):
+def spread_fixations(count: int) -> np.ndarray:
     """Returns the initial positions of `count` gazes, before the tanh.
 
     Five gazes start as in the handover. Any other number starts on a circle
@@ -77,8 +81,13 @@ class LocalizationHead(layers.Layer):
     """
 
     def __init__(
-        self, outputs, coordinates, initial=None, activity_l2=0.0, **kwargs
-    ):
+        self,
+        outputs: int,
+        coordinates: int,
+        initial: Any = None,
+        activity_l2: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         # In half precision the parameters would be wrong by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
         if coordinates not in INITIAL:
@@ -104,20 +113,22 @@ class LocalizationHead(layers.Layer):
             name="dense",
         )
 
-    def build(self, features_shape):
+    def build(self, features_shape: Sequence[Any]) -> None:
         self.dense.build(features_shape)
 
-    def call(self, features):
+    def call(self, features: Tensor) -> Tensor:
         theta = ops.tanh(self.dense(features))
         if self.activity_l2:
             squares = ops.mean(ops.sum(ops.square(theta), axis=-1))
             self.add_loss(self.activity_l2 * squares)
         return ops.reshape(theta, (-1, self.outputs, self.coordinates))
 
-    def compute_output_shape(self, features_shape):
+    def compute_output_shape(
+        self, features_shape: Sequence[Any]
+    ) -> tuple[Any, ...]:
         return (features_shape[0], self.outputs, self.coordinates)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         initial = self.initial
         return {
             **super().get_config(),
@@ -130,7 +141,9 @@ class LocalizationHead(layers.Layer):
         }
 
 
-def soft_attention(features, outputs, coordinates, **head):
+def soft_attention(
+    features: keras.Model, outputs: int, coordinates: int, **head: Any
+) -> keras.Model:
     """The localization net: a backbone and a `LocalizationHead`.
 
     Args:
@@ -154,7 +167,7 @@ def soft_attention(features, outputs, coordinates, **head):
 # --- Sequential, spatial, soft, top-down attention (S3TA) --------------------
 
 
-def spatial_basis(height, width, frequencies=4):
+def spatial_basis(height: int, width: int, frequencies: int = 4) -> np.ndarray:
     """Fixed channels that encode the positions in a map.
 
     The channels are all products of a sine or cosine of the row and one of the
@@ -177,7 +190,7 @@ def spatial_basis(height, width, frequencies=4):
           [Mott et al., 2019](https://arxiv.org/abs/1906.02500), Section 2
     """
 
-    def waves(count):
+    def waves(count: int) -> np.ndarray:
         centres = (np.arange(count) + 0.5) / count
         phases = np.pi * centres[:, None] * np.arange(1, frequencies + 1)
         return np.concatenate([np.sin(phases), np.cos(phases)], axis=1)
@@ -233,17 +246,17 @@ class SequentialAttention(layers.Layer):
 
     def __init__(
         self,
-        num_classes,
-        num_steps=16,
-        read_out=None,
-        key_channels=32,
-        num_heads=4,
-        frequencies=4,
-        units=1024,
-        hidden_units=1024,
-        remat=False,
-        **kwargs,
-    ):
+        num_classes: int,
+        num_steps: int = 16,
+        read_out: int | None = None,
+        key_channels: int = 32,
+        num_heads: int = 4,
+        frequencies: int = 4,
+        units: int = 1024,
+        hidden_units: int = 1024,
+        remat: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self._settings = {
             "num_classes": num_classes,
@@ -277,7 +290,7 @@ class SequentialAttention(layers.Layer):
             hidden_units, num_classes, policy, "output"
         )
 
-    def build(self, features_shape):
+    def build(self, features_shape: Sequence[Any]) -> None:
         *_, channels = features_shape
         if self.key_channels >= channels:
             raise ValueError(
@@ -333,7 +346,15 @@ class SequentialAttention(layers.Layer):
         maps = ops.reshape(maps, (batch, -1, rows, columns))
         return logits, ops.stack(all_logits, axis=1), maps
 
-    def _step(self, keys, values, basis, hidden, carry, logits):
+    def _step(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        basis: Tensor,
+        hidden: Tensor,
+        carry: Tensor,
+        logits: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One step; maps are `(batch, heads, positions)`, float32.
 
         The spatial basis is the same for every image. Its products are computed
@@ -362,13 +383,17 @@ class SequentialAttention(layers.Layer):
         logits = ops.cast(_through(self.output_net, hidden), "float32")
         return hidden, carry, logits, maps
 
-    def shown(self, inputs, outputs):
+    def shown(
+        self, inputs: Tensor, outputs: tuple[Tensor, Tensor, Tensor]
+    ) -> dict[str, Tensor]:
         """Returns the maps and step logits; see `model_inspect.shown`."""
         del inputs
         _, step_logits, maps = outputs
         return {"step_logits": step_logits, "maps": maps}
 
-    def compute_output_shape(self, features_shape):
+    def compute_output_shape(
+        self, features_shape: Sequence[Any]
+    ) -> tuple[Any, ...]:
         batch, rows, columns, _ = features_shape
         # The read-out step, and so the number of steps, can change.
         return (
@@ -377,13 +402,15 @@ class SequentialAttention(layers.Layer):
             (batch, None, rows, columns),
         )
 
-    def compute_output_spec(self, features):
+    def compute_output_spec(
+        self, features: keras.KerasTensor
+    ) -> tuple[keras.KerasTensor, ...]:
         return tuple(
             keras.KerasTensor(shape, "float32")
             for shape in self.compute_output_shape(features.shape)
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             **self._settings,
@@ -392,7 +419,9 @@ class SequentialAttention(layers.Layer):
         }
 
 
-def _two_layers(hidden, outputs, policy, name):
+def _two_layers(
+    hidden: int, outputs: int, policy: Any, name: str
+) -> list[keras.layers.Layer]:
     """An MLP with one hidden layer; its outputs are float32."""
     return [
         layers.Dense(
@@ -402,7 +431,7 @@ def _two_layers(hidden, outputs, policy, name):
     ]
 
 
-def _through(net, x):
+def _through(net: Sequence[keras.layers.Layer], x: Tensor) -> Tensor:
     for layer in net:
         x = layer(x)
     return x

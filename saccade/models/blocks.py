@@ -1,12 +1,15 @@
 """Parts that the named models share: normalization, views, backbones, heads."""
 
 import inspect
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import layers, ops
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.models import resnets
 
 keras_settings.set_up_keras()
@@ -24,17 +27,17 @@ _PHOTOGRAPHS = {
 class SelectView(layers.Layer):
     """Takes view `index` of `(batch, views, height, width, channels)`."""
 
-    def __init__(self, index, **kwargs):
+    def __init__(self, index: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.index = index
 
-    def call(self, views):
+    def call(self, views: Tensor) -> Tensor:
         return views[:, self.index]
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (shape[0], *shape[2:])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "index": self.index}
 
 
@@ -42,10 +45,10 @@ class SelectView(layers.Layer):
 class FoldViews(layers.Layer):
     """Moves the views into the batch: `(batch * views, height, ...)`."""
 
-    def call(self, views):
+    def call(self, views: Tensor) -> Tensor:
         return ops.reshape(views, (-1, *views.shape[2:]))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         known = None not in shape[:2]
         return (shape[0] * shape[1] if known else None, *shape[2:])
 
@@ -54,18 +57,18 @@ class FoldViews(layers.Layer):
 class JoinViews(layers.Layer):
     """Concatenates the features of folded views: `(batch, views * units)`."""
 
-    def __init__(self, views, **kwargs):
+    def __init__(self, views: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.views = views
 
-    def call(self, features):
+    def call(self, features: Tensor) -> Tensor:
         return ops.reshape(features, (-1, self.views * features.shape[-1]))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         batch = shape[0] and shape[0] // self.views
         return (batch, self.views * shape[-1])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "views": self.views}
 
 
@@ -81,20 +84,22 @@ class AverageViews(layers.Layer):
         Tensor of shape `(batch, classes)`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         # Half precision would round logits that are close to each other.
         super().__init__(**{"dtype": "float32", **kwargs})
 
-    def call(self, logits, images):
+    def call(self, logits: Tensor, images: Tensor) -> Tensor:
         batch = ops.shape(images)[0]
         logits = ops.reshape(logits, (batch, -1, logits.shape[-1]))
         return ops.mean(logits, axis=1)
 
-    def compute_output_shape(self, logits_shape, images_shape):
+    def compute_output_shape(
+        self, logits_shape: Sequence[Any], images_shape: Sequence[Any]
+    ) -> tuple[Any, ...]:
         return (images_shape[0], logits_shape[-1])
 
 
-def normalize(x):
+def normalize(x: Tensor) -> Tensor:
     """Standardizes colour images; grey images (digits) stay in [0, 1].
 
     It is applied to glimpses, after sampling, so that positions outside the
@@ -105,7 +110,7 @@ def normalize(x):
     return layers.Normalization(axis=-1, **_PHOTOGRAPHS)(x)
 
 
-def fitting(image_shape):
+def fitting(image_shape: tuple[int, ...]) -> str:
     """The name of the default backbone for an image size."""
     side, channels = min(image_shape[:2]), image_shape[-1]
     if side > 64:
@@ -116,7 +121,13 @@ def fitting(image_shape):
 _STRIDES = ("stem_stride", "pool_stride")
 
 
-def backbone(kind, input_shape, width, name, **options):
+def backbone(
+    kind: str,
+    input_shape: tuple[int, ...],
+    width: int,
+    name: str,
+    **options: Any,
+) -> keras.Model:
     """Builds a backbone by name.
 
     Args:
@@ -178,7 +189,7 @@ DIGITS = {
 }
 
 
-def logits(features, num_classes, name="logits"):
+def logits(features: Tensor, num_classes: int, name: str = "logits") -> Tensor:
     """The last dense layer: `(batch, units)` to `(batch, num_classes)`."""
     return layers.Dense(
         num_classes,
@@ -188,7 +199,9 @@ def logits(features, num_classes, name="logits"):
     )(features)
 
 
-def classifier(image_shape, net, num_classes):
+def classifier(
+    image_shape: tuple[int, ...], net: keras.Model, num_classes: int
+) -> keras.Model:
     """A plain model: a feature extractor and a dense layer on its features.
 
     Args:
@@ -217,17 +230,24 @@ class MainHead(layers.Layer):
         The first of these tensors.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
 
-    def call(self, logits):
+    def call(self, logits: Tensor) -> Tensor:
         return logits[0]
 
-    def compute_output_shape(self, shapes):
+    def compute_output_shape(self, shapes: Sequence[Any]) -> tuple[Any, ...]:
         return shapes[0]
 
 
-def branches(views, count, shared, kind, width, **options):
+def branches(
+    views: Tensor,
+    count: int,
+    shared: bool,
+    kind: str,
+    width: int,
+    **options: Any,
+) -> Tensor:
     """Runs a backbone for each view, or one for all; concatenates features."""
     views = normalize(views)
     shape = tuple(views.shape[2:])

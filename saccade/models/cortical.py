@@ -6,10 +6,14 @@ block of each stage twice; the second time its own output is fed back to its
 input.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 from keras import layers, ops, regularizers
 
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.models import resnets
 
 
@@ -27,24 +31,24 @@ class FoldScales(layers.Layer):
         Tensor of shape `(batch * gazes, scales, height, ...)`.
     """
 
-    def __init__(self, scales, **kwargs):
+    def __init__(self, scales: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scales = scales
 
-    def call(self, views):
+    def call(self, views: Tensor) -> Tensor:
         return ops.reshape(views, (-1, self.scales, *views.shape[2:]))
 
-    def compute_output_shape(self, shape):
+    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
         return (None, self.scales, *shape[2:])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scales": self.scales}
 
 
 # --- Feedback ----------------------------------------------------------------
 
 
-def _norm(name):
+def _norm(name: str) -> layers.Layer:
     # The settings of `resnet_backbone`.
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)
 
@@ -56,7 +60,14 @@ class _Block:
     over inputs of different magnitude (Liao and Poggio).
     """
 
-    def __init__(self, conv, filters, stride, channels, name):
+    def __init__(
+        self,
+        conv: Callable[..., Any],
+        filters: int,
+        stride: int,
+        channels: int,
+        name: str,
+    ) -> None:
         self.name, self.passes = name, 0
         self.first = conv(filters, 3, strides=stride, name=f"{name}_conv1")
         self.second = conv(filters, 3, name=f"{name}_conv2")
@@ -67,7 +78,7 @@ class _Block:
                 filters, 1, strides=stride, name=f"{name}_project"
             )
 
-    def __call__(self, x, output):
+    def __call__(self, x: Tensor, output: str) -> Tensor:
         self.passes += 1
         name = f"{self.name}_pass{self.passes}"
         shortcut = x
@@ -82,14 +93,14 @@ class _Block:
 
 
 def feedback_resnet20(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    width=16,
-    downsampling="all",
-    weight_decay=1e-4,
-    dropout=0.0,
-    name="feedback_resnet20",
-):
+    width: int = 16,
+    downsampling: str = "all",
+    weight_decay: float = 1e-4,
+    dropout: float = 0.0,
+    name: str = "feedback_resnet20",
+) -> keras.Model:
     """ResNet-20 with feedback in place of the second block of each stage.
 
     A stage of ResNet-20 has three blocks, x -> A -> B -> C. Here it has two
@@ -126,7 +137,7 @@ def feedback_resnet20(
     halving = {"all": (2, 3), "not_last": (2,), "none": ()}
     known_names.require("downsampling", downsampling, halving)
 
-    def conv(filters, kernel, **kwargs):
+    def conv(filters: int, kernel: int, **kwargs: Any) -> layers.Layer:
         return layers.Conv2D(
             filters,
             kernel,
@@ -148,7 +159,9 @@ def feedback_resnet20(
     return keras.Model(inputs, x, name=name)
 
 
-def _feedback_stage(x, filters, stride, stage, conv):
+def _feedback_stage(
+    x: Tensor, filters: int, stride: int, stage: int, conv: Callable[..., Any]
+) -> Tensor:
     prefix = f"stage{stage}"
     channels = x.shape[-1]
     first = _Block(conv, filters, stride, channels, f"{prefix}_block1")

@@ -6,6 +6,7 @@ layer ("stage1", ...), so `model.get_layer("stage2").output` is its map.
 """
 
 import functools
+from collections.abc import Callable
 
 import keras
 from keras import layers, ops, regularizers
@@ -652,7 +653,7 @@ def _pooled(inputs, x, grid, dropout, name):
     return keras.Model(inputs, x, name=name)
 
 
-BACKBONES = {
+BACKBONES: dict[str, Callable[..., keras.Model]] = {
     "resnet18": resnet18,
     "resnet20": resnet20,
     "simple_cnn": simple_cnn,
