@@ -1,11 +1,15 @@
 """What can be asked of any model: glimpses, read-outs, noise, weights."""
 
+from collections.abc import Callable, Iterator, Sequence
+
 import keras
 import numpy as np
 from keras import ops
 
+from saccade.core.arrays import Tensor
 
-def glimpses(model):
+
+def glimpses(model: keras.Model) -> Callable[[Tensor], dict[str, np.ndarray]]:
     """Returns a function that computes where a model looks.
 
     It works for every model: the layers that take glimpses (a retinal warp, a
@@ -28,7 +32,7 @@ def glimpses(model):
     if not set(reader.output) - {"logits"}:
         return lambda images: {}
 
-    def read(images):
+    def read(images: Tensor) -> dict[str, np.ndarray]:
         images = ops.convert_to_tensor(images, "float32")
         found = {
             name: ops.convert_to_numpy(ops.stop_gradient(value))
@@ -42,7 +46,7 @@ def glimpses(model):
     return read
 
 
-def shown(model):
+def shown(model: keras.Model) -> keras.Model:
     """Returns a model that outputs the logits and where the model looks.
 
     A layer that takes glimpses has a method `shown(inputs, outputs)` that
@@ -58,7 +62,7 @@ def shown(model):
         A `keras.Model` with the same weights, from images to a dict with
         "logits" and the keys that its layers show.
     """
-    outputs = {}
+    outputs: dict[str, Tensor] = {}
     for layer in model.layers:
         if hasattr(layer, "shown"):
             found = layer.shown(layer.input, layer.output)
@@ -76,7 +80,7 @@ def all_layers(model: keras.Model) -> list[keras.layers.Layer]:
     return list(model._flatten_layers())
 
 
-def generators(model):
+def generators(model: keras.Model) -> list[keras.random.SeedGenerator]:
     """Returns the seed generators of a model's layers, in a fixed order."""
     return [
         layer.seed_generator
@@ -92,7 +96,7 @@ def read_out(model):
     return next((layer.read_out for layer in _recurrent(model)), None)
 
 
-def set_read_out(model, step):
+def set_read_out(model: keras.Model, step: int) -> None:
     """Sets the read-out step, up to which a recurrent model is unrolled.
 
     Weights do not change. Functions that were compiled before keep the old
@@ -123,13 +127,13 @@ def set_read_out(model, step):
         layer.read_out = int(step)
 
 
-def _recurrent(model):
+def _recurrent(model: keras.Model) -> Iterator[keras.layers.Layer]:
     for layer in all_layers(model):
         if isinstance(getattr(layer, "read_out", None), int):
             yield layer
 
 
-def is_stochastic(model):
+def is_stochastic(model: keras.Model) -> bool:
     """Returns whether two calls in inference mode can differ.
 
     Args:
@@ -141,7 +145,12 @@ def is_stochastic(model):
     )
 
 
-def key_generators(found, seed, step, replica=0):
+def key_generators(
+    found: Sequence[keras.random.SeedGenerator],
+    seed: int,
+    step: Tensor,
+    replica: Tensor = 0,
+) -> None:
     """Makes a model's noise a function of (seed, step, replica).
 
     Args:

@@ -6,7 +6,8 @@ Modules that assemble models register a builder for each name. Other modules use
 
 import dataclasses
 import inspect
-from typing import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
@@ -32,12 +33,12 @@ class Entry:
     shows: tuple[str, ...] = ()
 
     @property
-    def options(self):
+    def options(self) -> tuple[str, ...]:
         """Names of the options that `create` accepts for this model."""
         return tuple(self.defaults)
 
     @property
-    def defaults(self):
+    def defaults(self) -> dict[str, Any]:
         """Default values of these options, a dict."""
         parameters = inspect.signature(self.build).parameters
         return {n: p.default for n, p in parameters.items() if n not in _GIVEN}
@@ -46,10 +47,12 @@ class Entry:
 _GIVEN = ("num_classes", "image_shape")
 
 
-def register(name, **row):
+def register(
+    name: str, **row: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a builder; a second registration of a name is an error."""
 
-    def decorate(build):
+    def decorate(build: Callable[..., Any]) -> Callable[..., Any]:
         if name in _REGISTRY:
             raise ValueError(
                 f"Model {name!r} is already registered by "
@@ -61,7 +64,7 @@ def register(name, **row):
     return decorate
 
 
-def names():
+def names() -> tuple[str, ...]:
     """Returns the names of all models, sorted."""
     return tuple(sorted(_REGISTRY))
 
@@ -73,7 +76,7 @@ _NOT_IMPORTED = (
 )
 
 
-def entry(name):
+def entry(name: str) -> Entry:
     """Returns the registry row of a model.
 
     Raises:
@@ -85,7 +88,9 @@ def entry(name):
     return _REGISTRY[name]
 
 
-def create(name, *, num_classes, image_shape, **options):
+def create(
+    name: str, *, num_classes: int, image_shape: Sequence[int], **options: Any
+) -> Any:
     """Builds a registered model.
 
     Args:
@@ -121,7 +126,7 @@ def create(name, *, num_classes, image_shape, **options):
     return model
 
 
-def _check_range(option, value, side):
+def _check_range(option: str, value: Any, side: int) -> None:
     """Raises a ValueError if an option is outside its range."""
     setting = model_options.OPTIONS.get(option)
     if value is not None and setting is not None and setting.bounded:

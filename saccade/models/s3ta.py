@@ -1,5 +1,8 @@
 """S3TA and the baselines of its paper."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from saccade.core import names as known_names
@@ -19,7 +22,13 @@ VISIONS = (
 )
 
 
-def _vision(kind, image_shape, width, strides, **options):
+def _vision(
+    kind: str,
+    image_shape: tuple[int, ...],
+    width: int,
+    strides: tuple[int, ...],
+    **options: Any,
+) -> keras.Model:
     """The vision net without its pooling: from images to a map."""
     known_names.require("vision", kind, VISIONS)
     if kind == "auto":
@@ -49,7 +58,7 @@ def _vision(kind, image_shape, width, strides, **options):
     return resnets.last_map(net)
 
 
-def _parsed_strides(strides):
+def _parsed_strides(strides: Sequence[int | str]) -> tuple[int, ...]:
     """Returns strides from a list of numbers or strings."""
     try:
         return tuple(int(stride) for stride in strides)
@@ -60,7 +69,9 @@ def _parsed_strides(strides):
         ) from None
 
 
-def _check_division(image_shape, rows, columns):
+def _check_division(
+    image_shape: tuple[int, ...], rows: int, columns: int
+) -> None:
     """Raises a ValueError if the map does not divide the image evenly."""
     if image_shape[0] % rows or image_shape[1] % columns:
         raise ValueError(
@@ -148,26 +159,34 @@ def s3ta(
 # --- Baselines ---------------------------------------------------------------
 
 
-def _plain(kind, image_shape, num_classes, width, **options):
+def _plain(
+    kind: str,
+    image_shape: tuple[int, ...],
+    num_classes: int,
+    width: int,
+    **options: Any,
+) -> keras.Model:
     """A pooled backbone and a dense layer."""
     net = blocks.backbone(kind, image_shape, width, "backbone", **options)
     return blocks.classifier(image_shape, net, num_classes)
 
 
-def _register_resnet(name, depth=152, denoising="none", **own):
+def _register_resnet(
+    name: str, depth: int = 152, denoising: str = "none", **own: Any
+) -> None:
     """Registers a ResNet V2 for ImageNet under its name in the tables."""
 
     def build(
         *,
-        num_classes,
-        image_shape,
-        depth=depth,
-        width=0,
-        stem_stride=0,
-        pool_stride=0,
-        denoising=denoising,
-        dropout=0.0,
-    ):
+        num_classes: int,
+        image_shape: tuple[int, ...],
+        depth: int = depth,
+        width: int = 0,
+        stem_stride: int = 0,
+        pool_stride: int = 0,
+        denoising: str = denoising,
+        dropout: float = 0.0,
+    ) -> keras.Model:
         """A ResNet V2 that halves the resolution in every stage but the first.
 
         Args:
@@ -210,7 +229,13 @@ _register_resnet("resnet_se", squeeze_excite=16)
 
 
 @registry.register("preact_resnet18")
-def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
+def preact_resnet18(
+    *,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    width: int = 0,
+    dropout: float = 0.0,
+) -> keras.Model:
     """PreActResNet-18, a common baseline of robust training on CIFAR-10.
 
     Args:
@@ -229,8 +254,14 @@ def preact_resnet18(*, num_classes, image_shape, width=0, dropout=0.0):
 
 @registry.register("wide_resnet")
 def wide_resnet(
-    *, num_classes, image_shape, depth=28, widen=10, width=0, dropout=0.0
-):
+    *,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    depth: int = 28,
+    widen: int = 10,
+    width: int = 0,
+    dropout: float = 0.0,
+) -> keras.Model:
     """Wide ResNet, by default with 28 layers and ten times the width.
 
     Args:
