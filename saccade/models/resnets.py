@@ -6,13 +6,15 @@ layer ("stage1", ...), so `model.get_layer("stage2").output` is its map.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import layers, ops, regularizers
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.models.options import OPTIONS
 
 keras_settings.set_up_keras()
@@ -34,13 +36,13 @@ DOWNSAMPLINGS = tuple(OPTIONS["downsampling"].choices)
 _MOMENTUM = 0.9
 
 
-def _norm(name):
+def _norm(name: str) -> layers.Layer:
     return layers.BatchNormalization(
         momentum=_MOMENTUM, epsilon=1e-5, name=name
     )
 
 
-def _conv(filters, kernel, **kwargs):
+def _conv(filters: int, kernel: int, **kwargs: Any) -> layers.Layer:
     return layers.Conv2D(
         filters,
         kernel,
@@ -73,7 +75,7 @@ def split_stride(channels: int, stride: int) -> tuple[int, int]:
     return (stride, 1) if channels < 16 else (1, stride)
 
 
-def strided(x, stride):
+def strided(x: Tensor, stride: int) -> Tensor:
     """Returns every `stride`-th row and column of a map, including the first.
 
     Args:
@@ -87,19 +89,23 @@ def strided(x, stride):
     return x if stride == 1 else x[:, ::stride, ::stride]
 
 
-def _project(x, filters, stride, name, conv):
+def _project(
+    x: Tensor, filters: int, stride: int, name: str, conv: Callable[..., Any]
+) -> Tensor:
     """A 1x1 convolution of a shortcut."""
     before, stride = split_stride(x.shape[-1], stride)
     return conv(filters, 1, strides=stride, name=name)(strided(x, before))
 
 
-def _dropout(rate):
+def _dropout(rate: float) -> layers.Layer:
     # The value of the seed has no effect: the training loop sets the state of
     # the layer at every step. On Torch it can do so only if a seed is given.
     return layers.Dropout(rate, seed=0, name="dropout")
 
 
-def _basic_block(x, filters, stride, name, conv):
+def _basic_block(
+    x: Tensor, filters: int, stride: int, name: str, conv: Callable[..., Any]
+) -> Tensor:
     """Two 3x3 convolutions and a shortcut (He et al., 2016, Fig. 2)."""
     shortcut = x
     x = conv(filters, 3, strides=stride, name=f"{name}_conv1")(x)
@@ -112,7 +118,13 @@ def _basic_block(x, filters, stride, name, conv):
     return layers.Add(name=f"{name}_add")([x, shortcut])
 
 
-def _stages(x, width, depths, halving, conv):
+def _stages(
+    x: Tensor,
+    width: int,
+    depths: Sequence[int],
+    halving: Sequence[int],
+    conv: Callable[..., Any],
+) -> Tensor:
     """Stages of `depths` basic blocks; each doubles the width of the previous.
 
     Stages named in `halving` (from 1) halve the resolution in their first
@@ -129,16 +141,16 @@ def _stages(x, width, depths, halving, conv):
 
 
 def resnet18(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    width=64,
-    depth=18,
-    stem_stride=2,
-    pool_stride=2,
-    grid=1,
-    dropout=0.0,
-    name="resnet18",
-):
+    width: int = 64,
+    depth: int = 18,
+    stem_stride: int = 2,
+    pool_stride: int = 2,
+    grid: int = 1,
+    dropout: float = 0.0,
+    name: str = "resnet18",
+) -> keras.Model:
     """ResNet V1 for ImageNet, with basic blocks and biases.
 
     Args:
@@ -176,16 +188,16 @@ def resnet18(
 
 
 def resnet20(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    width=16,
-    blocks=3,
-    downsampling="all",
-    weight_decay=1e-4,
-    grid=1,
-    dropout=0.0,
-    name="resnet20",
-):
+    width: int = 16,
+    blocks: int = 3,
+    downsampling: str = "all",
+    weight_decay: float = 1e-4,
+    grid: int = 1,
+    dropout: float = 0.0,
+    name: str = "resnet20",
+) -> keras.Model:
     """ResNet V1 for CIFAR: 6n+2 layers, he_normal, L2 on the kernels.
 
     Args:
@@ -216,7 +228,7 @@ def resnet20(
         )
     halving = {"all": (2, 3), "not_last": (2,), "none": ()}[downsampling]
 
-    def conv(filters, kernel, **kwargs):
+    def conv(filters: int, kernel: int, **kwargs: Any) -> layers.Layer:
         return _conv(
             filters,
             kernel,
@@ -235,7 +247,14 @@ def resnet20(
 # --- Version 2: normalization and activation before each convolution ---------
 
 
-def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
+def _preactivated(
+    x: Tensor,
+    filters: int,
+    stride: int,
+    name: str,
+    bottleneck: bool,
+    squeeze_excite: int,
+) -> Tensor:
     """A residual block of version 2 (He et al., 2016b, Fig. 1b)."""
     outputs = 4 * filters if bottleneck else filters
     shortcut = x
@@ -262,7 +281,7 @@ def _preactivated(x, filters, stride, name, bottleneck, squeeze_excite):
     return layers.Add(name=f"{name}_add")([x, shortcut])
 
 
-def _squeeze_excite(x, ratio, name):
+def _squeeze_excite(x: Tensor, ratio: int, name: str) -> Tensor:
     """Squeeze-and-excitation of channels (Hu et al., 2018, Eq. 2-4)."""
     channels = x.shape[-1]
     gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_squeeze")(
@@ -297,11 +316,11 @@ class NonLocalMean(layers.Layer):
         Tensor of the shape of `x`.
     """
 
-    def __init__(self, softmax=True, **kwargs):
+    def __init__(self, softmax: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.softmax = softmax
 
-    def call(self, theta, phi, x):
+    def call(self, theta: Tensor, phi: Tensor, x: Tensor) -> Tensor:
         height, width, channels = x.shape[1:]
         length = theta.shape[-1]
         theta = ops.reshape(theta, (-1, height * width, length))
@@ -322,14 +341,19 @@ class NonLocalMean(layers.Layer):
             mean = ops.matmul(theta, inner) / (height * width)
         return ops.reshape(mean, (-1, height, width, channels))
 
-    def compute_output_shape(self, theta_shape, phi_shape, x_shape):
+    def compute_output_shape(
+        self,
+        theta_shape: Sequence[Any],
+        phi_shape: Sequence[Any],
+        x_shape: Sequence[Any],
+    ) -> Sequence[Any]:
         return x_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "softmax": self.softmax}
 
 
-def denoise(x, name, form="embedded_softmax"):
+def denoise(x: Tensor, name: str, form: str = "embedded_softmax") -> Tensor:
     """A denoising block: `x + BN(conv1x1(nonlocal(x)))`.
 
     Gamma of the batch normalization starts at zero, so the block starts as the
@@ -373,8 +397,14 @@ def denoise(x, name, form="embedded_softmax"):
 
 
 def _preactivated_stages(
-    x, filters, depths, strides, bottleneck, squeeze_excite=0, denoising="none"
-):
+    x: Tensor,
+    filters: Sequence[int],
+    depths: Sequence[int],
+    strides: Sequence[int],
+    bottleneck: bool,
+    squeeze_excite: int = 0,
+    denoising: str = "none",
+) -> Tensor:
     """Stages of version 2, then the last activation, which is the layer "map".
 
     The layer "stage<i>" is the output of stage i before the activation.
@@ -402,20 +432,20 @@ def _preactivated_stages(
 
 
 def resnet_v2(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    depth=50,
-    width=64,
-    strides=(1, 2, 2, 2),
-    stem_kernel=7,
-    stem_stride=2,
-    pool_stride=2,
-    squeeze_excite=0,
-    denoising="none",
-    grid=1,
-    dropout=0.0,
-    name="resnet_v2",
-):
+    depth: int = 50,
+    width: int = 64,
+    strides: Sequence[int] = (1, 2, 2, 2),
+    stem_kernel: int = 7,
+    stem_stride: int = 2,
+    pool_stride: int = 2,
+    squeeze_excite: int = 0,
+    denoising: str = "none",
+    grid: int = 1,
+    dropout: float = 0.0,
+    name: str = "resnet_v2",
+) -> keras.Model:
     """ResNet V2 for ImageNet.
 
     Depths 18 and 34 have basic blocks, deeper nets have bottlenecks. With
@@ -472,14 +502,14 @@ def resnet_v2(
 
 
 def preact_resnet18(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    width=64,
-    strides=(1, 2, 2, 2),
-    grid=1,
-    dropout=0.0,
-    name="preact_resnet18",
-):
+    width: int = 64,
+    strides: Sequence[int] = (1, 2, 2, 2),
+    grid: int = 1,
+    dropout: float = 0.0,
+    name: str = "preact_resnet18",
+) -> keras.Model:
     """PreActResNet-18 for CIFAR: `resnet_v2` with a 3x3 stem and no pool.
 
     Args:
@@ -511,16 +541,16 @@ def preact_resnet18(
 
 
 def wide_resnet(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    depth=28,
-    widen=10,
-    width=16,
-    strides=(1, 2, 2),
-    grid=1,
-    dropout=0.0,
-    name="wide_resnet",
-):
+    depth: int = 28,
+    widen: int = 10,
+    width: int = 16,
+    strides: Sequence[int] = (1, 2, 2),
+    grid: int = 1,
+    dropout: float = 0.0,
+    name: str = "wide_resnet",
+) -> keras.Model:
     """Wide ResNet of 6n + 4 layers, WRN-28-10 by default.
 
     Args:
@@ -560,7 +590,7 @@ def wide_resnet(
     return _pooled(inputs, x, grid, dropout, name)
 
 
-def last_map(net):
+def last_map(net: keras.Model) -> keras.Model:
     """Returns a feature extractor without its pooling.
 
     Args:
@@ -577,17 +607,17 @@ def last_map(net):
 
 
 def simple_cnn(
-    input_shape,
+    input_shape: tuple[int, ...],
     *,
-    filters=(20, 20),
-    kernel_size=5,
-    units=20,
-    pool=True,
-    normalize=False,
-    global_pooling=False,
-    dropout=0.0,
-    name="simple_cnn",
-):
+    filters: Sequence[int] = (20, 20),
+    kernel_size: int = 5,
+    units: int = 20,
+    pool: bool = True,
+    normalize: bool = False,
+    global_pooling: bool = False,
+    dropout: float = 0.0,
+    name: str = "simple_cnn",
+) -> keras.Model:
     """Convolutions that each halve the resolution, then one dense layer.
 
     The defaults are those of the localization net of the handover. Its digit
@@ -635,7 +665,9 @@ def simple_cnn(
     return keras.Model(inputs, x, name=name)
 
 
-def _pooled(inputs, x, grid, dropout, name):
+def _pooled(
+    inputs: Tensor, x: Tensor, grid: int, dropout: float, name: str
+) -> keras.Model:
     """Averages the last map over `grid` x `grid` cells.
 
     One cell is global average pooling, which suits a classifier. A localization
