@@ -24,10 +24,11 @@ def as_views(views, boxes, gazes):
 def affine_box(theta):
     """Returns the box that an affine view covers.
 
-    >>> whole, half = [1.0, 0, 0, 0, 1, 0], [0.5, 0, 0, 0, 0.5, 0]
-    >>> ops.convert_to_numpy(affine_box(ops.array([whole, half])))
-    array([[0.  , 0.  , 1.  , 1.  ],
-           [0.25, 0.25, 0.75, 0.75]], dtype=float32)
+    Examples:
+        >>> whole, half = [1.0, 0, 0, 0, 1, 0], [0.5, 0, 0, 0, 0.5, 0]
+        >>> ops.convert_to_numpy(affine_box(ops.array([whole, half])))
+        array([[0.  , 0.  , 1.  , 1.  ],
+               [0.25, 0.25, 0.75, 0.75]], dtype=float32)
 
     Args:
         theta: Tensor of shape `(..., 6)` or `(..., 4)`; see `full_affine`.
@@ -47,9 +48,10 @@ def affine_box(theta):
 def affine_centre(theta, image_size):
     """Returns where an affine view is centred, as a gaze.
 
-    >>> right = ops.array([0.5, 0, 0.25, 0, 0.5, 0])
-    >>> ops.convert_to_numpy(affine_centre(right, image_size=(40, 80)))
-    array([ 0., 10.], dtype=float32)
+    Examples:
+        >>> right = ops.array([0.5, 0, 0.25, 0, 0.5, 0])
+        >>> ops.convert_to_numpy(affine_centre(right, image_size=(40, 80)))
+        array([ 0., 10.], dtype=float32)
 
     Args:
         theta: Tensor of shape `(..., 6)` or `(..., 4)`; see `full_affine`.

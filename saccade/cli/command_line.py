@@ -489,10 +489,11 @@ def refuse_idle(*rules):
 def parse_ratio(text):
     """Reads `0.03`, `8/255` or `1e-3`.
 
-    >>> parse_ratio("1e-3")
-    0.001
-    >>> parse_ratio("8/255") == 8 / 255
-    True
+    Examples:
+        >>> parse_ratio("1e-3")
+        0.001
+        >>> parse_ratio("8/255") == 8 / 255
+        True
 
     Raises:
         ValueError: If the text is neither a number nor a ratio.
@@ -512,8 +513,9 @@ def parse_ratio(text):
 def parse_ratios(text):
     """Reads a list of ratios, `1/255,4/255`, as a tuple of floats.
 
-    >>> parse_ratios("1/4,0.5")
-    (0.25, 0.5)
+    Examples:
+        >>> parse_ratios("1/4,0.5")
+        (0.25, 0.5)
     """
     return tuple(parse_ratio(part) for part in str(text).split(","))
 

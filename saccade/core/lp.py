@@ -23,9 +23,10 @@ _MAX_ITERATIONS = 60  # More than either search below needs in float32.
 def lp_norm(delta: Tensor, norm: str) -> Tensor:
     """Returns the Lp norm of every example.
 
-    >>> delta = ops.array([[3.0, -4.0]])
-    >>> [float(lp_norm(delta, norm)[0]) for norm in ("l1", "l2", "linf")]
-    [7.0, 5.0, 4.0]
+    Examples:
+        >>> delta = ops.array([[3.0, -4.0]])
+        >>> [float(lp_norm(delta, norm)[0]) for norm in ("l1", "l2", "linf")]
+        [7.0, 5.0, 4.0]
 
     Args:
         delta: Tensor of shape `(batch, ...)`.
@@ -73,11 +74,12 @@ def ascent_direction(
     The result is the best step of L1 norm 1 whose entries are limited by the
     share and the room. With a `fraction` near 0, only the room limits it.
 
-    >>> gradient = ops.array([[0.3, -0.4, 0.0]])
-    >>> ops.convert_to_numpy(ascent_direction(gradient, "linf"))
-    array([[ 1., -1.,  0.]], dtype=float32)
-    >>> ops.convert_to_numpy(ascent_direction(gradient, "l1"))
-    array([[ 0., -1.,  0.]], dtype=float32)
+    Examples:
+        >>> gradient = ops.array([[0.3, -0.4, 0.0]])
+        >>> ops.convert_to_numpy(ascent_direction(gradient, "linf"))
+        array([[ 1., -1.,  0.]], dtype=float32)
+        >>> ops.convert_to_numpy(ascent_direction(gradient, "l1"))
+        array([[ 0., -1.,  0.]], dtype=float32)
 
     Args:
         grad: Finite tensor of shape `(batch, ...)`, as from
@@ -171,20 +173,21 @@ def project(
     onto the ball, or rescaling onto the L1 ball, gives a point that is
     feasible but not the nearest.
 
-    >>> delta = ops.array([[3.0, -4.0]])
-    >>> ops.convert_to_numpy(project(delta, 1.0, "linf"))
-    array([[ 1., -1.]], dtype=float32)
-    >>> ops.convert_to_numpy(project(delta, 1.0, "l2")).round(3)
-    array([[ 0.6, -0.8]], dtype=float32)
-    >>> ops.convert_to_numpy(project(delta, 3.0, "l1")).round(3)
-    array([[ 1., -2.]], dtype=float32)
+    Examples:
+        >>> delta = ops.array([[3.0, -4.0]])
+        >>> ops.convert_to_numpy(project(delta, 1.0, "linf"))
+        array([[ 1., -1.]], dtype=float32)
+        >>> ops.convert_to_numpy(project(delta, 1.0, "l2")).round(3)
+        array([[ 0.6, -0.8]], dtype=float32)
+        >>> ops.convert_to_numpy(project(delta, 3.0, "l1")).round(3)
+        array([[ 1., -2.]], dtype=float32)
 
-    A white pixel cannot become brighter. In L1 the other pixel gets what it
-    leaves of the radius:
+        A white pixel cannot become brighter. In L1 the other pixel gets what
+        it leaves of the radius:
 
-    >>> images, delta = ops.array([[1.0, 0.9]]), ops.array([[0.5, -0.5]])
-    >>> ops.convert_to_numpy(project(delta, 0.5, "l1", images))
-    array([[ 0. , -0.5]], dtype=float32)
+        >>> images, delta = ops.array([[1.0, 0.9]]), ops.array([[0.5, -0.5]])
+        >>> ops.convert_to_numpy(project(delta, 0.5, "l1", images))
+        array([[ 0. , -0.5]], dtype=float32)
 
     Args:
         delta: Float tensor of shape `(batch, ...)`.

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable
 def near(name: object, known: Iterable[object]) -> str:
     """Returns " Did you mean ...?" for a misspelt name, or an empty text.
 
-    >>> near("resnt", ["resnet", "ecnn"])
-    ' Did you mean resnet?'
+    Examples:
+        >>> near("resnt", ["resnet", "ecnn"])
+        ' Did you mean resnet?'
     """
     folded = {str(other).lower(): other for other in known}
     found = difflib.get_close_matches(str(name).lower(), folded, 3, 0.5)
@@ -34,10 +35,11 @@ def unknown(
         also: What else is possible, appended to the list of names.
         similar: Further names to suggest that are too many to list.
 
-    >>> print(unknown("norm", "l3", ("l1", "linf")))
-    Expected norm to be one of l1, linf. Received: norm='l3'. Did you mean l1?
-    >>> print(unknown("--seed", "x", ("0",), " or a file"))
-    Expected --seed to be one of 0 or a file. Received: --seed=x.
+    Examples:
+        >>> print(unknown("p", "l3", ("l1", "linf")))
+        Expected p to be one of l1, linf. Received: p='l3'. Did you mean l1?
+        >>> print(unknown("--seed", "x", ("0",), " or a file"))
+        Expected --seed to be one of 0 or a file. Received: --seed=x.
     """
     names = [str(name) for name in known]
     argument = not (field.startswith("--") or field.isupper())

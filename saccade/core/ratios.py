@@ -9,8 +9,9 @@ def levels(value: float) -> float | None:
     k may have one decimal. Short decimals stay as they are, although 0.2, for
     example, is 51/255.
 
-    >>> levels(8 / 255), levels(0.5 / 255), levels(0.2)
-    (8.0, 0.5, None)
+    Examples:
+        >>> levels(8 / 255), levels(0.5 / 255), levels(0.2)
+        (8.0, 0.5, None)
     """
     found = round(value * 255, 6)
     short = len(f"{value:.6g}") <= _SHORT
@@ -21,8 +22,9 @@ def levels(value: float) -> float | None:
 def text(value: float) -> str:
     """Writes a radius for a reader.
 
-    >>> text(8 / 255), text(0.05), text(1.23456)
-    ('8/255', '0.05', '1.235')
+    Examples:
+        >>> text(8 / 255), text(0.05), text(1.23456)
+        ('8/255', '0.05', '1.235')
     """
     found = levels(value)
     return f"{found:g}/255" if found else f"{value:.4g}"
@@ -31,8 +33,9 @@ def text(value: float) -> str:
 def with_decimal(value: float) -> str:
     """Writes a radius for a table in which radii of both forms are compared.
 
-    >>> with_decimal(8 / 255), with_decimal(0.05)
-    ('0.03137 (8/255)', '0.05')
+    Examples:
+        >>> with_decimal(8 / 255), with_decimal(0.05)
+        ('0.03137 (8/255)', '0.05')
     """
     decimal = f"{value:.4g}"
     return f"{decimal} ({text(value)})" if levels(value) else decimal
@@ -44,8 +47,9 @@ def in_file_name(value: float) -> str:
     Only whole k become k_255, and only if value is k/255 up to rounding:
     folders of earlier versions have these names.
 
-    >>> in_file_name(8 / 255), in_file_name(0.05), in_file_name(0.5 / 255)
-    ('8_255', '0.05', '0.00196078')
+    Examples:
+        >>> in_file_name(8 / 255), in_file_name(0.05), in_file_name(0.5 / 255)
+        ('8_255', '0.05', '0.00196078')
     """
     found = levels(value)
     if found and found % 1 == 0 and abs(value * 255 - found) < 1e-9:

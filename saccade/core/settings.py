@@ -9,14 +9,15 @@ quick.
 
 Several dataclasses can have the same setting with different defaults:
 
->>> STEPS = Setting("Number of gradient steps.", minimum=1)
->>> @dataclasses.dataclass(frozen=True)
-... class Attack:
-...     steps: int = STEPS.field(20)
->>> Attack().steps
-20
->>> of(Attack)["steps"].help()
-'Number of gradient steps.'
+Examples:
+    >>> STEPS = Setting("Number of gradient steps.", minimum=1)
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Attack:
+    ...     steps: int = STEPS.field(20)
+    >>> Attack().steps
+    20
+    >>> of(Attack)["steps"].help()
+    'Number of gradient steps.'
 """
 
 import dataclasses
@@ -76,9 +77,11 @@ class Setting:
     def help(self) -> str:
         """Returns the text of the flag.
 
-        >>> rule = Setting("Rule.", "fixed", {"fixed": "", "decayed": "/ 10"})
-        >>> rule.help()
-        'Rule: fixed or decayed (/ 10). By default fixed.'
+        Examples:
+            >>> choices = {"fixed": "", "decayed": "/ 10"}
+            >>> rule = Setting("Rule.", "fixed", choices)
+            >>> rule.help()
+            'Rule: fixed or decayed (/ 10). By default fixed.'
         """
         text = self.doc
         if self.choices:
@@ -99,10 +102,11 @@ class Setting:
             value: The number.
             maximum: The upper bound of a setting with `within_side`.
 
-        >>> Setting("", minimum=1, maximum=4).require_in_range("width", 5)
-        Traceback (most recent call last):
-            ...
-        ValueError: Expected width in [1, 4]. Received: width=5.
+        Examples:
+            >>> Setting("", minimum=1, maximum=4).require_in_range("width", 5)
+            Traceback (most recent call last):
+                ...
+            ValueError: Expected width in [1, 4]. Received: width=5.
         """
         least = -math.inf if self.minimum is None else self.minimum
         most = maximum if self.within_side else self.maximum
@@ -150,13 +154,14 @@ def check(config: Any) -> None:
         ValueError: If a value is none of the choices or out of range. None is
             always accepted.
 
-    >>> @dataclasses.dataclass
-    ... class Net:
-    ...     depth: int = setting(18, "Layers.", minimum=1)
-    >>> check(Net(depth=0))
-    Traceback (most recent call last):
-        ...
-    ValueError: Expected depth in [1, inf). Received: depth=0.
+    Examples:
+        >>> @dataclasses.dataclass
+        ... class Net:
+        ...     depth: int = setting(18, "Layers.", minimum=1)
+        >>> check(Net(depth=0))
+        Traceback (most recent call last):
+            ...
+        ValueError: Expected depth in [1, inf). Received: depth=0.
     """
     for name, row in of(type(config)).items():
         value = getattr(config, name)

@@ -102,8 +102,9 @@ def _check_read_outs(pairs):
 def parse_read_outs(text):
     """Reads pairs (epoch, step).
 
-    >>> parse_read_outs("0:4,35:8,70:16")
-    ((0, 4), (35, 8), (70, 16))
+    Examples:
+        >>> parse_read_outs("0:4,35:8,70:16")
+        ((0, 4), (35, 8), (70, 16))
 
     Raises:
         ValueError: If the text is not such a list.
@@ -409,16 +410,17 @@ def make_optimizer(recipe, steps_per_epoch):
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     """Learning rate: a linear warm-up times steps, a cosine, a cycle or 1.
 
-    >>> def rates(schedule, steps):
-    ...     return [round(float(schedule(step)), 3) for step in steps]
-    >>> rates(Schedule("cosine", 0.1, total=100), [0, 50, 100])
-    [0.1, 0.05, 0.0]
-    >>> rates(Schedule("steps", 0.1, 100, drops=[(60, 0.1)]), [0, 59, 60])
-    [0.1, 0.1, 0.01]
-    >>> rates(Schedule("constant", 0.1, 100, warmup=4), [0, 1, 3, 9])
-    [0.025, 0.05, 0.1, 0.1]
-    >>> rates(Schedule("cyclic", 0.1, total=100), [19, 39, 99])
-    [0.05, 0.1, 0.0]
+    Examples:
+        >>> def rates(schedule, steps):
+        ...     return [round(float(schedule(step)), 3) for step in steps]
+        >>> rates(Schedule("cosine", 0.1, total=100), [0, 50, 100])
+        [0.1, 0.05, 0.0]
+        >>> rates(Schedule("steps", 0.1, 100, drops=[(60, 0.1)]), [0, 59, 60])
+        [0.1, 0.1, 0.01]
+        >>> rates(Schedule("constant", 0.1, 100, warmup=4), [0, 1, 3, 9])
+        [0.025, 0.05, 0.1, 0.1]
+        >>> rates(Schedule("cyclic", 0.1, total=100), [19, 39, 99])
+        [0.05, 0.1, 0.0]
 
     Args:
         kind: A schedule of `settings.RecipeSettings`.
