@@ -1,4 +1,9 @@
-"""Images and labels in TFRecord files, read without TensorFlow."""
+"""Images and labels in TFRecord files, read without TensorFlow.
+
+TFDS's own readers have no random access to this format, and they need
+TensorFlow, which the JAX and Torch backends do without. `of_shards` therefore
+parses the records itself, within the bounds of the file.
+"""
 
 import mmap
 import os

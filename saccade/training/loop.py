@@ -7,6 +7,7 @@ is written atomically.
 """
 
 import contextlib
+import csv
 import dataclasses
 import math
 import pathlib
@@ -430,9 +431,15 @@ def _since_read_out(history):
 
 
 def _write_history(path, history):
-    lines = [",".join(checkpoints.HISTORY)]
-    for row in history:
-        values = (row[key] for key in checkpoints.HISTORY)
-        lines.append(",".join("" if v is None else str(v) for v in values))
-    text = "\n".join(lines) + "\n"
-    run_folder.atomic_write(path, lambda temporary: temporary.write_text(text))
+    def write(temporary):
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(
+                file,
+                checkpoints.HISTORY,
+                extrasaction="ignore",
+                lineterminator="\n",
+            )
+            writer.writeheader()
+            writer.writerows(history)  # None becomes an empty field.
+
+    run_folder.atomic_write(path, write)
