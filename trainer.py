@@ -121,7 +121,10 @@ def _all_but(names, *others):
 # The sections of --help; each flag is in exactly one.
 THEMES = {
     "what": ("model", "dataset", "seed"),
-    "devices": ("distribute",),
+    "devices": (
+        *("distribute", "precision", "grad_accumulation", "steps_per_call"),
+        "log_every",
+    ),
     "the run": (
         *("runs_dir", "tag", "overwrite", "resume", "only_evaluate"),
         "save_every",
@@ -339,7 +342,7 @@ def build(config, data):
     model = _model(config, data)
     steps = max(1, len(data.train) // config.recipe.batch_size)
     steps *= max(1, config.step.replays)
-    return model, recipes.make_optimizer(config.recipe, steps)
+    return model, recipes.make_optimizer(config.recipe, steps, config.precision)
 
 
 def _model(config, data, dtype=None):
@@ -347,7 +350,7 @@ def _model(config, data, dtype=None):
 
     return checkpoints.create(
         config.model,
-        dtype=dtype,
+        dtype=dtype or config.precision,
         num_classes=len(data.class_names),
         image_shape=data.image_shape,
         **config.model_options,
@@ -382,8 +385,9 @@ def _loop(config, data, folder, callbacks):
     model, optimizer = build(config, data)
     recipe = config.recipe
     crafting_model = None
-    if config.step.craft_dtype == "bfloat16":
-        crafting_model = _model(config, data, "mixed_bfloat16")
+    crafting = f"mixed_{config.step.craft_dtype}"
+    if crafting not in ("mixed_float32", config.precision):
+        crafting_model = _model(config, data, crafting)
     return training_loop.Loop(
         model=model,
         optimizer=optimizer,
@@ -400,6 +404,10 @@ def _loop(config, data, folder, callbacks):
         read_outs=recipe.read_outs,
         validate=_validation(config, data),
         on_collapse=config.on_collapse,
+        log_every=config.log_every,
+        steps_per_call=config.steps_per_call,
+        grad_accumulation=config.grad_accumulation,
+        clip_norm=recipe.clip_norm,
         callbacks=(
             training_progress.TensorBoard(folder / "logs"),
             *callbacks,
@@ -434,6 +442,7 @@ def describe(config, data, model):
 _MAY_DIFFER = {
     *("provenance", "save_every", "eval_batch_size", "data_dir", "source"),
     *("distribute", "runs_dir", "tag", "download", "class_list_file"),
+    *("steps_per_call", "log_every"),
 }
 
 

@@ -22,8 +22,7 @@ from saccade.data import splits as image_splits
 from saccade.evaluation import config as evaluation_config
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.models import options as model_options
-from saccade.training import checkpoints, objectives, recipes, settings
-from saccade.training import loop as training_loop
+from saccade.training import checkpoints, engines, objectives, recipes, settings
 
 import datasets
 import model_backbone
@@ -427,10 +426,10 @@ class TestRun:
             trainer.run(chosen, tiny())
             (chosen.folder / "state.npz").unlink()
 
-        def fail(self):
+        def fail():
             raise ValueError("not so")
 
-        monkeypatch.setattr(training_loop.Loop, "_make_step", fail)
+        monkeypatch.setattr(engines, "engine_class", fail)
         with pytest.raises(ValueError, match="not so"):
             trainer.run(chosen, tiny(), resume=resume)
         assert chosen.folder.exists() == resume

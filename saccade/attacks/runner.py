@@ -22,7 +22,7 @@ from keras import ops
 from saccade.attacks import losses
 from saccade.attacks.base import Attack
 from saccade.attacks.losses import Outputs, State
-from saccade.core import compilation
+from saccade.core import compilation, gradients
 from saccade.core.arrays import Tensor
 from saccade.models import inspect as model_inspect
 
@@ -164,11 +164,26 @@ def compiled(
                     images, training=training
                 )
 
+        if model_inspect.computes_in_float16(model):
+            read = _without_underflow(read)
         found = model_inspect.generators(model)
         functions[key, reading] = compilation.compile_call(
             make(_LogitsFn(read, found, reading)), model.variables, rows=True
         )
     return functions[key, reading]
+
+
+def _without_underflow(read: Callable[..., Any]) -> Callable[..., Any]:
+    def scaled(images: Tensor, training: bool) -> Any:
+        def float32(images: Tensor) -> Any:
+            return keras.tree.map_structure(
+                lambda value: ops.cast(value, "float32"),
+                read(images, training=training),
+            )
+
+        return gradients.without_underflow(float32)(images)
+
+    return scaled
 
 
 def logits(

@@ -17,6 +17,9 @@ from saccade.core.arrays import Tensor
 _Outputs: TypeAlias = Callable[[Tensor], tuple[Tensor, Any]]
 # Largest entry of a cleaned gradient: 1e8 squares of it do not overflow.
 _MAX_GRADIENT = 1e15
+# A power of two, so that scaling rounds nothing. The gradient of a
+# cross-entropy by a logit is at most 1, which leaves a factor of 64.
+_FLOAT16_SCALE = 1024.0
 
 
 keras_settings.set_up_keras()
@@ -93,6 +96,45 @@ def value_and_grad(
         return value, cleaned
     flags = [_any_nonfinite(part) for part in keras.tree.flatten(grad)]
     return value, cleaned, ops.any(ops.stack(flags), axis=0)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Returns `x`; its gradient is multiplied by `factor`.
+
+    Examples:
+        >>> x = np.float32([0.5, 2.0])
+        >>> _, grad = value_and_grad(lambda x: scale_gradient(x, 8.0) ** 2, x)
+        >>> [float(g) for g in grad]
+        [8.0, 32.0]
+    """
+    # The difference is exactly zero; its gradient is factor - 1.
+    return x + (factor - 1.0) * (x - ops.stop_gradient(x))
+
+
+def without_underflow(
+    logits_fn: Callable[[Tensor], Any],
+) -> Callable[[Tensor], Any]:
+    """Keeps the input gradients of a model in float16 from vanishing.
+
+    Float16 rounds magnitudes below 6e-8 to zero. For a confident model many
+    input gradients are smaller, and attacks would be weaker than in float32.
+    The gradient is scaled up between logits and images.
+
+    Args:
+        logits_fn: Callable from float32 images to float32 logits, or to a nest
+            of float32 tensors.
+
+    Returns:
+        A callable with the same values and gradients.
+    """
+
+    def scaled(images: Tensor) -> Any:
+        values = logits_fn(scale_gradient(images, 1 / _FLOAT16_SCALE))
+        return keras.tree.map_structure(
+            lambda value: scale_gradient(value, _FLOAT16_SCALE), values
+        )
+
+    return scaled
 
 
 def clean_gradient(grad: Tensor) -> Tensor:

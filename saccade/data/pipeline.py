@@ -20,6 +20,7 @@ def batches(
     *,
     first_batch: int = 0,
     prefetch: int = 2,
+    stored: bool = False,
 ) -> Iterator[Batch]:
     """Reads a split in a given order, ahead of the consumer.
 
@@ -30,6 +31,7 @@ def batches(
         first_batch: Number of batches to pass over without reading them.
         prefetch: Batches read ahead in a background thread; 0 reads in the
             caller's thread.
+        stored: Whether images that are stored as uint8 are returned as such.
 
     Returns:
         Iterator of `(images, labels, indices)`: float32 `(k, h, w, c)`, int32
@@ -51,7 +53,8 @@ def batches(
     def read(start: int) -> Batch:
         chosen = order[start : start + batch_size]
         labels = split.labels[chosen]
-        return split.read(chosen), labels, chosen.astype(np.int32)
+        images = split.read(chosen, stored=stored)
+        return images, labels, chosen.astype(np.int32)
 
     return _ahead(read, starts, prefetch)
 
@@ -94,13 +97,6 @@ def scaled(
         labels: Integers of shape `(n,)`.
         boxes, content: See `Split`.
     """
-
-    def scale(indices: np.ndarray) -> np.ndarray:
-        images = read(indices)
-        if images.dtype == np.uint8:
-            return images.astype(np.float32) / np.float32(255)
-        return images.astype(np.float32)
-
     return image_splits.Split(
-        name, np.asarray(labels, np.int32), scale, boxes, content
+        name, np.asarray(labels, np.int32), read, boxes, content
     )

@@ -28,8 +28,8 @@ class Split:
     Attributes:
         name: `"train"`, `"validation"` or `"test"`.
         labels: int32 array of shape `(n,)`.
-        reader: Callable from int64 indices of shape `(k,)` to float32 images;
-            call `read`, which checks the indices.
+        reader: Callable from int64 indices of shape `(k,)` to images, uint8,
+            or floats in [0, 1]; call `read`, which checks the indices.
         boxes: None, or float32 of shape `(n, 4)`: top, left, bottom, right of
             the object as fractions of the image, edge to edge.
         content: None, or a callable from an index to bytes that determine the
@@ -45,14 +45,19 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+    def read(
+        self, indices: np.ndarray | Sequence[int], stored: bool = False
+    ) -> np.ndarray:
         """Reads images.
 
         Args:
             indices: Integers of shape `(k,)`, each in `[0, len(self))`.
+            stored: Whether images that are stored as uint8 are returned as
+                such. The training step converts them on the device.
 
         Returns:
-            float32 array of shape `(k, height, width, channels)` in [0, 1].
+            float32 array of shape `(k, height, width, channels)` in [0, 1], or
+            uint8 with `stored`.
 
         Raises:
             IndexError: If an index is outside the split.
@@ -67,7 +72,10 @@ class Split:
                 f"Expected indices in [0, {len(self)}) of the {self.name} "
                 f"split. Received: {indices.min()} to {indices.max()}"
             )
-        return self.reader(indices)
+        images = self.reader(indices)
+        if images.dtype != np.uint8:
+            return images.astype(np.float32, copy=False)
+        return images if stored else images.astype(np.float32) / np.float32(255)
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells this split from another, for a run's config.
@@ -132,7 +140,7 @@ class Split:
         return Split(
             self.name,
             self.labels[indices],
-            lambda chosen: self.read(indices[chosen]),
+            lambda chosen: self.read(indices[chosen], stored=True),
             None if self.boxes is None else self.boxes[indices],
             content and (lambda i: content(indices[i])),
         )

@@ -145,6 +145,11 @@ def is_stochastic(model: keras.Model) -> bool:
     )
 
 
+def computes_in_float16(model: keras.Model) -> bool:
+    """Returns whether any layer computes in float16."""
+    return any(layer.compute_dtype == "float16" for layer in all_layers(model))
+
+
 def key_generators(
     found: Sequence[keras.random.SeedGenerator],
     seed: int,

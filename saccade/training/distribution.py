@@ -3,9 +3,11 @@
 import contextlib
 
 import keras
+import numpy.typing as npt
 
 from saccade.core import names as known_names
 from saccade.core import settings as core_settings
+from saccade.core.arrays import Tensor
 from saccade.training import settings
 
 DISTRIBUTIONS = tuple(
@@ -51,3 +53,20 @@ def scope(distribute, batch_size):
             f"Received: batch_size={batch_size}."
         )
     return tf.distribute.MirroredStrategy([d.name for d in devices]).scope()
+
+
+def host_count() -> int:
+    """Returns the number of processes that train together."""
+    return 1
+
+
+def shard(values: npt.ArrayLike) -> Tensor:
+    """Starts to copy rows to the devices (JAX)."""
+    import jax
+
+    return jax.device_put(values)
+
+
+def replicate(value: Tensor) -> Tensor:
+    """Copies a value to every device (JAX)."""
+    return value

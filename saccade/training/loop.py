@@ -6,13 +6,15 @@ killed at any point therefore continues bit for bit from its state file, which
 is written atomically.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
 import math
 import pathlib
 import time
-from typing import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,10 +22,11 @@ from keras import ops
 
 from saccade.core import names as known_names
 from saccade.core import run_folder
+from saccade.core.arrays import Tensor
 from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
 from saccade.models import inspect as model_inspect
-from saccade.training import checkpoints, objectives, settings
+from saccade.training import checkpoints, engines, objectives, settings
 from saccade.training import config as training_config
 from saccade.training import step as training_step
 
@@ -37,6 +40,11 @@ ABOVE_CHANCE = 2.0
 # when robust accuracy drops by more than this from one epoch to the next (the
 # rule of Wong et al.).
 LARGEST_DROP = 0.2
+# Batches that are copied to the devices ahead of the step that uses them.
+_PLACED_AHEAD = 2
+# Seconds after which results are fetched in any case, so that a progress bar
+# moves when steps take long.
+_MAX_WAIT = 1.0
 
 
 @contextlib.contextmanager
@@ -46,6 +54,7 @@ def averaged(model, optimizer):
     Batch statistics are not replaced; they are running averages already.
     Without an average (`optimizer.use_ema`) nothing changes.
     """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not optimizer.use_ema:
         yield
         return
@@ -57,6 +66,58 @@ def averaged(model, optimizer):
     finally:
         for variable, value in zip(variables, raw, strict=True):
             variable.assign(value)
+
+
+class _Results:
+    """Results of steps that are still on the device, and their sums."""
+
+    def __init__(
+        self, loop: "Loop", epoch: int, callbacks: keras.callbacks.Callback
+    ) -> None:
+        self.loop, self.epoch, self.callbacks = loop, epoch, callbacks
+        self.waiting: list[tuple[int, int, Tensor, Tensor]] = []
+        self.started = self.fetched = time.monotonic()
+
+    def add(
+        self, number: int, step: int, losses: Tensor, correct: Tensor
+    ) -> None:
+        """Keeps the results of a call that began with the given step."""
+        self.waiting.append((number, step, losses, correct))
+
+    def due(self) -> bool:
+        """Whether it is time to fetch: steps or seconds have passed."""
+        steps = len(self.waiting) * self.loop.steps_per_call
+        waited = time.monotonic() - self.fetched
+        return steps >= self.loop.log_every or waited > _MAX_WAIT
+
+    def fetch(self) -> None:
+        """Adds the results to the sums, in the order of the steps.
+
+        Raises:
+            Collapsed: At the first step with a loss that is not finite.
+        """
+        engine, sums = self.loop.engine, self.loop.progress["sums"]
+        values = iter(
+            engine.fetch([v for _, _, *pair in self.waiting for v in pair])
+        )
+        for number, step, *_ in self.waiting:
+            pairs = zip(next(values), next(values), strict=True)
+            for offset, (loss, correct) in enumerate(pairs):
+                if not math.isfinite(loss):
+                    raise Collapsed(
+                        self.epoch + 1, step + offset, f"the loss is {loss}"
+                    )
+                sums[0] += float(loss)
+                sums[1] += float(correct) / self.loop.batch_size
+                steps = number + offset + 1
+                self.callbacks.on_train_batch_end(
+                    number + offset,
+                    {"loss": sums[0] / steps, "accuracy": sums[1] / steps},
+                )
+        self.waiting.clear()
+        self.fetched = time.monotonic()
+        sums[2] += self.fetched - self.started
+        self.started = self.fetched
 
 
 # --- The loop ----------------------------------------------------------------
@@ -112,7 +173,13 @@ class Loop:
             ends the run; it is meant for fast training, which can overfit its
             attack. `"ignore"` continues after a collapse of accuracy and raises
             for values that are not finite.
-        callbacks: Keras callbacks (progress bar, TensorBoard).
+        callbacks: Keras callbacks (progress bar, TensorBoard). They learn of a
+            step when its results are fetched.
+        log_every: Steps between two fetches of the losses. Between fetches
+            nothing waits for the device.
+        steps_per_call: Steps in one call of the compiled function; the last
+            steps of an epoch may be single calls.
+        grad_accumulation, clip_norm: See `training_step.Step`.
         save_every: Seconds between saves of the state within an epoch.
         should_stop: Callable that returns whether to save and stop now.
     """
@@ -135,8 +202,13 @@ class Loop:
     validate: Callable | None = None
     on_collapse: str = "stop"
     callbacks: tuple = ()
+    log_every: int = settings.LOG_EVERY
+    steps_per_call: int = 1
+    grad_accumulation: int = 1
+    clip_norm: float = 0.0
     save_every: float = 300.0
-    should_stop: Callable = lambda: False
+    should_stop: Callable[[], bool] = lambda: False
+    make_step: Callable[..., engines.Engine] = training_step.make_step
 
     def __post_init__(self):
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
@@ -157,6 +229,7 @@ class Loop:
         if self.step_config.replays:
             shape = (self.batch_size, *self.model.input_shape[1:])
             self.carried = np.zeros(shape, "float32")
+        self.engine: engines.Engine | None = None
         self.progress = {
             "step": 0,
             "best_epoch": None,
@@ -198,15 +271,15 @@ class Loop:
         )
         callbacks.on_train_begin()
         first = self.progress["step"] // self.steps_per_epoch
-        step_fn = None
+        self.engine = None  # The model may have changed since the last call.
         for epoch in range(first, self.epochs):
             if self.progress["ended"]:
                 break
-            if self._changes_read_out(epoch) or step_fn is None:
-                step_fn = self._make_step()
+            if self._changes_read_out(epoch) or self.engine is None:
+                self.engine = self._engine()
             callbacks.on_epoch_begin(epoch)
             try:
-                self._epoch(epoch, step_fn, callbacks)
+                self._epoch(epoch, callbacks)
                 row = self._finish_epoch(epoch)
             except Collapsed as collapse:
                 if (
@@ -228,8 +301,8 @@ class Loop:
         self.model.optimizer = None
         return self.progress["history"]
 
-    def _make_step(self):
-        return training_step.make_step(
+    def _engine(self) -> engines.Engine:
+        return self.make_step(
             self.model,
             self.optimizer,
             self.objective,
@@ -239,6 +312,8 @@ class Loop:
             config=self.step_config,
             crafting_model=self.crafting_model,
             steps_per_epoch=self.steps_per_epoch,
+            grad_accumulation=self.grad_accumulation,
+            clip_norm=self.clip_norm,
         )
 
     def _changes_read_out(self, epoch):
@@ -251,43 +326,68 @@ class Loop:
             model_inspect.set_read_out(model, begun[-1])
         return changes
 
-    def _epoch(self, epoch, step_fn, callbacks):
-        progress, total = self.progress, self.steps_per_epoch
-        saved = time.monotonic()
-        started = time.monotonic()
-        for number, (images, labels, indices) in self._batches(epoch):
-            callbacks.on_train_batch_begin(number)
-            batch = [images, labels, indices, progress["step"]]
-            if self.carried is not None:
-                batch.append(self.carried)
-            results = map(ops.convert_to_numpy, step_fn(*batch))
-            loss, correct, *carried = results
-            loss, correct = float(loss), float(correct)
-            if not math.isfinite(loss):
-                raise Collapsed(
-                    epoch + 1, progress["step"], f"the loss is {loss}"
-                )
-            self.carried = np.array(carried[0]) if carried else None
-            progress["step"] += 1
-            now = time.monotonic()
-            sums = progress["sums"]
-            sums[0] += loss
-            sums[1] += correct / len(labels)
-            sums[2] += now - started
-            started = now
-            steps = number + 1
-            callbacks.on_train_batch_end(
-                number,
-                {"loss": sums[0] / steps, "accuracy": sums[1] / steps},
-            )
-            if steps < total and self.should_stop():
-                self.save()
-                raise Interrupted
-            if now - saved > self.save_every and steps < total:
-                self.save()
-                saved = now
+    def _epoch(self, epoch: int, callbacks: keras.callbacks.Callback) -> None:
+        try:
+            self._take_steps(epoch, callbacks)
+        finally:
+            # The variables are invalid until then; see `engines.Engine`.
+            self.engine.write_back()
 
-    def _batches(self, epoch):
+    def _take_steps(
+        self, epoch: int, callbacks: keras.callbacks.Callback
+    ) -> None:
+        """Takes the steps that are left of an epoch."""
+        progress, total = self.progress, self.steps_per_epoch
+        results = _Results(self, epoch, callbacks)
+        saved = time.monotonic()
+        for number, batches in self._calls(epoch):
+            for offset in range(len(batches)):
+                callbacks.on_train_batch_begin(number + offset)
+            carried = [] if self.carried is None else [self.carried]
+            losses, correct, *carried = self.engine.take(
+                batches, progress["step"], *carried
+            )
+            self.carried = carried[0] if carried else None
+            results.add(number, progress["step"], losses, correct)
+            progress["step"] += len(batches)
+            done = number + len(batches)
+            stop = done < total and self.should_stop()
+            save = done < total and (time.monotonic() - saved > self.save_every)
+            if stop or save or done == total or results.due():
+                results.fetch()
+            if stop or save:
+                self.engine.write_back()
+                self.save()
+                saved = time.monotonic()
+            if stop:
+                raise Interrupted
+
+    def _calls(self, epoch: int) -> Iterator[tuple[int, list[engines.Placed]]]:
+        """Yields (step in the epoch, batches of a call), read ahead.
+
+        The next batches are copied to the devices during the current step.
+        """
+        ahead: collections.deque = collections.deque()
+        placed: tuple[int, Any] = (-1, None)
+        for number, batch in self._batches(epoch):
+            key = number // self.replays
+            if placed[0] != key:  # Replays share one copy.
+                placed = key, self.engine.place(*batch)
+            ahead.append((number, placed[1]))
+            if len(ahead) >= self.steps_per_call + _PLACED_AHEAD:
+                yield self._call(ahead, self.steps_per_call)
+        while len(ahead) >= self.steps_per_call:
+            yield self._call(ahead, self.steps_per_call)
+        while ahead:
+            yield self._call(ahead, 1)
+
+    def _call(
+        self, ahead: collections.deque, count: int
+    ) -> tuple[int, list[engines.Placed]]:
+        taken = [ahead.popleft() for _ in range(count)]
+        return taken[0][0], [batch for _, batch in taken]
+
+    def _batches(self, epoch: int) -> Iterator[tuple[int, pipeline.Batch]]:
         """Yields (step in the epoch, batch) for the rest of an epoch."""
         total, replays = self.steps_per_epoch, self.replays
         order = image_splits.epoch_order(len(self.split), self.seed, epoch)
@@ -297,6 +397,7 @@ class Loop:
             order[: total // replays * self.batch_size],
             self.batch_size,
             first_batch=done // replays,
+            stored=True,
         )
         for index, batch in enumerate(batches, done // replays):
             for number in range(index * replays, (index + 1) * replays):
@@ -404,7 +505,9 @@ class Loop:
             self.model,
             self.optimizer,
             self.progress,
-            self.carried,
+            None
+            if self.carried is None
+            else np.array(ops.convert_to_numpy(self.carried)),
         )
 
 

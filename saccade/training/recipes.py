@@ -367,12 +367,14 @@ def image_size(name, dataset):
 # --- The optimizer -----------------------------------------------------------
 
 
-def make_optimizer(recipe, steps_per_epoch):
+def make_optimizer(recipe, steps_per_epoch, precision="float32"):
     """Builds the optimizer of a recipe, with its learning rate schedule.
 
     Args:
         recipe: A `Recipe`.
         steps_per_epoch: Steps in one epoch.
+        precision: The dtype policy of the model. Under `"mixed_float16"` the
+            optimizer scales the loss, so that small gradients do not vanish.
 
     Returns:
         A `keras.optimizers.Optimizer`. With `recipe.ema` it keeps the averaged
@@ -403,6 +405,8 @@ def make_optimizer(recipe, steps_per_epoch):
         optimizer = keras.optimizers.Adam(rate, **shared)
     if decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    if precision == "mixed_float16":
+        return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer
 
 

@@ -106,6 +106,12 @@ class RecipeSettings:
         maximum=1,
         below_maximum=True,
     )
+    clip_norm: float = setting(
+        0.0,
+        "Largest norm of the gradient by all weights together; 0 for no limit.",
+        _RECIPE,
+        minimum=0,
+    )
     label_smoothing: float = setting(
         0.0,
         "Part of each label that is spread over all classes, in [0, 1).",
@@ -144,7 +150,7 @@ class StepSettings:
         minimum=0,
     )
     craft_dtype: str = attack_settings.CRAFT_DTYPE.field(
-        "float32", by_default="float32"
+        "float32", by_default="the type of --precision"
     )
     awp: float = setting(
         0.0,
@@ -262,6 +268,9 @@ ROBUST_VALIDATION = core_settings.Setting(
 )
 
 
+LOG_EVERY = 10  # Steps; see `RunSettings.log_every`.
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The data, the folder and the computation of a run."""
@@ -323,6 +332,33 @@ class RunSettings:
             "mirrored": "all GPUs of the machine, each with its part of a "
             "batch; TensorFlow only",
         },
+    )
+    precision: str = setting(
+        "float32",
+        "Data type in which layers compute. Weights, logits, losses and "
+        "perturbations are float32 in any case.",
+        choices={
+            "float32": "",
+            "mixed_bfloat16": "faster on accelerators that have it",
+            "mixed_float16": "with a dynamic scale of the loss",
+        },
+    )
+    grad_accumulation: int = setting(
+        1,
+        "Number of parts of a batch that are processed one after the other, "
+        "to save memory. The mean of their gradients is applied once.",
+        minimum=1,
+    )
+    steps_per_call: int = setting(
+        1,
+        "Training steps in one call of the compiled function, for small models "
+        "on accelerators.",
+        minimum=1,
+    )
+    log_every: int = setting(
+        LOG_EVERY,
+        "Steps between two fetches of the losses from the device.",
+        minimum=1,
     )
     save_every: float = setting(
         300.0,

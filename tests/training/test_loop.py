@@ -19,7 +19,7 @@ from saccade.data import augment
 from saccade.data import splits as image_splits
 from saccade.evaluation import evaluate as robust_evaluation
 from saccade.models import inspect as model_inspect
-from saccade.training import checkpoints, objectives, recipes
+from saccade.training import checkpoints, engines, objectives, recipes
 from saccade.training import config as training_config
 from saccade.training import loop as training_loop
 from saccade.training import step as training_step
@@ -242,11 +242,16 @@ class TestLoop:
         trained.split = split(20)
         trained.__post_init__()
         seen = []
-        trained._make_step = lambda: (
-            lambda images, labels, indices, step, carried: (
-                seen.append((indices.tolist(), step, carried[0, 0, 0, 0]))
-                or (0.0, 0.0, carried + 1)
-            )
+
+        class Recording(engines.engine_class()):
+            def take(self, batches, step, carried):
+                ((_, _, indices),) = batches
+                indices = numpy(indices).tolist()
+                seen.append((indices, step, carried[0, 0, 0, 0]))
+                return [np.zeros(1), np.zeros(1), carried + 1]
+
+        trained.make_step = lambda model, optimizer, objective, **_: Recording(
+            None, model, optimizer
         )
         trained.train()
         order = image_splits.epoch_order(20, 3, 0).tolist()
@@ -490,21 +495,23 @@ class TestBest:
     def test_nonfinite_weights_are_not_saved(self, tmp_path, choice):
         """The last update of an epoch affects no loss of that epoch."""
         trained = loop(tmp_path, on_collapse=choice)
-        make = trained._make_step
 
-        def breaking():
-            step_fn = make()
-
-            def run(images, labels, indices, step):
-                found = step_fn(images, labels, indices, step)
+        class Breaking(engines.engine_class()):
+            def take(self, batches, step, *carried):
+                found = super().take(batches, step, *carried)
                 if step == 9:
+                    self.write_back()
                     weight = trained.model.trainable_variables[0]
                     weight.assign(np.nan * ops.convert_to_numpy(weight))
                 return found
 
-            return run
-
-        trained._make_step = breaking
+        trained.make_step = lambda model, optimizer, objective, **settings: (
+            Breaking(
+                training_step.Step(model, objective, **settings),
+                model,
+                optimizer,
+            )
+        )
         if choice == "restore":
             assert len(trained.train()) == 1
             reason = trained.progress["ended"]["reason"]
@@ -735,7 +742,10 @@ def test_keys_of_the_augmentation_do_not_depend_on_the_batch():
     """The augmentation of an example depends on (seed, step, its index)."""
     data = split()
     run = training_step.Step(
-        build()[0], training_step.STANDARD, 5, AUGMENTATION
+        build()[0],
+        training_step.STANDARD,
+        seed=5,
+        augmentation=AUGMENTATION,
     )
     images = ops.convert_to_tensor(data.read(np.arange(8)))
     labels = ops.convert_to_tensor(data.labels[:8])
