@@ -24,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 HERE = pathlib.Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
@@ -114,48 +116,50 @@ def saccade_case(case: dict, options: argparse.Namespace) -> dict:
     """Times our step and our loop."""
     import jax
 
-    images, labels = in_memory(case, options.steps)
     from saccade.data import pipeline
 
+    images, labels = in_memory(case, options.steps)
     split = pipeline.scaled("train", images.__getitem__, labels)
-    loop = make_loop(case, split, options)
     started = time.perf_counter()
-    batch = next(
-        pipeline.batches(
-            split, range(len(labels)), case["batch_size"], stored=True
-        )
+    loop = make_loop(case, split, options)
+    engine = loop.make_step(loop.model, loop.optimizer, loop.objective)
+    batches = pipeline.batches(
+        split, range(len(labels)), case["batch_size"], stored=True
     )
-    engine = loop.engine = loop._engine()
-    placed = engine.place(*batch)
+    placed = engine.place(*next(batches))
     engine.fetch(engine.take([placed], 0))
     compiled = time.perf_counter() - started
     wait({"compile_seconds": round(compiled, 1)})
-    rates = {"step": [], "loop": []}
-    for _ in range(options.rounds):
-        started = time.perf_counter()
-        for step in range(options.steps):
-            found = engine.take([placed], step)
-        engine.fetch(found)
-        rates["step"].append(rate(case, options.steps, started))
-    engine.write_back()
+    rates = {
+        "step": [
+            step_rate(case, engine, placed, options.steps)
+            for _ in range(options.rounds)
+        ]
+    }
     if options.profile:
         with jax.profiler.trace(options.profile):
-            for step in range(10):
-                found = engine.take([placed], step)
-            engine.fetch(found)
-        engine.write_back()
-    history = trained(loop, options)
-    rates["loop"] = history
+            step_rate(case, engine, placed, 10)
+    engine.write_back()
+    # The same compiled step serves all measurements.
+    rates["loop"] = trained(loop, engine)
     if options.data_dir:
-        rates["files"] = trained(
-            make_loop(case, files(case, options), options, loop), options
-        )
+        read = make_loop(case, files(case, options), options, loop)
+        rates["files"] = trained(read, engine)
     memory = jax.devices()[0].memory_stats() or {}
     return {
         **summary(rates),
         "peak_gb": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def step_rate(case: dict, engine: Any, placed: Any, steps: int) -> float:
+    """Images per second of steps on a batch that lies on the device."""
+    started = time.perf_counter()
+    for step in range(steps):
+        found = engine.take([placed], step)
+    engine.fetch(found)
+    return rate(case, steps, started)
 
 
 def rate(case: dict, steps: int, started: float) -> float:
@@ -174,7 +178,9 @@ def summary(rates: dict) -> dict:
     }
 
 
-def make_loop(case, split, options, like=None):
+def make_loop(
+    case: dict, split: Any, options: argparse.Namespace, like: Any = None
+) -> Any:
     """Builds our training loop; with `like`, on the same model."""
     from saccade.attacks import gradient
     from saccade.training import checkpoints, loop, objectives, recipes
@@ -219,14 +225,15 @@ def make_loop(case, split, options, like=None):
     )
 
 
-def trained(loop, options) -> list[float]:
+def trained(loop: Any, engine: Any) -> list[float]:
     """Images per second of each epoch after the first."""
+    loop.make_step = lambda *args, **settings: engine
     history = loop.train()
     count = loop.steps_per_epoch * loop.batch_size
     return [count / row["seconds"] for row in history[1:]]
 
 
-def files(case, options):
+def files(case: dict, options: argparse.Namespace) -> Any:
     """The training split of the JPEG files, as often as the steps need it."""
     import numpy as np
 
@@ -245,36 +252,9 @@ def files(case, options):
 def torch_case(case: dict, options: argparse.Namespace) -> dict:
     """Times the same step and a plain loop in PyTorch."""
     import torch
-    import torch_nets
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    net = torch_nets.make(
-        case["net"], case["side"], case["classes"], case["attention_steps"]
-    )
-    net = net.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(
-        net.parameters(), 0.01, momentum=0.9, fused=device == "cuda"
-    )
-    half = case["precision"] == _BFLOAT16
-    autocast = torch.autocast(device, torch.bfloat16, enabled=half)
-    compiled = torch.compile(net) if device == "cuda" else net
-
-    def take(images, labels):
-        images = images.to(device, non_blocking=True)
-        images = images.permute(0, 3, 1, 2).float() / 255
-        labels = labels.to(device, non_blocking=True)
-        return torch_nets.take_step(
-            compiled,
-            optimizer,
-            images,
-            labels,
-            EPSILON,
-            case["pgd_steps"],
-            autocast,
-        )
-
+    take = torch_take(case, device)
     images, labels = in_memory(case, options.steps)
     pinned = [torch.from_numpy(a) for a in (images, labels.astype("int64"))]
     first = [a[: case["batch_size"]].to(device) for a in pinned]
@@ -283,7 +263,7 @@ def torch_case(case: dict, options: argparse.Namespace) -> dict:
         take(*first).item()
     seconds = time.perf_counter() - started
     wait({"compile_seconds": round(seconds, 1)})
-    rates = {"step": [], "loop": []}
+    rates: dict[str, list[float]] = {"step": []}
     for _ in range(options.rounds):
         started = time.perf_counter()
         for _ in range(options.steps):
@@ -300,14 +280,53 @@ def torch_case(case: dict, options: argparse.Namespace) -> dict:
     )
     rates["loop"] = torch_epochs(case, take, loader, options)
     if options.data_dir:
-        rates["files"] = torch_epochs(
-            case, take, torch_files(case, options), options
+        loader = torch_files(case, options)
+        rates["files"] = torch_epochs(case, take, loader, options)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return {**summary(rates), "peak_gb": round(peak / 2**30, 2)}
+
+
+def torch_take(case: dict, device: str) -> Callable[..., Any]:
+    """Returns the step of PyTorch: from images and labels to the loss."""
+    import torch
+    import torch_nets
+
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    net = torch_nets.make(
+        case["net"], case["side"], case["classes"], case["attention_steps"]
+    )
+    net = net.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        net.parameters(), 0.01, momentum=0.9, fused=device == "cuda"
+    )
+    half = case["precision"] == _BFLOAT16
+    autocast = torch.autocast(device, torch.bfloat16, enabled=half)
+    compiled = torch.compile(net) if device == "cuda" else net
+
+    def take(images: Any, labels: Any) -> Any:
+        images = images.to(device, non_blocking=True)
+        images = images.permute(0, 3, 1, 2).float() / 255
+        labels = labels.to(device, non_blocking=True)
+        return torch_nets.take_step(
+            compiled,
+            optimizer,
+            images,
+            labels,
+            EPSILON,
+            case["pgd_steps"],
+            autocast,
         )
-    peak = torch.cuda.max_memory_allocated() / 2**30 if half else 0
-    return {**summary(rates), "peak_gb": round(peak, 2)}
+
+    return take
 
 
-def torch_epochs(case, take, loader, options) -> list[float]:
+def torch_epochs(
+    case: dict,
+    take: Callable[..., Any],
+    loader: Iterable,
+    options: argparse.Namespace,
+) -> list[float]:
     """Images per second of each epoch after the first."""
     found = []
     for _ in range(options.rounds + 1):
@@ -324,15 +343,15 @@ def torch_epochs(case, take, loader, options) -> list[float]:
 class _Files:
     """JPEG files decoded by Pillow, resized to a square."""
 
-    def __init__(self, folder, side, count):
+    def __init__(self, folder: str, side: int, count: int) -> None:
         paths = sorted(pathlib.Path(folder).rglob("*.JPEG"))
         paths = [p for p in paths if "train" in p.parts] or paths
         self.paths, self.side, self.count = paths, side, count
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         import numpy as np
         import PIL.Image
         import torch
@@ -345,7 +364,7 @@ class _Files:
         return torch.from_numpy(np.array(image)), index % 10
 
 
-def torch_files(case, options):
+def torch_files(case: dict, options: argparse.Namespace) -> Iterable:
     """A data loader with worker processes."""
     import torch
 
@@ -401,6 +420,9 @@ def main() -> None:
     if options.case:
         child(options.case, options)
         return
+    from saccade.core import run_folder
+
+    made = run_folder.provenance()
     started = time.monotonic()
     running = {name: start(name) for name in options.cases.split(",")}
     ready = {name: line(process, "ready") for name, process in running.items()}
@@ -416,8 +438,8 @@ def main() -> None:
         process.wait()
         print(row(name, results[name]), flush=True)
         if options.output:  # Written as it grows.
-            text = json.dumps(results, indent=1) + "\n"
-            pathlib.Path(options.output).write_text(text)
+            record = {"provenance": made, "cases": results}
+            run_folder.write_json(pathlib.Path(options.output), record)
     print(f"{time.monotonic() - started:.0f} s in all")
 
 

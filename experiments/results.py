@@ -126,6 +126,34 @@ def sampler(folder: pathlib.Path) -> str:
     return "\n".join(tables.markdown_grid(heads, rows))
 
 
+def accelerator(folder: pathlib.Path) -> str:
+    """Returns images per second of adversarial steps, ours and PyTorch's."""
+    cases = collections.defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        for name, found in run_folder.read_json(path)["cases"].items():
+            cases[name].append(found)
+    rows = []
+    for name, runs in cases.items():
+        first = runs[0]
+        side = first["side"]
+        rates = [
+            " / ".join(f"{run[what]['images_per_second']:,.0f}" for run in runs)
+            for what in ("step", "loop", "files")
+        ]
+        rows.append(
+            [
+                name,
+                f"{first['batch_size']} x {side}x{side}",
+                f"PGD-{first['pgd_steps']}",
+                first["precision"],
+                *rates,
+                " / ".join(f"{run['compile_seconds']:.0f}" for run in runs),
+            ]
+        )
+    heads = ["net", "batch", "attack", "precision", "step", "loop", "files"]
+    return "\n".join(tables.markdown_grid([*heads, "compile, s"], rows))
+
+
 def full_size(folder: pathlib.Path) -> str:
     """Returns what a step of the models costs at full size."""
     rows = []
@@ -304,6 +332,20 @@ SECTIONS = (
         f"{ONE_THREAD}\\\n"
         "  python benchmarks/speed.py --what=sampler --rounds=25 "
         "--output=results/sampler/run1.json",
+    ),
+    Section(
+        "accelerator",
+        "Adversarial training on a GPU",
+        "Images per second of whole training steps, attack included. `step` "
+        "repeats one batch that lies on the device; `loop` is the training "
+        "loop of the program on images in memory, `files` on JPEG files of "
+        "500x375. Names with `torch_` are the same nets in PyTorch "
+        "(torch.compile, channels_last, autocast, fused SGD, pinned memory, a "
+        "DataLoader with 16 workers); the others run on JAX. Values of "
+        "several runs are separated by a slash.",
+        accelerator,
+        "python benchmarks/accelerator.py --steps=20 --data_dir=JPEGS "
+        "--output=results/accelerator/run1.json",
     ),
     Section(
         "full_size",
