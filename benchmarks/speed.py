@@ -391,7 +391,6 @@ def s3ta(config):
     ).build(classes)
     optimizer = keras.optimizers.SGD(1e-3, momentum=0.9)
     optimizer.build(model.trainable_variables)
-    objective = training_step.Objective(objective.loss, objective.craft)
     step = training_step.make_step(model, optimizer, objective)
     row["training_step_s"] = []
     for number in range(2):

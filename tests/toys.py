@@ -1,5 +1,8 @@
 """Data and small models for the tests of attacks."""
 
+import dataclasses
+from collections.abc import Callable
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -8,6 +11,14 @@ from norms import array
 from saccade.core import randomness
 
 HIDDEN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A training objective of two functions; see `objectives.Objective`."""
+
+    loss: Callable | None
+    craft: Callable | None = None
 
 
 def keys_for(count, seed=0):

@@ -6,10 +6,13 @@ import math
 import pathlib
 import tempfile
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import h5py
 import keras
 import numpy as np
+import numpy.typing as npt
 from keras import ops
 
 from saccade.core import run_folder
@@ -41,7 +44,13 @@ _NEEDED = ("model", "dataset", "model_options", "num_classes", "image_shape")
 # --- State -------------------------------------------------------------------
 
 
-def save_state(path, model, optimizer, progress, carried=None):
+def save_state(
+    path: pathlib.Path,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    progress: dict[str, Any],
+    carried: npt.NDArray[Any] | None = None,
+) -> None:
     """Writes everything that a run needs to continue, atomically.
 
     Args:
@@ -68,7 +77,12 @@ def save_state(path, model, optimizer, progress, carried=None):
     )
 
 
-def load_state(path, model, optimizer, carried=None):
+def load_state(
+    path: pathlib.Path,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    carried: npt.NDArray[Any] | None = None,
+) -> tuple[dict[str, Any], npt.NDArray[Any] | None]:
     """Loads what `save_state` wrote into a model and an optimizer.
 
     Args:
@@ -119,7 +133,7 @@ def load_state(path, model, optimizer, carried=None):
     return progress, values.get("carried")
 
 
-def _misfit(found, wanted):
+def _misfit(found: dict[str, tuple], wanted: dict[str, tuple]) -> str | None:
     """Describes the first difference of named (shape, dtype), or None."""
     for name, (shape, dtype) in wanted.items():
         if name not in found:
@@ -134,7 +148,7 @@ def _misfit(found, wanted):
     return f"{extra[0]} is unexpected" if extra else None
 
 
-def _check_progress(progress):
+def _check_progress(progress: Any) -> None:
     """Raises a ValueError if `progress` is not the progress of a run."""
     expected = f"Expected progress with {', '.join(_PROGRESS)}"
     if not isinstance(progress, dict) or _PROGRESS.keys() - progress.keys():
@@ -155,7 +169,7 @@ def _check_progress(progress):
         raise ValueError(f"ended={run_folder.brief(ended)}")
 
 
-def _is_row(row):
+def _is_row(row: Any) -> bool:
     """Whether `row` is a row of the history."""
     if not isinstance(row, dict) or not row.keys() >= set(HISTORY):
         return False
@@ -181,7 +195,7 @@ _PROGRESS = {
 }
 
 
-def save_weights(path, model):
+def save_weights(path: pathlib.Path, model: keras.Model) -> None:
     """Writes the model's variables as `.weights.h5`, atomically.
 
     The file also holds the read-out step of a recurrent model. It does not hold
@@ -189,7 +203,7 @@ def save_weights(path, model):
     """
     step = model_inspect.read_out(model)
 
-    def write(temporary):
+    def write(temporary: pathlib.Path) -> None:
         model.save_weights(temporary)
         if step is not None:
             with h5py.File(temporary, "a") as file:
@@ -201,7 +215,7 @@ def save_weights(path, model):
 
 
 @contextlib.contextmanager
-def _without_optimizer(model):
+def _without_optimizer(model: keras.Model) -> Iterator[None]:
     optimizer = getattr(model, "optimizer", None)
     model.optimizer = None
     try:
@@ -210,7 +224,9 @@ def _without_optimizer(model):
         model.optimizer = optimizer
 
 
-def load_weights(path, model, *, read_out=True):
+def load_weights(
+    path: pathlib.Path, model: keras.Model, *, read_out: bool = True
+) -> None:
     """Loads what `save_weights` wrote into a model.
 
     Args:
@@ -241,7 +257,7 @@ def load_weights(path, model, *, read_out=True):
     model_inspect.check_weights(model)
 
 
-def _mismatch(path, model):
+def _mismatch(path: pathlib.Path, model: keras.Model) -> str | None:
     """Says in one line why weights do not fit a model; None if shapes match.
 
     The message of Keras has up to a line for each layer and hides the reason.
@@ -277,11 +293,11 @@ def error_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _shapes(path):
+def _shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a weight file's variables, by layer and number."""
     found = {}
 
-    def visit(name, item):
+    def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             layer = item.parent.attrs.get("name")
             number = name.rpartition("/")[2]
@@ -293,7 +309,9 @@ def _shapes(path):
     return found
 
 
-def create(name, *, dtype=None, **options):
+def create(
+    name: str, *, dtype: str | None = None, **options: Any
+) -> keras.Model:
     """Builds a registered model in a dtype policy; None is the global one."""
     policy = keras.config.dtype_policy()
     try:
@@ -303,7 +321,12 @@ def create(name, *, dtype=None, **options):
         keras.config.set_dtype_policy(policy)
 
 
-def load_run(folder, weights="best", options=None, dtype=None):
+def load_run(
+    folder: str | pathlib.Path,
+    weights: str = "best",
+    options: dict[str, Any] | None = None,
+    dtype: str | None = None,
+) -> tuple[keras.Model, dict[str, Any]]:
     """Builds the model of a run and loads its weights.
 
     The architecture is built by this package's code from `config.json`. The

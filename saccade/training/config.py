@@ -1,6 +1,7 @@
 """The settings of a training run and of its step."""
 
 import dataclasses
+import pathlib
 
 from saccade.core import run_folder
 from saccade.core import settings as core_settings
@@ -31,7 +32,7 @@ class StepConfig(settings.StepSettings):
         - [Shafahi et al., 2019](https://arxiv.org/abs/1904.12843), algorithm 1
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         core_settings.check(self)
         if self.awp_warmup and not self.awp:
             raise ValueError(
@@ -45,7 +46,7 @@ class StepConfig(settings.StepSettings):
                 f"{self.replays}, craft_dtype={self.craft_dtype!r}."
             )
 
-    def check(self, objective):
+    def check(self, objective: objectives.Objective) -> None:
         """Raises a one-line ValueError if the objective does not fit."""
         if self.craft_dtype != "float32" and objective.craft is None:
             raise ValueError(
@@ -93,7 +94,7 @@ class RunConfig(settings.RunSettings):
     robust_validation: int = settings.ROBUST_VALIDATION.field(0)
 
     @property
-    def folder(self):
+    def folder(self) -> pathlib.Path:
         """The folder of the run."""
         return run_folder.folder(
             self.runs_dir, self.dataset, self.model, self.tag

@@ -1,6 +1,7 @@
 """The devices that a training step runs on."""
 
 import contextlib
+from typing import Any
 
 import keras
 import numpy.typing as npt
@@ -15,7 +16,9 @@ DISTRIBUTIONS = tuple(
 )
 
 
-def scope(distribute, batch_size):
+def scope(
+    distribute: str, batch_size: int
+) -> contextlib.AbstractContextManager[Any]:
     """Returns the context in which a run builds and trains its model.
 
     Args:

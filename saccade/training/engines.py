@@ -223,7 +223,7 @@ class _TensorFlow(Engine):
         self.optimizer.apply(
             self._for_optimizer(context, grads[: len(variables)]), variables
         )
-        new = [run.carry(*carried, grads[-1], step)] if carried else []
+        new = [run.carry(carried[0], grads[-1], step)] if carried else []
         return [loss, correct, *new]
 
     def _gradients(
@@ -233,8 +233,11 @@ class _TensorFlow(Engine):
         import tensorflow as tf
 
         run, variables = self.run, self.model.trainable_variables
-        clean, crafted = run.prepare(*part, step, *carried, replica=replica)
-        batch = clean, crafted, part[1]
+        images, labels, indices = part
+        clean, crafted = run.prepare(
+            images, labels, indices, step, _only(carried), replica
+        )
+        batch = clean, crafted, labels
         values = self._perturbed(batch, step)
         with tf.GradientTape() as tape:
             tape.watch([crafted, *values])
@@ -390,7 +393,7 @@ class _Jax(Engine):
                 scale = loss_scale(self.optimizer)
             grads = run.clipped(grads, scale)
         weights, slots = self.optimizer.stateless_apply(slots, grads, weights)
-        new = [run.carry(*carried, *image_grads, step)] if carried else []
+        new = [run.carry(carried[0], image_grads[0], step)] if carried else []
         return (weights, frozen, slots), [loss, correct, *new]
 
     def _accumulated(
@@ -446,14 +449,17 @@ class _Jax(Engine):
         """New frozen values; loss, correct predictions and gradients."""
         import jax
 
-        run, labels = self.run, part[1]
+        run = self.run
+        images, labels, indices = part
         weights, _, slots = state
 
         def frozen_in(scope: keras.StatelessScope) -> list[Tensor]:
             return [scope.get_current_value(v) for v in self.groups[1]]
 
         with self._scope(state) as scope:
-            clean, crafted = run.prepare(*part, step, *carried, replica=number)
+            clean, crafted = run.prepare(
+                images, labels, indices, step, _only(carried), number
+            )
         frozen = frozen_in(scope)
 
         def loss_fn(weights: list[Tensor], crafted: Tensor) -> tuple:
@@ -536,7 +542,7 @@ class _Torch(Engine):
                 weight_grads = run.clipped(weight_grads, scale)
             self.optimizer.apply(weight_grads, variables)
             if carried:
-                new = [run.carry(*carried, grads[-1], step)]
+                new = [run.carry(carried[0], grads[-1], step)]
         return [loss.detach(), correct.detach(), *new]
 
     def _gradients(
@@ -545,11 +551,14 @@ class _Torch(Engine):
         import torch
 
         run, variables = self.run, self.model.trainable_variables
+        images, labels, indices = part
         with torch.no_grad():  # Attacks enable gradients themselves.
-            clean, crafted = run.prepare(*part, step, *carried, replica=number)
+            clean, crafted = run.prepare(
+                images, labels, indices, step, _only(carried), number
+            )
         if carried:
             crafted.requires_grad_(True)
-        batch = clean, crafted, part[1]
+        batch = clean, crafted, labels
         values = self._perturbed(batch, step) if run.config.awp else []
         with _weights_at(run.perturbable, values) as scope:
             loss, correct = run.loss(*batch, run.parts)
@@ -576,6 +585,11 @@ class _Torch(Engine):
         with torch.no_grad():
             values = run.perturbed_weights(weights, grads, step)
         return [value.requires_grad_(True) for value in values]
+
+
+def _only(values: tuple) -> Any:
+    """The single value of a tuple; None if it is empty."""
+    return values[0] if values else None
 
 
 def loss_scale(optimizer: keras.optimizers.Optimizer) -> Tensor | None:

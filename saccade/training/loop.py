@@ -48,7 +48,9 @@ _MAX_WAIT = 1.0
 
 
 @contextlib.contextmanager
-def averaged(model, optimizer):
+def averaged(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> Iterator[None]:
     """Replaces the raw weights by the averaged ones inside the context.
 
     Batch statistics are not replaced; they are running averages already.
@@ -134,7 +136,7 @@ class Collapsed(Exception):
         found: JSON-serializable dict: "epoch" (from 1), "step" and "reason".
     """
 
-    def __init__(self, epoch, step, reason):
+    def __init__(self, epoch: int, step: int, reason: str) -> None:
         super().__init__(f"{reason} at step {step} (epoch {epoch})")
         self.found = {"epoch": epoch, "step": step, "reason": reason}
 
@@ -154,7 +156,7 @@ class Loop:
             fill a batch are dropped; they differ from epoch to epoch.
         epochs: Epochs of the whole run.
         augmentation: A name of `augment.AUGMENTATIONS`.
-        objective: A `training_step.Objective`: what a step minimizes.
+        objective: An `objectives.Objective`: what a step minimizes.
         l2: Coefficient of `training_step.l2_loss`.
         step_config: A `training_config.StepConfig`. With `replays` an epoch
             uses each batch that many times.
@@ -186,15 +188,13 @@ class Loop:
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
-    split: object
+    split: image_splits.Split
     folder: pathlib.Path
     seed: int
     batch_size: int
     epochs: int
     augmentation: str = "none"
-    objective: training_step.Objective | objectives.Standard = (
-        training_step.STANDARD
-    )
+    objective: objectives.Objective = training_step.STANDARD
     l2: float = 0.0
     step_config: training_config.StepConfig = training_config.StepConfig()
     crafting_model: keras.Model | None = None
@@ -210,7 +210,7 @@ class Loop:
     should_stop: Callable[[], bool] = lambda: False
     make_step: Callable[..., engines.Engine] = training_step.make_step
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
         self.step_config.check(self.objective)
         self.replays = max(1, self.step_config.replays)
@@ -229,8 +229,8 @@ class Loop:
         if self.step_config.replays:
             shape = (self.batch_size, *self.model.input_shape[1:])
             self.carried = np.zeros(shape, "float32")
-        self.engine: engines.Engine | None = None
-        self.progress = {
+        self._made: engines.Engine | None = None
+        self.progress: dict[str, Any] = {
             "step": 0,
             "best_epoch": None,
             "history": [],
@@ -238,7 +238,7 @@ class Loop:
             "ended": None,
         }
 
-    def resume(self):
+    def resume(self) -> int:
         """Loads the saved state, if there is one; returns the step."""
         path = self.folder / checkpoints.STATE
         if path.exists():
@@ -254,7 +254,7 @@ class Loop:
             self.progress, self.carried = progress, carried
         return self.progress["step"]
 
-    def train(self):
+    def train(self) -> list[dict[str, Any]]:
         """Runs the remaining epochs; returns the history, a row an epoch.
 
         Raises:
@@ -271,12 +271,12 @@ class Loop:
         )
         callbacks.on_train_begin()
         first = self.progress["step"] // self.steps_per_epoch
-        self.engine = None  # The model may have changed since the last call.
+        self._made = None  # The model may have changed since the last call.
         for epoch in range(first, self.epochs):
             if self.progress["ended"]:
                 break
-            if self._changes_read_out(epoch) or self.engine is None:
-                self.engine = self._engine()
+            if self._changes_read_out(epoch):
+                self._made = None
             callbacks.on_epoch_begin(epoch)
             try:
                 self._epoch(epoch, callbacks)
@@ -301,7 +301,14 @@ class Loop:
         self.model.optimizer = None
         return self.progress["history"]
 
-    def _engine(self) -> engines.Engine:
+    @property
+    def engine(self) -> engines.Engine:
+        """The compiled step, made when it is needed first."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _make(self) -> engines.Engine:
         return self.make_step(
             self.model,
             self.optimizer,
@@ -316,7 +323,7 @@ class Loop:
             clip_norm=self.clip_norm,
         )
 
-    def _changes_read_out(self, epoch):
+    def _changes_read_out(self, epoch: int) -> bool:
         """Sets the read-out step of an epoch; returns whether it changed."""
         begun = [step for start, step in self.read_outs if start <= epoch]
         if not begun:
@@ -404,7 +411,7 @@ class Loop:
                 if number >= done:
                     yield number, batch
 
-    def _finish_epoch(self, epoch):
+    def _finish_epoch(self, epoch: int) -> dict[str, Any]:
         """Validates, saves the weights, the history and the state."""
         with averaged(self.model, self.optimizer):
             self._check_finite(epoch)
@@ -428,7 +435,7 @@ class Loop:
             raise Interrupted
         return row
 
-    def _row(self, epoch, found):
+    def _row(self, epoch: int, found: dict[str, Any]) -> dict[str, Any]:
         loss, accuracy, seconds = self.progress["sums"]
         rate = ops.convert_to_numpy(self.optimizer.learning_rate)
         return {
@@ -444,7 +451,7 @@ class Loop:
             "seconds": round(seconds, 3),
         }
 
-    def _check_finite(self, epoch):
+    def _check_finite(self, epoch: int) -> None:
         """Raises before weights that are not finite are saved.
 
         The loss of a step is computed before its update, so the last update of
@@ -457,7 +464,7 @@ class Loop:
                 epoch + 1, self.progress["step"], "weights are not finite"
             ) from error
 
-    def _check(self, row):
+    def _check(self, row: dict[str, Any]) -> None:
         """Raises if validation is not finite or an accuracy collapsed.
 
         Accuracies are compared only within the current read-out step.
@@ -488,7 +495,7 @@ class Loop:
                     f"{what} from {best:.1%} to {row[name]:.1%}",
                 )
 
-    def _restore(self, collapse):
+    def _restore(self, collapse: Collapsed) -> None:
         """Loads the weights of the last good epoch and ends the run."""
         checkpoints.load_weights(self.folder / "last.weights.h5", self.model)
         self.progress.update(
@@ -498,7 +505,7 @@ class Loop:
         )
         self.save()
 
-    def save(self):
+    def save(self) -> None:
         """Writes the state; see `save_state`."""
         checkpoints.save_state(
             self.folder / checkpoints.STATE,
@@ -511,7 +518,7 @@ class Loop:
         )
 
 
-def best_epoch(history):
+def best_epoch(history: list[dict[str, Any]]) -> int:
     """Returns the epoch of the best row among those at the last read-out step.
 
     The best row has the highest robust validation accuracy or, without one, the
@@ -525,7 +532,7 @@ def best_epoch(history):
     return rows[-1]["epoch"]
 
 
-def _since_read_out(history):
+def _since_read_out(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last rows of the history that have the same read-out step."""
     first = len(history)
     while first and history[first - 1]["read_out"] == history[-1]["read_out"]:
@@ -533,8 +540,8 @@ def _since_read_out(history):
     return history[first:]
 
 
-def _write_history(path, history):
-    def write(temporary):
+def _write_history(path: pathlib.Path, history: list[dict[str, Any]]) -> None:
+    def write(temporary: pathlib.Path) -> None:
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(
                 file,

@@ -14,9 +14,14 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras import ops
+
+from saccade.core.arrays import Tensor
+from saccade.training import objectives
 
 # Layers whose outputs are views of their inputs and need no memory.
 _VIEWS = (keras.layers.Flatten, keras.layers.Reshape, keras.layers.Identity)
@@ -46,19 +51,19 @@ def kept_bytes(model: keras.Model, batch_size: int) -> int:
         model: A functional `keras.Model`, which may contain other models.
         batch_size: Images in a step.
     """
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     frees = keras.config.backend() == "tensorflow"
     left_out = (*_VIEWS, *_NOT_NEEDED) if frees else _VIEWS
 
-    def known(x):
+    def known(x: Any) -> keras.KerasTensor:
         # Unknown dimensions are the number of random gazes, which is 1 in
         # training, and the number of unrolled steps, whose outputs are small.
         shape = [batch_size if x.shape[0] is None else x.shape[0]]
         shape += [1 if side is None else side for side in x.shape[1:]]
         return keras.KerasTensor(shape, x.dtype)
 
-    def counting(operation):
-        def call(*inputs, **options):
+    def counting(operation: Any) -> Callable[..., Any]:
+        def call(*inputs: Any, **options: Any) -> Any:
             if isinstance(operation, keras.Function):
                 return operation._run_through_graph(inputs[0], counting)
             options.pop("training", None)
@@ -72,10 +77,10 @@ def kept_bytes(model: keras.Model, batch_size: int) -> int:
 
     images = keras.KerasTensor((batch_size, *model.input_shape[1:]))
     model._run_through_graph(images, counting)
-    return _FLOAT * sum(map(math.prod, shapes))
+    return _FLOAT * sum(math.prod(shape) for shape in shapes)
 
 
-def passes(objective, num_classes: int) -> float:
+def passes(objective: objectives.Objective, num_classes: int) -> float:
     """Returns how many forward passes an objective keeps for one image.
 
     This is 1 for standard training and for Madry, and 2 for objectives that use
@@ -88,7 +93,7 @@ def passes(objective, num_classes: int) -> float:
     """
     rows = []
 
-    def logits_fn(images):
+    def logits_fn(images: Tensor) -> Tensor:
         rows.append(images.shape[0])
         brightness = ops.mean(images, axis=(1, 2, 3))
         return ops.zeros((images.shape[0], num_classes)) + brightness[:, None]
@@ -99,7 +104,10 @@ def passes(objective, num_classes: int) -> float:
 
 
 def step_bytes(
-    model: keras.Model, batch_size: int, objective, awp: bool = False
+    model: keras.Model,
+    batch_size: int,
+    objective: objectives.Objective,
+    awp: bool = False,
 ) -> int:
     """Returns the additional bytes that a training step needs.
 
@@ -142,7 +150,7 @@ def available() -> int | None:
     return min(found, default=None)
 
 
-def _of_machine():
+def _of_machine() -> Iterator[int]:
     try:
         text = pathlib.Path("/proc/meminfo").read_text()
     except OSError:
@@ -152,7 +160,9 @@ def _of_machine():
             yield 1024 * int(line.split()[1])
 
 
-def _of_container(root=pathlib.Path("/sys/fs/cgroup")):
+def _of_container(
+    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
+) -> Iterator[int]:
     for limit, current in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

@@ -1,6 +1,6 @@
 """Training objectives: which images a training step uses, and which loss.
 
-An objective has two parts (see `training_step.Objective`). `craft` makes the
+An objective has two parts (see `Objective`). `craft` makes the
 images before the loss is differentiated by the weights; it is None if the
 objective trains on clean images. `loss` computes the loss on those images.
 Neither depends on the optimizer, the training loop or the number of replicas.
@@ -18,7 +18,8 @@ the head logits, or of `Outputs.logits`.
 
 import dataclasses
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
 
 import keras
 from keras import ops
@@ -27,8 +28,10 @@ from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import losses
 from saccade.attacks import settings as attack_settings
+from saccade.attacks.base import LogitsFn
 from saccade.core import gradients, lp, randomness
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.training import settings
 
 TARGETS = tuple(attack_settings.TARGET.choices)
@@ -44,7 +47,9 @@ _TRADES_START = 1e-3  # Standard deviation of the start in the authors' code.
 # --- Losses of logits --------------------------------------------------------
 
 
-def cross_entropy(labels, logits, smoothing=0.0):
+def cross_entropy(
+    labels: Tensor, logits: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy with label smoothing.
 
     The target distribution is 1 - smoothing on the label plus smoothing /
@@ -70,7 +75,9 @@ def cross_entropy(labels, logits, smoothing=0.0):
     return (1.0 - smoothing) * hard + smoothing * spread
 
 
-def boosted_cross_entropy(labels, logits, smoothing=0.0):
+def boosted_cross_entropy(
+    labels: Tensor, logits: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy plus -log(1 - p) of the most likely wrong class.
 
     Args:
@@ -89,7 +96,7 @@ def boosted_cross_entropy(labels, logits, smoothing=0.0):
     return cross_entropy(labels, logits, smoothing) + hard
 
 
-def _logits(value):
+def _logits(value: Any) -> tuple[Tensor, Tensor]:
     """Returns the logits and the head logits, `(batch, heads, classes)`.
 
     Args:
@@ -105,7 +112,9 @@ def _logits(value):
     return logits, ops.cast(head_logits, "float32")
 
 
-def _pair(logits_fn, crafted, clean):
+def _pair(
+    logits_fn: LogitsFn, crafted: Tensor, clean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Calls the model once on both batches; see the module docstring.
 
     Returns:
@@ -118,7 +127,9 @@ def _pair(logits_fn, crafted, clean):
     return logits[:count], head_logits[:count], head_logits[count:]
 
 
-def _mean_over_heads(function, labels, *head_logits):
+def _mean_over_heads(
+    function: Callable[..., Tensor], labels: Tensor, *head_logits: Tensor
+) -> Tensor:
     """Averages a loss over the heads.
 
     Args:
@@ -141,6 +152,32 @@ def _mean_over_heads(function, labels, *head_logits):
 # --- Objectives --------------------------------------------------------------
 
 
+class Objective(Protocol):
+    """What a training step minimizes."""
+
+    @property
+    def craft(self) -> Callable[..., Tensor] | None:
+        """Makes the images for the loss; None: it uses the clean images.
+
+        Callable `(logits_fn, images, labels, keys)`. `logits_fn` runs the model
+        in inference mode, or in training mode if the objective has a true
+        `train_mode`. With a warm-up of epsilon it also receives `scale`, the
+        factor of the radius.
+        """
+
+    def loss(
+        self,
+        logits_fn: LogitsFn,
+        clean: Tensor,
+        crafted: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the losses, `(batch,)`, and the logits for the accuracy.
+
+        `logits_fn` runs the model in training mode.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Standard:
     """Standard training: cross-entropy on the clean images.
@@ -154,17 +191,23 @@ class Standard:
     label_smoothing: float = dataclasses.field(default=0.0, kw_only=True)
 
     # Standard training has no attack and crafts no images.
-    attack = None
-    craft = None
+    attack: Any = None
+    craft: ClassVar[Callable[..., Tensor] | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 "Expected label_smoothing in [0, 1). Received: "
                 f"label_smoothing={self.label_smoothing:g}."
             )
 
-    def loss(self, logits_fn, clean, crafted, labels):
+    def loss(
+        self,
+        logits_fn: LogitsFn,
+        clean: Tensor,
+        crafted: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Returns the losses, `(batch,)`, and the logits on `crafted`.
 
         Args:
@@ -178,7 +221,7 @@ class Standard:
         losses = _mean_over_heads(self._cross_entropy, labels, head_logits)
         return losses, logits
 
-    def _cross_entropy(self, labels, logits):
+    def _cross_entropy(self, labels: Tensor, logits: Tensor) -> Tensor:
         return cross_entropy(labels, logits, self.label_smoothing)
 
 
@@ -196,7 +239,7 @@ class GaussianNoise(Standard):
 
     sigma: float = 8 / 255
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.sigma < math.inf:
             raise ValueError(
@@ -204,7 +247,14 @@ class GaussianNoise(Standard):
                 f"0 it is standard training. Received: sigma={self.sigma:g}."
             )
 
-    def craft(self, logits_fn, images, labels, keys, scale=1.0):
+    def craft(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        scale: Tensor | float = 1.0,
+    ) -> Tensor:
         """Adds the noise; see `Adversarial.craft`."""
         del logits_fn, labels
         keys = randomness.fold_in(keys, _NOISE_STREAM)
@@ -240,7 +290,7 @@ class Adversarial(Standard):
     # own attack loss.
     can_target: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.attack.epsilon > 0:
             raise ValueError(
@@ -259,10 +309,11 @@ class Adversarial(Standard):
                 "attack loss has no target. Received: "
                 f"target={self.target!r}."
             )
-        if getattr(self.attack, "step_length", 1.0) <= 0:
+        length = getattr(self.attack, "step_length", 1.0)
+        if length <= 0:
             raise ValueError(
                 "Expected step_size > 0 for adversarial training. Received: "
-                f"step_size={self.attack.step_length:g}."
+                f"step_size={length:g}."
             )
         if self.num_classes is not None:
             self.attack.fit(self.num_classes, self.target != "none")
@@ -274,7 +325,14 @@ class Adversarial(Standard):
                     f"{name}={value:g}."
                 )
 
-    def craft(self, logits_fn, images, labels, keys, scale=1.0):
+    def craft(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        scale: Tensor | float = 1.0,
+    ) -> Tensor:
         """Makes the adversarial images of a batch.
 
         Args:
@@ -293,12 +351,20 @@ class Adversarial(Standard):
         attack = self._scaled_attack(keys, scale)
         return attack.perturb(logits_fn, images, labels, keys, targets)
 
-    def loss(self, logits_fn, clean, crafted, labels):
+    def loss(
+        self,
+        logits_fn: LogitsFn,
+        clean: Tensor,
+        crafted: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """See `Standard.loss`."""
         logits, *pair = _pair(logits_fn, crafted, clean)
         return _mean_over_heads(self._pair_loss, labels, *pair), logits
 
-    def _pair_loss(self, labels, adversarial, clean):
+    def _pair_loss(
+        self, labels: Tensor, adversarial: Tensor, clean: Tensor
+    ) -> Tensor:
         """The loss, given the logits of adversarial and of clean images.
 
         Args:
@@ -311,7 +377,9 @@ class Adversarial(Standard):
         """
         raise NotImplementedError(type(self).__name__)
 
-    def _scaled_attack(self, keys, scale):
+    def _scaled_attack(
+        self, keys: Tensor, scale: Tensor | float
+    ) -> attack_base.Attack:
         if self.epsilon_per_image:
             keys = randomness.fold_in(keys, RADIUS_STREAM)
             scale = scale * (1.0 - randomness.uniform(keys, ()))
@@ -319,13 +387,15 @@ class Adversarial(Standard):
             return self.attack
         return self.attack.scaled(scale)
 
-    def _targets(self, logits_fn, images, labels, keys):
+    def _targets(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, keys: Tensor
+    ) -> Tensor | None:
         if self.target == "random":
             keys = randomness.fold_in(keys, _TARGET_STREAM)
         return losses.select_targets(
             self.target,
             labels,
-            self.num_classes,
+            self.num_classes or 0,  # Known where a target needs it.
             keys,
             lambda: losses.outputs_of(logits_fn(images)).logits,
         )
@@ -353,7 +423,7 @@ class Madry(Adversarial):
 
     clean_weight: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.clean_weight < 1:
             raise ValueError(
@@ -361,18 +431,26 @@ class Madry(Adversarial):
                 f"training. Received: clean_weight={self.clean_weight:g}."
             )
 
-    def loss(self, logits_fn, clean, crafted, labels):
+    def loss(
+        self,
+        logits_fn: LogitsFn,
+        clean: Tensor,
+        crafted: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """See `Standard.loss`."""
         if self._ignores_clean:
             return Standard.loss(self, logits_fn, clean, crafted, labels)
         return super().loss(logits_fn, clean, crafted, labels)
 
     @property
-    def _ignores_clean(self):
+    def _ignores_clean(self) -> bool:
         """Whether the loss does not depend on the clean images."""
         return not self.clean_weight
 
-    def _pair_loss(self, labels, adversarial, clean):
+    def _pair_loss(
+        self, labels: Tensor, adversarial: Tensor, clean: Tensor
+    ) -> Tensor:
         weight = self.clean_weight
         losses = (1.0 - weight) * self._cross_entropy(labels, adversarial)
         return losses + weight * self._cross_entropy(labels, clean)
@@ -398,10 +476,12 @@ class LogitPairing(Madry):
     weight: float = 0.5
 
     @property
-    def _ignores_clean(self):
+    def _ignores_clean(self) -> bool:
         return not self.clean_weight and not self.weight
 
-    def _pair_loss(self, labels, adversarial, clean):
+    def _pair_loss(
+        self, labels: Tensor, adversarial: Tensor, clean: Tensor
+    ) -> Tensor:
         losses = super()._pair_loss(labels, adversarial, clean)
         pairing = ops.mean(ops.square(adversarial - clean), axis=-1)
         return losses + self.weight * pairing
@@ -428,11 +508,18 @@ class TRADES(Adversarial):
 
     can_target: ClassVar[bool] = False
 
-    def craft(self, logits_fn, images, labels, keys, scale=1.0):
+    def craft(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        scale: Tensor | float = 1.0,
+    ) -> Tensor:
         """See `Adversarial.craft`."""
         clean = losses.outputs_of(logits_fn(images)).logits
 
-        def outputs_with_divergence(images):
+        def outputs_with_divergence(images: Tensor) -> Any:
             outputs = losses.outputs_of(logits_fn(images))
             divergence = losses.divergence(clean, outputs.logits)
             return outputs._replace(ascended=divergence)
@@ -444,7 +531,9 @@ class TRADES(Adversarial):
             outputs_with_divergence, images, labels, keys, start=start
         )
 
-    def _pair_loss(self, labels, adversarial, clean):
+    def _pair_loss(
+        self, labels: Tensor, adversarial: Tensor, clean: Tensor
+    ) -> Tensor:
         divergence = losses.divergence(clean, adversarial)
         return self._cross_entropy(labels, clean) + self.weight * divergence
 
@@ -467,7 +556,9 @@ class MART(Adversarial):
 
     weight: float = 5.0
 
-    def _pair_loss(self, labels, adversarial, clean):
+    def _pair_loss(
+        self, labels: Tensor, adversarial: Tensor, clean: Tensor
+    ) -> Tensor:
         boosted = boosted_cross_entropy(
             labels, adversarial, self.label_smoothing
         )
@@ -501,11 +592,18 @@ class LocalLinearity(Adversarial):
 
     can_target: ClassVar[bool] = False
 
-    def craft(self, logits_fn, images, labels, keys, scale=1.0):
+    def craft(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        scale: Tensor | float = 1.0,
+    ) -> Tensor:
         """See `Adversarial.craft`."""
         images = ops.convert_to_tensor(images, dtype="float32")
 
-        def loss_and_outputs(images):
+        def loss_and_outputs(images: Tensor) -> Any:
             outputs = losses.outputs_of(logits_fn(images))
             return losses.cross_entropy(outputs.logits, labels), outputs
 
@@ -513,7 +611,7 @@ class LocalLinearity(Adversarial):
             lambda x: loss_and_outputs(x)[0], images
         )
 
-        def outputs_with_gap(adversarial):
+        def outputs_with_gap(adversarial: Tensor) -> Any:
             loss, outputs = loss_and_outputs(adversarial)
             slope = _inner_product(adversarial - images, grad)
             gap = ops.abs(loss - clean_loss - slope)
@@ -530,12 +628,18 @@ class LocalLinearity(Adversarial):
             outputs_with_gap, images, labels, keys, start=start
         )
 
-    def loss(self, logits_fn, clean, crafted, labels):
+    def loss(
+        self,
+        logits_fn: LogitsFn,
+        clean: Tensor,
+        crafted: Tensor,
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """See `Standard.loss`."""
         count = ops.shape(crafted)[0]
         both = ops.concatenate([crafted, clean], axis=0)
 
-        def clean_losses(both):
+        def clean_losses(both: Tensor) -> Any:
             logits, head_logits = _logits(logits_fn(both))
             adversarial_loss, clean_loss = (
                 _mean_over_heads(self._cross_entropy, labels, part)
@@ -555,7 +659,7 @@ class LocalLinearity(Adversarial):
         return losses + self.slope_weight * ops.abs(slope), logits
 
 
-def _inner_product(a, b):
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of two batches of images, shape `(batch,)`."""
     return ops.sum(a * b, axis=(1, 2, 3))
 
@@ -601,7 +705,7 @@ SETTINGS = {
 # Number of steps, and step size in units of epsilon (None: the default of the
 # attack). The LLR paper gives no step size for its 10 steps. The authors' code
 # uses Adam, like --adv_attack=pgd_adam, and other weights of the terms.
-_DEFAULT_STEPS = {
+_DEFAULT_STEPS: dict[str, tuple[int, float | None]] = {
     "madry": (7, None),
     "alp": (7, None),
     "fast": (1, 1.25),
@@ -609,7 +713,7 @@ _DEFAULT_STEPS = {
     "mart": (10, 0.25),
     "llr": (10, None),
 }
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "norm": "linf",
     "epsilon": 8 / 255,
     "epsilon_per_image": False,
@@ -629,7 +733,7 @@ class AdversarialConfig(settings.AdversarialSettings):
     are those of Madry et al. on CIFAR-10.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known_names.require("objective", self.objective, OBJECTIVES)
         known = _settings(self.objective, self.attack)
         for name, value in self._given().items():
@@ -646,13 +750,18 @@ class AdversarialConfig(settings.AdversarialSettings):
         # not known yet.
         self.build(num_classes=_MANY_CLASSES)
 
-    def _given(self):
+    def _given(self) -> dict[str, Any]:
         """The settings that are not None, by name."""
         names = [field.name for field in dataclasses.fields(self)]
         values = {name: getattr(self, name) for name in names[1:]}
         return {k: v for k, v in values.items() if v is not None}
 
-    def _default(self, name):
+    @property
+    def _radius(self) -> float:
+        """Epsilon, which every objective with an attack has."""
+        return cast(float, self.epsilon)
+
+    def _default(self, name: str) -> Any:
         if name in _DEFAULTS:
             return _DEFAULTS[name]
         steps, length = _DEFAULT_STEPS.get(self.objective, (None, None))
@@ -661,7 +770,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         if name == "step_size":
             if length is None or self.attack not in (None, "pgd"):
                 return None
-            return length * self.epsilon
+            return length * self._radius
         kinds = OBJECTIVES[self.objective], self._attack_class()
         return next(
             field.default
@@ -670,10 +779,10 @@ class AdversarialConfig(settings.AdversarialSettings):
             if field.name == name
         )
 
-    def _attack_class(self):
+    def _attack_class(self) -> type:
         return gradient_attacks.ATTACKS[self.attack or "pgd"]
 
-    def override(self, **changes):
+    def override(self, **changes: Any) -> "AdversarialConfig":
         """Returns the config with some settings changed; None keeps a setting.
 
         - A new epsilon changes the step size in proportion.
@@ -712,19 +821,19 @@ class AdversarialConfig(settings.AdversarialSettings):
                 if name in kept and name in own
             }
         if kept.get("step_size") is not None and "epsilon" in changes:
-            kept["step_size"] *= changes["epsilon"] / self.epsilon
+            kept["step_size"] *= changes["epsilon"] / self._radius
         return AdversarialConfig(**{"objective": objective, **kept, **changes})
 
-    def _shared_with(self, objective):
+    def _shared_with(self, objective: str) -> dict[str, Any]:
         """The settings that another objective keeps, a dict."""
         if objective == "noise":
             return {"sigma": self.epsilon}
-        shared = _THREAT_MODEL
+        shared: tuple[str, ...] = _THREAT_MODEL
         if {objective, self.objective} == {"madry", "alp"}:
             shared = (*_THREAT_MODEL, *_STEPS, *_TARGET)
         return {k: v for k, v in self._given().items() if k in shared}
 
-    def build(self, num_classes, label_smoothing=0.0):
+    def build(self, num_classes: int, label_smoothing: float = 0.0) -> Standard:
         """Returns the objective for a model with `num_classes` classes.
 
         Args:
@@ -743,7 +852,7 @@ class AdversarialConfig(settings.AdversarialSettings):
             settings.update(attack=attack, num_classes=num_classes)
         return kind(**settings, label_smoothing=label_smoothing)
 
-    def _build_attack(self):
+    def _build_attack(self) -> attack_base.Attack:
         kind = self._attack_class()
         known = {field.name for field in dataclasses.fields(kind)}
         settings = {k: v for k, v in self._given().items() if k in known}
@@ -754,7 +863,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         if "rates" in known:
             rate = self.step_size
             if rate is None:
-                rate = min(1.0, 2.5 / self.steps) * self.epsilon
+                rate = min(1.0, 2.5 / (self.steps or 1)) * self._radius
             settings.update(rates=(rate,), boundaries=())
         return kind(**settings)
 
@@ -762,7 +871,7 @@ class AdversarialConfig(settings.AdversarialSettings):
 _MANY_CLASSES = 1000  # Enough for every loss and target.
 
 
-def _settings(objective, attack=None):
+def _settings(objective: str, attack: str | None = None) -> tuple[str, ...]:
     """The settings of an objective with an attack; None is PGD."""
     names = SETTINGS[objective]
     if "attack" not in names:

@@ -6,11 +6,14 @@ of a paper has a name and the settings of its adversarial training.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from saccade.core import settings as core_settings
+from saccade.core.arrays import Tensor
 from saccade.training import objectives, settings
 
 
@@ -23,11 +26,11 @@ class Recipe(settings.RecipeSettings):
         - [Goyal et al., 2017](https://arxiv.org/abs/1706.02677)
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         core_settings.check(self)
         _check_read_outs(self.read_outs)
 
-    def override(self, **changes):
+    def override(self, **changes: Any) -> "Recipe":
         """Returns the recipe with some settings changed; None keeps a setting.
 
         The epochs of drops, warm-up and read-outs scale with `epochs`.
@@ -71,12 +74,14 @@ class Recipe(settings.RecipeSettings):
         return found
 
 
-def _too_close(edges):
+def _too_close(edges: Sequence[float]) -> bool:
     """Whether two successive epochs are less than 1 apart."""
     return any(b - a < 1 for a, b in zip(edges, edges[1:], strict=False))
 
 
-def _reach_last_read_out(pairs, epochs):
+def _reach_last_read_out(
+    pairs: Sequence[tuple[float, Any]], epochs: float
+) -> Any:
     """Starts every read-out step in the last epoch at the latest.
 
     Otherwise a short run would never train the last read-out step.
@@ -85,7 +90,7 @@ def _reach_last_read_out(pairs, epochs):
     return tuple({min(start, latest): step for start, step in pairs}.items())
 
 
-def _check_read_outs(pairs):
+def _check_read_outs(pairs: Sequence[tuple[float, Any]]) -> None:
     starts = [start for start, _ in pairs]
     if pairs and (starts[0] != 0 or starts != sorted({*starts})):
         raise ValueError(
@@ -99,7 +104,7 @@ def _check_read_outs(pairs):
             )
 
 
-def parse_read_outs(text):
+def parse_read_outs(text: str) -> tuple[tuple[float, int], ...]:
     """Reads pairs (epoch, step).
 
     Examples:
@@ -340,7 +345,7 @@ BY_MODEL = {
 _AT_224 = ("s3ta", "s3ta_16", "denoise", "advex", "at_imagenet")
 
 
-def by_model(model, dataset, options):
+def by_model(model: str, dataset: str, options: dict[str, Any]) -> str | None:
     """Returns the name of the default recipe of a model, or None.
 
     Args:
@@ -354,7 +359,7 @@ def by_model(model, dataset, options):
     return name
 
 
-def image_size(name, dataset):
+def image_size(name: str | None, dataset: str) -> int | None:
     """Returns the image side of a paper's recipe on ImageNet; None otherwise.
 
     Args:
@@ -367,7 +372,9 @@ def image_size(name, dataset):
 # --- The optimizer -----------------------------------------------------------
 
 
-def make_optimizer(recipe, steps_per_epoch, precision="float32"):
+def make_optimizer(
+    recipe: Recipe, steps_per_epoch: int, precision: str = "float32"
+) -> keras.optimizers.Optimizer:
     """Builds the optimizer of a recipe, with its learning rate schedule.
 
     Args:
@@ -440,20 +447,20 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(
         self,
-        kind,
-        rate,
-        total,
-        drops=(),
-        warmup=0.0,
-        start=0.0,
-        decay=0.0,
-        peak=0.4,
-    ):
+        kind: str,
+        rate: float,
+        total: int,
+        drops: Sequence[Sequence[float]] = (),
+        warmup: float = 0.0,
+        start: float = 0.0,
+        decay: float = 0.0,
+        peak: float = 0.4,
+    ) -> None:
         self.kind, self.rate, self.total = kind, rate, total
         self.drops, self.warmup = tuple(map(tuple, drops)), warmup
         self.start, self.decay, self.peak = start, decay, peak
 
-    def __call__(self, step):
+    def __call__(self, step: Tensor) -> Tensor:
         step = ops.cast(step, "float32")
         factor = ops.ones_like(step)
         if self.kind == "cosine":
@@ -473,7 +480,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             factor = factor * (self.start + (1.0 - self.start) * risen)
         return self.rate * factor / (1.0 + self.decay * step)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "kind": self.kind,
             "rate": self.rate,

@@ -7,9 +7,8 @@ Adversarial images are crafted first, with constant weights. The loss on them is
 differentiated afterwards.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -40,27 +39,6 @@ _UNIT = np.arange(256, dtype="float32") / np.float32(255)
 _TINY = 1e-12  # Avoids 0/0 for a zero gradient.
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a training step minimizes.
-
-    The classes of the module `objectives` have the same interface.
-
-    Attributes:
-        loss: Callable `(logits_fn, clean, crafted, labels)` that returns the
-            losses, shape `(batch,)`, and the logits for the accuracy.
-            `logits_fn` runs the model in training mode.
-        craft: Callable `(logits_fn, images, labels, keys)` that returns the
-            images for the loss. None: the loss uses the clean images.
-            `logits_fn` runs the model in inference mode, or in training mode
-            if the objective has a true `train_mode`. With a warm-up of epsilon
-            it also receives `scale`, the factor of the radius.
-    """
-
-    loss: Callable[..., Any]
-    craft: Callable[..., Any] | None = None
-
-
 STANDARD = objectives.Standard()
 
 
@@ -70,7 +48,7 @@ STANDARD = objectives.Standard()
 def make_step(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
-    objective: "Objective | objectives.Standard",
+    objective: objectives.Objective,
     **settings: Any,
 ) -> engines.Engine:
     """Builds the compiled training step of the active backend.
@@ -79,7 +57,7 @@ def make_step(
         model: A built `keras.Model` from images to logits. On TensorFlow the
             step runs under the current distribution strategy.
         optimizer: A `keras.optimizers.Optimizer`, built on the model.
-        objective: An `Objective`.
+        objective: An `objectives.Objective`.
         **settings: Further arguments of `Step`.
 
     Returns:
@@ -179,7 +157,7 @@ class Step:
     def __init__(
         self,
         model: keras.Model,
-        objective: "Objective | objectives.Standard",
+        objective: objectives.Objective,
         *,
         seed: int = 0,
         augmentation: augment.Augmentation | None = None,
@@ -364,7 +342,8 @@ class Step:
         Returns:
             The new perturbation.
         """
-        attack = self.objective.attack
+        # `StepConfig.check` has refused other objectives.
+        attack = cast(objectives.Madry, self.objective).attack
         epsilon = self.epsilon_scale(step) * attack.epsilon
         direction = lp.ascent_direction(
             gradients.clean_gradient(grad), attack.norm

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from toys import Unrolled
+from toys import Objective, Unrolled
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.core import randomness, run_folder
@@ -45,9 +45,7 @@ FREE = {
 }
 THRICE = training_config.StepConfig(replays=3)
 READ_OUTS = ((0, 1), (1, 3))
-ADVERSARIAL = training_step.Objective(
-    loss=training_step.STANDARD.loss, craft=fgsm
-)
+ADVERSARIAL = Objective(loss=training_step.STANDARD.loss, craft=fgsm)
 
 
 def split(count=40, seed=0):
@@ -304,7 +302,7 @@ class TestLoop:
 
     @pytest.mark.every_backend
     def test_nonfinite_loss_raises_and_names_the_step(self, tmp_path):
-        bad = training_step.Objective(
+        bad = Objective(
             loss=lambda f, clean, crafted, labels: (
                 f(crafted)[:, 0] * np.float32("nan"),
                 f(crafted),

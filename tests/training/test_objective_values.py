@@ -10,6 +10,7 @@ import pytest
 from keras import layers, ops
 from norms import array, norm_of
 from scipy import special, stats
+from toys import Objective
 
 from saccade.attacks import losses
 from saccade.attacks.gradient import ATTACKS, FGSM, MIM, PGD, PGDAdam
@@ -433,7 +434,7 @@ def test_training_step_updates_the_batch_statistics_once(name):
         return ops.minimum(ops.maximum(crafted, CRAFTED), CRAFTED)
 
     step_fn = training_step.make_step(
-        model, optimizer, training_step.Objective(objective.loss, craft)
+        model, optimizer, Objective(objective.loss, craft)
     )
     before = [array(v) for v in model.trainable_variables]
     indices = np.arange(COUNT, dtype="int32")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from norms import array, norm_of
+from toys import Objective
 
 from saccade.attacks import base as attack_base
 from saccade.attacks import losses
@@ -259,7 +260,7 @@ class TestMadry:
 
         standard = accuracies(training_step.STANDARD)
         madry = Madry(attack)
-        robust = accuracies(training_step.Objective(madry.loss, madry.craft))
+        robust = accuracies(Objective(madry.loss, madry.craft))
         assert standard[0] > 0.95 and standard[1] < 0.1
         assert min(robust) == pytest.approx(0.8, abs=0.06)
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from toys import Jitter
+from toys import Jitter, Objective
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.data import augment
@@ -109,7 +109,7 @@ def test_l2_shrinks_only_kernels_of_convolutions_and_dense_layers():
     before = {id(v): numpy(v) for v in model.trainable_variables}
     shrunk = [model.layers[0].kernel, model.layers[-1].kernel]
     step_fn = training_step.make_step(
-        model, optimizer, training_step.Objective(zero_loss), l2=0.2
+        model, optimizer, Objective(zero_loss), l2=0.2
     )
     images = np.random.default_rng(0).random((COUNT, 6, 6, 1)).astype("f4")
     _, labels, indices = batch()
@@ -215,7 +215,7 @@ def test_activity_losses_are_minimized_too():
     outputs = Penalty()(case.head(layers.Flatten()(inputs)))
     model = keras.Model(inputs, outputs)
     step_fn = training_step.make_step(
-        model, case.optimizer, training_step.Objective(zero_loss)
+        model, case.optimizer, Objective(zero_loss)
     )
     images, labels, indices = batch()
     flat = images.reshape(COUNT, -1)
@@ -353,7 +353,7 @@ def test_epsilon_warmup_is_linear_and_traces_once():
 
     case = Linear(rate=0.0)
     step_fn = case.make_step(
-        training_step.Objective(FAST.loss, craft),
+        Objective(FAST.loss, craft),
         config=StepConfig(epsilon_warmup=2.0),
         steps_per_epoch=2,
     )
@@ -382,7 +382,7 @@ def convolutional():
 
 def prepare(model, craft, train_mode=False, crafting_model=None):
     """Crafts one batch as a step does."""
-    objective = training_step.Objective(None, craft)
+    objective = Objective(None, craft)
     object.__setattr__(objective, "train_mode", train_mode)
     run = training_step.Step(
         model,
