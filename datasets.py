@@ -14,9 +14,11 @@ files are read.
 
 import dataclasses
 import pathlib
-from typing import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from saccade.core import names as known_names
@@ -39,13 +41,14 @@ CorruptImageError = image_files.CorruptImageError
 # Decoded splits up to this many bytes are kept in memory.
 IN_MEMORY_BYTES = 3 * 2**29
 _DIGITS = tuple("0123456789")
+RESIZES = ("short_side", "handover")
 
 
 # ---------------------------------------------------------------------------
 # Loading by name
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Request:
     """The arguments of `load`, checked."""
 
@@ -89,29 +92,29 @@ class _Row:
     also: Callable | None = None
 
 
-def names():
+def names() -> tuple[str, ...]:
     """Returns the names that `load` knows."""
     return tuple(_TABLE)
 
 
-def sizes(name):
+def sizes(name: str) -> tuple[int, ...]:
     """Returns the sides of a set's images in pixels; none if any will do."""
     return _TABLE[name].sizes
 
 
 def load(
-    name,
+    name: str,
     *,
-    data_dir=None,
-    image_size=None,
-    seed=0,
-    skip_corrupt=False,
-    download=False,
-    class_list_file=None,
-    validation_fraction=0.05,
-    resize=None,
-    test_only=False,
-):
+    data_dir: str | pathlib.Path | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    skip_corrupt: bool = False,
+    download: bool = False,
+    class_list_file: str | None = None,
+    validation_fraction: float = 0.05,
+    resize: str | None = None,
+    test_only: bool = False,
+) -> image_splits.Dataset:
     """Loads a data set.
 
     Args:
@@ -150,27 +153,32 @@ def load(
         FileNotFoundError: If the files are not there: says what to put where.
         CorruptImageError: If an image cannot be read.
     """
-    _check_arguments(
-        name, image_size, class_list_file, resize, seed, validation_fraction
-    )
     request = _Request(
-        name,
-        _data_folder(name, data_dir, download),
-        image_size,
-        seed,
-        skip_corrupt,
-        download,
-        class_list_file,
-        validation_fraction,
-        resize,
-        test_only,
+        name=name,
+        data_dir=None,
+        image_size=image_size,
+        seed=seed,
+        skip_corrupt=skip_corrupt,
+        download=download,
+        class_list_file=class_list_file,
+        validation_fraction=validation_fraction,
+        resize=resize,
+        test_only=test_only,
     )
+    _check(request)
+    folder = _data_folder(name, data_dir, download)
+    request = dataclasses.replace(request, data_dir=folder)
     row = _TABLE[name]
     found = row.load(request, _find(request))
     return dataclasses.replace(found, sizes=row.sizes)
 
 
-def require(name, *, data_dir=None, download=False):
+def require(
+    name: str,
+    *,
+    data_dir: str | pathlib.Path | None = None,
+    download: bool = False,
+) -> None:
     """Says at once if the files of a data set are not there.
 
     It looks for the files that `load` starts from and opens none, so that a
@@ -187,36 +195,41 @@ def require(name, *, data_dir=None, download=False):
     """
     known_names.require("dataset", name, names())
     folder = _data_folder(name, data_dir, download)
-    _find(_Request(name, folder, download=download))
+    _find(_Request(name=name, data_dir=folder, download=download))
 
 
-def _check_arguments(name, image_size, class_list_file, resize, seed, fraction):
+def _check(request: _Request) -> None:
+    """Raises a ValueError if an argument of `load` does not fit."""
+    name, fraction = request.name, request.validation_fraction
     known_names.require("dataset", name, names())
     if not 0 <= fraction < 1:
         raise ValueError(
             "Expected validation_fraction in [0, 1). Received: "
             f"validation_fraction={fraction}"
         )
-    if seed < 0:
-        raise ValueError(f"Expected a seed >= 0. Received: seed={seed}")
-    if resize is not None:
-        known_names.require("resize", resize, ("short_side", "handover"))
-    if class_list_file is not None and name not in _IMAGENETS:
+    if request.seed < 0:
+        raise ValueError(f"Expected a seed >= 0. Received: seed={request.seed}")
+    if request.resize is not None:
+        known_names.require("resize", request.resize, RESIZES)
+    if request.class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
             f"A class list goes with {', '.join(_IMAGENETS)}. Received: "
-            f"class_list_file={str(class_list_file)!r} with {name}"
+            f"class_list_file={str(request.class_list_file)!r} with {name}"
         )
-    sizes = _TABLE[name].sizes
-    fits = image_size is None or image_size in sizes
-    if not (fits or not sizes and image_size > 0):
+    sizes, size = _TABLE[name].sizes, request.image_size
+    if size is None or size in sizes:
+        return
+    if sizes or size <= 0:
         known = " or ".join(str(size) for size in sizes) or "any number of"
         raise ValueError(
             f"The images of {name} are {known} pixels wide; --image_size can "
-            f"be left out. Received: image_size={image_size}"
+            f"be left out. Received: image_size={size}"
         )
 
 
-def _data_folder(name, data_dir, download):
+def _data_folder(
+    name: str, data_dir: str | pathlib.Path | None, download: bool
+) -> pathlib.Path | None:
     """Returns `data_dir` as a path that exists and holds something."""
     if data_dir is None:
         return None
@@ -237,7 +250,7 @@ def _data_folder(name, data_dir, download):
     return folder
 
 
-def _find(request):
+def _find(request: _Request) -> list[pathlib.Path]:
     """The paths a set begins with; none if it is embedded or in TFDS."""
     row = _TABLE[request.name]
     found = []
@@ -256,7 +269,7 @@ def _find(request):
     raise _missing(request, row.begins_with)
 
 
-def _missing(request, looked_for):
+def _missing(request: _Request, looked_for: str) -> FileNotFoundError:
     """The error for files that are not where they should be."""
     where = request.data_dir or "no --data_dir given"
     return FileNotFoundError(
@@ -265,7 +278,13 @@ def _missing(request, looked_for):
     )
 
 
-def _dataset(request, class_names, splits, source, **more):
+def _dataset(
+    request: _Request,
+    class_names: Sequence[str],
+    splits: Mapping[str, image_splits.Split],
+    source: str,
+    **more: Any,
+) -> image_splits.Dataset:
     """A `Dataset` of splits, of which there may be no `"validation"`."""
     test, train, validation = splits["test"], None, None
     held_out = "validation" not in splits
@@ -292,7 +311,7 @@ def _dataset(request, class_names, splits, source, **more):
 # Sets that are embedded, or in one or a few files
 
 
-def _load_cluttered_digits(request, _):
+def _load_cluttered_digits(request: _Request, _: Any) -> image_splits.Dataset:
     made = cluttered_digits.make(request.seed)
     splits = {
         name: pipeline.scaled(name, images.__getitem__, labels, boxes)
@@ -301,7 +320,9 @@ def _load_cluttered_digits(request, _):
     return _dataset(request, _DIGITS, splits, "embedded")
 
 
-def _load_mnist(request, found):
+def _load_mnist(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     if not found:
         return _load_tfds(request, _DIGITS, "L")
     folder = found[0].parent
@@ -315,7 +336,9 @@ def _load_mnist(request, found):
     return _array_dataset(request, _DIGITS, arrays, str(folder))
 
 
-def _idx_file(request, folder, pattern):
+def _idx_file(
+    request: _Request, folder: pathlib.Path, pattern: str
+) -> pathlib.Path:
     """The idx file, compressed or not."""
     found = sorted([*folder.glob(f"{pattern}.gz"), *folder.glob(pattern)])
     if not found:
@@ -323,7 +346,9 @@ def _idx_file(request, folder, pattern):
     return found[0]
 
 
-def _load_usps(request, found):
+def _load_usps(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     path = found[0]
     arrays = {}
     for split in ("train", "test"):
@@ -339,7 +364,7 @@ def _load_usps(request, found):
     return _array_dataset(request, _DIGITS, arrays, str(path))
 
 
-def _as_mnist(digit):
+def _as_mnist(digit: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """16 pixels to 20 and a border of 4: where MNIST has its digits.
 
     The padding decides more about MNIST models on USPS than their training.
@@ -349,7 +374,9 @@ def _as_mnist(digit):
     return np.pad(np.clip(np.asarray(image), 0, 1), 4)
 
 
-def _load_cluttered_mnist(request, found):
+def _load_cluttered_mnist(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     wanted = {f"{a}_{s}" for a in "Xy" for s in ("train", "valid", "test")}
     for path in found:
         stored = formats.read_npz(path, sorted(wanted))
@@ -379,7 +406,9 @@ _CIFAR10 = (
 )
 
 
-def _load_cifar10(request, found):
+def _load_cifar10(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     if not found:
         return _load_tfds(request, _CIFAR10, "RGB")
     folder = found[0].parent
@@ -396,14 +425,19 @@ def _load_cifar10(request, found):
         for path in paths:
             if not path.is_file():
                 raise _missing(request, f"{path.name} in {folder}")
-        images, labels = zip(*(read(p, 3072) for p in paths), strict=True)
-        images = np.concatenate(images).reshape(-1, 3, 32, 32)
+        rows, labels = zip(*(read(p, 3072) for p in paths), strict=True)
+        images = np.concatenate(rows).reshape(-1, 3, 32, 32)
         images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
         arrays[split] = (images, np.concatenate(labels), folder)
     return _array_dataset(request, _CIFAR10, arrays, str(folder))
 
 
-def _array_dataset(request, class_names, arrays, source):
+def _array_dataset(
+    request: _Request,
+    class_names: Sequence[str],
+    arrays: Mapping[str, tuple],
+    source: str,
+) -> image_splits.Dataset:
     """A `Dataset` of arrays: a dict from splits to images, labels and path."""
     splits = {name: _labelled(name, *found) for name, found in arrays.items()}
     if not request.test_only:
@@ -420,7 +454,9 @@ def _array_dataset(request, class_names, arrays, source):
     return _dataset(request, class_names, splits, source)
 
 
-def _unit_range(images, path):
+def _unit_range(
+    images: npt.NDArray[Any], path: pathlib.Path
+) -> npt.NDArray[Any]:
     if images.dtype == np.uint8:
         return images
     images = images.astype(np.float32)
@@ -432,7 +468,12 @@ def _unit_range(images, path):
     return images
 
 
-def _labelled(name, images, labels, path):
+def _labelled(
+    name: str,
+    images: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    path: pathlib.Path,
+) -> image_splits.Split:
     """A split of ten classes from foreign arrays, checked."""
     if len(images) != len(labels) or not len(labels):
         raise ValueError(
@@ -452,8 +493,15 @@ def _labelled(name, images, labels, path):
 
 
 def _encoded_dataset(
-    request, class_names, encoded, source, size, resize, mode="RGB", **more
-):
+    request: _Request,
+    class_names: Sequence[str],
+    encoded: Mapping[str, image_files.Encoded],
+    source: str,
+    size: int,
+    resize: str | None,
+    mode: str = "RGB",
+    **more: Any,
+) -> image_splits.Dataset:
     """A `Dataset` of `image_files.Encoded` splits, every image checked."""
     if request.test_only:
         encoded = {"test": encoded["test"]}
@@ -489,10 +537,12 @@ def _encoded_dataset(
     return _dataset(request, class_names, splits, source, **more)
 
 
-def _check_classes(split, class_names, request):
+def _check_classes(
+    split: image_splits.Split, class_names: Sequence[str], request: _Request
+) -> None:
     counts = np.bincount(split.labels, minlength=len(class_names))
     if not counts.all():
-        empty = [class_names[i] for i in np.flatnonzero(counts == 0)]
+        empty = [class_names[int(i)] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
             f"No image of class {class_folders.some(empty)} in the "
             f"{split.name} split of {request.name} (data folder "
@@ -500,7 +550,9 @@ def _check_classes(split, class_names, request):
         )
 
 
-def _load_folder(request, found):
+def _load_folder(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     train = found[0]
     root = train.parent
     held = class_folders.first_folder(root, ("val", "validation", "valid"))
@@ -511,12 +563,12 @@ def _load_folder(request, found):
     if not classes:
         raise ValueError(f"Expected class folders in {train}; it has none.")
     folders = {"train": train, "test": test}
-    if held not in (None, test):
+    if held is not None and held != test:
         folders["validation"] = held
     encoded = {}
     for split, folder in folders.items():
-        found = class_folders.listing(folder, directories=True)
-        foreign = sorted(set(found) - set(classes))
+        present = class_folders.listing(folder, directories=True)
+        foreign = sorted(set(present) - set(classes))
         if foreign:
             raise ValueError(
                 f"{folder} has the class folder {class_folders.some(foreign)}, "
@@ -533,7 +585,9 @@ _BOXED = "bbox_imagenet10"
 _IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet", _BOXED)
 
 
-def _load_imagenet(request, found):
+def _load_imagenet(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
     wnids, class_names, record = imagenet.class_list(
         request.class_list_file
         or imagenet.CLASS_LISTS / f"{request.name.removeprefix('bbox_')}.txt",
@@ -546,18 +600,25 @@ def _load_imagenet(request, found):
         encoded = _imagenet_files(request, found[0], wnids)
     else:
         encoded, source = _tfds_images(request, wnids)
-    more = {"class_list": record, "wnids": wnids}
     return _encoded_dataset(
-        request, class_names, encoded, source, size, resize, **more
+        request,
+        class_names,
+        encoded,
+        source,
+        size,
+        resize,
+        class_list=record,
     )
 
 
-def _imagenet_files(request, train, wnids):
+def _imagenet_files(
+    request: _Request, train: pathlib.Path, wnids: Sequence[str]
+) -> dict[str, image_files.Encoded]:
     root = train.parent
     val = class_folders.first_folder(root, ("val", "validation"))
     if val is None:
         raise _missing(request, f"val folder beside {train}")
-    places = [val, root, root / "data", request.data_dir]
+    places = [val, root, root / "data", *_given(request.data_dir)]
     files = {}
     if not request.test_only:
         files["train"] = class_folders.class_files(train, wnids)
@@ -565,13 +626,22 @@ def _imagenet_files(request, train, wnids):
     if request.name == _BOXED:
         boxes = _annotations(request, train)
         return {
-            name: _boxed_files(request, *found, boxes)
-            for name, found in files.items()
+            name: _boxed_files(request, paths, labels, boxes)
+            for name, (paths, labels) in files.items()
         }
     return {name: image_files.of_files(*found) for name, found in files.items()}
 
 
-def _boxed_files(request, paths, labels, boxes):
+def _given(folder: pathlib.Path | None) -> list[pathlib.Path]:
+    return [] if folder is None else [folder]
+
+
+def _boxed_files(
+    request: _Request,
+    paths: Sequence[str],
+    labels: Sequence[int],
+    boxes: pathlib.Path,
+) -> image_files.Encoded:
     """The images that have a box, which they are cropped to."""
     places = [boxes / "train", boxes / "val", boxes]
     paths, labels, found = bounding_boxes.annotated(paths, labels, places)
@@ -582,11 +652,11 @@ def _boxed_files(request, paths, labels, boxes):
     )
 
 
-def _annotations(request, train):
+def _annotations(request: _Request, train: pathlib.Path) -> pathlib.Path:
     """The folder of the bounding boxes."""
     root = train.parent
     found = bounding_boxes.find_folder(
-        (root, *root.parents[:2], request.data_dir)
+        (root, *root.parents[:2], *_given(request.data_dir))
     )
     if found is None:
         raise _missing(request, f"Annotations/ folder beside {train}")
@@ -597,7 +667,9 @@ def _annotations(request, train):
 # Sets prepared by TFDS
 
 
-def _load_tfds(request, class_names, mode):
+def _load_tfds(
+    request: _Request, class_names: Sequence[str], mode: str
+) -> image_splits.Dataset:
     encoded, source = _tfds_images(request, None)
     (size,) = _TABLE[request.name].sizes
     return _encoded_dataset(
@@ -605,14 +677,16 @@ def _load_tfds(request, class_names, mode):
     )
 
 
-def _tfds_images(request, wnids):
+def _tfds_images(
+    request: _Request, wnids: Sequence[str] | None
+) -> tuple[dict[str, image_files.Encoded], str]:
     """Returns encoded images of a prepared set, and where they lie.
 
     Args:
         request: A `_Request`.
         wnids: None for all classes in their order, or those to pick.
     """
-    name, test = _TABLE[request.name].tfds
+    name, test = cast(tuple[str, str], _TABLE[request.name].tfds)
     folder = tfds_folders.find(name, request.data_dir)
     if folder is None:
         steps = _TABLE[request.name].steps
@@ -638,7 +712,7 @@ def _tfds_images(request, wnids):
 # The table of names, and how to get their files
 
 
-def _imagenet_row(tfds, steps=None):
+def _imagenet_row(tfds: str | None, steps: str | None = None) -> _Row:
     steps = steps or (
         "Get ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from "
         "https://image-net.org (free account), unpack them to "
@@ -733,7 +807,12 @@ _TABLE = {
 }
 
 
-def load_data(run, data_dir=None, test_only=True, download=False):
+def load_data(
+    run: Mapping[str, Any],
+    data_dir: str | pathlib.Path | None = None,
+    test_only: bool = True,
+    download: bool = False,
+) -> image_splits.Dataset:
     """Loads the data set of a run as the run had it.
 
     Args:
@@ -759,7 +838,12 @@ def load_data(run, data_dir=None, test_only=True, download=False):
     )
 
 
-def split_of(folder, run, data, name):
+def split_of(
+    folder: pathlib.Path,
+    run: Mapping[str, Any],
+    data: image_splits.Dataset,
+    name: str,
+) -> image_splits.Split:
     """Returns a split of a run's data, if they are those it was trained on.
 
     Args:
@@ -782,7 +866,9 @@ def split_of(folder, run, data, name):
     return split
 
 
-def _check_data(folder, run, data):
+def _check_data(
+    folder: pathlib.Path, run: Mapping[str, Any], data: image_splits.Dataset
+) -> None:
     """Raises a ValueError if a run was trained on other data than these."""
     for key, found in (
         ("dataset", data.name),

@@ -102,6 +102,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Returns `x`; its gradient is multiplied by `factor`.
 
     Examples:
+        >>> import numpy as np
         >>> x = np.float32([0.5, 2.0])
         >>> _, grad = value_and_grad(lambda x: scale_gradient(x, 8.0) ** 2, x)
         >>> [float(g) for g in grad]

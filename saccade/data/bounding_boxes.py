@@ -6,6 +6,8 @@ each object of its class.
 
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -21,7 +23,7 @@ _BROKEN = (
 )
 
 
-def find_folder(folders):
+def find_folder(folders: Sequence[pathlib.Path]) -> pathlib.Path | None:
     """Returns the first folder of annotations beside or above images, or None.
 
     Args:
@@ -33,7 +35,11 @@ def find_folder(folders):
     return next((path for path in found if path.is_dir()), None)
 
 
-def annotated(paths, labels, folders):
+def annotated(
+    paths: Sequence[str],
+    labels: Sequence[int],
+    folders: Sequence[pathlib.Path],
+) -> tuple[list[str], list[int], list[str]]:
     """Keeps the images that have an annotation.
 
     Args:
@@ -45,7 +51,7 @@ def annotated(paths, labels, folders):
     Returns:
         `(paths, labels, annotations)`, lists, of the images that have one.
     """
-    kept = [], [], []
+    kept: tuple[list[str], list[int], list[str]] = [], [], []
     for path, label in zip(paths, labels, strict=True):
         parent, name = os.path.split(path)
         name = f"{os.path.splitext(name)[0]}.xml"
@@ -56,12 +62,13 @@ def annotated(paths, labels, folders):
         )
         annotation = next(filter(os.path.isfile, found), None)
         if annotation is not None:
-            for part, item in zip(kept, (path, label, annotation), strict=True):
-                part.append(item)
+            kept[0].append(path)
+            kept[1].append(label)
+            kept[2].append(annotation)
     return kept
 
 
-def read_largest(path):
+def read_largest(path: str | pathlib.Path) -> tuple[float, float, float, float]:
     """Reads the largest box of an annotation.
 
     Args:
@@ -78,10 +85,14 @@ def read_largest(path):
     try:
         root = _parse(path)
         height, width = (
-            float(root.findtext(f"size/{name}")) for name in ("height", "width")
+            float(root.findtext(f"size/{name}", ""))
+            for name in ("height", "width")
         )
         corners = [
-            [float(box.findtext(n)) for n in ("ymin", "xmin", "ymax", "xmax")]
+            [
+                float(box.findtext(n, ""))
+                for n in ("ymin", "xmin", "ymax", "xmax")
+            ]
             for box in root.iter("bndbox")
         ]
         scale = np.array([height, width, height, width])
@@ -93,15 +104,16 @@ def read_largest(path):
     areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0), axis=1)
     if not np.any(areas > 0):
         raise ValueError(f"no box inside the image in {path}")
-    return tuple(boxes[np.nanargmax(areas)].tolist())
+    top, left, bottom, right = boxes[np.nanargmax(areas)].tolist()
+    return top, left, bottom, right
 
 
-def _parse(path):
+def _parse(path: str | pathlib.Path) -> ElementTree.Element:
     """Reads a small XML file that declares no entities, which can explode."""
     formats.require_file(path, _XML_BYTES)
     content = pathlib.Path(path).read_bytes()
 
-    def refuse(*_):
+    def refuse(*_: Any) -> None:
         raise ValueError("it declares entities")
 
     parser = expat.ParserCreate()

@@ -5,7 +5,10 @@ canvas, among patches cut out of other digits. Whole numbers throughout, so the
 bytes are the same on every machine.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 CANVAS = 40
 SIZES = range(22, 28)
@@ -14,7 +17,7 @@ _PATCHES, _PATCH = 5, 5
 _FAINTEST = 16
 
 
-def make(seed):
+def make(seed: int) -> dict[str, tuple]:
     """Makes the data set.
 
     Args:
@@ -33,7 +36,9 @@ def make(seed):
     return made
 
 
-def sources():
+def sources() -> tuple[
+    npt.NDArray[Any], npt.NDArray[Any], dict[str, npt.NDArray[Any]]
+]:
     """Reads scikit-learn's digits and deals them to the splits.
 
     Returns:
@@ -47,7 +52,7 @@ def sources():
     flat, labels = load_digits(return_X_y=True)
     images = flat.reshape(-1, 8, 8).astype(np.int64)
     random = np.random.default_rng(1797)
-    pools = {"test": [], "validation": [], "train": []}
+    pools: dict[str, list] = {"test": [], "validation": [], "train": []}
     for digit in range(10):
         members = random.permutation(np.flatnonzero(labels == digit))
         cuts = [len(members) * 2 // 9, len(members) // 3]
@@ -56,7 +61,7 @@ def sources():
     return images, labels, {k: np.concatenate(v) for k, v in pools.items()}
 
 
-def enlarge(images, size):
+def enlarge(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     """Enlarges digits.
 
     Catmull-Rom interpolation over a border of one zero; the weights are whole
@@ -82,7 +87,13 @@ def enlarge(images, size):
     return np.where(enlarged < _FAINTEST, 0, enlarged).astype(np.uint8)
 
 
-def compose(images, labels, pool, count, random):
+def compose(
+    images: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    pool: npt.NDArray[Any],
+    count: int,
+    random: np.random.Generator,
+) -> tuple[npt.NDArray[Any], ...]:
     """Places digits of `pool` among patches of others.
 
     Args:
@@ -107,7 +118,8 @@ def compose(images, labels, pool, count, random):
     corners = random.integers(0, CANVAS - sizes[:, None] + 1, (count, 2))
     canvas = np.zeros((count, CANVAS, CANVAS), np.uint8)
     boxes = np.empty((count, 4), np.float32)
-    for i, (size, (top, left)) in enumerate(zip(sizes, corners, strict=True)):
+    places = zip(sizes.tolist(), corners, strict=True)
+    for i, (size, (top, left)) in enumerate(places):
         digit = enlarged[size][digits[i]]
         canvas[i, top : top + size, left : left + size] = digit
         rows = top + np.flatnonzero(digit.any(axis=1))
@@ -117,7 +129,13 @@ def compose(images, labels, pool, count, random):
     return canvas[..., None], drawn, boxes / np.float32(CANVAS), digits
 
 
-def _add_clutter(canvas, enlarged, pool, digits, random):
+def _add_clutter(
+    canvas: npt.NDArray[Any],
+    enlarged: dict[int, npt.NDArray[Any]],
+    pool: npt.NDArray[Any],
+    digits: npt.NDArray[Any],
+    random: np.random.Generator,
+) -> None:
     """Adds patches of the pool's other digits to each image, in place."""
     shape = (len(canvas), _PATCHES)
     # Others: a shift within the pool never meets the digit itself.
@@ -129,7 +147,7 @@ def _add_clutter(canvas, enlarged, pool, digits, random):
     spots = random.integers(0, CANVAS - _PATCH + 1, (*shape, 2))
     for i, j in np.ndindex(shape):
         row, column = cuts[i, j]
-        patch = enlarged[sizes[i, j]][others[i, j]]
+        patch = enlarged[int(sizes[i, j])][others[i, j]]
         patch = patch[row : row + _PATCH, column : column + _PATCH]
         down, right = spots[i, j]
         area = canvas[i, down : down + _PATCH, right : right + _PATCH]

@@ -1,11 +1,14 @@
 """Folders of images: one folder a class."""
 
 import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
 
 
-def some(items):
+def some(items: Sequence[Any]) -> str:
     """Returns the first three items, and how many more, as text."""
     text = ", ".join(str(item) for item in items[:3])
     return text + (f" and {len(items) - 3} more" if len(items) > 3 else "")
@@ -15,7 +18,7 @@ def some(items):
 # Class folders
 
 
-def listing(folder, *, directories):
+def listing(folder: str | pathlib.Path, *, directories: bool) -> list[str]:
     """Returns the sorted names of the files or directories in a folder.
 
     Hidden ones are left out, and the files in which file managers keep notes.
@@ -30,12 +33,16 @@ def listing(folder, *, directories):
         )
 
 
-def first_folder(root, names):
+def first_folder(
+    root: pathlib.Path, names: Sequence[str]
+) -> pathlib.Path | None:
     """Returns the first of `root/<name>` that is a folder, or None."""
     return next((root / n for n in names if (root / n).is_dir()), None)
 
 
-def class_files(folder, classes):
+def class_files(
+    folder: pathlib.Path, classes: Sequence[str]
+) -> tuple[list[str], list[int]]:
     """Lists `folder/<class>/*`, and the files in folders below them.
 
     Args:
@@ -55,7 +62,8 @@ def class_files(folder, classes):
             f"The class folder {some(absent)} is missing in {folder}; "
             f"{len(classes)} class folders are expected there."
         )
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
         files = _files_below(folder / name)
         if not files:
@@ -67,15 +75,16 @@ def class_files(folder, classes):
     return paths, labels
 
 
-def _files_below(folder):
+def _files_below(folder: pathlib.Path) -> list[str]:
     """Returns the sorted paths of the files in a folder, at any depth.
 
     Files come before folders. Links are followed, and a folder that contains
     itself is read once.
     """
-    paths, seen = [], set()
+    paths: list[str] = []
+    seen: set[str] = set()
 
-    def visit(place):
+    def visit(place: str | pathlib.Path) -> None:
         real = os.path.realpath(place)
         if real in seen:
             return

@@ -15,8 +15,10 @@ import stat
 import struct
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from saccade.core import run_folder
 
@@ -25,7 +27,7 @@ _ARRAY_BYTES = 2**30
 _FILE_BYTES = 2**30
 
 
-def require_file(path, limit: int = _FILE_BYTES) -> int:
+def require_file(path: str | pathlib.Path, limit: int = _FILE_BYTES) -> int:
     """Checks that a path is a regular file of a size that can be expected.
 
     Args:
@@ -50,7 +52,7 @@ def require_file(path, limit: int = _FILE_BYTES) -> int:
     return found.st_size
 
 
-def read_text(path, limit: int) -> str:
+def read_text(path: str | pathlib.Path, limit: int) -> str:
     """Reads a text file of at most `limit` bytes.
 
     Raises:
@@ -64,7 +66,9 @@ def read_text(path, limit: int) -> str:
         raise ValueError(f"{path} is not a text file.") from None
 
 
-def read_idx(path, rank, sides=()):
+def read_idx(
+    path: pathlib.Path, rank: int, sides: tuple[int, ...] = ()
+) -> npt.NDArray[Any]:
     """Reads an idx file of bytes: 4 of magic, the shape, the values.
 
     Args:
@@ -105,7 +109,9 @@ def read_idx(path, rank, sides=()):
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def read_rows(path, width):
+def read_rows(
+    path: pathlib.Path, width: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Reads rows of bytes: a label, then the pixels of one image.
 
     Args:
@@ -128,7 +134,7 @@ def read_rows(path, width):
     return rows[:, 1:], rows[:, 0]
 
 
-def read_pickle(path, width):
+def read_pickle(path: pathlib.Path, width: int) -> Any:
     """Reads a pickle of arrays `data` and `labels`, and runs none of it.
 
     Args:
@@ -167,14 +173,15 @@ def read_pickle(path, width):
         ) from None
 
 
-def _empty_array(kind, shape, code):
+def _empty_array(kind: Any, shape: Any, code: Any) -> Any:
     """Stands for NumPy's `_reconstruct`, which can allocate any shape."""
     if tuple(shape) != (0,):
         raise pickle.UnpicklingError("it asks for an array without values")
-    return np.empty(0).__reduce__()[0](np.ndarray, (0,), b"b")
+    rebuild: Any = np.empty(0).__reduce__()[0]
+    return rebuild(np.ndarray, (0,), b"b")
 
 
-def _latin1(text, encoding):
+def _latin1(text: Any, encoding: Any) -> bytes:
     """Stands for `codecs.encode`, which can blow a text up."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
@@ -184,7 +191,7 @@ def _latin1(text, encoding):
 class _ArrayUnpickler(pickle.Unpickler):
     """Rebuilds NumPy arrays and plain containers, and calls nothing else."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core", "numpy._core")
         known = {
             ("numpy._core.multiarray", "_reconstruct"): _empty_array,
@@ -197,7 +204,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return known[module, name]
 
 
-def read_npz(path, names) -> dict | None:
+def read_npz(path: pathlib.Path, names: Any) -> dict | None:
     """Reads arrays from an `.npz` file; None if it lacks one of them.
 
     Args:
@@ -219,7 +226,9 @@ def read_npz(path, names) -> dict | None:
         raise ValueError(f"Cannot read {path} ({error}).") from None
 
 
-def read_hdf5(path, names: dict[str, int | None], what: str) -> list:
+def read_hdf5(
+    path: pathlib.Path, names: dict[str, int | None], what: str
+) -> list:
     """Reads data sets that an HDF5 file itself holds.
 
     Args:
@@ -251,7 +260,7 @@ def read_hdf5(path, names: dict[str, int | None], what: str) -> list:
         raise ValueError(f"Cannot read {path}: {reason}") from None
 
 
-def _hdf5_array(file, name, size):
+def _hdf5_array(file: Any, name: str, size: int | None) -> npt.NDArray[Any]:
     """Reads one data set of an open file, without following a link."""
     import h5py
 
@@ -280,7 +289,7 @@ def _hdf5_array(file, name, size):
     return found[()].reshape((rows, size) if size else rows)
 
 
-def read_mat(path, limit: int) -> bytes:
+def read_mat(path: str | pathlib.Path, limit: int) -> bytes:
     """Reads a MATLAB file after checking what it unpacks to.
 
     Args:

@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Collection, Sequence
 
 from saccade.data import folders as class_folders
 from saccade.data import formats
@@ -20,7 +21,7 @@ _MAT_BYTES = 2**26  # What a MATLAB file may unpack to.
 # WordNet ids, and validation folders with a list of their classes
 
 
-def read_wnids(path):
+def read_wnids(path: str | pathlib.Path) -> dict[str, str]:
     """Reads a class list.
 
     Args:
@@ -35,9 +36,9 @@ def read_wnids(path):
             or there is none.
     """
     text = formats.read_text(path, _LIST_BYTES)
-    listed = {}
+    listed: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        wnid, *rest = line.split(maxsplit=1) or "#"
+        wnid, *rest = line.split(maxsplit=1) or ["#"]
         if wnid.startswith("#"):
             continue
         if not _WNID.fullmatch(wnid):
@@ -54,7 +55,9 @@ def read_wnids(path):
     return listed
 
 
-def class_list(path, names_path):
+def class_list(
+    path: str | pathlib.Path, names_path: pathlib.Path
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
     """Reads a class list, in the order of the class ids: sorted by wnid.
 
     Args:
@@ -81,7 +84,9 @@ def class_list(path, names_path):
     return wnids, class_names, record
 
 
-def wnid_files(folder, wnids, places):
+def wnid_files(
+    folder: pathlib.Path, wnids: Sequence[str], places: Sequence[pathlib.Path]
+) -> tuple[list[str], list[int]]:
     """Lists a folder of images, by class or flat with its ground truth.
 
     Args:
@@ -122,11 +127,13 @@ def wnid_files(folder, wnids, places):
     return paths, [ids[truth[stem]] for stem in chosen]
 
 
-def _truth(folder, stems, places):
+def _truth(
+    folder: pathlib.Path, stems: Collection[str], places: Sequence[pathlib.Path]
+) -> dict[str, str]:
     """The wnid of each image of a flat folder, by the stem of its file."""
     official = "ILSVRC2012_validation_ground_truth.txt"
 
-    def first(*names):
+    def first(*names: str) -> pathlib.Path | None:
         paths = (place / name for place in places for name in names)
         return next((path for path in paths if path.is_file()), None)
 
@@ -144,7 +151,7 @@ def _truth(folder, stems, places):
     )
 
 
-def _listed_truth(path):
+def _listed_truth(path: pathlib.Path) -> dict[str, str]:
     """Reads `<file> <wnid> ...` lines, also comma separated, with a head."""
     truth = {}
     lines = formats.read_text(path, _LIST_BYTES).splitlines()
@@ -160,7 +167,9 @@ def _listed_truth(path):
     return truth
 
 
-def _official_truth(path, meta, stems):
+def _official_truth(
+    path: pathlib.Path, meta: pathlib.Path, stems: Collection[str]
+) -> dict[str, str]:
     """The development kit numbers the classes in an order of its own."""
     import scipy.io
 

@@ -18,13 +18,15 @@ import hashlib
 import io
 import math
 import os
+import pathlib
 import struct
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from saccade.core import progress
@@ -53,6 +55,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
+# Top, left, bottom and right of a box as fractions of the image.
+Box: TypeAlias = tuple[float, float, float, float]
+
+
 class CorruptImageError(OSError):
     """A file that is no image, or one cut short.
 
@@ -60,7 +66,7 @@ class CorruptImageError(OSError):
         path: Text that names the file (for TFDS: shard and record).
     """
 
-    def __init__(self, path, reason):
+    def __init__(self, path: Any, reason: Any) -> None:
         reason = " ".join(str(reason).split())
         super().__init__(
             f"Cannot read the image {path} ({reason}). Replace or delete it, "
@@ -97,7 +103,14 @@ class Encoded:
 # One image
 
 
-def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
+def decode(
+    encoded: bytes,
+    described: Any,
+    size: int | None = None,
+    resize: str | None = None,
+    mode: str = "RGB",
+    box: Box | None = None,
+) -> npt.NDArray[np.uint8]:
     """Decodes an image of any mode, upright.
 
     Transparent parts are white. More than 8 bits are scaled to 8, and floats
@@ -136,13 +149,13 @@ def decode(encoded, described, size=None, resize=None, mode="RGB", box=None):
 
 
 @functools.cache
-def _formats():
+def _formats() -> tuple[str, ...]:
     """The formats that this Pillow can read; AVIF is not in all of them."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open(file):
+def _open(file: Any) -> Image.Image:
     """Opens an image of a known format and of a size that can be expected."""
     image = Image.open(file, formats=_formats())
     pixels = math.prod(image.size)
@@ -153,7 +166,7 @@ def _open(file):
     return image
 
 
-def _white(image):
+def _white(image: Any) -> float | None:
     """The value that is white in an open image; None for 8 bits.
 
     Raises:
@@ -174,7 +187,7 @@ def _white(image):
     return max(largest) if isinstance(largest, tuple) else largest
 
 
-def _cut(image, box):
+def _cut(image: Image.Image, box: Box | None) -> Image.Image:
     if box is None:
         return image
     # Boxes were drawn before browsers heeded EXIF: cut first, turn then.
@@ -188,14 +201,14 @@ def _cut(image, box):
     return image.crop((left, top, right, bottom))
 
 
-def _upright(image):
+def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except _BROKEN:  # Pixels are whole; only the note on their turn is not.
         return image
 
 
-def _as_mode(image, mode, white):
+def _as_mode(image: Image.Image, mode: str, white: float | None) -> Image.Image:
     if white is not None:
         image = _shallow(image, white)
     if image.has_transparency_data:
@@ -205,7 +218,7 @@ def _as_mode(image, mode, white):
     return image.convert(mode)
 
 
-def _shallow(image, white):
+def _shallow(image: Image.Image, white: float) -> Image.Image:
     """Brings pixels of more than 8 bits to 8.
 
     Raises:
@@ -243,7 +256,9 @@ def _shallow(image, white):
     return image
 
 
-def _fit(image, size, resize):
+def _fit(
+    image: Image.Image, size: int | None, resize: str | None
+) -> Image.Image:
     if size is None:
         return image
     short = min(image.size)
@@ -254,13 +269,13 @@ def _fit(image, size, resize):
     return image.crop((left, top, left + size, top + size))
 
 
-def is_complete(tail, form):
+def is_complete(tail: bytes, form: str | None) -> bool:
     """Whether an image's last bytes close its format."""
-    end = _ENDS.get(form)
-    return bool(end) and tail.rstrip(b"\0\r\n ").endswith(end)
+    end = _ENDS.get(form or "")
+    return end is not None and tail.rstrip(b"\0\r\n ").endswith(end)
 
 
-def _check_file(path):
+def _check_file(path: Any) -> None:
     """Checks head and end; in doubt, decodes."""
     size = _file_size(path)
     with _readable(path), open(path, "rb") as stream:
@@ -288,7 +303,7 @@ _UNREADABLE = {
 
 
 @contextlib.contextmanager
-def _readable(path):
+def _readable(path: Any) -> Iterator[None]:
     """Takes a file that cannot be read for a corrupt image.
 
     Errors of the process, too many open files say, are not the file's.
@@ -308,12 +323,14 @@ def _readable(path):
         raise CorruptImageError(path, reason) from None
 
 
-def _file_size(path):
+def _file_size(path: Any) -> int:
     with _readable(path):
         return formats.require_file(path, _IMAGE_BYTES)
 
 
-def read_span(path, start=0, end=None, last=None):
+def read_span(
+    path: Any, start: int = 0, end: int | None = None, last: int | None = None
+) -> bytes:
     """Reads bytes of a file; `end` is None for all of an image's file.
 
     Of these only the `last` ones, if that is given.
@@ -331,7 +348,11 @@ def read_span(path, start=0, end=None, last=None):
 # Many images
 
 
-def of_files(paths, labels, read_box=None):
+def of_files(
+    paths: Sequence[str | pathlib.Path],
+    labels: npt.ArrayLike,
+    read_box: Callable[[int], Box] | None = None,
+) -> Encoded:
     """Returns the `Encoded` images of files.
 
     Args:
@@ -341,13 +362,13 @@ def of_files(paths, labels, read_box=None):
             is cropped to, see `decode`; what it cannot read is a ValueError.
     """
 
-    def box(i):
+    def box(i: int) -> Box:
         try:
-            return read_box(i)
+            return cast(Callable[[int], Box], read_box)(i)
         except ValueError as error:
             raise CorruptImageError(paths[i], error) from None
 
-    def check(i):
+    def check(i: int) -> None:
         _check_file(paths[i])
         if read_box is not None:
             box(i)
@@ -362,7 +383,9 @@ def of_files(paths, labels, read_box=None):
     )
 
 
-def content(images: Encoded, size: int, resize: str | None, mode: str):
+def content(
+    images: Encoded, size: int, resize: str | None, mode: str
+) -> Callable[[int], bytes]:
     """Returns a callable from an index to bytes that determine an image.
 
     They are the encoded image, its box, and how it is brought to size.
@@ -372,14 +395,23 @@ def content(images: Encoded, size: int, resize: str | None, mode: str):
         size, resize, mode: As for `decode`.
     """
 
-    def of(i):
+    def of(i: int) -> bytes:
         box = None if images.box is None else images.box(i)
         return repr((size, resize, mode, box)).encode() + images.fetch(i)
 
     return of
 
 
-def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
+def reader(
+    images: Encoded,
+    size: int,
+    resize: str | None,
+    mode: str,
+    *,
+    in_memory: bool,
+    skip_corrupt: bool,
+    title: str,
+) -> tuple[Callable[[npt.NDArray[np.int64]], npt.NDArray[np.uint8]], list[int]]:
     """Checks every image, and returns how to read them.
 
     Args:
@@ -400,7 +432,7 @@ def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
     """
     count, shape = len(images.labels), (size, size, len(mode))
 
-    def one(i):
+    def one(i: int) -> Any:
         box = None if images.box is None else images.box(i)
         return decode(
             images.fetch(i), images.describe(i), size, resize, mode, box
@@ -409,13 +441,13 @@ def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
     if in_memory:
         kept = np.empty((count, *shape), np.uint8)
 
-        def keep(i):
+        def keep(i: int) -> None:
             kept[i] = one(i)
 
         corrupt = _each(keep, count, f"{title}: decoding", skip_corrupt)
         return kept.__getitem__, corrupt
 
-    def read(indices):
+    def read(indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         pixels = np.empty((len(indices), *shape), np.uint8)
         # Threads of the call, so that none outlives an abandoned iterator.
         with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
@@ -427,14 +459,16 @@ def reader(images, size, resize, mode, *, in_memory, skip_corrupt, title):
     return read, _each(images.check, count, title, skip_corrupt)
 
 
-def _threads():
+def _threads() -> int:
     return min(32, os.cpu_count() or 1)
 
 
-def _each(work, count, title, skip_corrupt):
+def _each(
+    work: Callable[[int], None], count: int, title: str, skip_corrupt: bool
+) -> list[int]:
     """Calls `work(i)` in threads; returns the indices that were corrupt."""
 
-    def block(start):
+    def block(start: int) -> list[tuple[int, CorruptImageError]]:
         corrupt = []
         for i in range(start, min(start + 64, count)):
             try:
@@ -445,7 +479,7 @@ def _each(work, count, title, skip_corrupt):
                     break
         return corrupt
 
-    failed = []
+    failed: list[int] = []
     starts = range(0, count, 64)
     pool = concurrent.futures.ThreadPoolExecutor(_threads())
     shown = progress.Progress(title, count, "images", delay=2)
@@ -464,7 +498,7 @@ def _each(work, count, title, skip_corrupt):
     return failed
 
 
-def common_size(encoded):
+def common_size(encoded: Iterable[Encoded]) -> int:
     """Returns the side in pixels that images all have.
 
     Args:
@@ -540,16 +574,18 @@ def shared(train: Encoded, test: Encoded) -> list[tuple[str, str]]:
     return [(str(train.describe(i)), str(test.describe(j))) for i, j in pairs]
 
 
-def _grouped(images, key, chosen):
+def _grouped(
+    images: Encoded, key: Callable[[Encoded, int], Any], chosen: Sequence[int]
+) -> dict[Any, list[int]]:
     """Returns a dict from `key(images, i)` to those indices i of `chosen`."""
     found = [None] * len(chosen)
 
-    def one(place):
+    def one(place: int) -> Any:
         found[place] = key(images, chosen[place])
 
     # What cannot be read is the business of `reader`.
     _each(one, len(chosen), "comparing splits", skip_corrupt=True)
-    groups = collections.defaultdict(list)
+    groups: dict[Any, list[int]] = collections.defaultdict(list)
     for i, value in zip(chosen, found, strict=True):
         if value is not None:
             groups[value].append(i)

@@ -200,7 +200,6 @@ class Dataset:
             hash is that of the sorted wnids, one a line.
         source: Where the images came from: `"embedded"`, paths, or `tfds:...`.
         skipped: Unreadable images left out, `{"train": n, "test": n}`.
-        wnids: None, or the WordNet ids in the order of the class ids.
         resize: None, or how photographs were brought to size, see `load`.
         held_out: Whether the validation images are held out of the training
             images; otherwise the set has its own.
@@ -219,7 +218,6 @@ class Dataset:
     skipped: dict = dataclasses.field(
         default_factory=lambda: {"train": 0, "test": 0}
     )
-    wnids: tuple | None = None
     resize: str | None = None
     held_out: bool = False
     sizes: tuple[int, ...] = ()

@@ -6,9 +6,11 @@ it takes seconds and a set that is not there must be missed at once.
 
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 
-def find(name, data_dir=None):
+def find(name: str, data_dir: Any = None) -> pathlib.Path | None:
     """Returns the folder of a prepared set; None if there is none.
 
     Args:
@@ -28,7 +30,7 @@ def find(name, data_dir=None):
     return max(found, default=None)
 
 
-def download(name, data_dir, steps):
+def download(name: str, data_dir: Any, steps: str) -> pathlib.Path:
     """Downloads and prepares a set; returns its folder.
 
     Args:
@@ -52,7 +54,9 @@ def download(name, data_dir, steps):
     return pathlib.Path(builder.data_dir)
 
 
-def read(folder, splits):
+def read(
+    folder: pathlib.Path, splits: Mapping[str, str]
+) -> tuple[list[str], dict[str, list[str]], str]:
     """Says what a prepared set holds.
 
     Args:

@@ -8,8 +8,11 @@ parses the records itself, within the bounds of the file.
 import mmap
 import os
 import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from saccade.core import progress
 from saccade.data import images as image_files
@@ -18,7 +21,9 @@ from saccade.data import images as image_files
 # TFRecord
 
 
-def of_shards(paths, class_of, title):
+def of_shards(
+    paths: Sequence[str], class_of: npt.NDArray[Any], title: str
+) -> image_files.Encoded:
     """Indexes the records of TFRecord shards, without decoding an image.
 
     TFDS has no random access to this format, and reading whole records for
@@ -45,24 +50,24 @@ def of_shards(paths, class_of, title):
     labels = class_of[table[:, 3]]
     table, labels = table[labels >= 0], labels[labels >= 0]
 
-    def describe(i):
+    def describe(i: int) -> str:
         return f"at byte {table[i, 1]} of {paths[table[i, 0]]}"
 
-    def fetch(i, last=None):
+    def fetch(i: int, last: int | None = None) -> bytes:
         number, start, end = table[i, :3].tolist()
         return image_files.read_span(paths[number], start, end, last)
 
-    def check(i):
+    def check(i: int) -> None:
         if not table[i, 4]:
             image_files.decode(fetch(i), describe(i))
 
-    def size(i):
+    def size(i: int) -> int:
         return int(table[i, 2] - table[i, 1])
 
     return image_files.Encoded(labels, size, describe, fetch, check)
 
 
-def _index_shard(path):
+def _index_shard(path: str) -> Iterator[tuple[int, int, int, bool]]:
     """Yields (start, end, label, whole) for the image of every record."""
     with (
         open(path, "rb") as file,
@@ -94,7 +99,7 @@ def _index_shard(path):
             ) from None
 
 
-def _image_and_label(buffer, start, end):
+def _image_and_label(buffer: Any, start: int, end: int) -> tuple[int, int, int]:
     """Finds the fields of a `tf.train.Example` by its wire format."""
     found = {}
     _, start, end = next(_wire_fields(buffer, start, end))
@@ -109,10 +114,13 @@ def _image_and_label(buffer, start, end):
     label, packed = found[b"label"]
     if packed is not None:
         label, _ = _varint(buffer, label)
-    return *found[b"image"], label
+    first, last = found[b"image"]
+    return first, last, label
 
 
-def _wire_fields(buffer, at, end):
+def _wire_fields(
+    buffer: Any, at: int, end: int
+) -> Iterator[tuple[int, int, Any]]:
     """Yields (number, start, end) of messages and (number, value, None)."""
     while at < end:
         tag, at = _varint(buffer, at)
@@ -126,7 +134,7 @@ def _wire_fields(buffer, at, end):
             raise ValueError(f"unexpected wire type {tag & 7}")
 
 
-def _varint(buffer, at):
+def _varint(buffer: Any, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = buffer[at]

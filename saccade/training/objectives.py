@@ -191,7 +191,7 @@ class Standard:
     label_smoothing: float = dataclasses.field(default=0.0, kw_only=True)
 
     # Standard training has no attack and crafts no images.
-    attack: Any = None
+    attack: ClassVar[Any] = None
     craft: ClassVar[Callable[..., Tensor] | None] = None
 
     def __post_init__(self) -> None:
