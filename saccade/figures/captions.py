@@ -52,7 +52,7 @@ ATTACK_SETTINGS = (
 )
 
 
-def _target(value):
+def _target(value: Any) -> str:
     if isinstance(value, int):
         return f"target class {value}"
     return "untargeted" if value == "none" else f"{value} targets"
@@ -88,7 +88,7 @@ def caption(record: Mapping, class_names: Sequence[str] = ()) -> str:
     return ", ".join(words)
 
 
-def class_name(class_names: Sequence[str], label: int) -> str:
+def class_name(class_names: Sequence[str] | None, label: int) -> str:
     """Returns the name of a class, in printable characters.
 
     Args:

@@ -1,19 +1,24 @@
 """Confusion matrices."""
 
 import math
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 
+from saccade.core.run_folder import StrPath
 from saccade.figures import style as figure_style
 
 
 def confusion_matrices(
-    matrices,
-    columns,
+    matrices: Any,
+    columns: Any,
     *,
-    title=None,
-    path=None,
-):
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows confusion matrices.
 
     Args:
@@ -77,7 +82,7 @@ def confusion_matrices(
     return figure_style.finish(figure, path)
 
 
-def _confusion(axis, counts):
+def _confusion(axis: Axes, counts: Any) -> None:
     """Draws one matrix, with its counts if present are few classes."""
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
@@ -98,7 +103,7 @@ def _confusion(axis, counts):
             )
 
 
-def _class_ticks(axis, names, **options):
+def _class_ticks(axis: Axis, names: Any, **options: Any) -> None:
     """Labels an axis with class names; of many classes, only some."""
     positions = np.arange(0, len(names), math.ceil(len(names) / 40))
     axis.set_ticks(

@@ -1,11 +1,22 @@
 """Curves of a training run."""
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from saccade.core.run_folder import StrPath
 from saccade.figures import style as figure_style
 
 
-def training_curves(history, *, title=None, path=None):
+def training_curves(
+    history: Sequence[Mapping[str, Any]],
+    *,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows loss, accuracy and learning rate by epoch.
 
     Args:
@@ -54,7 +65,7 @@ def training_curves(history, *, title=None, path=None):
     return figure_style.finish(figure, path)
 
 
-def _column(rows, key):
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
     """Returns a column of the history as floats, NaN where it is missing."""
     values = [row.get(key) for row in rows]
     return np.array(
@@ -62,7 +73,13 @@ def _column(rows, key):
     )
 
 
-def _curve(axis, rows, key, label, colour):
+def _curve(
+    axis: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    label: str,
+    colour: str,
+) -> None:
     values = _column(rows, key)
     if np.isfinite(values).any():
         axis.plot(
@@ -76,7 +93,7 @@ def _curve(axis, rows, key, label, colour):
         )
 
 
-def _rate_drops(axis, epochs, rates):
+def _rate_drops(axis: Axes, epochs: Any, rates: Any) -> None:
     """Draws a line at each epoch at which a constant learning rate drops."""
     for i in range(2, len(rates)):
         steady = abs(rates[i - 1] - rates[i - 2]) < 0.02 * rates[i - 2]
@@ -89,7 +106,9 @@ def _rate_drops(axis, epochs, rates):
             )
 
 
-def _mark_best(axis, rows, epochs):
+def _mark_best(
+    axis: Axes, rows: Sequence[Mapping[str, Any]], epochs: Any
+) -> None:
     values = _column(rows, "validation_accuracy")
     if not np.isfinite(values).any():
         return

@@ -12,17 +12,25 @@ top-left pixel. A gaze is an offset from the image centre in pixels. A box is
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import cm, colors, patches, patheffects, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from saccade.core.run_folder import StrPath
 from saccade.figures import style as figure_style
+
+Array: TypeAlias = npt.NDArray[Any]
 
 _PANEL_INCHES = 1.75  # Length of the longer side of an image.
 _ATTENTION_COLOURS = "magma"  # Colour map of attention.
 
 
-def amplification(perturbation):
+def amplification(perturbation: Array) -> float:
     """Returns the factor by which to amplify a perturbation around mid-grey.
 
     Args:
@@ -45,24 +53,24 @@ def amplification(perturbation):
 
 
 def attack_grid(
-    clean,
-    adversarial,
-    labels,
-    clean_predictions,
-    adversarial_predictions,
-    class_names,
+    clean: Any,
+    adversarial: Any,
+    labels: Any,
+    clean_predictions: Any,
+    adversarial_predictions: Any,
+    class_names: Sequence[str] | None,
     *,
-    clean_confidences=None,
-    adversarial_confidences=None,
-    targets=None,
-    clean_gazes=None,
-    adversarial_gazes=None,
-    clean_boxes=None,
-    adversarial_boxes=None,
-    max_rows=8,
-    title=None,
-    path=None,
-):
+    clean_confidences: Any = None,
+    adversarial_confidences: Any = None,
+    targets: Any = None,
+    clean_gazes: Any = None,
+    adversarial_gazes: Any = None,
+    clean_boxes: Any = None,
+    adversarial_boxes: Any = None,
+    max_rows: int = 8,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows clean images, adversarial images and the perturbations.
 
     Perturbations are amplified around mid-grey by the same factor in all rows;
@@ -140,7 +148,13 @@ def attack_grid(
     return figure_style.finish(figure, path)
 
 
-def _draw_pair(axes, columns, row, class_names, labels):
+def _draw_pair(
+    axes: Any,
+    columns: Any,
+    row: int,
+    class_names: Sequence[str] | None,
+    labels: Any,
+) -> None:
     """Draws a clean and an adversarial image with marks and predictions."""
     before, true = None, int(labels[row])
     for axis, column in zip(axes, columns, strict=True):
@@ -153,7 +167,13 @@ def _draw_pair(axes, columns, row, class_names, labels):
         before = gazes
 
 
-def _attack_notes(class_names, labels, clean, adversarial, targets):
+def _attack_notes(
+    class_names: Sequence[str] | None,
+    labels: Any,
+    clean: Any,
+    adversarial: Any,
+    targets: Any,
+) -> Any:
     """Returns the text below each adversarial image."""
     notes = []
     for row, label in enumerate(labels):
@@ -170,19 +190,19 @@ def _attack_notes(class_names, labels, clean, adversarial, targets):
 
 
 def glimpse_grid(
-    images,
-    labels,
-    predictions,
-    class_names,
+    images: Array,
+    labels: Any,
+    predictions: Any,
+    class_names: Sequence[str] | None,
     *,
-    confidences=None,
-    gazes=None,
-    boxes=None,
-    views=None,
-    max_rows=6,
-    title=None,
-    path=None,
-):
+    confidences: Any = None,
+    gazes: Any = None,
+    boxes: Any = None,
+    views: Any = None,
+    max_rows: int = 6,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows where a model looks and what each of its branches sees.
 
     Args:
@@ -250,21 +270,21 @@ def glimpse_grid(
 
 
 def attention_grid(
-    images,
-    maps,
-    num_steps,
-    labels,
-    predictions,
-    class_names,
+    images: Array,
+    maps: Array,
+    num_steps: int,
+    labels: Any,
+    predictions: Any,
+    class_names: Sequence[str] | None,
     *,
-    confidences=None,
-    row_names=None,
-    per_head=False,
-    max_steps=8,
-    max_rows=8,
-    title=None,
-    path=None,
-):
+    confidences: Any = None,
+    row_names: Sequence[str] | None = None,
+    per_head: bool = False,
+    max_steps: int = 8,
+    max_rows: int = 8,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows the attention maps of a recurrent model, step by step.
 
     Args:
@@ -332,7 +352,7 @@ def attention_grid(
     return figure_style.finish(figure, path)
 
 
-def _by_step(maps, num_steps, count, per_head):
+def _by_step(maps: Array, num_steps: int, count: int, per_head: bool) -> Array:
     """Returns maps as `(n, num_steps, heads or 1, rows, columns)`."""
     maps = np.asarray(maps, np.float32)
     if maps.ndim != 4 or len(maps) != count or maps.shape[1] % num_steps:
@@ -344,7 +364,9 @@ def _by_step(maps, num_steps, count, per_head):
     return maps if per_head else maps.mean(axis=2, keepdims=True)
 
 
-def _draw_attention(axis, image, attention, norm):
+def _draw_attention(
+    axis: Axes, image: Array, attention: Array, norm: Any
+) -> None:
     """Draws an image under an attention map; low attention is dark."""
     height, width = image.shape[:2]
     grey = np.repeat(image.mean(axis=-1, keepdims=True), 3, axis=-1)
@@ -360,7 +382,7 @@ def _draw_attention(axis, image, attention, norm):
     axis.set_title(f"{attention.max() * attention.size:.1f}x", fontsize=8)
 
 
-def _attention_bar(figure, axes, norm, cells):
+def _attention_bar(figure: Figure, axes: Any, norm: Any, cells: Any) -> None:
     """Adds the colour bar: attention in multiples of a uniform map."""
     top = norm.vmax * cells
     ticks = ticker.MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(0.0, top)
@@ -378,14 +400,14 @@ def _attention_bar(figure, axes, norm, cells):
 
 
 def gaze_shift(
-    clean_gazes,
-    adversarial_gazes,
-    image_shape,
+    clean_gazes: Any,
+    adversarial_gazes: Any,
+    image_shape: Sequence[int],
     *,
-    misclassified=None,
-    title=None,
-    path=None,
-):
+    misclassified: Any = None,
+    title: str | None = None,
+    path: StrPath | None = None,
+) -> Figure:
     """Shows how far an attack moves each gaze.
 
     Pass only images that were correct before the attack; see
@@ -420,8 +442,8 @@ def gaze_shift(
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
     with figure_style.style():
         figure = figure_style.new_figure(9.0, 4.2, title)
-        left, right = figure.subfigures(1, 2, width_ratios=(1.0, 1.25))
-        left = left.subplots()
+        parts: Any = figure.subfigures(1, 2, width_ratios=(1.0, 1.25))
+        left, right = parts[0].subplots(), parts[1]
         edges = (-0.5, -0.5, height - 0.5, width - 0.5)
         _draw_box(left, edges, fill=True, facecolor="#f4f4f4", edgecolor="k")
         _draw_arrows(left, clean + centre, adversarial + centre)
@@ -437,7 +459,7 @@ def gaze_shift(
     return figure_style.finish(figure, path)
 
 
-def _draw_distances(figure, distances, misclassified):
+def _draw_distances(figure: Any, distances: Any, misclassified: Any) -> None:
     """Draws the distances, with one panel for each group."""
     groups = {"": np.ones(len(distances), bool)}
     if misclassified is not None:
@@ -458,7 +480,7 @@ def _draw_distances(figure, distances, misclassified):
 # -- Parts of figures ---------------------------------------------------------
 
 
-def _check_images(images, name):
+def _check_images(images: Array, name: str) -> Array:
     """Checks images and returns them as float32."""
     images = np.asarray(images, np.float32)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
@@ -469,12 +491,12 @@ def _check_images(images, name):
     return images
 
 
-def _row_of(values, row):
+def _row_of(values: Any, row: int) -> Any:
     """Returns the values of one image; None if present are none."""
     return None if values is None else np.asarray(values[row], np.float64)
 
 
-def _side_width(class_names, labels):
+def _side_width(class_names: Sequence[str] | None, labels: Any) -> float:
     """Returns the width in inches of the names beside the rows."""
     names = [
         figure_style.fit_name(class_names, label, 12, lines=3)
@@ -483,7 +505,14 @@ def _side_width(class_names, labels):
     return 0.3 + 0.1 * max(len(x) for n in names for x in n.split("\n"))
 
 
-def _grid(rows, columns, image_size, side, title, below=0.0):
+def _grid(
+    rows: int,
+    columns: Any,
+    image_size: Sequence[int],
+    side: float,
+    title: str | None,
+    below: float = 0.0,
+) -> tuple[Figure, Any]:
     """Makes a figure of panels with the proportions of the images.
 
     Args:
@@ -504,11 +533,12 @@ def _grid(rows, columns, image_size, side, title, below=0.0):
         rows * (height * scale + 0.32 + below) + 0.35,
     )
     figure = figure_style.new_figure(*size, title)
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04)
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.04, h_pad=0.04)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _draw_image(axis, image, exact=False):
+def _draw_image(axis: Axes, image: Array, exact: bool = False) -> None:
     """Draws one image.
 
     Large images are shrunk by averaging, which avoids aliasing. A perturbation
@@ -529,7 +559,7 @@ def _draw_image(axis, image, exact=False):
         spine.set(visible=True, edgecolor=figure_style.FAINT, linewidth=0.8)
 
 
-def _margin(*all_boxes):
+def _margin(*all_boxes: Any) -> float:
     """Returns the margin that boxes need, as a fraction of the image size."""
     boxes = [np.asarray(boxes) for boxes in all_boxes if boxes is not None]
     if not boxes:
@@ -541,7 +571,7 @@ def _margin(*all_boxes):
     return min(float(excess), 0.5) + 0.03
 
 
-def _set_margin(axis, image_size, margin):
+def _set_margin(axis: Any, image_size: Sequence[int], margin: float) -> None:
     """Sets the limits of an axis to the image and a margin around it."""
     height, width = image_size
     axis.set_xlim(-0.5 - margin * width, width - 0.5 + margin * width)
@@ -559,7 +589,7 @@ def _set_margin(axis, image_size, margin):
         )
 
 
-def _draw_box(axis, box, fill=False, **style):
+def _draw_box(axis: Axes, box: Any, fill: bool = False, **style: Any) -> None:
     """Draws a box, `(top, left, bottom, right)` in pixels."""
     top, left, bottom, right = box
     axis.add_patch(
@@ -569,18 +599,20 @@ def _draw_box(axis, box, fill=False, **style):
     )
 
 
-def _outline(width):
+def _outline(width: float) -> Any:
     return [patheffects.withStroke(linewidth=width, foreground="#000000b0")]
 
 
-def _count_hiding(points, tolerance):
+def _count_hiding(points: Any, tolerance: float) -> Any:
     """Counts for each mark the later marks at about the same position."""
     points = np.asarray(points, np.float64)
     gaps = np.abs(points[:, None] - points[None]).max(axis=-1)
     return np.triu(gaps < tolerance, 1).sum(axis=1)
 
 
-def _draw_marks(axis, image, gazes, boxes, before=None):
+def _draw_marks(
+    axis: Axes, image: Array, gazes: Any, boxes: Any, before: Any = None
+) -> None:
     """Draws gazes and boxes, and lines from the gazes in `before`.
 
     Where branches coincide, later marks hide earlier ones. Earlier marks are
@@ -613,7 +645,7 @@ def _draw_marks(axis, image, gazes, boxes, before=None):
             )
 
 
-def _draw_gaze_shifts(axis, before, after):
+def _draw_gaze_shifts(axis: Axes, before: Any, after: Any) -> None:
     for branch, (old, new) in enumerate(zip(before, after, strict=True)):
         axis.plot(
             [old[1], new[1]],
@@ -628,7 +660,9 @@ def _draw_gaze_shifts(axis, before, after):
         )
 
 
-def _gaze_marker(axis, position, branch, hiding, numbered):
+def _gaze_marker(
+    axis: Axes, position: Any, branch: int, hiding: int, numbered: bool
+) -> None:
     row, column = position
     axis.plot(
         [column],
@@ -659,7 +693,9 @@ def _gaze_marker(axis, position, branch, hiding, numbered):
         )
 
 
-def _draw_row_name(axis, class_names, label):
+def _draw_row_name(
+    axis: Axes, class_names: Sequence[str] | None, label: Any
+) -> None:
     axis.set_ylabel(
         figure_style.fit_name(class_names, label, 12, lines=3),
         rotation=0,
@@ -671,7 +707,13 @@ def _draw_row_name(axis, class_names, label):
     )
 
 
-def _draw_prediction(axis, class_names, prediction, label, confidence=None):
+def _draw_prediction(
+    axis: Axes,
+    class_names: Sequence[str] | None,
+    prediction: Any,
+    label: Any,
+    confidence: Any = None,
+) -> None:
     correct = int(prediction) == label
     percentage = ""
     if confidence is not None and np.isfinite(confidence):
@@ -685,7 +727,7 @@ def _draw_prediction(axis, class_names, prediction, label, confidence=None):
     )
 
 
-def _draw_heads(axes, heads):
+def _draw_heads(axes: Any, heads: Sequence[str]) -> None:
     """Writes the header of each column above the first row."""
     for axis, head in zip(axes, heads, strict=True):
         axis.annotate(
@@ -701,12 +743,12 @@ def _draw_heads(axes, heads):
         )
 
 
-def _norms(perturbation):
+def _norms(perturbation: Array) -> Any:
     flat = np.asarray(perturbation, np.float64).ravel()
     return f"L∞ {np.abs(flat).max():.3g}, L2 {np.linalg.norm(flat):.3g}"
 
 
-def _draw_arrows(axis, start, end):
+def _draw_arrows(axis: Axes, start: Any, end: Any) -> None:
     """Draws a thin arrow for each image and a thick one for their mean."""
     count, branches, _ = start.shape
     # With many arrows each is more transparent, to show their density.
@@ -742,7 +784,7 @@ def _draw_arrows(axis, start, end):
         )
 
 
-def _set_limits(axis, height, width, points):
+def _set_limits(axis: Axes, height: float, width: float, points: Any) -> None:
     """Sets limits around the image and all points; rows grow downwards."""
     low = np.minimum([-0.5, -0.5], points.reshape(-1, 2).min(axis=0))
     high = np.maximum(
@@ -753,7 +795,7 @@ def _set_limits(axis, height, width, points):
     axis.set_ylim(high[0] + margin, low[0] - margin)
 
 
-def _draw_histogram(axis, distances, top, prefix):
+def _draw_histogram(axis: Any, distances: Any, top: float, prefix: str) -> None:
     """Draws the distribution of distances from 0 to `top`, by branch."""
     branches = distances.shape[1]
     axis.hist(

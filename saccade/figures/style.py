@@ -1,7 +1,10 @@
 """The style of all figures: colours, fonts, text that fits."""
 
+import contextlib
 import functools
 import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -52,7 +55,7 @@ _FONTS = (
     "Noto Sans Thai",
     "Unifont",
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -68,20 +71,20 @@ _STYLE = {
 }
 
 
-def style():
+def style() -> contextlib.AbstractContextManager[Any]:
     """Returns the matplotlib context in which to make figures; see `finish`."""
     return matplotlib.rc_context({**_STYLE, "font.family": list(_families())})
 
 
 @functools.cache
-def _families():
+def _families() -> tuple[str, ...]:
     """The fonts of `_FONTS` that are installed."""
     installed = set(font_manager.get_font_names())
     return tuple(name for name in _FONTS if name in installed)
 
 
 @functools.cache
-def _glyphs():
+def _glyphs() -> frozenset[int]:
     """The characters that the installed fonts can draw."""
     found = {ord("\n")}
     for family in _families():
@@ -90,7 +93,7 @@ def _glyphs():
     return frozenset(found)
 
 
-def drawable(text):
+def drawable(text: str) -> str:
     """Replaces characters that no font has by boxes."""
     glyphs = _glyphs()
     return "".join(c if ord(c) in glyphs else _MISSING_GLYPH for c in text)
@@ -119,7 +122,7 @@ def new_figure(
     return figure
 
 
-def _wrap_title(title, width, size):
+def _wrap_title(title: str | None, width: float, size: float) -> list[str]:
     """Wraps a title of `size` points to a width in inches."""
     characters = max(int(110 * width / size), 16)
     lines = (title or "").splitlines()
@@ -153,12 +156,14 @@ def finish(figure: Figure, path: StrPath | None = None) -> Figure:
     return figure
 
 
-def branch_colour(branch):
+def branch_colour(branch: int) -> str:
     """Returns the colour of a branch; it is the same in every figure."""
     return PALETTE[branch % len(PALETTE)]
 
 
-def fit_name(class_names, label, width, lines=1):
+def fit_name(
+    class_names: Sequence[str] | None, label: int, width: int, lines: int = 1
+) -> str:
     """Returns a class name in at most `lines` lines of `width` characters."""
     name = captions.class_name(class_names, label)
     # Names that are shown as boxes would look alike without the id.

@@ -280,7 +280,7 @@ class Adversarial(Standard):
     """
 
     # Declared again as a field without a default: the base class has None.
-    attack: attack_base.Attack = dataclasses.field()  # type: ignore[assignment]
+    attack: attack_base.Attack = dataclasses.field()  # type: ignore[misc]
     target: str = "none"
     num_classes: int | None = None
     epsilon_per_image: bool = False
