@@ -9,14 +9,18 @@ the cortical scales are crops of several sizes, brought to one resolution.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import scipy.optimize
 from keras import ops
 
 from saccade.core import compilation, sampling
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.models.options import OPTIONS
 
 import transformer
@@ -25,7 +29,9 @@ MAX_RATIO = 10.0
 
 
 @functools.lru_cache(maxsize=None)
-def retina_mapping(image_size, view_size, max_ratio=MAX_RATIO):
+def retina_mapping(
+    image_size: int, view_size: int, max_ratio: float = MAX_RATIO
+) -> tuple[float, float]:
     """Fits the map from a radius in the view to a radius in the image.
 
     The sampling density falls off exponentially with eccentricity, by
@@ -57,7 +63,7 @@ def retina_mapping(image_size, view_size, max_ratio=MAX_RATIO):
     border = image_size / 2
     growth = math.log(max_ratio) / (image_size // 2)
 
-    def radii(log_density):
+    def radii(log_density: float) -> npt.NDArray[Any]:
         step = 1.0 / math.sqrt(math.pi * math.exp(log_density))
         found = [0.0]
         for _ in range(view_size // 2 - 1):
@@ -77,7 +83,12 @@ def retina_mapping(image_size, view_size, max_ratio=MAX_RATIO):
     return float(p0), float(p1)
 
 
-def retina_points(gazes, image_size, view_size, max_ratio=MAX_RATIO):
+def retina_points(
+    gazes: Tensor,
+    image_size: Sequence[int],
+    view_size: Sequence[int],
+    max_ratio: float = MAX_RATIO,
+) -> Tensor:
     """Returns the pixels that a retina looking at `gazes` reads.
 
     Args:
@@ -110,7 +121,12 @@ def retina_points(gazes, image_size, view_size, max_ratio=MAX_RATIO):
     return gazes + ops.convert_to_tensor(offset + centre, "float32")
 
 
-def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
+def fovea_box(
+    gazes: Tensor,
+    image_size: Sequence[int],
+    view_size: Sequence[int],
+    max_ratio: float = MAX_RATIO,
+) -> Tensor:
     """Returns the box in which a retina magnifies the image.
 
     There the view has more than one pixel for each pixel of the image; outside
@@ -138,12 +154,12 @@ def fovea_box(gazes, image_size, view_size, max_ratio=MAX_RATIO):
 
 
 def retinal_warp(
-    images,
-    gazes,
-    view_size=None,
-    max_ratio=MAX_RATIO,
-    interpolation="bilinear",
-):
+    images: Tensor,
+    gazes: Tensor,
+    view_size: Sequence[int] | None = None,
+    max_ratio: float = MAX_RATIO,
+    interpolation: str = "bilinear",
+) -> tuple[Tensor, Tensor]:
     """Looks at images through a retina.
 
     Args:
@@ -168,7 +184,7 @@ def retinal_warp(
 
 
 @functools.cache
-def _retina(image_size, view_size, max_ratio):
+def _retina(image_size: Any, view_size: Any, max_ratio: float) -> Any:
     """`retina_points` of one geometry, compiled as one kernel."""
     return compilation.fuse(
         functools.partial(
@@ -180,7 +196,7 @@ def _retina(image_size, view_size, max_ratio):
     )
 
 
-def five_gazes(reach):
+def five_gazes(reach: float) -> npt.NDArray[np.float32]:
     """The five fixed gazes of an evaluation: the centre, then four corners.
 
     Args:
@@ -214,11 +230,11 @@ class RetinalWarp(keras.layers.Layer):
 
     def __init__(
         self,
-        view_size=None,
-        max_ratio=MAX_RATIO,
-        interpolation="bilinear",
-        **kwargs,
-    ):
+        view_size: Sequence[int] | None = None,
+        max_ratio: float = MAX_RATIO,
+        interpolation: str = "bilinear",
+        **kwargs: Any,
+    ) -> None:
         sampling.check_interpolation(interpolation)
         # Coordinates in half precision are off by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
@@ -226,12 +242,14 @@ class RetinalWarp(keras.layers.Layer):
         self.max_ratio = max_ratio
         self.interpolation = interpolation
 
-    def build(self, images_shape, gazes_shape):
+    def build(
+        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
+    ) -> None:
         """Raises a ValueError for sizes that no retina has, before a call."""
         size = self.view_size or tuple(images_shape[1:3])
         retina_mapping(min(images_shape[1:3]), min(size), self.max_ratio)
 
-    def call(self, images, gazes):
+    def call(self, images: Tensor, gazes: Tensor) -> Any:
         image_size = tuple(images.shape[1:3])
         size = self.view_size or image_size
         views = retinal_warp(
@@ -239,17 +257,19 @@ class RetinalWarp(keras.layers.Layer):
         )
         return views, fovea_box(gazes, image_size, size, self.max_ratio)
 
-    def shown(self, inputs, outputs):
+    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         views, boxes = outputs
         return transformer.as_views(views, boxes, inputs[1])
 
-    def compute_output_shape(self, images_shape, gazes_shape):
+    def compute_output_shape(
+        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
+    ) -> Any:
         size = self.view_size or tuple(images_shape[1:3])
         lead = tuple(gazes_shape[:-1])
         return (*lead, *size, images_shape[-1]), (*lead, 4)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "view_size": self.view_size,
@@ -291,7 +311,7 @@ class Coarse:
     enlarge: int = 1
 
 
-def coarse_fixation(image_size, variant="crop"):
+def coarse_fixation(image_size: int, variant: str = "crop") -> Coarse:
     """Returns the handover's coarse fixation of an image.
 
     Args:
@@ -335,7 +355,7 @@ class Scales:
     centred: tuple[int, ...] = ()
 
 
-def cortical_scales(image_size, freeze=False):
+def cortical_scales(image_size: int, freeze: bool = False) -> Scales:
     """Returns the handover's cortical scales of an image.
 
     Args:
@@ -359,7 +379,8 @@ def cortical_scales(image_size, freeze=False):
                 f"{_SMALL} pixels, to freeze the fourth. Received: "
                 f"scale4_freeze=True with {image_size} pixels."
             )
-        radii, unit = (1, 2), image_size * 12 // 32
+        radii: tuple[int, ...] = (1, 2)
+        unit = image_size * 12 // 32
     else:
         radii, unit = (1, 2, 4, 8 if freeze else 6), image_size // 8
     sides = tuple(radius * unit for radius in radii)
@@ -370,7 +391,9 @@ def cortical_scales(image_size, freeze=False):
 
 
 @functools.cache
-def _blur_matrix(side, radius, step=1):
+def _blur_matrix(
+    side: int, radius: float, step: int = 1
+) -> npt.NDArray[np.float32]:
     """The blur along an axis of `side` pixels; every `step`-th row of it.
 
     A matrix, for on every backend a product is faster than a depthwise
@@ -390,7 +413,7 @@ def _blur_matrix(side, radius, step=1):
     return np.where(abs(offset) <= 2 * radius, kernel, 0).astype("float32")
 
 
-def _along_both(images, radius, step):
+def _along_both(images: Tensor, radius: float, step: int) -> Tensor:
     rows, columns = (
         ops.convert_to_tensor(_blur_matrix(side, radius, step))
         for side in images.shape[-3:-1]
@@ -401,7 +424,7 @@ def _along_both(images, radius, step):
     return ops.cast(x, keras.backend.standardize_dtype(images.dtype))
 
 
-def gaussian_blur(images, radius):
+def gaussian_blur(images: Tensor, radius: float) -> Tensor:
     """Blurs images: sigma is half the radius, cut at 4 sigma, black outside.
 
     Args:
@@ -417,7 +440,7 @@ def gaussian_blur(images, radius):
     return _along_both(images, radius, 1)
 
 
-def low_pass(images, radius):
+def low_pass(images: Tensor, radius: int) -> Tensor:
     """Blurs images and keeps every `radius`-th pixel, from `radius // 2`.
 
     Args:
@@ -431,7 +454,7 @@ def low_pass(images, radius):
     return _along_both(images, radius, radius)
 
 
-def crop(images, gazes, side):
+def crop(images: Tensor, gazes: Tensor, side: int) -> Tensor:
     """Cuts squares around gazes out of images, black outside the image.
 
     Pixels are taken as they are: gazes are rounded to whole pixels (up from a
@@ -480,12 +503,14 @@ class CoarseFixation(keras.layers.Layer):
         their boxes, `(batch, gazes, 4)`, see `crop`.
     """
 
-    def __init__(self, side, blur=0, enlarge=1, **kwargs):
+    def __init__(
+        self, side: int, blur: float = 0, enlarge: int = 1, **kwargs: Any
+    ) -> None:
         # Coordinates in half precision are off by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
         self.side, self.blur, self.enlarge = side, blur, enlarge
 
-    def call(self, images, gazes):
+    def call(self, images: Tensor, gazes: Tensor) -> Any:
         views, boxes = crop(images, gazes, self.side)
         if self.blur:
             views = gaussian_blur(views, self.blur)
@@ -494,16 +519,18 @@ class CoarseFixation(keras.layers.Layer):
             views = ops.repeat(views, self.enlarge, axis=-2)
         return views, boxes
 
-    def shown(self, inputs, outputs):
+    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         views, boxes = outputs
         return transformer.as_views(views, boxes, inputs[1])
 
-    def compute_output_shape(self, images_shape, gazes_shape):
+    def compute_output_shape(
+        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
+    ) -> Any:
         lead, side = tuple(gazes_shape[:-1]), self.side * self.enlarge
         return (*lead, side, side, images_shape[-1]), (*lead, 4)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "side": self.side,
@@ -544,7 +571,13 @@ class CorticalSampling(keras.layers.Layer):
         - [Reddy et al., 2020](https://arxiv.org/abs/2006.16427)
     """
 
-    def __init__(self, sides, radii, centred=(), **kwargs):
+    def __init__(
+        self,
+        sides: Sequence[int],
+        radii: Sequence[int],
+        centred: Sequence[int] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
         self.sides, self.radii = tuple(sides), tuple(radii)
         self.centred = tuple(centred)
@@ -559,7 +592,7 @@ class CorticalSampling(keras.layers.Layer):
             )
         (self.view_side,) = kept
 
-    def call(self, images, gazes):
+    def call(self, images: Tensor, gazes: Tensor) -> Any:
         scales = []
         pairs = zip(self.sides, self.radii, strict=True)
         for index, (side, radius) in enumerate(pairs):
@@ -574,18 +607,20 @@ class CorticalSampling(keras.layers.Layer):
             for parts in zip(*scales, strict=True)
         )
 
-    def shown(self, inputs, outputs):
+    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         del inputs
         return transformer.as_views(*outputs)
 
-    def compute_output_shape(self, images_shape, gazes_shape):
+    def compute_output_shape(
+        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
+    ) -> Any:
         batch, count = gazes_shape[:2]
         lead = (batch, None if count is None else count * len(self.sides))
         views = (*lead, self.view_side, self.view_side, images_shape[-1])
         return views, (*lead, 4), (*lead, 2)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "sides": self.sides,
@@ -630,13 +665,13 @@ class Fixations(keras.layers.Layer):
 
     def __init__(
         self,
-        reach,
-        given=None,
-        test_gazes="five",
-        seed=None,
-        whole=False,
-        **kwargs,
-    ):
+        reach: float,
+        given: Any = None,
+        test_gazes: str = "five",
+        seed: int | None = None,
+        whole: bool = False,
+        **kwargs: Any,
+    ) -> None:
         known_names.require("test_gazes", test_gazes, TEST_GAZES)
         if reach < 0:
             raise ValueError(
@@ -652,11 +687,11 @@ class Fixations(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     @property
-    def stochastic(self):
+    def stochastic(self) -> bool:
         """Whether it draws in inference mode."""
         return self.given is None and self.test_gazes == "random"
 
-    def call(self, images, training=False):
+    def call(self, images: Tensor, training: bool | None = False) -> Any:
         batch = ops.shape(images)[0]
         if training and self.given is None:
             return self._drawn((batch, 1, 2))
@@ -669,7 +704,7 @@ class Fixations(keras.layers.Layer):
         gazes = ops.reshape(ops.convert_to_tensor(gazes), (-1, 2))
         return ops.broadcast_to(gazes, (batch, gazes.shape[0], 2))
 
-    def _drawn(self, shape):
+    def _drawn(self, shape: Any) -> Tensor:
         seed = self.seed_generator
         if not self.whole:
             return keras.random.uniform(
@@ -679,10 +714,10 @@ class Fixations(keras.layers.Layer):
         drawn = keras.random.randint(shape, -reach, reach + 1, seed=seed)
         return ops.cast(drawn, "float32")
 
-    def compute_output_shape(self, images_shape):
+    def compute_output_shape(self, images_shape: Sequence[Any]) -> Any:
         return (images_shape[0], None, 2)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "reach": self.reach,

@@ -5,11 +5,16 @@ registered layers. Plain Keras can save it, load it in safe mode and `fit` it.
 `glimpses` returns where a model looks.
 """
 
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import layers, ops
 
 from saccade.core import names as known_names
+from saccade.core.arrays import Tensor
 from saccade.models import (
     attention,
     blocks,
@@ -49,7 +54,12 @@ __all__ = [
 ]
 
 
-def load_run(folder, weights="best", options=None, dtype=None):
+def load_run(
+    folder: str | pathlib.Path,
+    weights: str = "best",
+    options: dict[str, Any] | None = None,
+    dtype: str | None = None,
+) -> tuple[keras.Model, dict[str, Any]]:
     """Builds the model of a run, one of this module's or of the package's.
 
     Args:
@@ -62,7 +72,15 @@ def load_run(folder, weights="best", options=None, dtype=None):
     return checkpoints.load_run(folder, weights, options, dtype)
 
 
-def _localize(images, outputs, coordinates, kind, width, grid, **head):
+def _localize(
+    images: Tensor,
+    outputs: int,
+    coordinates: int,
+    kind: str,
+    width: int,
+    grid: int,
+    **head: Any,
+) -> Tensor:
     """Runs the localization net; returns view parameters in [-1, 1]."""
     shape = tuple(images.shape[1:])
     # The handover's ResNet-20 keeps the full resolution here.
@@ -73,7 +91,7 @@ def _localize(images, outputs, coordinates, kind, width, grid, **head):
     return net(blocks.normalize(images))
 
 
-def _check_count(num_transformers):
+def _check_count(num_transformers: int) -> None:
     if num_transformers < 1:
         raise ValueError(
             "Expected num_transformers >= 1. Received: "
@@ -81,7 +99,12 @@ def _check_count(num_transformers):
         )
 
 
-def _classifier(num_classes, image_shape, build, **fixations):
+def _classifier(
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    build: Callable[[tuple[int, ...]], keras.Model],
+    **fixations: Any,
+) -> keras.Model:
     """A plain backbone, or one that sees the image through fixations.
 
     Args:
@@ -102,14 +125,14 @@ def _classifier(num_classes, image_shape, build, **fixations):
 
 
 def _views(
-    images,
-    sampling,
-    coarse_fixations,
-    coarse_variant,
-    test_gazes,
-    gaze_range,
-    interpolation,
-):
+    images: Tensor,
+    sampling: bool,
+    coarse_fixations: bool,
+    coarse_variant: str,
+    test_gazes: str,
+    gaze_range: float,
+    interpolation: str,
+) -> Tensor | None:
     """The views of fixations, `(batch, n, ...)`; None without fixations."""
     if sampling and coarse_fixations:
         raise ValueError(
@@ -162,7 +185,9 @@ def _views(
 _BRANCHES = 4
 
 
-def _side_by_side(shape, build):
+def _side_by_side(
+    shape: tuple[int, ...], build: Callable[..., keras.Model]
+) -> keras.Model:
     """Several backbones on one image, with concatenated features."""
     inputs = keras.Input(shape)
     features = [
@@ -175,22 +200,22 @@ def _side_by_side(shape, build):
 @registry.register("resnet", shows=("gazes", "boxes", "views"))
 def resnet(
     *,
-    num_classes,
-    image_shape,
-    sampling=False,
-    coarse_fixations=False,
-    coarse_variant="crop",
-    test_gazes="five",
-    gaze_range=0.0,
-    interpolation="bilinear",
-    backbone="resnet18",
-    branched_network=False,
-    global_pooling=False,
-    width=0,
-    stem_stride=0,
-    pool_stride=0,
-    dropout=0.0,
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    sampling: bool = False,
+    coarse_fixations: bool = False,
+    coarse_variant: str = "crop",
+    test_gazes: str = "five",
+    gaze_range: float = 0.0,
+    interpolation: str = "bilinear",
+    backbone: str = "resnet18",
+    branched_network: bool = False,
+    global_pooling: bool = False,
+    width: int = 0,
+    stem_stride: int = 0,
+    pool_stride: int = 0,
+    dropout: float = 0.0,
+) -> keras.Model:
     """ResNet-18 on the image, on retinal samples or on crops of it.
 
     Args:
@@ -227,7 +252,7 @@ def resnet(
         - [He et al., 2015](https://arxiv.org/abs/1512.03385), ResNet-18
     """
 
-    def build(shape, name="backbone"):
+    def build(shape: tuple[int, ...], name: str = "backbone") -> keras.Model:
         return blocks.backbone(
             backbone,
             shape,
@@ -258,19 +283,19 @@ def resnet(
 @registry.register("resnet_cifar", shows=("gazes", "boxes", "views"))
 def resnet_cifar(
     *,
-    num_classes,
-    image_shape,
-    sampling=False,
-    coarse_fixations=False,
-    coarse_variant="crop",
-    test_gazes="five",
-    gaze_range=0.0,
-    interpolation="bilinear",
-    feedback=False,
-    width=0,
-    downsampling="all",
-    dropout=0.0,
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    sampling: bool = False,
+    coarse_fixations: bool = False,
+    coarse_variant: str = "crop",
+    test_gazes: str = "five",
+    gaze_range: float = 0.0,
+    interpolation: str = "bilinear",
+    feedback: bool = False,
+    width: int = 0,
+    downsampling: str = "all",
+    dropout: float = 0.0,
+) -> keras.Model:
     """ResNet-20 on the image, on retinal samples or on crops of it.
 
     Args:
@@ -292,8 +317,11 @@ def resnet_cifar(
         - [He et al., 2015](https://arxiv.org/abs/1512.03385), ResNet-20
     """
 
-    def build(shape):
-        options = {"downsampling": downsampling, "dropout": dropout}
+    def build(shape: tuple[int, ...]) -> keras.Model:
+        options: dict[str, Any] = {
+            "downsampling": downsampling,
+            "dropout": dropout,
+        }
         if feedback:
             return cortical.feedback_resnet20(
                 shape, width=width or 16, name="backbone", **options
@@ -314,7 +342,13 @@ def resnet_cifar(
 
 
 @registry.register("madry_cnn")
-def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
+def madry_cnn(
+    *,
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    width: int = 0,
+    dropout: float = 0.0,
+) -> keras.Model:
     """The convolutional network of Madry et al. for MNIST.
 
     Args:
@@ -342,7 +376,7 @@ def madry_cnn(*, num_classes, image_shape, width=0, dropout=0.0):
 ATTENTIONS = tuple(OPTIONS["attention_kind"].choices)
 
 
-def _check_attention(kind, **given):
+def _check_attention(kind: str, **given: Any) -> None:
     """Raises a ValueError for an unknown attention or an unused option."""
     known_names.require("attention", kind, ATTENTIONS)
     unused = {
@@ -357,7 +391,13 @@ def _check_attention(kind, **given):
             )
 
 
-def _glimpse(images, kind, theta, gaze_range, interpolation):
+def _glimpse(
+    images: Tensor,
+    kind: str,
+    theta: Tensor,
+    gaze_range: float,
+    interpolation: str,
+) -> Tensor:
     """The view of `attention_mnist`, `(batch, 1, ...)`."""
     if kind == "retina":
         reach = gaze_range or min(images.shape[1:3]) / 2
@@ -376,17 +416,17 @@ def _glimpse(images, kind, theta, gaze_range, interpolation):
 @registry.register("attention_mnist", shows=("gazes", "boxes", "views"))
 def attention_mnist(
     *,
-    num_classes,
-    image_shape,
-    attention_kind="transformer",
-    restricted_attention=False,
-    localization="simple_cnn",
-    localization_width=0,
-    gaze_range=0.0,
-    regularization=0.0,
-    dropout=0.2,
-    interpolation="bilinear",
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    attention_kind: str = "transformer",
+    restricted_attention: bool = False,
+    localization: str = "simple_cnn",
+    localization_width: int = 0,
+    gaze_range: float = 0.0,
+    regularization: float = 0.0,
+    dropout: float = 0.2,
+    interpolation: str = "bilinear",
+) -> keras.Model:
     """One glimpse of a small image, then two convolutions and a dense layer.
 
     Unlike in the handover, a pool follows each convolution. Without pools the
@@ -453,43 +493,45 @@ class FrozenView(layers.Layer):
         scale: Side of the view as a fraction of the image.
     """
 
-    def __init__(self, scale, **kwargs):
+    def __init__(self, scale: float, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
         self.scale = scale
 
-    def call(self, images):
+    def call(self, images: Tensor) -> Tensor:
         theta = np.array([[[self.scale, 0, 0, 0, self.scale, 0]]], "float32")
         return ops.broadcast_to(
             ops.convert_to_tensor(theta), (ops.shape(images)[0], 1, 6)
         )
 
-    def compute_output_shape(self, images_shape):
+    def compute_output_shape(
+        self, images_shape: Sequence[Any]
+    ) -> Sequence[Any]:
         return (images_shape[0], 1, 6)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "scale": self.scale}
 
 
 @registry.register("parallel_transformers", shows=("gazes", "boxes", "views"))
 def parallel_transformers(
     *,
-    num_classes,
-    image_shape,
-    num_transformers=5,
-    shared=False,
-    restricted_attention=True,
-    backbone="auto",
-    width=0,
-    stem_stride=0,
-    pool_stride=0,
-    localization="auto",
-    localization_width=0,
-    localization_grid=1,
-    regularization=0.0,
-    view_size=0,
-    dropout=0.0,
-    interpolation="bilinear",
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    num_transformers: int = 5,
+    shared: bool = False,
+    restricted_attention: bool = True,
+    backbone: str = "auto",
+    width: int = 0,
+    stem_stride: int = 0,
+    pool_stride: int = 0,
+    localization: str = "auto",
+    localization_width: int = 0,
+    localization_grid: int = 1,
+    regularization: float = 0.0,
+    view_size: int = 0,
+    dropout: float = 0.0,
+    interpolation: str = "bilinear",
+) -> keras.Model:
     """Several affine views of an image, with a backbone for each.
 
     Args:
@@ -552,25 +594,25 @@ def parallel_transformers(
 @registry.register("multi_gaze", shows=("gazes", "boxes", "views"))
 def multi_gaze(
     *,
-    num_classes,
-    image_shape,
-    num_transformers=5,
-    shared=False,
-    backbone="auto",
-    width=0,
-    stem_stride=0,
-    pool_stride=0,
-    localization="auto",
-    localization_width=0,
-    localization_grid=1,
-    gaze_range=0.0,
-    initialize_fixations=True,
-    regularization=0.01,
-    view_size=0,
-    max_ratio=glimpse.MAX_RATIO,
-    dropout=0.0,
-    interpolation="bilinear",
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    num_transformers: int = 5,
+    shared: bool = False,
+    backbone: str = "auto",
+    width: int = 0,
+    stem_stride: int = 0,
+    pool_stride: int = 0,
+    localization: str = "auto",
+    localization_width: int = 0,
+    localization_grid: int = 1,
+    gaze_range: float = 0.0,
+    initialize_fixations: bool = True,
+    regularization: float = 0.01,
+    view_size: int = 0,
+    max_ratio: float = glimpse.MAX_RATIO,
+    dropout: float = 0.0,
+    interpolation: str = "bilinear",
+) -> keras.Model:
     """Several retinal glimpses at learned gazes, with a backbone for each.
 
     Args:
@@ -641,7 +683,7 @@ def multi_gaze(
 POOLINGS = tuple(OPTIONS["pooling"].choices)
 
 
-def _check_ecnn(pooling, single_scale, auxiliary):
+def _check_ecnn(pooling: str, single_scale: bool, auxiliary: bool) -> None:
     known_names.require("pooling", pooling, POOLINGS)
     if not single_scale:
         return
@@ -656,7 +698,7 @@ def _check_ecnn(pooling, single_scale, auxiliary):
             )
 
 
-def _join(features, pooling):
+def _join(features: Sequence[Tensor], pooling: str) -> Tensor:
     """Joins the features of the scales, `(batch, units)` each."""
     if len(features) == 1:
         return features[0]
@@ -671,17 +713,17 @@ def _join(features, pooling):
 @registry.register("ecnn", shows=("gazes", "boxes", "views"))
 def ecnn(
     *,
-    num_classes,
-    image_shape,
-    pooling="concat",
-    single_scale=False,
-    scale4_freeze=False,
-    auxiliary=False,
-    test_gazes="five",
-    gaze_range=0.0,
-    width=0,
-    dropout=0.0,
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    pooling: str = "concat",
+    single_scale: bool = False,
+    scale4_freeze: bool = False,
+    auxiliary: bool = False,
+    test_gazes: str = "five",
+    gaze_range: float = 0.0,
+    width: int = 0,
+    dropout: float = 0.0,
+) -> keras.Model:
     """Crops of several sizes around a gaze, with a network for each.
 
     The form depends on the image size (see `glimpse.cortical_scales`). Above 64
@@ -759,7 +801,7 @@ def ecnn(
     return keras.Model(images, logits)
 
 
-def _features(folded, small, width):
+def _features(folded: Tensor, small: bool, width: int) -> keras.Model:
     """Returns the features of each scale, `(batch, units)` each."""
     shape = tuple(folded.shape[2:])
     features = []

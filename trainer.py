@@ -11,7 +11,10 @@ runs/<dataset>-<model>[-<tag>]/. Ctrl-C saves the state; the same command with
 import contextlib
 import dataclasses
 import os
+import pathlib
 import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -26,6 +29,12 @@ from saccade.models import options as model_options
 from saccade.training import settings
 
 import datasets
+
+if TYPE_CHECKING:
+    from saccade.data import splits as image_splits
+    from saccade.training import config as training_config
+    from saccade.training import loop as training_loop
+
 
 # Keras is imported inside functions: a missing data set must be reported before
 # TensorFlow has taken seconds to load.
@@ -98,7 +107,7 @@ _OBJECTIVE_FLAGS = (
 )
 
 
-def define_flags(values=flags.FLAGS):
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -109,12 +118,12 @@ def define_flags(values=flags.FLAGS):
         program_flags.define(cls, values, prefix=prefix, unset=True)
 
 
-def _given(cls, values):
+def _given(cls, values: flags.FlagValues) -> dict[str, Any]:
     """Returns the settings of a class of `_OVERRIDES` that are given."""
     return program_flags.given(cls, values, prefix=_OVERRIDES[cls])
 
 
-def _all_but(names, *others):
+def _all_but(names: Sequence[str], *others: str) -> tuple[str, ...]:
     return tuple(name for name in names if name not in others)
 
 
@@ -171,7 +180,9 @@ HELP = command_line.Help(
 )
 
 
-def config_from_flags(values=flags.FLAGS):
+def config_from_flags(
+    values: flags.FlagValues = flags.FLAGS,
+) -> "training_config.RunConfig":
     """Returns the `RunConfig` of the parsed flags.
 
     Args:
@@ -228,7 +239,7 @@ def config_from_flags(values=flags.FLAGS):
     )
 
 
-def _step_from_flags(values):
+def _step_from_flags(values: flags.FlagValues) -> Any:
     from saccade.training import config as training_config
 
     step = training_config.StepConfig(**_given(settings.StepSettings, values))
@@ -241,7 +252,7 @@ def _step_from_flags(values):
     )
 
 
-def _check_effect(given, values):
+def _check_effect(given: TrainerFlags, values: flags.FlagValues) -> None:
     """Raises a ValueError for a flag that has no effect beside another one."""
     command_line.refuse_idle(
         (
@@ -258,7 +269,7 @@ def _check_effect(given, values):
     )
 
 
-def _recipe_name(given, options):
+def _recipe_name(given: TrainerFlags, options: dict[str, Any]) -> str | None:
     """The name of --recipe, or of the recipe of the model and data set."""
     from saccade.training import recipes
 
@@ -269,7 +280,13 @@ def _recipe_name(given, options):
     return name
 
 
-def _recipe_from_flags(given, values, name, adversarial, step):
+def _recipe_from_flags(
+    given: TrainerFlags,
+    values: flags.FlagValues,
+    name: str | None,
+    adversarial: Any,
+    step: Any,
+) -> Any:
     from saccade.training import recipes
 
     if name is not None:
@@ -291,15 +308,17 @@ def _recipe_from_flags(given, values, name, adversarial, step):
     return recipe
 
 
-def _adversarial_from_flags(given, values, recipe_name):
+def _adversarial_from_flags(
+    given: TrainerFlags, values: flags.FlagValues, recipe_name: str | None
+) -> Any:
     from saccade.training import objectives, recipes
 
     changes = _given(settings.AdversarialSettings, values)
     step = _given(settings.StepSettings, values)
-    base = recipes.ADVERSARIAL.get(recipe_name)
+    base = recipes.ADVERSARIAL.get(recipe_name or "")
     enabled = given.adv_train
     if enabled is None:
-        enabled = base or "objective" in changes
+        enabled = base is not None or "objective" in changes
     if not enabled:
         for name, value in {**changes, **step}.items():
             shown = int(value) if isinstance(value, bool) else value
@@ -332,7 +351,9 @@ def _adversarial_from_flags(given, values, recipe_name):
     return found
 
 
-def build(config, data):
+def build(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> tuple[Any, Any]:
     """Builds model and optimizer; the seed determines the weights."""
     import keras
 
@@ -340,12 +361,16 @@ def build(config, data):
 
     keras.utils.set_random_seed(config.seed)
     model = _model(config, data)
-    steps = max(1, len(data.train) // config.recipe.batch_size)
+    steps = max(1, len(data.training) // config.recipe.batch_size)
     steps *= max(1, config.step.replays)
     return model, recipes.make_optimizer(config.recipe, steps, config.precision)
 
 
-def _model(config, data, dtype=None):
+def _model(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    dtype: str | None = None,
+) -> Any:
     from saccade.training import checkpoints
 
     return checkpoints.create(
@@ -357,7 +382,9 @@ def _model(config, data, dtype=None):
     )
 
 
-def _objective(config, data):
+def _objective(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> Any:
     """The training objective of a run."""
     import keras
 
@@ -377,7 +404,12 @@ def _objective(config, data):
     return config.adversarial.build(len(data.class_names), smoothing)
 
 
-def _loop(config, data, folder, callbacks):
+def _loop(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    folder: pathlib.Path,
+    callbacks: Sequence[Any],
+) -> "training_loop.Loop":
     """Builds the training loop of a run."""
     from saccade.cli import training_progress
     from saccade.training import loop as training_loop
@@ -391,7 +423,7 @@ def _loop(config, data, folder, callbacks):
     return training_loop.Loop(
         model=model,
         optimizer=optimizer,
-        split=data.train,
+        split=data.training,
         folder=folder,
         seed=config.seed,
         batch_size=recipe.batch_size,
@@ -416,7 +448,11 @@ def _loop(config, data, folder, callbacks):
     )
 
 
-def describe(config, data, model):
+def describe(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    model: Any,
+) -> dict[str, Any]:
     """Returns the content of `config.json`."""
     validation = data.validation
     return {
@@ -428,7 +464,7 @@ def describe(config, data, model):
         "parameters": int(model.count_params()),
         "source": data.source,
         "skipped": data.skipped,
-        "num_train": len(data.train),
+        "num_train": len(data.training),
         "num_validation": 0 if validation is None else len(validation),
         "num_test": len(data.test),
         "test_fingerprint": data.test.fingerprint(),
@@ -446,7 +482,13 @@ _MAY_DIFFER = {
 }
 
 
-def open_folder(config, described, *, overwrite=False, resume=False):
+def open_folder(
+    config: "training_config.RunConfig",
+    described: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> pathlib.Path:
     """Creates the run's folder, or checks that the run can be resumed.
 
     The caller must own the folder (see `run_folder.own`).
@@ -479,10 +521,12 @@ def open_folder(config, described, *, overwrite=False, resume=False):
     return folder
 
 
-def _completed(earlier, config):
+def _completed(
+    earlier: dict[str, Any], config: "training_config.RunConfig"
+) -> dict[str, Any]:
     """Adds the defaults of newer settings to the config of an older version."""
 
-    def complete(found, settings):
+    def complete(found: dict[str, Any], settings: Any) -> dict[str, Any]:
         for field in dataclasses.fields(settings):
             value = getattr(settings, field.name)
             if field.name not in found:
@@ -495,7 +539,14 @@ def _completed(earlier, config):
     return run_folder.as_json(complete(dict(earlier), config))
 
 
-def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
+def run(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset | None" = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
     """Trains one run to its end and evaluates it.
 
     Args:
@@ -517,7 +568,13 @@ def run(config, data=None, *, overwrite=False, resume=False, callbacks=()):
         return _run(config, data, overwrite, resume, callbacks)
 
 
-def _run(config, data, overwrite, resume, callbacks):
+def _run(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset | None",
+    overwrite: bool,
+    resume: bool,
+    callbacks: Sequence[Any],
+) -> dict[str, Any]:
     from saccade.cli import run_summary, training_progress
 
     with command_line.guard():
@@ -557,7 +614,12 @@ def _run(config, data, overwrite, resume, callbacks):
     return record
 
 
-def _trained(config, data, loop, resume):
+def _trained(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    loop: "training_loop.Loop",
+    resume: bool,
+) -> dict[str, Any]:
     """Trains to the end; returns the record of the final evaluation."""
     from saccade.training import loop as training_loop
 
@@ -591,7 +653,7 @@ def _trained(config, data, loop, resume):
 
 
 @contextlib.contextmanager
-def _kept_if_saved(folder, resume):
+def _kept_if_saved(folder: pathlib.Path, resume: bool) -> Iterator[None]:
     """Deletes the folder of a new run that fails before its first save.
 
     Otherwise the corrected command would need --overwrite.
@@ -605,7 +667,9 @@ def _kept_if_saved(folder, resume):
         raise
 
 
-def _check_validation(config, data):
+def _check_validation(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> None:
     """Raises a ValueError if validation images are needed and there are none.
 
     `validation_fraction=0` disables validation even if the data set has a
@@ -624,12 +688,14 @@ def _check_validation(config, data):
         return
     raise ValueError(
         f"Expected a --validation_fraction that leaves images for {what}. "
-        f"Received: validation_fraction={fraction:g} of {len(data.train)} "
+        f"Received: validation_fraction={fraction:g} of {len(data.training)} "
         "training images."
     )
 
 
-def _validation(config, data):
+def _validation(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> Any:
     """Returns the function that validates a model; None without images.
 
     It computes the clean accuracy and the accuracy under PGD on a fixed subset:
@@ -644,26 +710,28 @@ def _validation(config, data):
 
     import model_backbone
 
-    if data.validation is None:
+    images = data.validation
+    if images is None:
         return None
     threat = config.adversarial
     if threat is None or threat.epsilon is None:
         threat = objectives.CONFIGS[config.dataset]
-    attacked = min(config.robust_validation, len(data.validation))
+    attacked = min(config.robust_validation, len(images))
+    attack = gradient_attacks.PGD(
+        norm=threat.norm or "linf",
+        epsilon=threat.epsilon or 0.0,
+        steps=config.robust_validation_steps,
+        keep="first",
+    )
 
-    def validate(model):
+    def validate(model: Any) -> dict[str, Any]:
         found = robust_evaluation.accuracy(
-            model, data.validation, config.eval_batch_size
+            model, images, config.eval_batch_size
         )
         if not attacked or found["nonfinite_answers"]:
             return found
         evaluation = evaluation_config.EvaluationConfig(
-            attack=gradient_attacks.PGD(
-                norm=threat.norm,
-                epsilon=threat.epsilon,
-                steps=config.robust_validation_steps,
-                keep="first",
-            ),
+            attack=attack,
             target=threat.target or "none",
             num_examples=attacked,
             batch_size=config.eval_batch_size,
@@ -671,14 +739,18 @@ def _validation(config, data):
             eot=1 if model_backbone.is_stochastic(model) else None,
         )
         record, _ = robust_evaluation.evaluate(
-            model, data.validation, evaluation, save_images=0
+            model, images, evaluation, save_images=0
         )
         return {**found, "robust_accuracy": record["robust_accuracy"]}
 
     return validate
 
 
-def _evaluate(config, data, loop):
+def _evaluate(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    loop: "training_loop.Loop",
+) -> dict[str, Any]:
     """Tests the last and the best weights on all test images."""
     folder, model, progress = loop.folder, loop.model, loop.progress
     best = progress["history"][progress["best_epoch"] - 1]
@@ -709,7 +781,13 @@ def _evaluate(config, data, loop):
     return record
 
 
-def _test(config, images, model, weights, class_names):
+def _test(
+    config: "training_config.RunConfig",
+    images: "image_splits.Split",
+    model: Any,
+    weights: str,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
     """Computes the accuracy of a run's weights on a split."""
     from saccade.evaluation import evaluate as robust_evaluation
     from saccade.training import checkpoints
@@ -723,7 +801,10 @@ def _test(config, images, model, weights, class_names):
         )
 
 
-def evaluate(config, data=None):
+def evaluate(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset | None" = None,
+) -> dict[str, Any]:
     """Tests a finished run again, without training and without writing.
 
     Args:
@@ -766,7 +847,9 @@ _RESULTS = {
 }
 
 
-def _finished(config):
+def _finished(
+    config: "training_config.RunConfig",
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns `results.json` and `config.json` of the run of a config.
 
     Raises:
@@ -803,14 +886,14 @@ def _finished(config):
     return record, run
 
 
-def _nonfinite(count):
+def _nonfinite(count: int) -> str:
     """The number of images with non-finite logits in words; "" for 0."""
     if not count:
         return ""
     return f" ({count} with NaN or infinite logits, counted as misclassified)"
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Runs the program: trains or tests a run and prints the results.
 
     Args:

@@ -6,13 +6,17 @@ image, so that the identity transform is the identity at every size, and a box
 that covers the image is (0, 0, 1, 1) whatever the size of the view.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import ops
 
 from saccade.core import sampling
+from saccade.core.arrays import Tensor
 
 
-def as_views(views, boxes, gazes):
+def as_views(views: Tensor, boxes: Tensor, gazes: Tensor) -> dict[str, Tensor]:
     """Names what a sampler shows, one entry a view also if there is one."""
     named = {"gazes": (gazes, 3), "boxes": (boxes, 3), "views": (views, 5)}
     return {
@@ -21,7 +25,7 @@ def as_views(views, boxes, gazes):
     }
 
 
-def affine_box(theta):
+def affine_box(theta: Tensor) -> Tensor:
     """Returns the box that an affine view covers.
 
     Examples:
@@ -45,7 +49,7 @@ def affine_box(theta):
     return (edges + 1.0) / 2.0
 
 
-def affine_centre(theta, image_size):
+def affine_centre(theta: Tensor, image_size: Sequence[int]) -> Tensor:
     """Returns where an affine view is centred, as a gaze.
 
     Examples:
@@ -93,11 +97,11 @@ class SpatialTransformer(keras.layers.Layer):
 
     def __init__(
         self,
-        view_size=None,
-        padding="zeros",
-        interpolation="bilinear",
-        **kwargs,
-    ):
+        view_size: Sequence[int] | None = None,
+        padding: str = "zeros",
+        interpolation: str = "bilinear",
+        **kwargs: Any,
+    ) -> None:
         sampling.check_interpolation(interpolation)
         # Coordinates in half precision are off by whole pixels.
         super().__init__(**{"dtype": "float32", **kwargs})
@@ -105,7 +109,9 @@ class SpatialTransformer(keras.layers.Layer):
         self.padding = padding
         self.interpolation = interpolation
 
-    def call(self, images, theta):
+    def call(
+        self, images: Tensor, theta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         image_size = tuple(images.shape[1:3])
         points = sampling.affine_points(
             theta, image_size, self.view_size or image_size
@@ -115,18 +121,20 @@ class SpatialTransformer(keras.layers.Layer):
         )
         return views, affine_box(theta), affine_centre(theta, image_size)
 
-    def shown(self, inputs, outputs):
+    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         del inputs
         views, boxes, centres = outputs
         return as_views(views, boxes, centres)
 
-    def compute_output_shape(self, images_shape, theta_shape):
+    def compute_output_shape(
+        self, images_shape: Sequence[Any], theta_shape: Sequence[Any]
+    ) -> tuple[Any, ...]:
         size = self.view_size or tuple(images_shape[1:3])
         lead = tuple(theta_shape[:-1])
         return (*lead, *size, images_shape[-1]), (*lead, 4), (*lead, 2)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "view_size": self.view_size,

@@ -17,7 +17,8 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -28,14 +29,14 @@ from saccade.core import names as known_names
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def fail(message):
+def fail(message: object) -> NoReturn:
     """Ends the program with one line on standard error and exit status 2."""
     line = " ".join(str(message).split())
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
-def stop(message):
+def stop(message: object) -> NoReturn:
     """Ends an interrupted program with one line and exit status 130."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     sys.exit(130)
@@ -57,7 +58,12 @@ def continues(how: str = AGAIN) -> Iterator[None]:
         stop(f"interrupted. {how}")
 
 
-def _uncaught(kind, error, trace, report=sys.excepthook):
+def _uncaught(
+    kind: Any,
+    error: BaseException,
+    trace: Any,
+    report: Callable[..., None] = sys.excepthook,
+) -> None:
     """Reports an exception; one line for Ctrl-C while a program is imported."""
     if not issubclass(kind, KeyboardInterrupt):
         report(kind, error, trace)
@@ -70,7 +76,9 @@ def _uncaught(kind, error, trace, report=sys.excepthook):
 sys.excepthook = _uncaught
 
 
-def deliver_again(unraisable, report=sys.unraisablehook):
+def deliver_again(
+    unraisable: Any, report: Callable[..., None] = sys.unraisablehook
+) -> None:
     """Repeats a Ctrl-C that came where no exception can be raised.
 
     Python drops an exception inside a finalizer or a callback of the garbage
@@ -106,7 +114,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     """
     asked, earlier = [], {}
 
-    def ask(number, frame):
+    def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)
 
@@ -141,7 +149,7 @@ def expand_home(values: flags.FlagValues) -> None:
 
 
 @contextlib.contextmanager
-def guard():
+def guard() -> Iterator[None]:
     """Turns a `ValueError` or an `OSError` into one line and status 2."""
     try:
         yield
@@ -152,7 +160,7 @@ def guard():
 
 
 @contextlib.contextmanager
-def guard_disk():
+def guard_disk() -> Iterator[None]:
     """Turns an `OSError` (a full disk, say) into one line and status 2.
 
     For the long part of a program, where a `ValueError` is a defect.
@@ -163,7 +171,7 @@ def guard_disk():
         fail(describe(error))
 
 
-def describe(error):
+def describe(error: Any) -> str:
     """Returns an `OSError` as a sentence that names the file."""
     if error.errno is None or error.strerror is None:
         return str(error)
@@ -178,7 +186,7 @@ def describe(error):
 
 
 @contextlib.contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """Silences standard error, of C++ code too, while something loads.
 
     TensorFlow greets with lines about oneDNN and missing GPUs before it reads
@@ -200,7 +208,7 @@ def quiet():
 BACKENDS = ("tensorflow", "jax", "torch")
 
 
-def require_backend(name, source):
+def require_backend(name: str, source: str) -> None:
     """Checks that a backend of Keras is known and installed.
 
     Args:
@@ -214,7 +222,7 @@ def require_backend(name, source):
     require_package(name, f"{source}={name}")
 
 
-def require_package(name, reader):
+def require_package(name: str, reader: str) -> None:
     """Raises a ValueError if a package is not installed.
 
     Args:
@@ -240,7 +248,7 @@ _INSTALLED_BY = {
 }
 
 
-def load_keras():
+def load_keras() -> None:
     """Imports Keras and its backend without their greetings.
 
     Ends the program with one line if the backend cannot be used.
@@ -254,7 +262,7 @@ def load_keras():
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
-def _import_keras():
+def _import_keras() -> None:
     """Imports Keras; without KERAS_BACKEND, keras.json names the backend."""
     try:
         with quiet():
@@ -321,7 +329,7 @@ class Help:
         return "\n\n".join(parts) + "\n"
 
 
-def _capital(text):
+def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -342,7 +350,7 @@ def describe_flag(flag: flags.Flag) -> tuple[str, str]:
     return f"--{flag.name}={form}", text
 
 
-def _flag_help(flag, width):
+def _flag_help(flag: Any, width: int) -> str:
     """The lines of one flag: its form, its text and its default."""
     form, text = describe_flag(flag)
     lines = textwrap.wrap(text, width - 6)
@@ -355,7 +363,9 @@ _HELP = {"help", "?", "h"}
 _ABSL_HELP = {"helpshort", "helpfull", "helpxml"}
 
 
-def asked_for_help(arguments, names=frozenset(_HELP)) -> bool:
+def asked_for_help(
+    arguments: Sequence[str], names: Collection[str] = frozenset(_HELP)
+) -> bool:
     """Tells whether one of the arguments, before any `--`, asks for help."""
     for word in arguments:
         if word == "--":
@@ -365,7 +375,7 @@ def asked_for_help(arguments, names=frozenset(_HELP)) -> bool:
     return False
 
 
-def parse_arguments(parser):
+def parse_arguments(parser: Any) -> Any:
     """Parses the arguments of a script that has `argparse`'s flags.
 
     An error is one line and exit status 2, without argparse's usage.
@@ -374,7 +384,11 @@ def parse_arguments(parser):
     return parser.parse_args()
 
 
-def run(main, translate=None, help=None):
+def run(
+    main: Callable[[], None],
+    translate: Callable[[list[str]], list[str]] | None = None,
+    help: Help | None = None,
+) -> None:
     """Parses the flags and calls `main()`; `__main__` of every program.
 
     A flag that is unknown or out of range is one line and exit status 2
@@ -391,7 +405,7 @@ def run(main, translate=None, help=None):
         help: A `Help`; None prints the program's docstring and its flags.
     """
 
-    def parse(argv):
+    def parse(argv: Any) -> Any:
         if asked_for_help(argv[1:]):
             _print_help(help)
         if asked_for_help(argv[1:], _ABSL_HELP):
@@ -413,7 +427,7 @@ def run(main, translate=None, help=None):
         expand_home(flags.FLAGS)
         return left
 
-    def guarded(argv):
+    def guarded(argv: Any) -> None:
         with guard_disk():
             main()
 
@@ -421,7 +435,7 @@ def run(main, translate=None, help=None):
         app.run(guarded, flags_parser=parse)
 
 
-def _print_help(help):
+def _print_help(help: Help | None) -> None:
     """Prints the help and ends the program with status 0."""
     if help is None:
         help = Help(sys.modules["__main__"].__doc__ or "")
@@ -433,7 +447,7 @@ def _print_help(help):
     sys.exit(0)
 
 
-def check_given(values):
+def check_given(values: flags.FlagValues) -> None:
     """Raises a ValueError if a flag is given, but its value says nothing.
 
     That is an empty text or part of a list, where an empty text is not the
@@ -465,7 +479,7 @@ def check_given(values):
             )
 
 
-def refuse_idle(*rules):
+def refuse_idle(*rules: tuple[Any, Sequence[Any], str]) -> None:
     """Refuses flags that are given and would have no effect.
 
     Args:
@@ -486,7 +500,7 @@ def refuse_idle(*rules):
                 )
 
 
-def parse_ratio(text):
+def parse_ratio(text: str) -> float:
     """Reads `0.03`, `8/255` or `1e-3`.
 
     Examples:
@@ -510,7 +524,7 @@ def parse_ratio(text):
         ) from error
 
 
-def parse_ratios(text):
+def parse_ratios(text: str) -> tuple[float, ...]:
     """Reads a list of ratios, `1/255,4/255`, as a tuple of floats.
 
     Examples:
@@ -520,7 +534,7 @@ def parse_ratios(text):
     return tuple(parse_ratio(part) for part in str(text).split(","))
 
 
-def parse_integers(text):
+def parse_integers(text: str) -> tuple[int, ...]:
     """Reads a list of whole numbers, `10,100`, as a tuple."""
     try:
         return tuple(int(part) for part in str(text).split(","))
@@ -530,7 +544,7 @@ def parse_integers(text):
         ) from error
 
 
-def parsed(flag, text, parse):
+def parsed(flag: Any, text: str, parse: Callable[[str], Any]) -> Any:
     """Reads the text of a flag with `parse`; an error names the flag."""
     try:
         return parse(text)

@@ -5,6 +5,7 @@ what is off. Names that mean the same here are not listed; what is listed is
 translated before the flags are parsed, and everything else is left as it is.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saccade.core import names as known_names
@@ -13,12 +14,12 @@ _ANY = object()  # Stands for every value that a row does not name.
 _OFF: dict[Any, Any] = {"0": None, "None": None}
 
 
-def _switch(flag, value="1"):
+def _switch(flag: str, value: Any = "1") -> dict[Any, Any]:
     """The row of a flag that was 0 or 1: on, it is a value of one of ours."""
     return {**_OFF, "1": (flag, value)}
 
 
-def _renamed(flag):
+def _renamed(flag: str) -> dict[Any, Any]:
     """The row of a flag whose value is that of one of ours; a 0 is a value."""
     return {"None": None, _ANY: flag}
 
@@ -98,12 +99,12 @@ _REFUSED = {
 }
 
 
-def of_trainer(arguments):
+def of_trainer(arguments: Sequence[str]) -> list[str]:
     """Translates the arguments of `trainer.py`; see `of_adversary`."""
     return _translate(arguments, _TRAINER)
 
 
-def of_adversary(arguments):
+def of_adversary(arguments: Sequence[str]) -> list[str]:
     """Translates the arguments of `adversary.py`.
 
     Args:
@@ -121,7 +122,7 @@ def of_adversary(arguments):
     return _translate(arguments, _ADVERSARY)
 
 
-def _translate(arguments, table):
+def _translate(arguments: Sequence[str], table: Mapping[str, Any]) -> list[str]:
     old, kept = {}, []
     for name, value, words in _read(arguments):
         if name in table:
@@ -131,7 +132,8 @@ def _translate(arguments, table):
     given = {name: value for name, value, _ in kept}
     model = given.get("model")
     _aim(old)
-    found, origins = {}, {}
+    found: dict[str, Any] = {}
+    origins: dict[str, Any] = {}
     for name in [name for name in table if name in old]:
         new = _new(name, old[name], table[name], model)
         if new is None:
@@ -151,14 +153,14 @@ def _translate(arguments, table):
     ]
 
 
-def _contradict(name, flag, value, other):
+def _contradict(name: str, flag: str, value: str, other: str) -> ValueError:
     raise ValueError(
         f"--{name} is --{flag}={value} here, which contradicts {other}. Leave "
         "one of them out."
     )
 
 
-def _read(arguments):
+def _read(arguments: Sequence[str]) -> Any:
     """Yields (name, value, words) of each flag.
 
     The name is None for what is no flag, or comes after `--`; the value is
@@ -183,7 +185,7 @@ def _read(arguments):
             yield name, None, [word]
 
 
-def _new(name, value, row, model):
+def _new(name: str, value: str, row: Any, model: str | None) -> Any:
     """Returns our flag and its value, or None for what is dropped."""
     if value is None and name not in _REFUSED:
         if "1" not in row or _ANY in row:
@@ -207,7 +209,7 @@ def _new(name, value, row, model):
     return flag, by_model[model]
 
 
-def _aim(old):
+def _aim(old: Any) -> Any:
     """Makes the two flags of the target one: the second modified the first."""
     which, whether = "attack_criteria_det", "attack_criteria_targeted"
     if old.get(which, "0") in _OFF:

@@ -4,7 +4,8 @@ A line of a summary is a heading and its content.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -13,6 +14,11 @@ from saccade.data import augment
 from saccade.evaluation import tally as evaluation_tally
 from saccade.models import registry
 from saccade.training import memory as memory_estimate
+
+if TYPE_CHECKING:
+    from saccade.data import splits as image_splits
+    from saccade.training import config as training_config
+    from saccade.training import loop as training_loop
 
 _HEADING = 11  # Characters.
 # Options that make a model smaller, in the order in which to try them.
@@ -27,7 +33,11 @@ def row(heading: str, text: str) -> str:
     return f"{heading:{_HEADING}}{text}"
 
 
-def of_training(config, data, loop) -> list[str]:
+def of_training(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    loop: "training_loop.Loop",
+) -> list[str]:
     """Returns the summary of a training run, without its `warnings`.
 
     Args:
@@ -48,13 +58,13 @@ def of_training(config, data, loop) -> list[str]:
     ]
 
 
-def _resumed(loop):
+def _resumed(loop: "training_loop.Loop") -> str:
     step = loop.progress["step"]
     total = loop.epochs * loop.steps_per_epoch
     return f" (resumed at step {step} of {total})" if step else ""
 
 
-def _data(data):
+def _data(data: "image_splits.Dataset") -> str:
     held = "no validation images"
     if data.validation is not None:
         where = (
@@ -63,13 +73,15 @@ def _data(data):
         held = f"{len(data.validation)} validation ({where})"
     skipped = sum(data.skipped.values())
     return (
-        f"{data.name}: {len(data.train)} training, {held} and "
+        f"{data.name}: {len(data.training)} training, {held} and "
         f"{len(data.test)} test images of {len(data.class_names)} classes"
         + (f"; {skipped} unreadable ones left out" if skipped else "")
     )
 
 
-def _images(config, data):
+def _images(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> str:
     height, width, channels = data.image_shape
     text = f"{height}x{width} pixels, {'grey' if channels == 1 else 'colour'}"
     resizes = {
@@ -82,7 +94,7 @@ def _images(config, data):
     return f"{text}; augmentation {name}{_views(augment.AUGMENTATIONS[name])}"
 
 
-def _views(augmentation):
+def _views(augmentation: Any) -> str:
     """The transforms of an augmentation in brackets; "" without transforms."""
     parts = []
     if augmentation.flip:
@@ -97,14 +109,14 @@ def _views(augmentation):
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _model(config, model):
+def _model(config: "training_config.RunConfig", model: Any) -> str:
     options = ", ".join(f"{k}={v}" for k, v in config.model_options.items())
     return f"{config.model}, {model.count_params():,} parameters" + (
         f" ({options})" if options else ""
     )
 
 
-def _objective(config):
+def _objective(config: "training_config.RunConfig") -> str:
     found = config.adversarial
     if found is None:
         return "standard training on clean images"
@@ -126,7 +138,9 @@ def _objective(config):
     return text
 
 
-def _recipe(config, loop):
+def _recipe(
+    config: "training_config.RunConfig", loop: "training_loop.Loop"
+) -> str:
     recipe = config.recipe
     name = f"{config.recipe_name}: " if config.recipe_name else ""
     attacked = config.robust_validation if loop.validate else 0
@@ -146,11 +160,13 @@ def device() -> str:
     return f"{name}; {keras.config.backend()} backend"
 
 
-def _on_cpu():
+def _on_cpu() -> bool:
     return device().startswith("CPU")
 
 
-def _bytes_needed(config, loop):
+def _bytes_needed(
+    config: "training_config.RunConfig", loop: "training_loop.Loop"
+) -> int | None:
     """The additional bytes that a step needs; None if unknown."""
     if not isinstance(loop.model, keras.Function):
         return None
@@ -162,7 +178,7 @@ def _bytes_needed(config, loop):
     )
 
 
-def _memory(needed):
+def _memory(needed: int | None) -> str:
     if needed is None:
         return "unknown: the model is not a graph of layers"
     if not _on_cpu():
@@ -172,7 +188,7 @@ def _memory(needed):
     return text if left is None else f"{text}; {_size(left)} are free now"
 
 
-def _size(count):
+def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
@@ -208,9 +224,9 @@ def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
     ]
 
 
-def _attacks(evaluations):
+def _attacks(evaluations: Sequence[Any]) -> list[str]:
     """A text for each attack, with its steps and restarts."""
-    found = {}
+    found: dict[Any, Any] = {}
     for evaluation in evaluations:
         attack = evaluation.attack
         settings = found.setdefault(attack.name, {})
@@ -224,14 +240,14 @@ def _attacks(evaluations):
     ]
 
 
-def _listed(name, values):
+def _listed(name: str, values: Sequence[Any]) -> str:
     words = {"n_queries": "queries"}
     return f"{words.get(name, name)} {', '.join(map(str, values))}"
 
 
-def _threats(evaluations):
+def _threats(evaluations: Sequence[Any]) -> Iterator[str]:
     """A text for each norm and target, with its radii."""
-    found = {}
+    found: dict[Any, Any] = {}
     for evaluation in evaluations:
         key = evaluation.attack.norm, evaluation.target
         found.setdefault(key, {})[evaluation.attack.epsilon] = None
@@ -244,14 +260,20 @@ def _threats(evaluations):
 # --- Warnings ----------------------------------------------------------------
 
 
-def warnings(config, data, loop) -> list[str]:
+def warnings(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    loop: "training_loop.Loop",
+) -> list[str]:
     """Returns warnings about settings that are probably a mistake."""
     found = [
         *config.recipe.remarks(),
         *_short_warmups(config),
     ]
     needed, left = _bytes_needed(config, loop), memory_estimate.available()
-    if _on_cpu() and None not in (needed, left) and needed > left:
+    if needed is None or left is None:
+        left = needed = 0
+    if _on_cpu() and needed > left:
         found.append(
             f"Training needs about {_size(needed)} more memory and "
             f"{_size(left)} are free. {_smaller(config, data, ['batch_size'])}."
@@ -259,7 +281,7 @@ def warnings(config, data, loop) -> list[str]:
     return [row("warning", text) for text in found]
 
 
-def _short_warmups(config):
+def _short_warmups(config: "training_config.RunConfig") -> Iterator[str]:
     """Warns of warm-ups that are as long as the run or longer."""
     for name, what in (
         ("epsilon_warmup", "the radius never reaches epsilon"),
@@ -273,7 +295,9 @@ def _short_warmups(config):
             )
 
 
-def advice(config, data) -> str:
+def advice(
+    config: "training_config.RunConfig", data: "image_splits.Dataset"
+) -> str:
     """Returns a sentence that says how to shorten the training."""
     first = ["epochs"]
     if config.adversarial is not None and config.adversarial.steps:
@@ -281,7 +305,11 @@ def advice(config, data) -> str:
     return f"{_smaller(config, data, first)}; a GPU is faster still."
 
 
-def _smaller(config, data, first):
+def _smaller(
+    config: "training_config.RunConfig",
+    data: "image_splits.Dataset",
+    first: Any,
+) -> str:
     """Names the flags that make a run smaller, beginning with `first`."""
     known = registry.entry(config.model).options
     names = [*first, *(name for name in _SIZES if name in known)]

@@ -11,7 +11,8 @@ where it is needed, for a wrong name must be said before.
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from saccade.cli import command_line
 from saccade.core import names as known_names
@@ -19,8 +20,14 @@ from saccade.core import run_folder
 
 
 def find(
-    runs_dir, name=None, *, model=None, dataset=None, tag=None, options=None
-):
+    runs_dir: str,
+    name: str | None = None,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    tag: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[pathlib.Path, dict[str, Any]]:
     """Finds the run that is meant.
 
     Args:
@@ -73,7 +80,7 @@ def find(
     return folder, run
 
 
-def _made_with(run, names):
+def _made_with(run: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The options of a run's model; False is one that it does not have."""
     if not names:
         return {}
@@ -88,11 +95,11 @@ def _made_with(run, names):
     return {name: options.get(name, False) for name in names}
 
 
-def _text(value):
+def _text(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
 
 
-def at(runs_dir, name):
+def at(runs_dir: str, name: str) -> pathlib.Path:
     """Returns the folder of a run, given itself or its name in `runs_dir`.
 
     Raises:
@@ -116,7 +123,7 @@ def at(runs_dir, name):
 
 
 @contextlib.contextmanager
-def owned(*places, write: bool = True) -> Iterator[None]:
+def owned(*places: pathlib.Path, write: bool = True) -> Iterator[None]:
     """Owns folders in a block of a program; see `run_folder.own`.
 
     If another process owns one, the program ends in one line, status 2.
@@ -128,7 +135,7 @@ def owned(*places, write: bool = True) -> Iterator[None]:
         yield
 
 
-def weights_sha256(folder, weights):
+def weights_sha256(folder: pathlib.Path, weights: str) -> str:
     """Returns the SHA-256 of a run's weights, `"best"` or `"last"`.
 
     Raises:

@@ -24,18 +24,24 @@ class Progress(keras.callbacks.Callback):
         **display: Arguments of `progress.Progress`, for tests.
     """
 
-    def __init__(self, batch_size: int, advice: str = "", **display):
+    def __init__(
+        self, batch_size: int, advice: str = "", **display: Any
+    ) -> None:
         super().__init__()
         self.batch_size, self.advice = batch_size, advice
         self.display = display
-        self.shown, self.validation = None, 0.0
-        self.first, self.estimated = None, False
+        self.shown: Any = None
+        self.validation = 0.0
+        self.first: Any = None
+        self.estimated = False
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.epochs = self.params["epochs"]
         self.steps = self.params["steps"]
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         self.epoch = epoch
         self.shown = progress.Progress(
             f"epoch {epoch + 1}/{self.epochs}",
@@ -49,7 +55,10 @@ class Progress(keras.callbacks.Callback):
             self.first, self.started = epoch, self.shown.started
             self.shown.note = "compiling the step"
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        logs = logs or {}
         note = f"loss {logs['loss']:.3f}, accuracy {logs['accuracy']:.1%}"
         if batch + 1 == self.steps:
             self.trained = self.shown.clock()
@@ -57,7 +66,7 @@ class Progress(keras.callbacks.Callback):
         self.shown.update(batch + 1, note=note, detail=self._detail)
         self._estimate()
 
-    def _detail(self):
+    def _detail(self) -> str:
         """The speed and the remaining time of the epoch and the training."""
         rate = self.shown.rate()
         if rate is None:
@@ -70,13 +79,13 @@ class Progress(keras.callbacks.Callback):
             f"{progress.ends(remaining)}"
         )
 
-    def remaining(self, rate):
+    def remaining(self, rate: float) -> float:
         """Seconds to the end of the run, at `rate` steps per second."""
         done = self.epoch * self.steps + self.shown.done
         left = self.epochs * self.steps - done
         return left / rate + (self.epochs - self.epoch) * self.validation
 
-    def _estimate(self):
+    def _estimate(self) -> None:
         """Prints once how long an epoch and the run take."""
         shown, rate = self.shown, self.shown.rate()
         if self.estimated or rate is None or shown.done == self.steps:
@@ -94,13 +103,16 @@ class Progress(keras.callbacks.Callback):
         )
         self._warn(left)
 
-    def _warn(self, left):
+    def _warn(self, left: float) -> None:
         """Prints the advice if the training is long."""
         if left > LONG and self.advice:
             self.shown.say(f"warning    This training is long. {self.advice}")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         self.close()
+        logs = logs or {}
         now = self.shown.clock()
         self.validation = now - self.trained
         done = epoch + 1 - self.first
@@ -124,13 +136,13 @@ class Progress(keras.callbacks.Callback):
             self.estimated = True
             self._warn(left)
 
-    def close(self):
+    def close(self) -> None:
         """Closes the progress bar, also after an error or a signal."""
         if self.shown is not None:
             self.shown.close()
 
 
-def _speed(rate):
+def _speed(rate: float) -> str:
     """Formats a number of images per second with at least three digits."""
     return f"{rate:,.0f} images/s" if rate >= 100 else f"{rate:.3g} images/s"
 
@@ -145,12 +157,14 @@ class TensorBoard(keras.callbacks.Callback):
         folder: Folder in which `train/` and `validation/` are written.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path) -> None:
         super().__init__()
         self.folder = folder
         self.writers: dict[str, Any] = {}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
         try:
             from tensorboard import summary
         except ImportError:
@@ -164,6 +178,6 @@ class TensorBoard(keras.callbacks.Callback):
         for writer in self.writers.values():
             writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         for writer in self.writers.values():
             writer.close()

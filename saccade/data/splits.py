@@ -221,3 +221,14 @@ class Dataset:
     resize: str | None = None
     held_out: bool = False
     sizes: tuple[int, ...] = ()
+
+    @property
+    def training(self) -> Split:
+        """The training split.
+
+        Raises:
+            ValueError: If only the test images were loaded.
+        """
+        if self.train is None:
+            raise ValueError("Only the test images were loaded.")
+        return self.train

@@ -463,7 +463,7 @@ def _draw(
             chosen,
             before,
             after,
-            model_inspect.read_out(model),
+            model_inspect.read_out(model) or 1,
             names,
             max_rows=max(2, rows // 2 * 2),
             title=f"Attention under {captions.caption(record, names)}",

@@ -101,8 +101,9 @@ def class_name(class_names: Sequence[str] | None, label: int) -> str:
     label = int(label)
     if label == metrics.NON_FINITE:
         return metrics.NON_FINITE_NAME
-    known = 0 <= label < len(class_names)
-    return (printable(class_names[label]) if known else "") or str(label)
+    names = class_names or ()
+    known = 0 <= label < len(names)
+    return (printable(names[label]) if known else "") or str(label)
 
 
 def printable(text: object) -> str:

@@ -318,7 +318,7 @@ class SequentialAttention(layers.Layer):
         hidden.build((None, self.units))
         output.build((None, self.hidden_units))
 
-    def call(self, features):
+    def call(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch = ops.shape(features)[0]
         rows, columns, channels = features.shape[1:]
         positions = rows * columns

@@ -91,7 +91,7 @@ def generators(model: keras.Model) -> list[keras.random.SeedGenerator]:
     ]
 
 
-def read_out(model):
+def read_out(model: keras.Model) -> int | None:
     """Returns the read-out step of a recurrent model; None for others."""
     return next((layer.read_out for layer in _recurrent(model)), None)
 

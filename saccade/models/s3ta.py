@@ -85,22 +85,22 @@ def _check_division(
 @registry.register("s3ta", shows=("maps",))
 def s3ta(
     *,
-    num_classes,
-    image_shape,
-    num_steps=16,
-    vision="auto",
-    vision_width=0,
-    vision_strides=(),
-    stem_stride=0,
-    pool_stride=0,
-    downsampling="not_last",
-    key_channels=0,
-    num_heads=4,
-    frequencies=4,
-    controller_units=1024,
-    hidden_units=1024,
-    remat=False,
-):
+    num_classes: int,
+    image_shape: tuple[int, ...],
+    num_steps: int = 16,
+    vision: str = "auto",
+    vision_width: int = 0,
+    vision_strides: Sequence[int | str] = (),
+    stem_stride: int = 0,
+    pool_stride: int = 0,
+    downsampling: str = "not_last",
+    key_channels: int = 0,
+    num_heads: int = 4,
+    frequencies: int = 4,
+    controller_units: int = 1024,
+    hidden_units: int = 1024,
+    remat: bool = False,
+) -> keras.Model:
     """S3TA: sequential, spatial, soft, top-down attention.
 
     The defaults are the paper's S3TA-16. Images up to 64 pixels get a small
