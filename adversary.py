@@ -10,10 +10,13 @@ command again.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -28,6 +31,10 @@ from saccade.core.settings import setting
 from saccade.models import options as model_options
 
 import datasets
+
+if TYPE_CHECKING:
+    from saccade.data import splits as image_splits
+    from saccade.evaluation import config as evaluation_config
 
 # Modules that need Keras are imported inside functions, so that a wrong flag is
 # reported at once and not after the seconds that TensorFlow needs to load.
@@ -226,7 +233,7 @@ _MODEL_OPTIONS = tuple(
 )
 
 
-def define_flags(values=flags.FLAGS):
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -289,10 +296,20 @@ class AdversaryConfig(RecordSettings):
     """
 
     folder: pathlib.Path
-    evaluations: tuple
-    options: dict = dataclasses.field(default_factory=dict)
+    evaluations: tuple["evaluation_config.EvaluationConfig", ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def hashes(self):
+    @functools.cached_property
+    def run(self) -> dict[str, Any]:
+        """The content of the run's `config.json`, read once.
+
+        Raises:
+            FileNotFoundError: If there is no such run.
+            ValueError: If a required field is missing.
+        """
+        return run_folder.read_config(self.folder, _REQUIRED)
+
+    def hashes(self) -> dict[str, str]:
         """Returns the SHA-256 of the weights of the model and the surrogate.
 
         Raises:
@@ -300,13 +317,17 @@ class AdversaryConfig(RecordSettings):
         """
         folders = {"weights_sha256": self.folder}
         if self.surrogate:
-            folders["surrogate_sha256"] = self.surrogate
+            folders["surrogate_sha256"] = pathlib.Path(self.surrogate)
         return {
             key: trained_runs.weights_sha256(folder, self.weights)
             for key, folder in folders.items()
         }
 
-    def request(self, evaluation, hashes):
+    def request(
+        self,
+        evaluation: "evaluation_config.EvaluationConfig",
+        hashes: Mapping[str, str],
+    ) -> dict[str, Any]:
         """Returns everything a record depends on, as a dict.
 
         An evaluation whose record has an equal request is not run again.
@@ -328,7 +349,9 @@ class AdversaryConfig(RecordSettings):
             "save_images": self.save_images,
         }
 
-    def record_folder(self, evaluation):
+    def record_folder(
+        self, evaluation: "evaluation_config.EvaluationConfig"
+    ) -> pathlib.Path:
         """Returns the folder of an evaluation; its name lists the settings.
 
         Raises:
@@ -360,7 +383,9 @@ _REQUIRED_TO_CHOOSE = ("model", "dataset", "class_names", "image_shape")
 _REQUIRED = (*_REQUIRED_TO_CHOOSE, "model_options", "num_classes")
 
 
-def config_from_flags(values=flags.FLAGS):
+def config_from_flags(
+    values: flags.FlagValues = flags.FLAGS,
+) -> AdversaryConfig:
     """Returns the `AdversaryConfig` of the parsed flags.
 
     Args:
@@ -393,7 +418,7 @@ def config_from_flags(values=flags.FLAGS):
     )
 
 
-def _surrogate(given, run):
+def _surrogate(given: AdversaryFlags, run: Mapping[str, Any]) -> str | None:
     """Returns the folder of the run given by --surrogate, or None."""
     if given.surrogate is None:
         return None
@@ -410,14 +435,16 @@ def _surrogate(given, run):
     return str(folder)
 
 
-def find_run(values=flags.FLAGS):
+def find_run(
+    values: flags.FlagValues = flags.FLAGS,
+) -> tuple[pathlib.Path, dict[str, Any]]:
     """Returns the folder of the run that the flags select, and its config.
 
     Args:
         values: `absl.flags.FlagValues` after `define_flags`, parsed.
     """
     given = program_flags.read(AdversaryFlags, values)
-    options = {}
+    options: dict[str, Any] = {}
     for group in _MODEL_OPTIONS:
         options |= program_flags.given(group, values)
     if given.dataset is not None and given.dataset not in datasets.names():
@@ -440,7 +467,7 @@ def find_run(values=flags.FLAGS):
 _SCANNED = ("steps", "restarts")
 
 
-def _given_settings(given):
+def _given_settings(given: AdversaryFlags) -> dict[str, Any]:
     """Returns the settings of attacks that are given, a dict."""
     settings = {
         name: getattr(given, name) for name in core_settings.of(AttackFlags)
@@ -448,7 +475,7 @@ def _given_settings(given):
     return {k: v for k, v in settings.items() if v is not None}
 
 
-def _protocol_of(given, run):
+def _protocol_of(given: AdversaryFlags, run: Mapping[str, Any]) -> str | None:
     """Returns --protocol; without attack flags, that of the run's paper."""
     chosen = (given.attack, given.target, given.attack_step_size, given.norm)
     if _given_settings(given) or any(
@@ -478,7 +505,7 @@ _NONROBUST_FLAGS = (
 )
 
 
-def _check_effect(given, values):
+def _check_effect(given: AdversaryFlags, values: flags.FlagValues) -> None:
     """Raises a ValueError for a flag that has no effect beside another one."""
     settings = (
         *program_flags.names(AttackFlags),
@@ -489,7 +516,7 @@ def _check_effect(given, values):
     )
     nonrobust = given.nonrobust_features
 
-    def idle(used):
+    def idle(used: Sequence[str]) -> list[Any]:
         return [values[name] for name in settings if name not in used]
 
     command_line.refuse_idle(
@@ -507,7 +534,9 @@ def _check_effect(given, values):
         )
 
 
-def _evaluations(given, run, protocol):
+def _evaluations(
+    given: AdversaryFlags, run: Mapping[str, Any], protocol: str | None
+) -> Iterator[Any]:
     """Yields the evaluations that the flags describe."""
     _check_step_size(given)
     common = {
@@ -530,7 +559,7 @@ def _evaluations(given, run, protocol):
         yield _evaluation(attack, target, common).fit(len(run["class_names"]))
 
 
-def _check_step_size(given):
+def _check_step_size(given: AdversaryFlags) -> None:
     """Raises a ValueError if another flag sets the step size too."""
     for flag in ("step_size", "protocol", "nonrobust_features"):
         if given.attack_step_size is not None and getattr(given, flag):
@@ -542,7 +571,9 @@ def _check_step_size(given):
             )
 
 
-def _evaluation(attack, target, common):
+def _evaluation(
+    attack: Any, target: Any, common: dict[str, Any]
+) -> "evaluation_config.EvaluationConfig":
     from saccade.evaluation import config as evaluation_config
 
     eot = common["eot"]
@@ -553,7 +584,9 @@ def _evaluation(attack, target, common):
     )
 
 
-def _attacks(given, norm, radii):
+def _attacks(
+    given: AdversaryFlags, norm: str, radii: Sequence[float]
+) -> Iterator[Any]:
     """Yields each attack at each radius, number of steps and restarts."""
     from saccade.attacks import gradient as gradient_attacks
     from saccade.attacks import registry as attack_registry
@@ -576,13 +609,16 @@ def _attacks(given, norm, radii):
         for values in itertools.product(
             *(dict.fromkeys(v) for v in scans.values())
         ):
-            attack = known[name](
-                norm=norm, **dict(zip(scans, values, strict=True)), **own
-            )
+            scanned: dict[str, Any] = dict(zip(scans, values, strict=True))
+            attack = known[name](norm=norm, **scanned, **own)
             yield _with_relative_step(attack, given.attack_step_size)
 
 
-def _check_settings(given, settings, fields):
+def _check_settings(
+    given: AdversaryFlags,
+    settings: Mapping[str, Any],
+    fields: Mapping[str, set[str]],
+) -> None:
     """Raises a ValueError for a setting that no chosen attack has.
 
     Args:
@@ -606,7 +642,7 @@ def _check_settings(given, settings, fields):
             )
 
 
-def _with_relative_step(attack, relative):
+def _with_relative_step(attack: Any, relative: float | None) -> Any:
     """Sets the step size that --attack_step_size means at this radius."""
     if relative is None or not hasattr(attack, "step_size"):
         return attack
@@ -617,7 +653,12 @@ def _with_relative_step(attack, relative):
     return dataclasses.replace(attack, step_size=length)
 
 
-def _protocol(given, run, common, protocol):
+def _protocol(
+    given: AdversaryFlags,
+    run: Mapping[str, Any],
+    common: dict[str, Any],
+    protocol: str,
+) -> Iterator[Any]:
     """Yields the evaluations of a protocol."""
     from saccade.evaluation import protocols
 
@@ -643,7 +684,7 @@ def _protocol(given, run, common, protocol):
     )
 
 
-def _examples(text):
+def _examples(text: str | None) -> tuple[int, ...] | None:
     """Reads --examples: a list of numbers, or a file with one per line."""
     if text is None:
         return None
@@ -659,7 +700,7 @@ def _examples(text):
     return command_line.parsed("examples", text, command_line.parse_integers)
 
 
-def _target(text, class_names):
+def _target(text: str | None, class_names: Sequence[str]) -> str | int:
     """Reads --target: a kind of target, a class id or the name of a class."""
     from saccade.evaluation import config as evaluation_config
 
@@ -679,7 +720,7 @@ def _target(text, class_names):
     )
 
 
-def _batch_size(given, run):
+def _batch_size(given: AdversaryFlags, run: Mapping[str, Any]) -> int:
     """Returns a batch size at which activations fit into a few GiB."""
     if given.batch_size is not None:
         return given.batch_size
@@ -690,7 +731,11 @@ def _batch_size(given, run):
     return 8
 
 
-def run(config, data=None, progress=True):
+def run(
+    config: AdversaryConfig,
+    data: "image_splits.Dataset | None" = None,
+    progress: bool = True,
+) -> list[tuple[dict[str, Any], pathlib.Path, bool]]:
     """Attacks a run and writes the records.
 
     This process owns the folders of the evaluations while they run. The run
@@ -726,17 +771,21 @@ def run(config, data=None, progress=True):
     return results
 
 
-def _data(config, data=None):
+def _data(
+    config: AdversaryConfig, data: "image_splits.Dataset | None" = None
+) -> tuple["image_splits.Dataset", "image_splits.Split"]:
     """Returns the run's data set and the split that is attacked."""
-    run = run_folder.read_config(config.folder, _REQUIRED)
     if data is None:
         data = datasets.load_data(
-            run, config.data_dir, test_only=config.split == "test"
+            config.run, config.data_dir, test_only=config.split == "test"
         )
-    return data, datasets.split_of(config.folder, run, data, config.split)
+    split = datasets.split_of(config.folder, config.run, data, config.split)
+    return data, split
 
 
-def _images(config, split):
+def _images(
+    config: AdversaryConfig, split: "image_splits.Split"
+) -> list[dict[str, str]]:
     """Returns a dict for each evaluation that identifies its images."""
     from saccade.evaluation import checks as evaluation_checks
 
@@ -747,7 +796,11 @@ def _images(config, split):
     return [{"data_sha256": digests[order.tobytes()]} for order in orders]
 
 
-def _existing_records(config, hashes, images):
+def _existing_records(
+    config: AdversaryConfig,
+    hashes: Mapping[str, str],
+    images: Sequence[dict[str, str]],
+) -> list[dict[str, Any] | None]:
     """Returns the existing record of each evaluation, or None."""
     from saccade.evaluation import records as evaluation_records
 
@@ -761,7 +814,7 @@ def _existing_records(config, hashes, images):
     ]
 
 
-def _complete(config, record):
+def _complete(config: AdversaryConfig, record: dict[str, Any] | None) -> bool:
     """Tests for a record whose pictures have the requested number of rows."""
     if record is None:
         return False
@@ -769,14 +822,20 @@ def _complete(config, record):
     return record.get("picture_rows", 8) == config.picture_rows
 
 
-def _make_records(config, data, progress, hashes, images):
+def _make_records(
+    config: AdversaryConfig,
+    data: "image_splits.Dataset | None",
+    progress: bool,
+    hashes: Mapping[str, str],
+    images: Sequence[dict[str, str]],
+) -> list[tuple[dict[str, Any], pathlib.Path, bool]]:
     """Makes the missing records and returns the results of `run`."""
     # Another process may have made some records in the meantime.
     with command_line.guard():
         found = _existing_records(config, hashes, images)
     entries = list(zip(config.evaluations, found, images, strict=True))
     new = [evaluation for evaluation, record, _ in entries if record is None]
-    results = []
+    results: list[Any] = []
     loaded = None
     for evaluation, record, identity in entries:
         reused = record is not None
@@ -787,7 +846,7 @@ def _make_records(config, data, progress, hashes, images):
                 if progress and new:
                     _show_summary(loaded.context, new, len(loaded.split))
             with command_line.guard_disk():
-                if reused:
+                if record is not None:
                     record = loaded.redraw(evaluation, record)
                 else:
                     record = loaded.attack(evaluation, identity, progress)
@@ -795,7 +854,9 @@ def _make_records(config, data, progress, hashes, images):
     return results
 
 
-def _show_summary(context, evaluations, count):
+def _show_summary(
+    context: dict[str, Any], evaluations: Sequence[Any], count: int
+) -> None:
     """Prints a summary of the model, the images and the attacks."""
     from saccade.cli import run_summary
 
@@ -806,7 +867,12 @@ def _show_summary(context, evaluations, count):
 class _Loaded:
     """The model, data and surrogate models of a run."""
 
-    def __init__(self, config, data, hashes):
+    def __init__(
+        self,
+        config: AdversaryConfig,
+        data: "image_splits.Dataset | None",
+        hashes: Mapping[str, str],
+    ) -> None:
         from saccade.evaluation import checks as evaluation_checks
 
         import model_backbone
@@ -818,9 +884,11 @@ class _Loaded:
             _check_draws(self.context["model"], stochastic, evaluation.eot)
             if not config.surrogate:
                 evaluation_checks.check_model_outputs(self.model, evaluation)
-        self.surrogates = {}
+        self.surrogates: dict[str, Any] = {}
 
-    def surrogate(self, evaluation):
+    def surrogate(
+        self, evaluation: "evaluation_config.EvaluationConfig"
+    ) -> Any:
         """Returns the surrogate of an evaluation; None if it needs none."""
         import model_backbone
 
@@ -840,7 +908,12 @@ class _Loaded:
             )
         return self.surrogates[dtype]
 
-    def attack(self, evaluation, identity, progress):
+    def attack(
+        self,
+        evaluation: "evaluation_config.EvaluationConfig",
+        identity: Mapping[str, str],
+        progress: bool,
+    ) -> dict[str, Any]:
         """Runs one evaluation and writes its folder."""
         from saccade.evaluation import config as evaluation_config
         from saccade.evaluation import records as evaluation_records
@@ -868,7 +941,11 @@ class _Loaded:
             except evaluation_config.EvaluationError as error:
                 command_line.fail(error)
 
-    def redraw(self, evaluation, record):
+    def redraw(
+        self,
+        evaluation: "evaluation_config.EvaluationConfig",
+        record: dict[str, Any],
+    ) -> dict[str, Any]:
         """Draws the pictures of a record with the requested number of rows."""
         from saccade.evaluation import records as evaluation_records
 
@@ -881,12 +958,12 @@ class _Loaded:
             )
 
     @property
-    def class_names(self):
+    def class_names(self) -> list[str]:
         """Names of the classes, in order."""
-        return run_folder.read_config(self.config.folder)["class_names"]
+        return self.config.run["class_names"]
 
 
-def _check_draws(name, stochastic, eot):
+def _check_draws(name: str, stochastic: bool, eot: int | None) -> None:
     """Raises a ValueError if `eot` does not fit the model.
 
     A stochastic model needs a number of draws; a deterministic model has none.
@@ -904,7 +981,9 @@ def _check_draws(name, stochastic, eot):
         )
 
 
-def _write_curves(config, records):
+def _write_curves(
+    config: AdversaryConfig, records: Sequence[dict[str, Any]]
+) -> None:
     """Writes the curves of several evaluations beside their folders."""
     from saccade.evaluation import curves
 
@@ -918,13 +997,17 @@ def _write_curves(config, records):
             write(records, path)
 
 
-def _load(config, data, hashes):
+def _load(
+    config: AdversaryConfig,
+    data: "image_splits.Dataset | None",
+    hashes: Mapping[str, str],
+) -> tuple[Any, dict[str, Any], "image_splits.Split"]:
     """Returns the model, the context that begins each record, and the split."""
     from saccade.evaluation import checks as evaluation_checks
 
     import model_backbone
 
-    run = run_folder.read_config(config.folder, _REQUIRED)
+    run = config.run
     data, split = _data(config, data)
     model, _ = model_backbone.load_run(
         config.folder, config.weights, options=config.options
@@ -955,12 +1038,21 @@ def _load(config, data, hashes):
     return model, context, split
 
 
-def _show_protocol(config, records, norm=None, epsilon=None):
+def _write(text: str, path: pathlib.Path) -> None:
+    path.write_text(text)
+
+
+def _show_protocol(
+    config: AdversaryConfig,
+    records: Sequence[dict[str, Any]],
+    norm: str | None = None,
+    epsilon: Sequence[float] | None = None,
+) -> None:
     """Prints a protocol's table and writes it beside the records."""
     from saccade.evaluation import protocols
 
-    run = run_folder.read_config(config.folder, _REQUIRED)
-    table = protocols.PROTOCOLS[config.protocol].table(
+    run = config.run
+    table = protocols.PROTOCOLS[config.protocol or ""].table(
         records,
         run["model"],
         run["dataset"],
@@ -979,25 +1071,25 @@ def _show_protocol(config, records, norm=None, epsilon=None):
             command_line.guard_disk(),
             run_folder.own(path, wait=_LOCK_TIMEOUT),
         ):
-            run_folder.atomic_write(
-                path, lambda temporary, text=text: temporary.write_text(text)
-            )
+            run_folder.atomic_write(path, functools.partial(_write, text))
 
 
 @contextlib.contextmanager
-def _show_checks(names):
+def _show_checks(names: Sequence[str]) -> Iterator[Callable[[Any], None]]:
     """Shows a progress bar; yields a callable that takes a finished check."""
     done = []
     with progress.Progress("checklist", len(names), "checks") as shown:
 
-        def report(check):
+        def report(check: Any) -> None:
             done.append(check)
             shown.update(len(done), note=f"{check.name} done")
 
         yield report
 
 
-def _run_checklist(config, data=None):
+def _run_checklist(
+    config: AdversaryConfig, data: "image_splits.Dataset | None" = None
+) -> bool:
     """Runs the checklist on the first radius; returns whether all passed."""
     with command_line.guard():
         attacks = run_folder.inside(config.folder, "attacks")
@@ -1018,7 +1110,9 @@ def _run_checklist(config, data=None):
     return all(check.passed is not False for check in checks)
 
 
-def _compute_checks(config, data):
+def _compute_checks(
+    config: AdversaryConfig, data: "image_splits.Dataset | None"
+) -> tuple[list[Any], dict[str, Any]]:
     """Runs and prints the checklist; returns the checks and their context."""
     from saccade.evaluation import checklist
 
@@ -1027,6 +1121,11 @@ def _compute_checks(config, data):
     evaluation = config.evaluations[0]
     model, context, split = _load(config, data, config.hashes())
     _show_summary(context, config.evaluations[:1], len(split))
+    if len(config.evaluations) > 1:
+        print(
+            f"The checks use the radius {evaluation.attack.epsilon:g}, the "
+            "first of the defaults. Choose another one with --epsilon."
+        )
     other = None
     if config.surrogate is not None:
         other, _ = model_backbone.load_run(config.surrogate, config.weights)
@@ -1048,7 +1147,7 @@ def _compute_checks(config, data):
 
 
 @contextlib.contextmanager
-def _show_training(batch_size):
+def _show_training(batch_size: int) -> Iterator[dict[str, Any]]:
     """Shows the progress of making adversarial images, then of training."""
     import keras
 
@@ -1068,14 +1167,17 @@ def _show_training(batch_size):
         }
 
 
-def _run_nonrobust(config, given):
+def _run_nonrobust(config: AdversaryConfig, given: AdversaryFlags) -> None:
     """Trains on adversarial images with the targets as labels."""
     from saccade.evaluation import nonrobust_features
     from saccade.training import loop as training_loop
 
     import model_backbone  # noqa: F401 -- registers models.
 
-    settings = {"seed": given.seed, "num_examples": given.num_examples}
+    settings: dict[str, Any] = {
+        "seed": given.seed,
+        "num_examples": given.num_examples,
+    }
     for name in ("target", "norm", "epsilon", "steps", "step_size", "eot"):
         if getattr(given, name) is not None:
             settings[name] = getattr(given, name)
@@ -1084,13 +1186,13 @@ def _run_nonrobust(config, given):
             (settings["epsilon"],) = given.epsilon
         if given.steps is not None:
             if len(given.steps) > 1 or given.steps[0] < 1:
-                shown = ",".join(map(str, given.steps))
+                listed = ",".join(map(str, given.steps))
                 raise ValueError(
                     "Expected one number of steps >= 1 with "
-                    f"--nonrobust_features. Received: --steps={shown}."
+                    f"--nonrobust_features. Received: --steps={listed}."
                 )
             (settings["steps"],) = given.steps
-        run = run_folder.read_config(config.folder, _REQUIRED)
+        run = config.run
         data = datasets.load_data(run, config.data_dir, test_only=False)
         datasets.split_of(config.folder, run, data, "train")
         settings |= {
@@ -1113,12 +1215,12 @@ def _run_nonrobust(config, given):
                 )
         except training_loop.Interrupted:
             command_line.stop(f"interrupted. {_HOW_TO_RESUME}")
-    for name, value in record.items():
+    for key, value in record.items():
         if isinstance(value, float | int | str):
-            print(f"{name}: {value}")
+            print(f"{key}: {value}")
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Runs the attacks of the flags and prints the table.
 
     Args:

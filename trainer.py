@@ -118,7 +118,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         program_flags.define(cls, values, prefix=prefix, unset=True)
 
 
-def _given(cls, values: flags.FlagValues) -> dict[str, Any]:
+def _given(cls: type, values: flags.FlagValues) -> dict[str, Any]:
     """Returns the settings of a class of `_OVERRIDES` that are given."""
     return program_flags.given(cls, values, prefix=_OVERRIDES[cls])
 
