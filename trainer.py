@@ -21,6 +21,7 @@ from absl import flags
 from saccade.cli import catalogue, command_line, legacy
 from saccade.cli import flags as program_flags
 from saccade.cli import runs as trained_runs
+from saccade.core import devices as shared_devices
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
@@ -131,8 +132,8 @@ def _all_but(names: Sequence[str], *others: str) -> tuple[str, ...]:
 THEMES = {
     "what": ("model", "dataset", "seed"),
     "devices": (
-        *("distribute", "precision", "grad_accumulation", "steps_per_call"),
-        "log_every",
+        *program_flags.names(settings.DistributionSettings),
+        *("precision", "grad_accumulation", "steps_per_call", "log_every"),
     ),
     "the run": (
         *("runs_dir", "tag", "overwrite", "resume", "only_evaluate"),
@@ -443,7 +444,9 @@ def _loop(
         callbacks=(
             training_progress.TensorBoard(folder / "logs"),
             *callbacks,
-        ),
+        )
+        if shared_devices.is_chief()
+        else (),
         save_every=config.save_every,
     )
 
@@ -477,7 +480,8 @@ def describe(
 # content of the data is compared.
 _MAY_DIFFER = {
     *("provenance", "save_every", "eval_batch_size", "data_dir", "source"),
-    *("distribute", "runs_dir", "tag", "download", "class_list_file"),
+    *("runs_dir", "tag", "download", "class_list_file"),
+    *core_settings.of(settings.DistributionSettings),
     *("steps_per_call", "log_every"),
 }
 
@@ -557,14 +561,18 @@ def run(
         callbacks: Additional Keras callbacks.
 
     Returns:
-        The record of the final evaluation, also in `results.json`.
+        The record of the final evaluation, also in `results.json`; {} in a
+        process that does not write the files.
     """
     from saccade.training import distribution
 
-    with command_line.guard():
-        size = config.recipe.batch_size
-        scope = distribution.scope(config.distribute, size)
-    with scope, trained_runs.owned(config.folder):
+    with contextlib.ExitStack() as stack:
+        with command_line.guard():
+            stack.enter_context(
+                distribution.scope(config, config.recipe.batch_size)
+            )
+        if shared_devices.is_chief():
+            stack.enter_context(trained_runs.owned(config.folder))
         return _run(config, data, overwrite, resume, callbacks)
 
 
@@ -591,6 +599,8 @@ def _run(
         # Bad settings raise here, before the folder is created.
         with progress.busy("building the model"):
             loop = _loop(config, data, config.folder, (shown, *callbacks))
+        if not shared_devices.is_chief():
+            return _helped(config, loop, resume)
         described = describe(config, data, loop.model)
     with (
         contextlib.closing(shown),
@@ -614,6 +624,30 @@ def _run(
     return record
 
 
+def _helped(
+    config: "training_config.RunConfig",
+    loop: "training_loop.Loop",
+    resume: bool,
+) -> dict[str, Any]:
+    """Trains in a process that writes no files."""
+    from saccade.training import distribution
+
+    if resume:
+        loop.resume()
+    try:
+        with command_line.stop_signals() as loop.should_stop:
+            loop.train()
+    except distribution.Disconnected as error:
+        command_line.fail(_LOST.format(error))
+    return {}
+
+
+_LOST = (
+    "another process of the run ended or cannot be reached ({}). Start all "
+    "processes again with --resume."
+)
+
+
 def _trained(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
@@ -621,6 +655,7 @@ def _trained(
     resume: bool,
 ) -> dict[str, Any]:
     """Trains to the end; returns the record of the final evaluation."""
+    from saccade.training import distribution
     from saccade.training import loop as training_loop
 
     folder, started = config.folder, time.monotonic()
@@ -633,6 +668,8 @@ def _trained(
             f"stopped at step {loop.progress['step']}, saved in {folder}. "
             "Continue with the same command and --resume."
         )
+    except distribution.Disconnected as error:
+        command_line.fail(_LOST.format(error))
     except training_loop.Collapsed as collapse:
         kept = "Nothing was saved"
         if folder.exists():
@@ -913,6 +950,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         record = evaluate(config)
     else:
         record = run(config, overwrite=given.overwrite, resume=given.resume)
+        if not record:
+            return
     for weights in ("last", "best"):
         found = record[weights]
         epoch = f" (epoch {record['best_epoch']})" if weights == "best" else ""

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
+from saccade.core import devices
 from saccade.core.arrays import Tensor
-from saccade.training import distribution
 
 if TYPE_CHECKING:
     from saccade.training import step as training_step
@@ -155,7 +155,7 @@ class _TensorFlow(Engine):
 
         if self.replicas == 1:
             return tf.convert_to_tensor(values)
-        local = self.replicas // distribution.host_count()
+        local = self.replicas // devices.process()[1]
         # Raises if the parts differ in size.
         parts = tf.split(values, local)
         return self.strategy.experimental_distribute_values_from_function(
@@ -241,7 +241,10 @@ class _TensorFlow(Engine):
         values = self._perturbed(batch, step)
         with tf.GradientTape() as tape:
             tape.watch([crafted, *values])
-            with _weights_at(run.perturbable, values) as scope:
+            # Replicas are threads. Where one waits for another in a layer, the
+            # losses that layers keep would be mixed up without a scope.
+            shared = self.replicas > 1
+            with _weights_at(run.perturbable, values, shared) as scope:
                 loss, correct = run.loss(*batch, self.replicas * run.parts)
             scaled = self.optimizer.scale_loss(loss)
         value_of = dict(zip(map(id, run.perturbable), values, strict=False))
@@ -313,9 +316,7 @@ class _Jax(Engine):
         labels: npt.ArrayLike,
         indices: npt.ArrayLike,
     ) -> Placed:
-        images, labels, indices = map(
-            distribution.shard, (images, labels, indices)
-        )
+        images, labels, indices = map(devices.shard, (images, labels, indices))
         return images, labels, indices
 
     def take(
@@ -323,7 +324,7 @@ class _Jax(Engine):
     ) -> list[Tensor]:
         if self.state is None:
             self.state = self._read()
-        carried = tuple(map(distribution.shard, carried))
+        carried = tuple(map(devices.shard, carried))
         results, self.state = self._steps(
             self.state, tuple(batches), np.int32(step), carried
         )
@@ -334,13 +335,14 @@ class _Jax(Engine):
             return
         for group, values in zip(self.groups, self.state, strict=True):
             for variable, value in zip(group, values, strict=True):
-                variable.assign(value)
+                variable.assign(devices.local(value))
         self.state = None
 
     def fetch(self, values: Sequence[Tensor]) -> list[np.ndarray]:
         import jax
 
-        return jax.device_get(list(values))
+        values = [devices.local(value) for value in values]
+        return jax.device_get(values)
 
     def _read(self) -> tuple[list[Tensor], ...]:
         """The values of all variables, each in buffers of its own."""
@@ -349,7 +351,7 @@ class _Jax(Engine):
         seen: set[int] = set()
 
         def own(value: Tensor) -> Tensor:
-            value = distribution.replicate(value)
+            value = devices.replicate(value)
             if id(value) in seen:  # A buffer can be donated once only.
                 value = jax.numpy.copy(value)
             seen.add(id(value))
@@ -601,13 +603,19 @@ def loss_scale(optimizer: keras.optimizers.Optimizer) -> Tensor | None:
 
 @contextlib.contextmanager
 def _weights_at(
-    variables: Sequence[keras.Variable], values: Sequence[Tensor]
+    variables: Sequence[keras.Variable],
+    values: Sequence[Tensor],
+    always: bool = False,
 ) -> Iterator[keras.StatelessScope | None]:
-    """Makes the model compute with `values`; [] changes nothing."""
-    if not values:
+    """Makes the model compute with `values`; [] changes nothing.
+
+    A scope keeps the updates of the variables and the losses of the layers;
+    with `always` there is one even for [].
+    """
+    if not values and not always:
         yield None
         return
-    pairs = zip(variables, values, strict=True)
+    pairs = zip(variables, values, strict=True) if values else ()
     with keras.StatelessScope(pairs, collect_losses=True) as scope:
         yield scope
 

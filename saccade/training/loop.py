@@ -20,13 +20,19 @@ import keras
 import numpy as np
 from keras import ops
 
+from saccade.core import devices, run_folder
 from saccade.core import names as known_names
-from saccade.core import run_folder
 from saccade.core.arrays import Tensor
 from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
 from saccade.models import inspect as model_inspect
-from saccade.training import checkpoints, engines, objectives, settings
+from saccade.training import (
+    checkpoints,
+    distribution,
+    engines,
+    objectives,
+    settings,
+)
 from saccade.training import config as training_config
 from saccade.training import step as training_step
 
@@ -214,6 +220,11 @@ class Loop:
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
         self.step_config.check(self.objective)
         self.replays = max(1, self.step_config.replays)
+        if self.replays > 1 and devices.process()[1] > 1:
+            raise ValueError(
+                "Expected one process with replays. Received: "
+                f"{devices.process()[1]} processes."
+            )
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:
             raise ValueError(
@@ -257,8 +268,11 @@ class Loop:
     def train(self) -> list[dict[str, Any]]:
         """Runs the remaining epochs; returns the history, a row an epoch.
 
+        If several processes train together, process 0 writes the files.
+
         Raises:
             Interrupted: If `should_stop` returned True; the state is saved.
+            Disconnected: If another process is lost (see `distribution`).
             Collapsed: If training collapsed and `on_collapse` says to raise.
                 The files of the run are those of the last good epoch.
         """
@@ -335,7 +349,8 @@ class Loop:
 
     def _epoch(self, epoch: int, callbacks: keras.callbacks.Callback) -> None:
         try:
-            self._take_steps(epoch, callbacks)
+            with distribution.reports_lost_processes():
+                self._take_steps(epoch, callbacks)
         finally:
             # The variables are invalid until then; see `engines.Engine`.
             self.engine.write_back()
@@ -398,11 +413,16 @@ class Loop:
         """Yields (step in the epoch, batch) for the rest of an epoch."""
         total, replays = self.steps_per_epoch, self.replays
         order = image_splits.epoch_order(len(self.split), self.seed, epoch)
+        order = order[: total // replays * self.batch_size]
+        process, processes = devices.process()
+        rows = self.batch_size // processes
+        # Of each batch, every process reads its share.
+        order = order.reshape(-1, processes, rows)[:, process].reshape(-1)
         done = self.progress["step"] - epoch * total
         batches = pipeline.batches(
             self.split,
-            order[: total // replays * self.batch_size],
-            self.batch_size,
+            order,
+            rows,
             first_batch=done // replays,
             stored=True,
         )
@@ -422,18 +442,20 @@ class Loop:
             progress["history"].append(row)
             progress["sums"] = [0.0, 0.0, 0.0]
             progress["best_epoch"] = best_epoch(progress["history"])
-            if progress["best_epoch"] == epoch + 1:
-                checkpoints.save_weights(
-                    self.folder / "best.weights.h5", self.model
-                )
-            checkpoints.save_weights(
-                self.folder / "last.weights.h5", self.model
-            )
-        _write_history(self.folder / "history.csv", progress["history"])
+            if devices.is_chief():
+                self._save_weights(progress["best_epoch"] == epoch + 1)
+        if devices.is_chief():
+            _write_history(self.folder / "history.csv", progress["history"])
         self.save()
         if self.should_stop() and epoch + 1 < self.epochs:
             raise Interrupted
         return row
+
+    def _save_weights(self, best: bool) -> None:
+        """Writes the last weights, and the best ones if these are the best."""
+        for name in ("best", "last") if best else ("last",):
+            path = self.folder / f"{name}.weights.h5"
+            checkpoints.save_weights(path, self.model)
 
     def _row(self, epoch: int, found: dict[str, Any]) -> dict[str, Any]:
         loss, accuracy, seconds = self.progress["sums"]
@@ -506,7 +528,9 @@ class Loop:
         self.save()
 
     def save(self) -> None:
-        """Writes the state; see `save_state`."""
+        """Writes the state in process 0; see `save_state`."""
+        if not devices.is_chief():
+            return
         checkpoints.save_state(
             self.folder / checkpoints.STATE,
             self.model,

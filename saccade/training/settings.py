@@ -272,7 +272,49 @@ LOG_EVERY = 10  # Steps; see `RunSettings.log_every`.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class DistributionSettings:
+    """The devices and processes that work together."""
+
+    distribute: str = setting(
+        "auto",
+        "Devices, each with its part of a batch.",
+        choices={
+            "auto": "mirrored if there are several, otherwise none",
+            "none": "one device",
+            "mirrored": "all devices of the machine",
+            "multi_worker": "several processes, on one or more machines",
+            "tpu": "a TPU or a slice of TPUs",
+        },
+    )
+    devices: tuple[int, ...] | None = setting(
+        None, "Numbers of the devices of the machine, from 0.", "all of them"
+    )
+    tpu: str | None = setting(
+        None, "Name or address of the TPU, on TensorFlow.", "the local one"
+    )
+    coordinator: str | None = setting(
+        None,
+        "With multi_worker: host and port of process 0; on TensorFlow those of "
+        "every process, separated by commas.",
+        "that of the environment: TF_CONFIG, or JAX_COORDINATOR_ADDRESS",
+    )
+    num_processes: int | None = setting(
+        None,
+        "With multi_worker: number of processes.",
+        "that of the environment",
+        minimum=1,
+    )
+    process_id: int | None = setting(
+        None,
+        "With multi_worker: number of this process, from 0. Process 0 writes "
+        "the files.",
+        "that of the environment",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings(DistributionSettings):
     """The data, the folder and the computation of a run."""
 
     model: str = setting(
@@ -324,15 +366,6 @@ class RunSettings:
     )
     tag: str = setting("", "Last part of the name of the run's folder.", "none")
     seed: int = core_settings.SEED.field(0)
-    distribute: str = setting(
-        "none",
-        "Devices.",
-        choices={
-            "none": "one device",
-            "mirrored": "all GPUs of the machine, each with its part of a "
-            "batch; TensorFlow only",
-        },
-    )
     precision: str = setting(
         "float32",
         "Data type in which layers compute. Weights, logits, losses and "
