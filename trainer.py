@@ -133,7 +133,8 @@ THEMES = {
     "what": ("model", "dataset", "seed"),
     "devices": (
         *program_flags.names(settings.DistributionSettings),
-        *("precision", "grad_accumulation", "steps_per_call", "log_every"),
+        *("sync_batch_norm", "precision", "grad_accumulation"),
+        *("steps_per_call", "log_every"),
     ),
     "the run": (
         *("runs_dir", "tag", "overwrite", "resume", "only_evaluate"),
@@ -413,9 +414,12 @@ def _loop(
 ) -> "training_loop.Loop":
     """Builds the training loop of a run."""
     from saccade.cli import training_progress
+    from saccade.training import distribution
     from saccade.training import loop as training_loop
 
     model, optimizer = build(config, data)
+    if config.sync_batch_norm:
+        distribution.synchronize_batch_norm(model)
     recipe = config.recipe
     crafting_model = None
     crafting = f"mixed_{config.step.craft_dtype}"

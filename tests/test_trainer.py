@@ -672,7 +672,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
         ),
         ("--read_out_curriculum=0:1", "Expected a recurrent model"),
         ("--on_collapse=wait", "--on_collapse=wait"),
-        ("--distribute=all", "none, mirrored"),
+        ("--distribute=all", "none, mirrored, multi_worker, tpu"),
     ],
 )
 def test_bad_settings_are_one_line(line, message, tmp_path, capsys):

@@ -118,7 +118,7 @@ def _tensorflow(
         index, count = _tensorflow_cluster(config)
         strategy = _multi_worker_strategy()
     else:
-        strategy = _mirrored_strategy(config)
+        strategy = _mirrored_strategy(config, batch_size)
     if strategy is None:
         yield
         return
@@ -127,7 +127,9 @@ def _tensorflow(
         yield
 
 
-def _mirrored_strategy(config: settings.DistributionSettings) -> Any:
+def _mirrored_strategy(
+    config: settings.DistributionSettings, batch_size: int
+) -> Any:
     import tensorflow as tf
 
     gpus = tf.config.list_logical_devices("GPU")
@@ -135,6 +137,7 @@ def _mirrored_strategy(config: settings.DistributionSettings) -> Any:
     chosen = [device.name for device in _chosen(found, config.devices)]
     if config.distribute == "auto" and len(chosen) == 1:
         return None
+    _check_batch(batch_size, len(chosen))
     return tf.distribute.MirroredStrategy(chosen)
 
 
@@ -304,6 +307,10 @@ def synchronize_batch_norm(model: keras.Model) -> None:
     one device would. On TensorFlow each replica uses its part otherwise.
     """
     if keras.config.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    if tf.distribute.get_strategy().num_replicas_in_sync == 1:
         return
     for layer in model_inspect.all_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -241,11 +241,12 @@ class _TensorFlow(Engine):
         values = self._perturbed(batch, step)
         with tf.GradientTape() as tape:
             tape.watch([crafted, *values])
-            # Replicas are threads. Where one waits for another in a layer, the
-            # losses that layers keep would be mixed up without a scope.
+            # Replicas are threads that share the layers, with their lists of
+            # losses. A scope belongs to one thread.
             shared = self.replicas > 1
             with _weights_at(run.perturbable, values, shared) as scope:
-                loss, correct = run.loss(*batch, self.replicas * run.parts)
+                shares = self.replicas * run.parts
+                loss, correct = run.loss(*batch, shares, scope)
             scaled = self.optimizer.scale_loss(loss)
         value_of = dict(zip(map(id, run.perturbable), values, strict=False))
         points = [value_of.get(id(v), v) for v in variables]

@@ -376,6 +376,11 @@ class RunSettings(DistributionSettings):
             "mixed_float16": "with a dynamic scale of the loss",
         },
     )
+    sync_batch_norm: bool = setting(
+        True,
+        "Whether batch normalization uses the statistics of the whole batch "
+        "(1) or, on TensorFlow, those of the part of each device (0).",
+    )
     grad_accumulation: int = setting(
         1,
         "Number of parts of a batch that are processed one after the other, "

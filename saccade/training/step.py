@@ -310,6 +310,7 @@ class Step:
         crafted: Tensor,
         labels: Tensor,
         shares: int = 1,
+        scope: keras.StatelessScope | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss of one share of a batch; the sum over shares is the loss.
 
@@ -317,11 +318,23 @@ class Step:
         accumulation. The mean is divided by the number of shares here because
         functional losses, unlike Keras `Loss` objects, do not do it. Weight
         losses are divided too, because every share computes all of them.
+
+        Args:
+            clean: The images, `(batch, height, width, channels)`.
+            crafted: The images of the loss, of the same shape.
+            labels: Integers of shape `(batch,)`.
+            shares: Number of shares.
+            scope: The scope that collects the losses of layers; None: the
+                layers keep them.
+
+        Returns:
+            The loss and the number of correct predictions, scalars.
         """
         mean, logits = self.mean_loss(clean, crafted, labels)
         predicted = losses.predictions(logits)
         correct = ops.equal(predicted, ops.cast(labels, "int32"))
-        total = mean + sum(self.model.losses, ops.zeros(()))
+        kept = _layer_losses(self.model, scope)
+        total = mean + sum(kept, ops.zeros(()))
         if self.l2:
             total = total + l2_loss(self.kernels, self.l2)
         return total / shares, ops.sum(ops.cast(correct, "float32"))
@@ -350,6 +363,22 @@ class Step:
         )
         stepped = carried + epsilon * direction
         return lp.project(stepped, epsilon, attack.norm)
+
+
+def _layer_losses(
+    model: keras.Model, scope: keras.StatelessScope | None
+) -> list[Tensor]:
+    """The losses of layers in this call, and those of regularizers."""
+    if scope is None:
+        return model.losses
+    found = list(scope.losses)
+    for variable in model.trainable_variables:
+        if variable.regularizer is not None:
+            value = scope.get_current_value(variable)
+            found.append(
+                variable.regularizer(variable if value is None else value)
+            )
+    return found
 
 
 def in_training(model: keras.Model) -> LogitsFn:

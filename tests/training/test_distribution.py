@@ -4,8 +4,10 @@ Augmentation and noise depend on (seed, step, index of the example), so they are
 the same however a batch is split.
 """
 
+import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 
-from saccade.training import distribution
+from saccade.training import distribution, settings
 
 SCRIPT = """
 import sys
@@ -35,7 +37,7 @@ from saccade.training import step as training_step
 from saccade.training import loop as training_loop
 import test_loop as case
 from saccade.training import config as training_config
-from saccade.training import distribution
+from saccade.training import distribution, settings
 from saccade.training import step as training_step
 
 SHAPE = (12, 12, 1)
@@ -197,7 +199,9 @@ def test_mirrored_run_equals_one_device_and_resumes_there(tmp_path):
     single = run_trainer(1, tmp_path / "one")
     assert single.returncode == 0, single.stderr
     folder = tmp_path / "two"
-    mirrored = run_trainer(2, folder, "--distribute=mirrored", stop=7)
+    mirrored = run_trainer(
+        2, folder, "--distribute=mirrored", "--log_every=1", stop=7
+    )
     assert "stopped at step" in mirrored.stderr, mirrored.stderr
     resumed = run_trainer(1, folder, "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -207,22 +211,189 @@ def test_mirrored_run_equals_one_device_and_resumes_there(tmp_path):
         np.testing.assert_allclose(found[name], value, atol=2e-4)
 
 
+def choice(**given):
+    return settings.DistributionSettings(**given)
+
+
+@pytest.mark.every_backend
 @pytest.mark.parametrize(
-    "name,message",
+    "given,message",
     [
-        ("mirored", "one of none, mirrored. Received: distribute='mirored'"),
-        ("mirrored", "multiple of the 2 devices|KERAS_BACKEND"),
+        ({"distribute": "mirored"}, "tpu. Received: distribute='mirored'"),
+        ({"distribute": "none", "tpu": "a"}, "Expected --tpu with"),
+        ({"distribute": "mirrored", "process_id": 0}, "Expected --process_id"),
+        ({"devices": (9,)}, "Expected --devices from 0 to"),
+        ({"distribute": "multi_worker"}, "Expected --coordinator"),
+        ({"distribute": "tpu"}, "TPU"),
     ],
 )
-def test_bad_distribution_is_refused(name, message, monkeypatch):
-    if keras.config.backend() == "tensorflow":
+def test_bad_distribution_is_refused(given, message, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if keras.config.backend() == "torch" and "devices" in given:
+        pytest.skip("Torch trains on one device")
+    if keras.config.backend() == "torch" and "mirored" not in message:
+        if given.get("distribute") in ("multi_worker", "tpu"):
+            message = "Torch trains on one device"
+    with pytest.raises(ValueError, match=message) as caught:
+        with distribution.scope(choice(**given), 7):
+            pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="the devices are TensorFlow's",
+)
+def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
+    import tensorflow as tf
+
+    two = tf.config.list_logical_devices("CPU") * 2
+    monkeypatch.setattr(
+        tf.config,
+        "list_logical_devices",
+        lambda kind: two if kind == "CPU" else [],
+    )
+    with pytest.raises(ValueError, match="multiple of the 2 devices"):
+        with distribution.scope(choice(distribute="mirrored"), 7):
+            pass
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="JAX and Torch have no resolver",
+)
+class TestTPUs:
+    def test_a_tensorflow_without_tpu_operations_says_what_to_install(self):
+        with pytest.raises(ValueError, match="tensorflow-tpu"):
+            with distribution.scope(choice(distribute="tpu", tpu="a"), 8):
+                pass
+
+    def test_the_named_tpu_is_connected_and_initialized(self, monkeypatch):
+        """With stand-ins: no TPU is at hand."""
         import tensorflow as tf
 
-        two = tf.config.list_logical_devices("CPU") * 2
+        calls = []
+        monkeypatch.setattr(
+            distribution.importlib.metadata, "version", lambda name: "2.19.1"
+        )
+        monkeypatch.setattr(
+            tf.distribute.cluster_resolver,
+            "TPUClusterResolver",
+            lambda tpu: calls.append(("resolve", tpu)) or tpu,
+        )
         monkeypatch.setattr(
             tf.config,
-            "list_logical_devices",
-            lambda kind: two if kind == "CPU" else [],
+            "experimental_connect_to_cluster",
+            lambda resolver: calls.append(("connect", resolver)),
         )
-    with pytest.raises(ValueError, match=message):
-        distribution.scope(name, 7)
+        monkeypatch.setattr(
+            tf.tpu.experimental,
+            "initialize_tpu_system",
+            lambda resolver: calls.append(("initialize", resolver)),
+        )
+        strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+        monkeypatch.setattr(
+            tf.distribute,
+            "TPUStrategy",
+            lambda resolver: calls.append(("strategy", resolver)) or strategy,
+        )
+        with distribution.scope(choice(distribute="tpu", tpu="slice"), 8):
+            assert tf.distribute.get_strategy() is strategy
+        names = ["resolve", "connect", "initialize", "strategy"]
+        assert calls == [(name, "slice") for name in names]
+
+    def test_a_tpu_that_does_not_answer_is_one_line(self, monkeypatch):
+        import tensorflow as tf
+
+        def fail(tpu):
+            raise RuntimeError("no such TPU\nand a long story")
+
+        monkeypatch.setattr(
+            distribution.importlib.metadata, "version", lambda name: "2.19.1"
+        )
+        monkeypatch.setattr(
+            tf.distribute.cluster_resolver, "TPUClusterResolver", fail
+        )
+        with pytest.raises(ValueError, match="--tpu=a. Received: no such TPU$"):
+            with distribution.scope(choice(distribute="tpu", tpu="a"), 8):
+                pass
+
+
+WORKER = pathlib.Path(__file__).parent / "distributed.py"
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_worker(output, model, logical, **given):
+    root = pathlib.Path(__file__).parents[2]
+    env = {
+        **os.environ,
+        "KERAS_BACKEND": keras.config.backend(),
+        "LOGICAL_DEVICES": str(logical),
+        "PYTHONPATH": str(root),
+    }
+    env.pop("TF_CONFIG", None)
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), str(output), model, "20"]
+        + [json.dumps(given)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def weights_after(folder, model, logical=1, processes=1, **given):
+    """Trains in one or two processes; returns the weights of process 0."""
+    folder.mkdir()
+    output = folder / "weights.npz"
+    if processes == 1:
+        workers = [start_worker(output, model, logical, **given)]
+    else:
+        addresses = [f"127.0.0.1:{free_port()}" for _ in range(processes)]
+        if keras.config.backend() == "jax":
+            addresses = addresses[:1]
+        workers = [
+            start_worker(
+                output,
+                model,
+                logical,
+                **given,
+                coordinator=",".join(addresses),
+                num_processes=processes,
+                process_id=index,
+            )
+            for index in range(processes)
+        ]
+    for worker in workers:
+        text, _ = worker.communicate(timeout=300)
+        assert worker.returncode == 0, text[-2000:]
+    return np.load(output)
+
+
+@pytest.mark.slow
+@pytest.mark.every_backend
+@pytest.mark.skipif(
+    keras.config.backend() == "torch", reason="Torch trains on one device"
+)
+@pytest.mark.parametrize("model", ["multi_gaze", "s3ta"])
+def test_devices_and_processes_give_the_weights_of_one_device(tmp_path, model):
+    """After 20 adversarial steps, with random starts and augmentation."""
+    one = weights_after(tmp_path / "one", model, distribute="none")
+    cases = {
+        "four": {"logical": 4, "distribute": "mirrored"},
+        "processes": {"processes": 2, "distribute": "multi_worker"},
+    }
+    if keras.config.backend() == "tensorflow":
+        cases["two"] = {"logical": 2, "distribute": "mirrored"}
+    for name, given in cases.items():
+        found = weights_after(tmp_path / name, model, **given)
+        assert found.files == one.files
+        for key in one.files:
+            np.testing.assert_allclose(
+                found[key], one[key], atol=1e-5, err_msg=f"{name} {key}"
+            )
