@@ -29,6 +29,7 @@ from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
 from saccade.models import options as model_options
+from saccade.training import settings as training_settings
 
 import datasets
 
@@ -240,6 +241,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         values: The `absl.flags.FlagValues` that get them.
     """
     program_flags.define(AdversaryFlags, values)
+    program_flags.define(training_settings.DistributionSettings, values)
     for group in _MODEL_OPTIONS:
         program_flags.define(group, values, unset=True)
 
@@ -247,6 +249,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 # The groups of flags in --help and in the README; each flag is in one group.
 THEMES = {
     "which run": ("run", "model", "dataset", "tag", "runs_dir", "weights"),
+    "devices": program_flags.names(training_settings.DistributionSettings),
     "data": ("data_dir", "split", "num_examples", "examples"),
     "whole programs": (
         *("protocol", "checklist", "nonrobust_features", "epochs"),
@@ -1228,14 +1231,41 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """
     # This comes first, since it silences the messages of the backend.
     command_line.load_keras()
+    import model_backbone  # noqa: F401  It registers the handover's models.
+
+    with contextlib.ExitStack() as stack:
+        with command_line.guard():
+            config = config_from_flags(values)
+            stack.enter_context(_devices(values))
+        _attack(config, program_flags.read(AdversaryFlags, values))
+
+
+def _devices(
+    values: flags.FlagValues,
+) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which images are divided among devices.
+
+    Raises:
+        ValueError: For several processes, which would all write the records.
+    """
+    from saccade.training import distribution
+
+    chosen = program_flags.read(training_settings.DistributionSettings, values)
+    if chosen.distribute == "multi_worker":
+        raise ValueError(
+            "Expected one process: --distribute=auto, none, mirrored or tpu. "
+            "Received: --distribute=multi_worker. Attack parts of the images "
+            "on several machines with --examples."
+        )
+    # Batches are filled up to a multiple of the devices.
+    return distribution.scope(chosen, batch_size=0)
+
+
+def _attack(config: AdversaryConfig, given: AdversaryFlags) -> None:
+    """Runs what the flags ask for, and prints its results."""
     from saccade.evaluation import records as evaluation_records
     from saccade.figures import captions
 
-    import model_backbone  # noqa: F401  It registers the handover's models.
-
-    with command_line.guard():
-        config = config_from_flags(values)
-    given = program_flags.read(AdversaryFlags, values)
     started = time.monotonic()
     if given.nonrobust_features:
         with command_line.continues(_HOW_TO_RESUME):

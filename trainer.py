@@ -685,7 +685,10 @@ def _trained(
             f"{collapse}. {kept}. Lower --learning_rate, or use "
             "--on_collapse=restore to end the run with its last good weights."
         )
-    record = _evaluate(config, data, loop)
+    with contextlib.ExitStack() as stack:
+        if shared_devices.process()[1] > 1:  # The others have ended.
+            stack.enter_context(shared_devices.alone())
+        record = _evaluate(config, data, loop)
     record["seconds"] = round(time.monotonic() - started, 1)
     record["training_seconds"] = round(
         sum(row["seconds"] for row in history), 1

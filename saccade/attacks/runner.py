@@ -22,7 +22,7 @@ from keras import ops
 from saccade.attacks import losses
 from saccade.attacks.base import Attack
 from saccade.attacks.losses import Outputs, State
-from saccade.core import compilation, gradients
+from saccade.core import compilation, devices, gradients
 from saccade.core.arrays import Tensor
 from saccade.models import inspect as model_inspect
 
@@ -150,7 +150,7 @@ def compiled(
     reading = reading or Reading()
     functions = _COMPILED.setdefault(model, {})
     # The read-out step is fixed when a function is traced.
-    key = (key, model_inspect.read_out(model))
+    key = (key, model_inspect.read_out(model), devices.count())
     if (key, reading) not in functions:
         if reading.shown or reading.read_outs == "all":
             read = model_inspect.shown(model)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from saccade.core import keras_settings
+from saccade.core import devices, keras_settings
 from saccade.core.arrays import Tensor
 
 keras_settings.set_up_keras()
@@ -63,7 +63,9 @@ def compile_call(
         import tensorflow as tf
 
         accelerated = _accelerated()
-        if rows and not accelerated:
+        if rows and devices.count() > 1:
+            compiled = _on_replicas(stateless)
+        elif rows and not accelerated:
             compiled = _for_any_size(stateless)
         else:
             compiled = tf.function(
@@ -76,14 +78,17 @@ def compile_call(
     elif backend == "jax":
         import jax
 
-        @jax.jit
         def pure(values: list, args: tuple) -> Any:
             mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(state_mapping=mapping):
                 return fn(*args)
 
+        if rows and devices.count() > 1:
+            return _on_mesh(pure, variables)
+        jitted = jax.jit(pure)
+
         def compiled(args: tuple) -> Any:
-            return pure([v.value for v in variables], args)
+            return jitted([v.value for v in variables], args)
 
     elif backend == "torch":
         import torch
@@ -97,6 +102,70 @@ def compile_call(
     return lambda *args: compiled(
         keras.tree.map_structure(ops.convert_to_tensor, args)
     )
+
+
+def _on_mesh(
+    fn: Callable[..., Any], variables: list[keras.Variable]
+) -> Callable[..., Any]:
+    """Compiles a JAX function whose rows are divided among the devices."""
+    import jax
+
+    jitted = jax.jit(fn, out_shardings=devices.everywhere())
+    # Variables are copied to the devices again only when they have changed.
+    copied: tuple[list[Any], list[Any]] = ([], [])
+
+    def call(*args: Any) -> Any:
+        nonlocal copied
+        values = [v.value for v in variables]
+        same = len(values) == len(copied[0]) and all(
+            a is b for a, b in zip(values, copied[0], strict=True)
+        )
+        if not same:
+            copied = values, [devices.replicate(value) for value in values]
+        placed = keras.tree.map_structure(devices.shard_whole, args)
+        found = jitted(copied[1], placed)
+        return keras.tree.map_structure(devices.local, found)
+
+    return call
+
+
+def _on_replicas(fn: Callable[..., Any]) -> Callable[[tuple], Any]:
+    """Compiles a TensorFlow function whose rows are divided among replicas."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    count = strategy.num_replicas_in_sync
+
+    def on_replica(*args: Any) -> Any:
+        context = tf.distribute.get_replica_context()
+        replica = context.replica_id_in_sync_group
+
+        def part(value: Any) -> Any:
+            if not value.shape.rank:
+                return value
+            size = tf.shape(value)[0] // count
+            return value[replica * size : (replica + 1) * size]
+
+        return fn(keras.tree.map_structure(part, args))
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def call(args: tuple) -> Any:
+        found = strategy.run(on_replica, args)
+
+        def whole(value: Any) -> Any:
+            parts = strategy.experimental_local_results(value)
+            if not parts[0].shape.rank:
+                return parts[0]
+            if devices.process()[1] == 1:
+                return tf.concat(parts, axis=0)
+            dtype = parts[0].dtype
+            if dtype == tf.bool:  # Cannot be gathered.
+                value = strategy.run(tf.cast, (value, tf.int32))
+            return tf.cast(strategy.gather(value, axis=0), dtype)
+
+        return tf.nest.map_structure(whole, found)
+
+    return call
 
 
 def _for_any_size(fn: Callable[..., Any]) -> Callable[[tuple], Any]:
@@ -157,9 +226,11 @@ def row_multiple() -> int:
     It is at least two: a dense layer on a single row is a matrix-vector
     product, which every backend sums in another order than a matrix product.
     Torch needs four, because it also sums the one to three rows beyond a
-    multiple of four in another order.
+    multiple of four in another order. Devices that share the rows have equally
+    many of them.
     """
-    return 4 if keras.config.backend() == "torch" else 2
+    multiple = 4 if keras.config.backend() == "torch" else 2
+    return multiple * devices.count()
 
 
 def _compiles_sizes() -> bool:

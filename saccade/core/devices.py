@@ -9,12 +9,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 
 from saccade.core.arrays import Tensor
 
 _MESHES: list[Any] = []  # The active mesh is the last one.
+_ALONE: list[bool] = []
 _PROCESSES: list[tuple[int, int]] = []
 
 
@@ -34,9 +36,27 @@ def use_mesh(devices: list[Any]) -> Iterator[None]:
         _MESHES.pop()
 
 
-def mesh_size() -> int:
-    """Returns the number of devices of the active mesh; 1 without a mesh."""
-    return _MESHES[-1].size if _MESHES else 1
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Computes on one device inside the context, without other processes."""
+    _ALONE.append(True)
+    try:
+        yield
+    finally:
+        _ALONE.pop()
+
+
+def count() -> int:
+    """Returns the number of devices that share rows; 1 inside of `alone`."""
+    if _ALONE:
+        return 1
+    if _MESHES:
+        return _MESHES[-1].size
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.distribute.get_strategy().num_replicas_in_sync
+    return 1
 
 
 def shard(values: npt.ArrayLike) -> Tensor:
@@ -60,14 +80,33 @@ def shard(values: npt.ArrayLike) -> Tensor:
     return jax.make_array_from_process_local_data(sharding, np.asarray(values))
 
 
+def shard_whole(values: npt.ArrayLike) -> Tensor:
+    """Divides rows that every process has; a scalar goes to every device."""
+    import jax
+
+    host = np.asarray(values)
+    spec = jax.sharding.PartitionSpec(*("rows",) * min(host.ndim, 1))
+    sharding = jax.sharding.NamedSharding(_MESHES[-1], spec)
+    return jax.make_array_from_callback(
+        host.shape, sharding, lambda index: host[index]
+    )
+
+
+def everywhere() -> Any:
+    """Returns the JAX sharding that copies a value to all devices."""
+    import jax
+
+    spec = jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(_MESHES[-1], spec)
+
+
 def replicate(value: Tensor) -> Tensor:
     """Copies a value, the same in all processes, to each device of the mesh."""
     import jax
 
     if not _MESHES:
         return value
-    everywhere = jax.sharding.PartitionSpec()
-    sharding = jax.sharding.NamedSharding(_MESHES[-1], everywhere)
+    sharding = everywhere()
     if jax.process_count() == 1:
         return jax.device_put(value, sharding)
     host = np.asarray(value)
