@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
 
@@ -52,6 +51,8 @@ def count() -> int:
         return 1
     if _MESHES:
         return _MESHES[-1].size
+    import keras  # Programs import this module before Keras.
+
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 

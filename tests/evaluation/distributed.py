@@ -2,47 +2,36 @@
 
     python distributed.py OUTPUT DISTRIBUTE
 
-It writes the verdicts of several attacks to OUTPUT, an npz file.
+It writes the results of several attacks to OUTPUT, an npz file.
 """
 
-import os
 import sys
 
-OUTPUT, DISTRIBUTE = sys.argv[1:3]
-DEVICES = int(os.environ.get("LOGICAL_DEVICES", "1"))
-if os.environ["KERAS_BACKEND"] == "tensorflow":
-    import tensorflow as tf
-
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    one = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(cpu, [one] * DEVICES)
-else:
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={DEVICES}"
-    )
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from keras import layers  # noqa: E402
-
-from saccade.attacks import autoattack, gradient  # noqa: E402
-from saccade.core import devices  # noqa: E402
-from saccade.data import pipeline  # noqa: E402
-from saccade.evaluation import config as evaluation_config  # noqa: E402
-from saccade.evaluation import evaluate as robust_evaluation  # noqa: E402
-from saccade.training import distribution, settings  # noqa: E402
+import logical_devices
 
 SHAPE, CLASSES, COUNT = (6, 6, 1), 4, 37
-ATTACKS = {
-    "pgd": gradient.PGD(epsilon=0.1, steps=4, restarts=2, keep="first"),
-    "apgd": autoattack.APGD(norm="l2", epsilon=0.3, steps=10),
-}
 
 
-def main() -> None:
+def main(output, distribute):
     """Evaluates and writes."""
-    choice = settings.DistributionSettings(distribute=DISTRIBUTE)
-    with distribution.scope(choice, DEVICES):
+    count = logical_devices.configure()
+    import keras
+    import numpy as np
+    from keras import layers
+
+    from saccade.attacks import autoattack, gradient
+    from saccade.core import devices
+    from saccade.data import pipeline
+    from saccade.evaluation import config as evaluation_config
+    from saccade.evaluation import evaluate as robust_evaluation
+    from saccade.training import distribution, settings
+
+    attacks = {
+        "pgd": gradient.PGD(epsilon=0.1, steps=4, restarts=2, keep="first"),
+        "apgd": autoattack.APGD(norm="l2", epsilon=0.3, steps=10),
+    }
+    choice = settings.DistributionSettings(distribute=distribute)
+    with distribution.scope(choice, count):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
             [
@@ -59,9 +48,9 @@ def main() -> None:
         images = rng.random((COUNT, *SHAPE)).astype("float32")
         labels = model.predict(images, verbose=0).argmax(-1)
         split = pipeline.scaled("test", images.__getitem__, labels)
-        assert devices.count() == DEVICES
+        assert devices.count() == count
         found = {}
-        for name, attack in ATTACKS.items():
+        for name, attack in attacks.items():
             evaluation = evaluation_config.EvaluationConfig(
                 attack=attack, batch_size=16
             )
@@ -70,7 +59,8 @@ def main() -> None:
             )
             found[f"{name}_accuracy"] = record["robust_accuracy"]
             found |= {f"{name}_{k}": v for k, v in arrays.items()}
-        np.savez(OUTPUT, **found)
+        np.savez(output, **found)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -13,11 +13,12 @@ SCRIPT = pathlib.Path(__file__).parent / "distributed.py"
 
 
 def evaluated(output, devices):
+    root = pathlib.Path(__file__).parents[2]
     env = {
         **os.environ,
         "KERAS_BACKEND": keras.config.backend(),
         "LOGICAL_DEVICES": str(devices),
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
     }
     kind = "mirrored" if devices > 1 else "none"
     done = subprocess.run(

@@ -6,37 +6,10 @@ Process 0 writes the weights to OUTPUT, an npz file.
 """
 
 import json
-import os
 import pathlib
 import sys
 
-OUTPUT, MODEL, STEPS, CHOICE = sys.argv[1:5]
-DEVICES = int(os.environ.get("LOGICAL_DEVICES", "1"))
-if os.environ["KERAS_BACKEND"] == "tensorflow":
-    import tensorflow as tf
-
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    one = tf.config.LogicalDeviceConfiguration()
-    tf.config.set_logical_device_configuration(cpu, [one] * DEVICES)
-else:
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={DEVICES}"
-    )
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-
-from saccade.attacks import gradient as gradient_attacks  # noqa: E402
-from saccade.core import devices  # noqa: E402
-from saccade.data import pipeline  # noqa: E402
-from saccade.training import (  # noqa: E402
-    distribution,
-    loop,
-    objectives,
-    settings,
-)
-
-import model_backbone  # noqa: E402
+import logical_devices
 
 BATCH, SIDE, CLASSES = 8, 16, 3
 OPTIONS = {
@@ -59,23 +32,34 @@ OPTIONS = {
 }
 
 
-def main() -> None:
+def main(output, name, steps, text):
     """Trains and writes."""
-    choice = settings.DistributionSettings(**json.loads(CHOICE))
+    logical_devices.configure()
+    import keras
+    import numpy as np
+
+    from saccade.attacks import gradient as gradient_attacks
+    from saccade.core import devices
+    from saccade.data import pipeline
+    from saccade.training import distribution, loop, objectives, settings
+
+    import model_backbone
+
+    choice = settings.DistributionSettings(**json.loads(text))
     rng = np.random.default_rng(0)
-    count = int(STEPS) * BATCH
+    count = int(steps) * BATCH
     images = rng.integers(0, 256, (count, SIDE, SIDE, 1)).astype("uint8")
     labels = rng.integers(0, CLASSES, count)
     with distribution.scope(choice, BATCH):
         keras.utils.set_random_seed(0)
         model = model_backbone.create(
-            MODEL,
+            name,
             num_classes=CLASSES,
             image_shape=(SIDE, SIDE, 1),
-            **OPTIONS[MODEL],
+            **OPTIONS[name],
         )
         distribution.synchronize_batch_norm(model)
-        folder = pathlib.Path(OUTPUT).parent
+        folder = pathlib.Path(output).parent
         trained = loop.Loop(
             model=model,
             optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
@@ -96,7 +80,8 @@ def main() -> None:
         history = trained.train()
         if devices.is_chief():
             arrays = {f"v{i}": w for i, w in enumerate(model.get_weights())}
-            np.savez(OUTPUT, loss=history[0]["loss"], **arrays)
+            np.savez(output, loss=history[0]["loss"], **arrays)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -334,7 +334,7 @@ def start_worker(output, model, logical, **given):
         **os.environ,
         "KERAS_BACKEND": keras.config.backend(),
         "LOGICAL_DEVICES": str(logical),
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
     }
     env.pop("TF_CONFIG", None)
     return subprocess.Popen(
