@@ -642,7 +642,7 @@ def _helped(
         with command_line.stop_signals() as loop.should_stop:
             loop.train()
     except distribution.Disconnected as error:
-        command_line.fail(_LOST.format(error))
+        command_line.fail_at_once(_LOST.format(error))
     return {}
 
 
@@ -673,7 +673,7 @@ def _trained(
             "Continue with the same command and --resume."
         )
     except distribution.Disconnected as error:
-        command_line.fail(_LOST.format(error))
+        command_line.fail_at_once(_LOST.format(error))
     except training_loop.Collapsed as collapse:
         kept = "Nothing was saved"
         if folder.exists():
@@ -949,7 +949,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
             datasets.require(
                 given.dataset, data_dir=given.data_dir, download=given.download
             )
-        command_line.load_keras()
+        # Processes have to meet before any of them uses a device.
+        command_line.load_keras(given.distribute != "multi_worker")
         from saccade.figures import captions
 
         config = config_from_flags(values)

@@ -36,6 +36,18 @@ def fail(message: object) -> NoReturn:
     sys.exit(2)
 
 
+def fail_at_once(message: object) -> NoReturn:
+    """Ends the program like `fail`, without waiting for other processes.
+
+    The libraries of several processes wait for each other at their end.
+    """
+    line = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)
+
+
 def stop(message: object) -> NoReturn:
     """Ends an interrupted program with one line and exit status 130."""
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
@@ -248,27 +260,32 @@ _INSTALLED_BY = {
 }
 
 
-def load_keras() -> None:
+def load_keras(use_devices: bool = True) -> None:
     """Imports Keras and its backend without their greetings.
 
     Ends the program with one line if the backend cannot be used.
+
+    Args:
+        use_devices: Whether the backend may use its devices already.
     """
     with guard():
         asked = os.environ.get("KERAS_BACKEND")
         if asked:
             require_backend(asked, "KERAS_BACKEND")
-        _import_keras()
+        _import_keras(use_devices)
     # TensorFlow takes the pieces of an attack for one function traced anew.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
 
 
-def _import_keras() -> None:
+def _import_keras(use_devices: bool) -> None:
     """Imports Keras; without KERAS_BACKEND, keras.json names the backend."""
     try:
         with quiet():
             import keras
 
-            keras.ops.zeros(())  # The backend greets at its first operation.
+            if use_devices:
+                # The backend prints its greeting at its first operation.
+                keras.ops.zeros(())
     except (ImportError, ValueError) as error:
         source = "KERAS_BACKEND"
         if not os.environ.get(source):
