@@ -331,6 +331,12 @@ class _Jax(Engine):
         )
         return results
 
+    def lowered(self, batch: Placed) -> str:
+        """Returns what a step is lowered to for the compiler, as text."""
+        state = self.state or self._read()
+        step = self._steps.lower(state, (batch,), np.int32(0), ())
+        return step.as_text()
+
     def write_back(self) -> None:
         if self.state is None:
             return
