@@ -547,6 +547,9 @@ def _completed(
     return run_folder.as_json(complete(dict(earlier), config))
 
 
+_COMPILED = ".compiled"  # Folder beside the runs of what JAX has compiled.
+
+
 def run(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset | None" = None,
@@ -568,8 +571,10 @@ def run(
         The record of the final evaluation, also in `results.json`; {} in a
         process that does not write the files.
     """
+    from saccade.core import compilation
     from saccade.training import distribution
 
+    compilation.keep_compiled(pathlib.Path(config.runs_dir) / _COMPILED)
     with contextlib.ExitStack() as stack:
         with command_line.guard():
             stack.enter_context(

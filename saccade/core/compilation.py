@@ -1,5 +1,6 @@
 """Compiles functions on each Keras backend; batch sizes that suit it."""
 
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,23 @@ def concrete(values: Tensor) -> np.ndarray | None:
         return ops.convert_to_numpy(values)
     except (NotImplementedError, TypeError):  # TensorFlow, JAX.
         return None
+
+
+def keep_compiled(folder: pathlib.Path) -> None:
+    """Keeps what JAX compiles in a folder, for later processes.
+
+    The environment variable JAX_COMPILATION_CACHE_DIR, if it is set, names
+    another folder. Other backends keep nothing.
+
+    Args:
+        folder: The folder, which is made when it is needed.
+    """
+    if keras.config.backend() != "jax":
+        return
+    import jax
+
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compile_call(
