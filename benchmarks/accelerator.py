@@ -239,6 +239,7 @@ def files(case: dict, options: argparse.Namespace) -> Any:
 
     import datasets
 
+    datasets.IN_MEMORY_BYTES = 0  # Otherwise so few files are decoded once.
     split = datasets.load(
         "folder",
         data_dir=options.data_dir,

@@ -138,7 +138,7 @@ def accelerator(folder: pathlib.Path) -> str:
         side = first["side"]
         rates = [
             " / ".join(f"{run[what]['images_per_second']:,.0f}" for run in runs)
-            for what in ("step", "loop", "files")
+            for what in ("step", "loop")
         ]
         rows.append(
             [
@@ -150,7 +150,7 @@ def accelerator(folder: pathlib.Path) -> str:
                 " / ".join(f"{run['compile_seconds']:.0f}" for run in runs),
             ]
         )
-    heads = ["net", "batch", "attack", "precision", "step", "loop", "files"]
+    heads = ["net", "batch", "attack", "precision", "step", "loop"]
     return "\n".join(tables.markdown_grid([*heads, "compile, s"], rows))
 
 
@@ -338,13 +338,12 @@ SECTIONS = (
         "Adversarial training on a GPU",
         "Images per second of whole training steps, attack included. `step` "
         "repeats one batch that lies on the device; `loop` is the training "
-        "loop of the program on images in memory, `files` on JPEG files of "
-        "500x375. Names with `torch_` are the same nets in PyTorch "
-        "(torch.compile, channels_last, autocast, fused SGD, pinned memory, a "
-        "DataLoader with 16 workers); the others run on JAX. Values of "
+        "loop of the program on images in memory. Names with `torch_` are the "
+        "same nets in PyTorch (torch.compile, channels_last, autocast, fused "
+        "SGD, pinned memory, a DataLoader); the others run on JAX. Values of "
         "several runs are separated by a slash.",
         accelerator,
-        "python benchmarks/accelerator.py --steps=20 --data_dir=JPEGS "
+        "python benchmarks/accelerator.py --steps=20 "
         "--output=results/accelerator/run1.json",
     ),
     Section(
