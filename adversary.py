@@ -415,7 +415,7 @@ def config_from_flags(
         options["test_gazes"] = given.test_gazes
     return AdversaryConfig(
         folder=folder,
-        evaluations=tuple(_evaluations(given, run, protocol)),
+        evaluations=tuple(evaluations_of(given, run, protocol)),
         options=options,
         **shared,
     )
@@ -537,11 +537,11 @@ def _check_effect(given: AdversaryFlags, values: flags.FlagValues) -> None:
         )
 
 
-def _evaluations(
+def evaluations_of(
     given: AdversaryFlags, run: Mapping[str, Any], protocol: str | None
 ) -> Iterator[Any]:
     """Yields the evaluations that the flags describe."""
-    _check_step_size(given)
+    check_step_size(given)
     common = {
         "num_examples": given.num_examples,
         "indices": _examples(given.examples),
@@ -558,11 +558,11 @@ def _evaluations(
     grey = run["image_shape"][-1] == 1
     radii = given.epsilon or EPSILONS[norm][0 if grey else 1]
     target = _target(given.target, run["class_names"])
-    for attack in _attacks(given, norm, radii):
+    for attack in attacks_of(given, norm, radii):
         yield _evaluation(attack, target, common).fit(len(run["class_names"]))
 
 
-def _check_step_size(given: AdversaryFlags) -> None:
+def check_step_size(given: AdversaryFlags) -> None:
     """Raises a ValueError if another flag sets the step size too."""
     for flag in ("step_size", "protocol", "nonrobust_features"):
         if given.attack_step_size is not None and getattr(given, flag):
@@ -587,7 +587,7 @@ def _evaluation(
     )
 
 
-def _attacks(
+def attacks_of(
     given: AdversaryFlags, norm: str, radii: Sequence[float]
 ) -> Iterator[Any]:
     """Yields each attack at each radius, number of steps and restarts."""
@@ -1045,7 +1045,7 @@ def _write(text: str, path: pathlib.Path) -> None:
     path.write_text(text)
 
 
-def _show_protocol(
+def show_protocol(
     config: AdversaryConfig,
     records: Sequence[dict[str, Any]],
     norm: str | None = None,
@@ -1287,7 +1287,7 @@ def _attack(config: AdversaryConfig, given: AdversaryFlags) -> None:
     )
     if config.protocol is not None:
         records = [record for record, _, _ in results]
-        _show_protocol(config, records, given.norm, given.epsilon)
+        show_protocol(config, records, given.norm, given.epsilon)
     print(f"{time.monotonic() - started:.0f} s in total")
 
 

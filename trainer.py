@@ -362,17 +362,18 @@ def build(
     from saccade.training import recipes
 
     keras.utils.set_random_seed(config.seed)
-    model = _model(config, data)
+    model = model_of(config, data)
     steps = max(1, len(data.training) // config.recipe.batch_size)
     steps *= max(1, config.step.replays)
     return model, recipes.make_optimizer(config.recipe, steps, config.precision)
 
 
-def _model(
+def model_of(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
     dtype: str | None = None,
 ) -> Any:
+    """Builds the model of a run, in the dtype policy of its precision."""
     from saccade.training import checkpoints
 
     return checkpoints.create(
@@ -384,7 +385,7 @@ def _model(
     )
 
 
-def _objective(
+def objective_of(
     config: "training_config.RunConfig", data: "image_splits.Dataset"
 ) -> Any:
     """The training objective of a run."""
@@ -424,7 +425,7 @@ def _loop(
     crafting_model = None
     crafting = f"mixed_{config.step.craft_dtype}"
     if crafting not in ("mixed_float32", config.precision):
-        crafting_model = _model(config, data, crafting)
+        crafting_model = model_of(config, data, crafting)
     return training_loop.Loop(
         model=model,
         optimizer=optimizer,
@@ -434,12 +435,12 @@ def _loop(
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,
         augmentation=recipe.augmentation,
-        objective=_objective(config, data),
+        objective=objective_of(config, data),
         l2=recipe.l2,
         step_config=config.step,
         crafting_model=crafting_model,
         read_outs=recipe.read_outs,
-        validate=_validation(config, data),
+        validate=validation_of(config, data),
         on_collapse=config.on_collapse,
         log_every=config.log_every,
         steps_per_call=config.steps_per_call,
@@ -742,7 +743,7 @@ def _check_validation(
     )
 
 
-def _validation(
+def validation_of(
     config: "training_config.RunConfig", data: "image_splits.Dataset"
 ) -> Any:
     """Returns the function that validates a model; None without images.

@@ -60,14 +60,7 @@ class Output:
     )
 
 
-def define_flags(values=flags.FLAGS):
-    """Defines the flags of the program.
-
-    Args:
-        values: The `absl.flags.FlagValues` that get them.
-    """
-    for cls in (BenchmarkConfig, Output):
-        program_flags.define(cls, values)
+define_flags = program_flags.definer(BenchmarkConfig, Output)
 
 
 def config_from_flags(values):

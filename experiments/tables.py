@@ -814,13 +814,7 @@ class TablesFlags(Choice):
     )
 
 
-def define_flags(values=flags.FLAGS):
-    """Defines the flags of the program.
-
-    Args:
-        values: The `absl.flags.FlagValues` that get them.
-    """
-    program_flags.define(TablesFlags, values)
+define_flags = program_flags.definer(TablesFlags)
 
 
 def _check_seeds(seeds):

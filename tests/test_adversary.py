@@ -115,7 +115,7 @@ def parse(*arguments):
 def test_every_attack_can_be_made_with_and_without_eot(name, eot):
     eot_flag = [] if eot is None else [f"--eot={eot}"]
     given = parse(f"--attack={name}", *eot_flag)
-    (attack,) = adversary._attacks(given, "linf", (0.1,))
+    (attack,) = adversary.attacks_of(given, "linf", (0.1,))
     assert type(attack) is attack_registry.ATTACKS[name]
     changes = {"norm": "linf", "epsilon": 0.1}
     if isinstance(attack, gradient_attacks.Iterative):
@@ -584,7 +584,7 @@ def test_default_radii_and_batch_size_depend_on_the_images(
     ):
         given = parse(f"--norm={norm}")
         run = {"image_shape": shape, "class_names": list(data.class_names)}
-        found = list(adversary._evaluations(given, run, None))
+        found = list(adversary.evaluations_of(given, run, None))
         assert tuple(e.attack.epsilon for e in found) == pytest.approx(want)
         assert all(e.attack.steps == 20 and e.name == "pgd" for e in found)
         assert found[0].batch_size == {1: 128, 3: 32}[shape[-1]]

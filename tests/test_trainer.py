@@ -263,7 +263,7 @@ class TestFlags:
             f"--batch_size=8 --adv_objective={name} {size} "
             "--label_smoothing=0.1 --robust_validation=4"
         )
-        objective = trainer._objective(chosen, tiny())
+        objective = trainer.objective_of(chosen, tiny())
         assert type(objective) is objectives.OBJECTIVES[name]
         assert objective.label_smoothing == 0.1
         record = trainer.run(chosen, tiny())
@@ -292,9 +292,9 @@ class TestFlags:
         chosen = parse(line)
         if keras.config.backend() == "tensorflow":
             with pytest.raises(ValueError, match="remat=True.*jax or torch"):
-                trainer._objective(chosen, tiny())
+                trainer.objective_of(chosen, tiny())
         else:
-            assert trainer._objective(chosen, tiny()).weight == 4.0
+            assert trainer.objective_of(chosen, tiny()).weight == 4.0
 
     @pytest.mark.parametrize("name", sorted(ADVERSARIAL))
     def test_adversarial_flags_need_adv_train(self, name):
@@ -600,7 +600,7 @@ class TestRun:
         def validate(model):
             return {"accuracy": next(scores), "loss": 1.0}
 
-        monkeypatch.setattr(trainer, "_validation", lambda *_: validate)
+        monkeypatch.setattr(trainer, "validation_of", lambda *_: validate)
         chosen = adversarial(tmp_path, f"--on_collapse={choice}")
         reason = "validation accuracy fell from 90.0% to 20.0%"
         if choice == "restore":

@@ -287,7 +287,7 @@ class TestAttackStepSize:
     @staticmethod
     def attacks(line, radii=(0.03, 0.3, 8 / 255)):
         given = parse(*translate("adversary", line))
-        return list(adversary._attacks(given, "linf", radii))
+        return list(adversary.attacks_of(given, "linf", radii))
 
     @pytest.mark.parametrize("algo", ["PGD", "PGD --steps=3,7"])
     def test_each_radius_of_a_scan_has_its_own(self, algo):
@@ -321,7 +321,7 @@ class TestAttackStepSize:
         given = parse("--attack_step_size=0.1", f"--{other}")
         name = other.partition("=")[0]
         with pytest.raises(ValueError, match=f"size with --{name}, .*size=0.1"):
-            adversary._check_step_size(given)
+            adversary.check_step_size(given)
 
     @pytest.mark.parametrize(
         "line,lengths",

@@ -335,6 +335,6 @@ def test_training_attack_is_read_from_the_run(tmp_path, adversarial, line):
     (tmp_path / "config.json").write_text(json.dumps(run))
     (tmp_path / "attacks").mkdir()
     config = adversary.AdversaryConfig(tmp_path, (), protocol="s3ta")
-    adversary._show_protocol(config, [])
+    adversary.show_protocol(config, [])
     lines = (tmp_path / "attacks" / "s3ta.table.csv").read_text().splitlines()
     assert [x.split(",")[1] for x in lines if x.startswith("same,")] == [line]
