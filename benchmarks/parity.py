@@ -111,7 +111,13 @@ class ParityFlags:
     )
 
 
-define_flags = program_flags.definer(ParityFlags)
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(ParityFlags, values)
 
 
 def ours(given, library, attack, model, split, order, context):

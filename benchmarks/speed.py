@@ -60,7 +60,14 @@ class Output:
     )
 
 
-define_flags = program_flags.definer(BenchmarkConfig, Output)
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    for cls in (BenchmarkConfig, Output):
+        program_flags.define(cls, values)
 
 
 def config_from_flags(values):

@@ -814,7 +814,13 @@ class TablesFlags(Choice):
     )
 
 
-define_flags = program_flags.definer(TablesFlags)
+def define_flags(values=flags.FLAGS):
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(TablesFlags, values)
 
 
 def _check_seeds(seeds):

@@ -96,24 +96,6 @@ def define(
         )
 
 
-def definer(*classes: type) -> Callable[..., None]:
-    """Returns the `define_flags` of a program with the flags of some classes.
-
-    Args:
-        *classes: Dataclasses whose fields have settings.
-
-    Returns:
-        Function of the `absl.flags.FlagValues` that get the flags, by default
-        `flags.FLAGS`.
-    """
-
-    def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-        for cls in classes:
-            define(cls, values)
-
-    return define_flags
-
-
 def _without_none(hint: Any) -> Any:
     """Returns `int` for `int | None`."""
     if isinstance(hint, types.UnionType):
