@@ -35,7 +35,7 @@ def cheap(monkeypatch):
             ]
         )
 
-    monkeypatch.setattr(trainer, "_model", model)
+    monkeypatch.setattr(trainer, "model_of", model)
     monkeypatch.setattr(
         training_progress,
         "TensorBoard",
