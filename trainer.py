@@ -769,7 +769,7 @@ def validation_of(
     attacked = min(config.robust_validation, len(images))
     attack = gradient_attacks.PGD(
         norm=threat.norm or "linf",
-        epsilon=threat.epsilon or 0.0,
+        epsilon=threat.radius,
         steps=config.robust_validation_steps,
         keep="first",
     )

@@ -757,7 +757,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         return {k: v for k, v in values.items() if v is not None}
 
     @property
-    def _radius(self) -> float:
+    def radius(self) -> float:
         """Epsilon, which every objective with an attack has."""
         return cast(float, self.epsilon)
 
@@ -770,7 +770,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         if name == "step_size":
             if length is None or self.attack not in (None, "pgd"):
                 return None
-            return length * self._radius
+            return length * self.radius
         kinds = OBJECTIVES[self.objective], self._attack_class()
         return next(
             field.default
@@ -821,7 +821,7 @@ class AdversarialConfig(settings.AdversarialSettings):
                 if name in kept and name in own
             }
         if kept.get("step_size") is not None and "epsilon" in changes:
-            kept["step_size"] *= changes["epsilon"] / self._radius
+            kept["step_size"] *= changes["epsilon"] / self.radius
         return AdversarialConfig(**{"objective": objective, **kept, **changes})
 
     def _shared_with(self, objective: str) -> dict[str, Any]:
@@ -863,7 +863,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         if "rates" in known:
             rate = self.step_size
             if rate is None:
-                rate = min(1.0, 2.5 / (self.steps or 1)) * self._radius
+                rate = min(1.0, 2.5 / (self.steps or 1)) * self.radius
             settings.update(rates=(rate,), boundaries=())
         return kind(**settings)
 
