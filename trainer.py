@@ -609,8 +609,12 @@ def _run(
         # Bad settings raise here, before the folder is created.
         with progress.busy("building the model"):
             loop = _loop(config, data, config.folder, (shown, *callbacks))
-        if not shared_devices.is_chief():
-            return _helped(config, loop, resume)
+        if resume and not shared_devices.is_chief():
+            loop.resume()
+    if not shared_devices.is_chief():
+        _history(config.folder, loop, resume)
+        return {}
+    with command_line.guard():
         described = describe(config, data, loop.model)
     with (
         contextlib.closing(shown),
@@ -634,30 +638,6 @@ def _run(
     return record
 
 
-def _helped(
-    config: "training_config.RunConfig",
-    loop: "training_loop.Loop",
-    resume: bool,
-) -> dict[str, Any]:
-    """Trains in a process that writes no files."""
-    from saccade.training import distribution
-
-    if resume:
-        loop.resume()
-    try:
-        with command_line.stop_signals() as loop.should_stop:
-            loop.train()
-    except distribution.Disconnected as error:
-        command_line.fail_at_once(_LOST.format(error))
-    return {}
-
-
-_LOST = (
-    "another process of the run ended or cannot be reached ({}). Start all "
-    "processes again with --resume."
-)
-
-
 def _trained(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
@@ -665,32 +645,8 @@ def _trained(
     resume: bool,
 ) -> dict[str, Any]:
     """Trains to the end; returns the record of the final evaluation."""
-    from saccade.training import distribution
-    from saccade.training import loop as training_loop
-
-    folder, started = config.folder, time.monotonic()
-    try:
-        with command_line.stop_signals() as loop.should_stop:
-            with _kept_if_saved(folder, resume):
-                history = loop.train()
-    except training_loop.Interrupted:
-        command_line.stop(
-            f"stopped at step {loop.progress['step']}, saved in {folder}. "
-            "Continue with the same command and --resume."
-        )
-    except distribution.Disconnected as error:
-        command_line.fail_at_once(_LOST.format(error))
-    except training_loop.Collapsed as collapse:
-        kept = "Nothing was saved"
-        if folder.exists():
-            kept = (
-                f"{folder} holds the last good epoch "
-                f"({len(loop.progress['history'])})"
-            )
-        command_line.fail(
-            f"{collapse}. {kept}. Lower --learning_rate, or use "
-            "--on_collapse=restore to end the run with its last good weights."
-        )
+    started = time.monotonic()
+    history = _history(config.folder, loop, resume)
     with contextlib.ExitStack() as stack:
         if shared_devices.process()[1] > 1:  # The others have ended.
             stack.enter_context(shared_devices.alone())
@@ -700,6 +656,55 @@ def _trained(
         sum(row["seconds"] for row in history), 1
     )
     return record
+
+
+def _history(
+    folder: pathlib.Path, loop: "training_loop.Loop", resume: bool
+) -> list[dict[str, Any]]:
+    """Trains to the end; returns the history.
+
+    A training that is stopped, collapses or loses a process ends the program.
+    """
+    from saccade.training import distribution
+    from saccade.training import loop as training_loop
+
+    # Other processes wait for one that ends early until it is gone.
+    several = shared_devices.process()[1] > 1
+    chief = shared_devices.is_chief()
+    kept: Any = _kept_if_saved(folder, resume)
+    try:
+        with (
+            command_line.stop_signals() as loop.should_stop,
+            kept if chief else contextlib.nullcontext(),
+        ):
+            history = loop.train()
+    except training_loop.Interrupted:
+        saved = f", saved in {folder}" if chief else ""
+        command_line.stop(
+            f"stopped at step {loop.progress['step']}{saved}. Continue with "
+            "the same command and --resume.",
+            at_once=several,
+        )
+    except distribution.Disconnected as error:
+        command_line.fail(
+            f"another process of the run ended or cannot be reached ({error}). "
+            "Start all processes again with --resume.",
+            at_once=True,
+        )
+    except training_loop.Collapsed as collapse:
+        left = "Nothing was saved"
+        if folder.exists():
+            left = (
+                f"{folder} holds the last good epoch "
+                f"({len(loop.progress['history'])})"
+            )
+        command_line.fail(
+            f"{collapse}. {left}. Lower --learning_rate, or use "
+            "--on_collapse=restore to end the run with its last good weights.",
+            at_once=several,
+        )
+    distribution.leave()
+    return history
 
 
 @contextlib.contextmanager

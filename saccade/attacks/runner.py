@@ -11,6 +11,7 @@ example, so that an evaluation can save it to a file and resume from it.
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
@@ -175,13 +176,8 @@ def compiled(
 
 def _without_underflow(read: Callable[..., Any]) -> Callable[..., Any]:
     def scaled(images: Tensor, training: bool) -> Any:
-        def float32(images: Tensor) -> Any:
-            return keras.tree.map_structure(
-                lambda value: ops.cast(value, "float32"),
-                read(images, training=training),
-            )
-
-        return gradients.without_underflow(float32)(images)
+        fn = functools.partial(read, training=training)
+        return gradients.without_underflow(fn)(images)
 
     return scaled
 

@@ -29,29 +29,34 @@ from saccade.core import names as known_names
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def fail(message: object) -> NoReturn:
-    """Ends the program with one line on standard error and exit status 2."""
-    line = " ".join(str(message).split())
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: object, at_once: bool = False) -> NoReturn:
+    """Ends the program with one line on standard error and exit status 2.
 
-
-def fail_at_once(message: object) -> NoReturn:
-    """Ends the program like `fail`, without waiting for other processes.
-
-    The libraries of several processes wait for each other at their end.
+    Args:
+        message: What is printed, on one line.
+        at_once: Whether to end without clean-up. The libraries of several
+            processes otherwise wait for each other.
     """
-    line = " ".join(str(message).split())
-    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2)
+    _end(" ".join(str(message).split()), 2, at_once)
 
 
-def stop(message: object) -> NoReturn:
-    """Ends an interrupted program with one line and exit status 130."""
+def stop(message: object, at_once: bool = False) -> NoReturn:
+    """Ends an interrupted program with one line and exit status 130.
+
+    Args:
+        message: What is printed.
+        at_once: See `fail`.
+    """
+    _end(message, 130, at_once)
+
+
+def _end(message: object, status: int, at_once: bool) -> NoReturn:
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    sys.exit(130)
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 AGAIN = "Run the same command again."

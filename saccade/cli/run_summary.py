@@ -271,9 +271,7 @@ def warnings(
         *_short_warmups(config),
     ]
     needed, left = _bytes_needed(config, loop), memory_estimate.available()
-    if needed is None or left is None:
-        left = needed = 0
-    if _on_cpu() and needed > left:
+    if needed is not None and left is not None and needed > left and _on_cpu():
         found.append(
             f"Training needs about {_size(needed)} more memory and "
             f"{_size(left)} are free. {_smaller(config, data, ['batch_size'])}."

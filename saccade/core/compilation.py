@@ -80,18 +80,18 @@ def compile_call(
     if backend == "tensorflow":
         import tensorflow as tf
 
-        accelerated = _accelerated()
+        on_accelerator = accelerated()
         if rows and devices.count() > 1:
             compiled = _on_replicas(stateless)
-        elif rows and not accelerated:
+        elif rows and not on_accelerator:
             compiled = _for_any_size(stateless)
         else:
             compiled = tf.function(
                 stateless,
                 autograph=False,
-                jit_compile=accelerated or None,
+                jit_compile=on_accelerator or None,
                 # From the second batch size on, one graph serves all sizes.
-                reduce_retracing=not accelerated,
+                reduce_retracing=not on_accelerator,
             )
     elif backend == "jax":
         import jax
@@ -254,11 +254,12 @@ def row_multiple() -> int:
 def _compiles_sizes() -> bool:
     backend = keras.config.backend()
     if backend == "tensorflow":
-        return _accelerated()
+        return accelerated()
     return backend == "jax"
 
 
-def _accelerated() -> bool:
+def accelerated() -> bool:
+    """Returns whether TensorFlow has a GPU or a TPU."""
     import tensorflow as tf
 
     return any(map(tf.config.list_physical_devices, ("GPU", "TPU")))

@@ -74,8 +74,7 @@ def shard(values: npt.ArrayLike) -> Tensor:
 
     if not _MESHES:
         return jax.device_put(values)
-    rows = jax.sharding.PartitionSpec("rows")
-    sharding = jax.sharding.NamedSharding(_MESHES[-1], rows)
+    sharding = _sharding("rows")
     if jax.process_count() == 1:
         return jax.device_put(values, sharding)
     return jax.make_array_from_process_local_data(sharding, np.asarray(values))
@@ -83,22 +82,13 @@ def shard(values: npt.ArrayLike) -> Tensor:
 
 def shard_whole(values: npt.ArrayLike) -> Tensor:
     """Divides rows that every process has; a scalar goes to every device."""
-    import jax
-
     host = np.asarray(values)
-    spec = jax.sharding.PartitionSpec(*("rows",) * min(host.ndim, 1))
-    sharding = jax.sharding.NamedSharding(_MESHES[-1], spec)
-    return jax.make_array_from_callback(
-        host.shape, sharding, lambda index: host[index]
-    )
+    return _from_every_process(host, _sharding(*("rows",) * min(host.ndim, 1)))
 
 
 def everywhere() -> Any:
     """Returns the JAX sharding that copies a value to all devices."""
-    import jax
-
-    spec = jax.sharding.PartitionSpec()
-    return jax.sharding.NamedSharding(_MESHES[-1], spec)
+    return _sharding()
 
 
 def replicate(value: Tensor) -> Tensor:
@@ -107,10 +97,21 @@ def replicate(value: Tensor) -> Tensor:
 
     if not _MESHES:
         return value
-    sharding = everywhere()
     if jax.process_count() == 1:
-        return jax.device_put(value, sharding)
-    host = np.asarray(value)
+        return jax.device_put(value, everywhere())
+    return _from_every_process(np.asarray(value), everywhere())
+
+
+def _sharding(*axes: str) -> Any:
+    import jax
+
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.sharding.NamedSharding(_MESHES[-1], spec)
+
+
+def _from_every_process(host: npt.NDArray[Any], sharding: Any) -> Tensor:
+    import jax
+
     return jax.make_array_from_callback(
         host.shape, sharding, lambda index: host[index]
     )

@@ -122,17 +122,20 @@ def without_underflow(
     The gradient is scaled up between logits and images.
 
     Args:
-        logits_fn: Callable from float32 images to float32 logits, or to a nest
-            of float32 tensors.
+        logits_fn: Callable from float32 images to logits, or to a nest of
+            tensors.
 
     Returns:
-        A callable with the same values and gradients.
+        A callable with the same values, in float32, and the same gradients.
     """
 
     def scaled(images: Tensor) -> Any:
         values = logits_fn(scale_gradient(images, 1 / _FLOAT16_SCALE))
         return keras.tree.map_structure(
-            lambda value: scale_gradient(value, _FLOAT16_SCALE), values
+            lambda value: scale_gradient(
+                ops.cast(value, "float32"), _FLOAT16_SCALE
+            ),
+            values,
         )
 
     return scaled

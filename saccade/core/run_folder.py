@@ -114,7 +114,7 @@ def read_json(path: StrPath) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
     except (ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(
             f"{path} is not valid JSON of an object ({reason}). Restore it "
             "from a copy, or make it again with --overwrite."
@@ -166,6 +166,11 @@ def differences(found: dict, wanted: dict) -> list[str]:
     return texts
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's text, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def brief(value: Any) -> str:
     """Returns the text of a value on one line, at most 60 characters long."""
     text = " ".join(repr(value).split())
@@ -206,7 +211,7 @@ def read_npz(
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise eight kinds.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(reason) from error
 
 

@@ -251,12 +251,12 @@ def read_hdf5(
         with h5py.File(path, "r") as file:
             return [_hdf5_array(file, n, size) for n, size in names.items()]
     except (KeyError, OSError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(
             f"Expected {what} in {path}. Received: {reason}"
         ) from None
     except (RuntimeError, ValueError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(f"Cannot read {path}: {reason}") from None
 
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 from collections.abc import Collection, Sequence
 
+from saccade.core import run_folder
 from saccade.data import folders as class_folders
 from saccade.data import formats
 
@@ -183,7 +184,7 @@ def _official_truth(
             )
         }
     except Exception as error:  # SciPy raises many kinds.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(
             f"Expected synsets with ILSVRC2012_ID and WNID in {meta}. "
             f"Received: {reason}"

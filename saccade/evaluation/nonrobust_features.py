@@ -347,7 +347,7 @@ def _read_intact(
         return load(path)
     # NumPy, zipfile and zlib raise many different exceptions.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(
             f"{path} is damaged and cannot be read ({reason}). Remove it and "
             f"{path.with_name(path.name.split('.')[0] + '.npz').name} to craft "

@@ -290,7 +290,7 @@ def _mismatch(path: pathlib.Path, model: keras.Model) -> str | None:
 
 def error_line(error: Exception) -> str:
     """Returns the first line of an exception, without a full stop."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return run_folder.first_line(error).rstrip(".")
 
 
 def _shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ import keras
 
 from saccade.core import devices as shared_devices
 from saccade.core import names as known_names
+from saccade.core import run_folder
 from saccade.core import settings as core_settings
 from saccade.models import inspect as model_inspect
 from saccade.training import settings
@@ -24,9 +25,8 @@ from saccade.training import settings
 DISTRIBUTIONS = tuple(
     core_settings.of(settings.DistributionSettings)["distribute"].choices
 )
-# Seconds after which a process is taken for dead.
-_HEARTBEAT = 30
-_LONGEST_TEST = 24 * 3600
+# Seconds after which a process that does not answer is taken for dead.
+_PATIENCE = 30
 _TPU_WITH_TENSORFLOW = (
     "TPUs need the package tensorflow-tpu, which requirements-tpu.txt of a "
     "checkout installs, or KERAS_BACKEND=jax with `pip install jax[tpu]`."
@@ -111,12 +111,14 @@ def _chosen(found: Sequence[Any], wanted: tuple[int, ...] | None) -> list[Any]:
 def _tensorflow(
     config: settings.DistributionSettings, batch_size: int
 ) -> Iterator[None]:
+    import tensorflow as tf
+
     index, count = 0, 1
     if config.distribute == "tpu":
         strategy = _tpu_strategy(config.tpu)
     elif config.distribute == "multi_worker":
         index, count = _tensorflow_cluster(config)
-        strategy = _multi_worker_strategy()
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
     else:
         strategy = _mirrored_strategy(config, batch_size)
     if strategy is None:
@@ -175,12 +177,6 @@ def _tensorflow_cluster(
     return task["index"] + shift, len(chiefs) + len(workers)
 
 
-def _multi_worker_strategy() -> Any:
-    import tensorflow as tf
-
-    return tf.distribute.MultiWorkerMirroredStrategy()
-
-
 def _tpu_strategy(name: str | None) -> Any:
     """Connects to a TPU.
 
@@ -202,7 +198,7 @@ def _tpu_strategy(name: str | None) -> Any:
         tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except Exception as error:  # Many kinds, by what is missing.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(
             f"Expected a TPU for --tpu={name or 'local'}. Received: {reason}"
         ) from error
@@ -218,8 +214,7 @@ def _jax(
 ) -> Iterator[None]:
     import jax
 
-    joined = config.distribute == "multi_worker"
-    if joined:
+    if config.distribute == "multi_worker":
         _join(config)
     try:
         if config.distribute == "tpu" and jax.devices()[0].platform != "tpu":
@@ -240,8 +235,20 @@ def _jax(
         ):
             yield
     finally:
-        if joined:
-            jax.distributed.shutdown()
+        leave()
+
+
+def leave() -> None:
+    """Ends the cooperation of processes, which all have to call this.
+
+    Afterwards each can compute alone, and end when it likes.
+    """
+    if keras.config.backend() != "jax":
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def _join(config: settings.DistributionSettings) -> None:
@@ -261,13 +268,12 @@ def _join(config: settings.DistributionSettings) -> None:
         "heartbeat_timeout_seconds"
         in inspect.signature(jax.distributed.initialize).parameters
     ):
-        given["heartbeat_timeout_seconds"] = _HEARTBEAT
-        # Process 0 tests the model at the end, while the others wait.
-        given["shutdown_timeout_seconds"] = _LONGEST_TEST
+        given["heartbeat_timeout_seconds"] = _PATIENCE
+        given["shutdown_timeout_seconds"] = _PATIENCE
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise ValueError(
             "Expected --coordinator=HOST:PORT, --num_processes and "
             "--process_id, or the environment variables of a cluster that JAX "
@@ -276,6 +282,13 @@ def _join(config: settings.DistributionSettings) -> None:
 
 
 # --- Failures -----------------------------------------------------------------
+
+
+# Names of the errors of collective operations on JAX and TensorFlow.
+_LOST = {
+    *("JaxRuntimeError", "XlaRuntimeError", "UnavailableError"),
+    *("InternalError", "AbortedError", "CancelledError", "UnknownError"),
+}
 
 
 class Disconnected(Exception):
@@ -288,16 +301,11 @@ def reports_lost_processes() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if shared_devices.process()[1] == 1 or not _is_lost(error):
+        alone = shared_devices.process()[1] == 1
+        if alone or type(error).__name__ not in _LOST:
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = run_folder.first_line(error)
         raise Disconnected(reason[:200]) from error
-
-
-def _is_lost(error: Exception) -> bool:
-    kinds = ("UnavailableError", "XlaRuntimeError", "JaxRuntimeError")
-    more = ("InternalError", "AbortedError", "CancelledError", "UnknownError")
-    return type(error).__name__ in (*kinds, *more)
 
 
 def synchronize_batch_norm(model: keras.Model) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import ops
 
-from saccade.core import devices
+from saccade.core import compilation, devices
 from saccade.core.arrays import Tensor
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class Engine(abc.ABC):
         self.write_back()
         return [loss[0], correct[0], *new]
 
-    @abc.abstractmethod
     def place(
         self,
         images: npt.ArrayLike,
@@ -70,6 +69,11 @@ class Engine(abc.ABC):
             labels: Integers of shape `(k,)`.
             indices: Integers of shape `(k,)`.
         """
+        return self._rows(images), self._rows(labels), self._rows(indices)
+
+    @abc.abstractmethod
+    def _rows(self, values: npt.ArrayLike) -> Any:
+        """Starts to copy rows to the devices."""
 
     @abc.abstractmethod
     def take(
@@ -87,6 +91,13 @@ class Engine(abc.ABC):
             predictions, `(len(batches),)`, and the new perturbation if there
             is one. The values may still be being computed.
         """
+
+    def _points(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The weights at which the loss is taken; `values` if perturbed."""
+        pairs = zip(self.run.perturbable, values, strict=False)
+        value_of = {id(variable): value for variable, value in pairs}
+        weights = self.model.trainable_variables
+        return [value_of.get(id(v), v.value) for v in weights]
 
     def write_back(self) -> None:  # noqa: B027 -- Only JAX needs it.
         """Makes the variables of model and optimizer hold the newest state."""
@@ -122,20 +133,11 @@ class _TensorFlow(Engine):
         self.replicas = self.strategy.num_replicas_in_sync
         # XLA is used on accelerators only: on the CPU it runs convolutions
         # three times slower. It cannot compile a step with mirrored variables.
-        accelerated = any(map(tf.config.list_physical_devices, ("GPU", "TPU")))
+        accelerated = compilation.accelerated()
         compiled = True if self.replicas == 1 and accelerated else None
         compile_step = tf.function(autograph=False, jit_compile=compiled)
         self._one = compile_step(self._one_step)
         self._several = compile_step(self._several_steps)
-
-    def place(
-        self,
-        images: npt.ArrayLike,
-        labels: npt.ArrayLike,
-        indices: npt.ArrayLike,
-    ) -> Placed:
-        images, labels, indices = map(self._split, (images, labels, indices))
-        return images, labels, indices
 
     def take(
         self, batches: Sequence[Placed], step: int, *carried: Tensor
@@ -145,11 +147,11 @@ class _TensorFlow(Engine):
         number = tf.constant(step, tf.int32)
         if len(batches) > 1:
             return self._several(list(batches), number)
-        parts = map(self._split, carried)
+        parts = map(self._rows, carried)
         loss, correct, *new = self._one(*batches[0], number, *parts)
         return [loss[None], correct[None], *new]
 
-    def _split(self, values: npt.ArrayLike) -> Any:
+    def _rows(self, values: npt.ArrayLike) -> Any:
         """Hands each replica of this process its part of the rows."""
         import tensorflow as tf
 
@@ -232,7 +234,7 @@ class _TensorFlow(Engine):
         """Loss, correct predictions, gradients by weights and by images."""
         import tensorflow as tf
 
-        run, variables = self.run, self.model.trainable_variables
+        run = self.run
         images, labels, indices = part
         clean, crafted = run.prepare(
             images, labels, indices, step, _only(carried), replica
@@ -248,10 +250,8 @@ class _TensorFlow(Engine):
                 shares = self.replicas * run.parts
                 loss, correct = run.loss(*batch, shares, scope)
             scaled = self.optimizer.scale_loss(loss)
-        value_of = dict(zip(map(id, run.perturbable), values, strict=False))
-        points = [value_of.get(id(v), v) for v in variables]
         extra = [crafted] if carried else []
-        grads = tape.gradient(scaled, [*points, *extra])
+        grads = tape.gradient(scaled, [*self._points(values), *extra])
         _keep_updates(scope, self.model)
         return [loss, correct, *grads]
 
@@ -311,21 +311,15 @@ class _Jax(Engine):
         self.state: Any = None
         self._steps = jax.jit(self._take, donate_argnums=(0,))
 
-    def place(
-        self,
-        images: npt.ArrayLike,
-        labels: npt.ArrayLike,
-        indices: npt.ArrayLike,
-    ) -> Placed:
-        images, labels, indices = map(devices.shard, (images, labels, indices))
-        return images, labels, indices
+    def _rows(self, values: npt.ArrayLike) -> Any:
+        return devices.shard(values)
 
     def take(
         self, batches: Sequence[Placed], step: int, *carried: Tensor
     ) -> list[Tensor]:
         if self.state is None:
             self.state = self._read()
-        carried = tuple(map(devices.shard, carried))
+        carried = tuple(map(self._rows, carried))
         results, self.state = self._steps(
             self.state, tuple(batches), np.int32(step), carried
         )
@@ -397,10 +391,9 @@ class _Jax(Engine):
         weights, _, slots = state
         frozen, results = self._accumulated(state, batch, step, carried)
         loss, correct, grads, *image_grads = results
-        if run.clip_norm:
-            with keras.StatelessScope(zip(self.groups[2], slots, strict=True)):
-                scale = loss_scale(self.optimizer)
-            grads = run.clipped(grads, scale)
+        with self._scope(state):
+            scale = loss_scale(self.optimizer)
+        grads = run.clipped(grads, scale)
         weights, slots = self.optimizer.stateless_apply(slots, grads, weights)
         new = [run.carry(carried[0], image_grads[0], step)] if carried else []
         return (weights, frozen, slots), [loss, correct, *new]
@@ -510,16 +503,8 @@ class _Jax(Engine):
 class _Torch(Engine):
     """Eager operations on one device."""
 
-    def place(
-        self,
-        images: npt.ArrayLike,
-        labels: npt.ArrayLike,
-        indices: npt.ArrayLike,
-    ) -> Placed:
-        images, labels, indices = map(
-            ops.convert_to_tensor, (images, labels, indices)
-        )
-        return images, labels, indices
+    def _rows(self, values: npt.ArrayLike) -> Any:
+        return ops.convert_to_tensor(values)
 
     def take(
         self, batches: Sequence[Placed], step: int, *carried: Tensor
@@ -537,7 +522,7 @@ class _Torch(Engine):
         import torch
 
         run, variables = self.run, self.model.trainable_variables
-        carried = tuple(map(ops.convert_to_tensor, carried))
+        carried = tuple(map(self._rows, carried))
         found = [
             self._gradients(part, step, carried, number)
             for number, part in enumerate(run.split(batch))
@@ -545,11 +530,9 @@ class _Torch(Engine):
         loss, correct, *grads = (sum(v) for v in zip(*found, strict=True))
         new = []
         with torch.no_grad():
-            weight_grads = grads[: len(variables)]
-            if run.clip_norm:
-                scale = loss_scale(self.optimizer)
-                weight_grads = run.clipped(weight_grads, scale)
-            self.optimizer.apply(weight_grads, variables)
+            scale = loss_scale(self.optimizer)
+            clipped = run.clipped(grads[: len(variables)], scale)
+            self.optimizer.apply(clipped, variables)
             if carried:
                 new = [run.carry(carried[0], grads[-1], step)]
         return [loss.detach(), correct.detach(), *new]
@@ -559,7 +542,7 @@ class _Torch(Engine):
     ) -> list[Tensor]:
         import torch
 
-        run, variables = self.run, self.model.trainable_variables
+        run = self.run
         images, labels, indices = part
         with torch.no_grad():  # Attacks enable gradients themselves.
             clean, crafted = run.prepare(
@@ -571,11 +554,9 @@ class _Torch(Engine):
         values = self._perturbed(batch, step) if run.config.awp else []
         with _weights_at(run.perturbable, values) as scope:
             loss, correct = run.loss(*batch, run.parts)
-        value_of = dict(zip(map(id, run.perturbable), values, strict=False))
-        points = [value_of.get(id(v), v.value) for v in variables]
         extra = [crafted] if carried else []
         grads = torch.autograd.grad(
-            self.optimizer.scale_loss(loss), [*points, *extra]
+            self.optimizer.scale_loss(loss), [*self._points(values), *extra]
         )
         with torch.no_grad():
             _keep_updates(scope, self.model)

@@ -219,12 +219,8 @@ class Loop:
     def __post_init__(self) -> None:
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
         self.step_config.check(self.objective)
+        self._check_division()
         self.replays = max(1, self.step_config.replays)
-        if self.replays > 1 and devices.process()[1] > 1:
-            raise ValueError(
-                "Expected one process with replays. Received: "
-                f"{devices.process()[1]} processes."
-            )
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:
             raise ValueError(
@@ -248,6 +244,27 @@ class Loop:
             "sums": [0.0, 0.0, 0.0],
             "ended": None,
         }
+
+    def _check_division(self) -> None:
+        """Raises a ValueError if a batch cannot be processed as asked."""
+        for name, value, others in (
+            ("processes", devices.process()[1], ("replays",)),
+            ("steps_per_call", self.steps_per_call, ("replays",)),
+            ("grad_accumulation", self.grad_accumulation, ("replays", "awp")),
+        ):
+            for other in others:
+                if value > 1 and getattr(self.step_config, other):
+                    raise ValueError(
+                        f"Expected {name}=1 with {other}. Received: "
+                        f"{name}={value}."
+                    )
+        parts = devices.count() * self.grad_accumulation
+        if self.batch_size % parts:
+            raise ValueError(
+                "Expected a batch_size that is a multiple of devices times "
+                f"grad_accumulation, {parts}. Received: "
+                f"batch_size={self.batch_size}."
+            )
 
     def resume(self) -> int:
         """Loads the saved state, if there is one; returns the step."""
@@ -348,12 +365,13 @@ class Loop:
         return changes
 
     def _epoch(self, epoch: int, callbacks: keras.callbacks.Callback) -> None:
+        engine = self.engine
         try:
             with distribution.reports_lost_processes():
                 self._take_steps(epoch, callbacks)
         finally:
             # The variables are invalid until then; see `engines.Engine`.
-            self.engine.write_back()
+            engine.write_back()
 
     def _take_steps(
         self, epoch: int, callbacks: keras.callbacks.Callback

@@ -195,6 +195,8 @@ class Step:
         Part i holds every `parts`-th row from row i on. A batch that is
         divided among replicas has the same parts as one that is not.
         """
+        if self.parts == 1:
+            return [tuple(batch)]
         return [
             tuple(rows[number :: self.parts] for rows in batch)
             for number in range(self.parts)

@@ -12,6 +12,7 @@ from saccade.models import registry
 from saccade.training import checkpoints, engines, objectives, recipes
 from saccade.training import loop as training_loop
 from saccade.training import step as training_step
+from saccade.training.config import StepConfig
 
 import model_backbone  # noqa: F401 -- Registers the models.
 
@@ -283,6 +284,30 @@ class TestLoop:
             trained = self.loop(tmp_path / str(log_every), log_every=log_every)
             rows.append([{**r, "seconds": 0} for r in trained.train()])
         assert rows[0] == rows[1] == rows[2]
+
+    @pytest.mark.parametrize(
+        "given,message",
+        [
+            (
+                {"steps_per_call": 2, "step_config": StepConfig(replays=2)},
+                "steps_per_call=1 with replays. Received: steps_per_call=2",
+            ),
+            (
+                {"grad_accumulation": 2, "step_config": StepConfig(replays=2)},
+                "grad_accumulation=1 with replays",
+            ),
+            (
+                {"grad_accumulation": 2, "step_config": StepConfig(awp=0.1)},
+                "grad_accumulation=1 with awp",
+            ),
+            ({"grad_accumulation": 3}, "grad_accumulation, 3. .*batch_size=8"),
+        ],
+    )
+    def test_a_division_that_would_be_another_training_is_refused(
+        self, tmp_path, given, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            self.loop(tmp_path, **given)
 
     def test_the_rest_of_an_epoch_is_taken_in_single_steps(self, tmp_path):
         """7 steps an epoch in calls of 3: 3, 3 and 1."""
