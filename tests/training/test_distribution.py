@@ -7,11 +7,13 @@ the same however a batch is split.
 import json
 import os
 import pathlib
-import socket
+import signal
 import subprocess
 import sys
+import time
 
 import keras
+import kills
 import numpy as np
 import pytest
 
@@ -322,12 +324,6 @@ class TestTPUs:
 WORKER = pathlib.Path(__file__).parent / "distributed.py"
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def start_worker(output, model, logical, **given):
     root = pathlib.Path(__file__).parents[2]
     env = {
@@ -354,7 +350,7 @@ def weights_after(folder, model, logical=1, processes=1, **given):
     if processes == 1:
         workers = [start_worker(output, model, logical, **given)]
     else:
-        addresses = [f"127.0.0.1:{free_port()}" for _ in range(processes)]
+        addresses = [f"127.0.0.1:{kills.free_port()}" for _ in range(processes)]
         if keras.config.backend() == "jax":
             addresses = addresses[:1]
         workers = [
@@ -386,7 +382,11 @@ def test_devices_and_processes_give_the_weights_of_one_device(tmp_path, model):
     one = weights_after(tmp_path / "one", model, distribute="none")
     cases = {
         "four": {"logical": 4, "distribute": "mirrored"},
-        "processes": {"processes": 2, "distribute": "multi_worker"},
+        "processes": {
+            "processes": 2,
+            "logical": 2 if keras.config.backend() == "jax" else 1,
+            "distribute": "multi_worker",
+        },
     }
     if keras.config.backend() == "tensorflow":
         cases["two"] = {"logical": 2, "distribute": "mirrored"}
@@ -397,3 +397,28 @@ def test_devices_and_processes_give_the_weights_of_one_device(tmp_path, model):
             np.testing.assert_allclose(
                 found[key], one[key], atol=1e-5, err_msg=f"{name} {key}"
             )
+
+
+@pytest.mark.slow
+@pytest.mark.every_backend
+@pytest.mark.skipif(
+    keras.config.backend() == "torch", reason="Torch trains on one device"
+)
+def test_a_process_that_is_stopped_ends_the_other(tmp_path, monkeypatch):
+    """Each ends with one line, and neither waits for the other."""
+    monkeypatch.setenv("KERAS_BACKEND", keras.config.backend())
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    workers = kills.start(tmp_path, "--epochs=100")
+    state = tmp_path / "cluttered_digits-madry_cnn" / "state.npz"
+    started = time.monotonic()
+    while not state.exists() and time.monotonic() - started < 240:
+        time.sleep(0.2)
+    assert state.exists()
+    workers[1].send_signal(signal.SIGTERM)
+    for index, status, message in (
+        (1, 130, "stopped at step"),
+        (0, 2, "another process of the run ended or cannot be reached"),
+    ):
+        _, text = workers[index].communicate(timeout=60)
+        assert workers[index].returncode == status, text[-2000:]
+        assert f"trainer.py: {message}" in text and "Traceback" not in text
