@@ -195,10 +195,10 @@ def theirs(given, library, attack, model, images, labels, context):
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     y = torch.tensor(labels, dtype=torch.int64)
     make = {
-        "torchattacks": _torchattacks,
-        "foolbox": _foolbox,
-        "art": _art,
-        "pyautoattack": _pyautoattack,
+        "torchattacks": run_torchattacks,
+        "foolbox": run_foolbox,
+        "art": run_art,
+        "pyautoattack": run_pyautoattack,
     }
     run = None
     if given.norm == "linf" or library == "pyautoattack":
@@ -213,7 +213,8 @@ def theirs(given, library, attack, model, images, labels, context):
     return torch.cat(parts).permute(0, 2, 3, 1).numpy(), [seconds]
 
 
-def _torchattacks(given, attack, net, x, context):
+def run_torchattacks(given, attack, net, x, context):
+    """Returns a call of an attack of torchattacks; see `theirs`."""
     import torchattacks as peers
 
     epsilon, classes = context["epsilon"], context["classes"]
@@ -251,7 +252,8 @@ def _torchattacks(given, attack, net, x, context):
     return lambda x, y: found(x, y).detach()
 
 
-def _foolbox(given, attack, net, x, context):
+def run_foolbox(given, attack, net, x, context):
+    """Returns a call of an attack of Foolbox, or None; see `theirs`."""
     import foolbox
 
     epsilon, steps = context["epsilon"], given.pgd_steps
@@ -269,7 +271,8 @@ def _foolbox(given, attack, net, x, context):
     return lambda x, y: found(bounded, x, y, epsilons=[epsilon])[1][0].detach()
 
 
-def _art(given, attack, net, x, context):
+def run_art(given, attack, net, x, context):
+    """Returns a call of an attack of ART, or None; see `theirs`."""
     import torch
     from art import estimators
     from art.attacks import evasion
@@ -314,7 +317,20 @@ def _art(given, attack, net, x, context):
     return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
 
 
-def _pyautoattack(given, attack, net, x, context):
+def run_pyautoattack(given, attack, net, x, context):
+    """Returns a call of members of AutoAttack, or None; see `theirs`.
+
+    Args:
+        given: `ParityFlags`.
+        attack: One of `ATTACKS`.
+        net: The model, a `torch.nn.Module` on images with channels first.
+        x: The images, unused.
+        context: Dict with the "epsilon" of the attack.
+
+    Returns:
+        A callable from a batch of images and labels to adversarial images;
+        None if the package does not have the attack.
+    """
     import pyautoattack
 
     if attack not in MEMBERS:
@@ -392,11 +408,17 @@ def job(given, name):
             **context,
         )
     result["provenance"] = run_folder.provenance()
-    _place(given, name).parent.mkdir(exist_ok=True)
-    run_folder.write_json(_place(given, name), result)
+    result_path(given, name).parent.mkdir(exist_ok=True)
+    run_folder.write_json(result_path(given, name), result)
 
 
-def _place(given, name):
+def result_path(given, name):
+    """Returns the path of a job's result, which names all that it depends on.
+
+    Args:
+        given: `ParityFlags`.
+        name: The job, "library/attack".
+    """
     settings = f"eps{given.epsilon.replace('/', '_')}-{given.num_examples}"
     if given.norm != "linf":
         settings = f"{given.norm}-{settings}"
@@ -466,7 +488,7 @@ def table(given):
     found = {}
     for library in given.libraries:
         for attack in given.attacks:
-            path = _place(given, f"{library}/{attack}")
+            path = result_path(given, f"{library}/{attack}")
             if path.exists():
                 found[library, attack] = run_folder.read_json(path)
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -526,7 +548,7 @@ def main(values=flags.FLAGS):
     names = [f"{b}/{a}" for a in given.attacks for b in given.libraries]
     failed = []
     for number, name in enumerate(names, 1):
-        if _place(given, name).exists():
+        if result_path(given, name).exists():
             continue
         print(f"{number} of {len(names)}: {name}", flush=True)
         backend = given.backend if name.split("/")[0] in OURS else "torch"

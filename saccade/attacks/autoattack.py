@@ -253,7 +253,7 @@ class APGD(attack_base.Attack):
         )
         value = losses.comparable(value, logits)
         state = self._update_run(state, row, delta, value, grad)
-        return self._checkpoint(state, row)
+        return self.checkpoint(state, row)
 
     def _candidate_loss(
         self, value: Tensor, logits: Tensor, state: State
@@ -332,10 +332,14 @@ class APGD(attack_base.Attack):
             new["reduced"] = ops.logical_or(first, state["reduced"])
         return {**state, **new}
 
-    def _checkpoint(self, state: State, row: State) -> State:
+    def checkpoint(self, state: State, row: State) -> State:
         """Updates the step sizes and returns examples to their best iterates.
 
         It has an effect only if this step is a checkpoint.
+
+        Args:
+            state: The state after the update of this step.
+            row: The settings of this step, from `schedule`.
         """
         check, top_loss = row["check"], state["top_loss"]
         if self.norm == "l1":

@@ -286,22 +286,22 @@ class Crafter:
             # A negative step means that the round has not begun.
             state, first_round, first = dict(rows), 0, -1
             all_rows = np.arange(len(rows["labels"]))
-            self._apply("open", state, all_rows)
+            self.apply("open", state, all_rows)
             self._confirm_successes(state, all_rows)
         total = int(self.attack.steps_a_round)
         for round_index in range(first_round, int(self.attack.rounds)):
             if first < 0:
-                self._apply("begin", state, self._remaining(state), round_index)
+                self.apply("begin", state, self._remaining(state), round_index)
                 first = 0
             while first < total and len(active := self._remaining(state)):
                 count = min(_chunk(first), total - first)
-                self._apply("advance", state, active, round_index, first, count)
+                self.apply("advance", state, active, round_index, first, count)
                 self._confirm_successes(state, active)
                 first += count
                 if save is not None and first < total:
                     save({**state, "at_round": round_index, "at_step": first})
             active = self._remaining(state)
-            self._apply("end", state, active, round_index)
+            self.apply("end", state, active, round_index)
             self._confirm_successes(state, active)
             first = -1
             if save is not None:
@@ -332,10 +332,17 @@ class Crafter:
         state["wrong"][unconfirmed] = False
         state["loss"][unconfirmed] = -np.inf
 
-    def _apply(
+    def apply(
         self, method: str, state: Rows, active: np.ndarray, *scalars: int
     ) -> None:
-        """Runs a method of the attack on the `active` rows, in batches."""
+        """Runs a method of the attack on some rows, in batches.
+
+        Args:
+            method: `"open"`, `"begin"`, `"advance"` or `"end"`.
+            state: The state, whose rows are changed in place.
+            active: Indices of the rows.
+            *scalars: Further arguments of the method, such as the round.
+        """
         run = self._compiled(method)
         parameters = self.attack.runtime_parameters()
         for start in range(0, len(active), self.size):

@@ -437,13 +437,17 @@ def own(path: StrPath, wait: float = 0.0, write: bool = True) -> Iterator[None]:
     if not write and not os.access(lock.parent, os.W_OK):
         yield
         return
-    while (handle := _lock(lock)) is None:
-        if time.monotonic() >= until:
-            raise BlockingIOError(
-                f"{path} is in use by {_owner(lock)}. Wait until that has "
-                "ended, or stop it."
-            )
-        time.sleep(0.05)
+    try:
+        while (handle := _lock(lock)) is None:
+            if time.monotonic() >= until:
+                raise BlockingIOError(
+                    f"{path} is in use by {_owner(lock)}. Wait until that has "
+                    "ended, or stop it."
+                )
+            time.sleep(0.05)
+    except OSError:
+        _remove_empty(missing)
+        raise
     try:
         recover(path)
         yield
@@ -453,9 +457,14 @@ def own(path: StrPath, wait: float = 0.0, write: bool = True) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(handle)
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()  # If nothing was written there.
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
+    """Removes folders, innermost first, up to one that is in use."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lock(path: pathlib.Path) -> int | None:

@@ -146,11 +146,11 @@ def available() -> int | None:
     This is the smaller of the free memory of the machine and the rest of the
     container's limit.
     """
-    found = [*_of_machine(), *_of_container()]
+    found = [*_machine_memory(), *container_memory()]
     return min(found, default=None)
 
 
-def _of_machine() -> Iterator[int]:
+def _machine_memory() -> Iterator[int]:
     try:
         text = pathlib.Path("/proc/meminfo").read_text()
     except OSError:
@@ -160,9 +160,15 @@ def _of_machine() -> Iterator[int]:
             yield 1024 * int(line.split()[1])
 
 
-def _of_container(
+def container_memory(
     root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"),
 ) -> Iterator[int]:
+    """Yields the free bytes below the limit of each control group.
+
+    Args:
+        root: Where control groups are mounted, of version 1 or 2. One that is
+            missing or has no limit yields nothing.
+    """
     for limit, current in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

@@ -478,7 +478,7 @@ def test_step_size_is_halved_without_progress():
         "reduced": ops.convert_to_tensor(np.array([False, True, False, True])),
     }
     row = {"check": ops.convert_to_tensor(True), "window": 22.0}
-    new = config._checkpoint(state, row)
+    new = config.checkpoint(state, row)
     halved = np.array([True, False, False, True])
     np.testing.assert_array_equal(array(new["reduced"]), halved)
     np.testing.assert_array_equal(array(new["length"]), 1.0 - 0.5 * halved)

@@ -78,7 +78,7 @@ def test_pyautoattack_is_given_the_norm_and_the_members(flags, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", fake)
     given = flags("--queries=70", "--seed=3")
     context = {"epsilon": 10.0, "classes": 10}
-    run = parity._pyautoattack(given, "autoattack", None, None, context)
+    run = parity.run_pyautoattack(given, "autoattack", None, None, context)
     images = np.zeros((2, 1, 4, 4))
     assert run(images, np.zeros(2)) is images
     assert made[0].settings == {
@@ -89,15 +89,15 @@ def test_pyautoattack_is_given_the_norm_and_the_members(flags, monkeypatch):
     }
     assert made[0].attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert made[0].square.n_queries == 70
-    assert parity._pyautoattack(given, "pgd", None, None, context) is None
+    assert parity.run_pyautoattack(given, "pgd", None, None, context) is None
 
 
 def test_results_of_two_norms_have_names_of_their_own(flags):
-    names = {parity._place(flags(), "saccade/apgd").name}
-    names.add(parity._place(flags("--norm=l2"), "saccade/apgd").name)
+    names = {parity.result_path(flags(), "saccade/apgd").name}
+    names.add(parity.result_path(flags("--norm=l2"), "saccade/apgd").name)
     # The results of earlier versions, which had no norm, are still found.
     linf = flags("--norm=linf", "--epsilon=0.3")
-    found = parity._place(linf, "saccade/apgd").name
+    found = parity.result_path(linf, "saccade/apgd").name
     assert found == "saccade-apgd-eps0.3-500.json"
     assert len(names) == 2
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import time
 
+import numpy as np
 import pytest
 
 from saccade.cli import training_progress
@@ -157,7 +158,17 @@ def test_the_total_of_decoding_is_exact(monkeypatch, count):
 
     monkeypatch.setattr(progress, "Progress", Recorded)
     done = []
-    assert image_files._each(done.append, count, "test: decoding", False) == []
+    images = image_files.Encoded(
+        labels=np.zeros(count, "int32"),
+        size=None,
+        describe=None,
+        fetch=None,
+        check=done.append,
+    )
+    _, corrupt = image_files.reader(
+        images, 8, None, "L", in_memory=False, skip_corrupt=False, title="test"
+    )
+    assert corrupt == []
     assert sorted(done) == list(range(count))
     assert seen == [count, *range(64, count, 64), count]
 

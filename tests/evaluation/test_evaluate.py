@@ -15,7 +15,7 @@ from saccade.attacks import autoattack, losses, runner, square
 from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import registry as attack_registry
-from saccade.core import compilation, randomness
+from saccade.core import compilation, randomness, run_folder
 from saccade.data import splits as image_splits
 from saccade.evaluation import resume as evaluation_state
 from saccade.evaluation import tally as evaluation_tally
@@ -388,10 +388,10 @@ def test_dropping_successful_rows_does_not_change_results(
     split, images = make_split()
     config = EvaluationConfig(attack, target=target, batch_size=8)
     rows = []
-    apply = runner.Crafter._apply
+    apply = runner.Crafter.apply
     monkeypatch.setattr(
         runner.Crafter,
-        "_apply",
+        "apply",
         lambda self, piece, state, active, *n: (
             rows.append(len(active)) or apply(self, piece, state, active, *n)
         ),
@@ -442,23 +442,23 @@ def test_killed_evaluation_resumes_with_identical_results(
     monkeypatch.setattr(evaluation_state.State, "PAUSE", 0.0)
     monkeypatch.setattr(evaluation_state.State, "SHARE", 1e9)
     want, arrays = evaluate(model, split, config, save_images=-1)
-    write, left = evaluation_state.State._write, [after]
+    write, left = run_folder.atomic_write, [after]
 
-    def die(self, name, arrays):
-        write(self, name, arrays)
-        left[0] -= 1
+    def die(path, *arguments, **settings):
+        write(path, *arguments, **settings)
+        left[0] -= path.suffix == ".npz"
         if left[0] < 0:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_state.State, "_write", die)
+        patch.setattr(run_folder, "atomic_write", die)
         with pytest.raises(Killed):
             evaluate(model, split, config, state_dir=tmp_path)
     steps = []
-    advance = runner.Crafter._apply
+    advance = runner.Crafter.apply
     monkeypatch.setattr(
         runner.Crafter,
-        "_apply",
+        "apply",
         lambda self, *args: steps.append(args[0]) or advance(self, *args),
     )
     got, again = evaluate(

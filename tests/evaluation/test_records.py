@@ -1,6 +1,7 @@
 """The folders of evaluations: locks, damaged files, links and Ctrl-C."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -130,10 +131,14 @@ def test_checklist_fails_early_if_it_cannot_write(call, shared, monkeypatch):
     assert status == 2 and one_line(err) and "attacks to be a folder" in err
     (shared / "attacks").unlink()
 
-    def denied(*arguments, **options):
-        raise PermissionError(13, "Permission denied", "attacks")
+    open_file = os.open
 
-    monkeypatch.setattr(run_folder, "_lock", denied)
+    def denied(path, *arguments, **options):
+        if str(path).endswith(".lock"):
+            raise PermissionError(13, "Permission denied", "attacks")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", denied)
     status, _, err = call("--checklist")
     assert status == 2 and one_line(err) and "Permission denied" in err
     assert not (shared / "attacks").exists()
@@ -246,7 +251,6 @@ def test_invalid_folder_name_is_refused(shared):
 
 
 def test_saved_images_are_checked_when_read(call, shared):
-    from saccade.evaluation import records as evaluation_records
 
     status, _, err = call("--epsilon=0.1", *FAST)
     assert status == 0, err
@@ -352,7 +356,7 @@ def test_state_of_other_images_is_refused(call, shared, data, monkeypatch):  # n
         raise OSError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation_records, "_write", stopped)
+        patch.setattr(run_folder, "replace_folder", stopped)
         assert call(*arguments)[0] == 2
     shifted = dataclasses.replace(
         data.test, reader=lambda i: data.test.read(i) * np.float32(0.999)
