@@ -785,8 +785,7 @@ def ecnn(
     features = _features(folded, len(scales.sides) == 2, width)
     joined = _join(features, pooling)
     if dropout:
-        # The value of the seed has no effect; see `resnets._dropout`.
-        joined = layers.Dropout(dropout, seed=0, name="dropout")(joined)
+        joined = resnets.features_dropout(dropout)(joined)
     heads = [blocks.logits(joined, num_classes)]
     if auxiliary:
         heads += [

@@ -760,12 +760,14 @@ class Experiment:
 
     def _figure(self, found):
         """Accuracy against what varies: a line a row, bars over the seeds."""
-        from matplotlib import figure
-
         from saccade.figures import style as figure_style
 
-        drawn = figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
-        axes = drawn.subplots()
+        with figure_style.style():
+            drawn = figure_style.new_figure(6, 4)
+            self._draw(drawn.subplots(), found)
+        figure_style.finish(drawn, self.out / f"{self.name}.png")
+
+    def _draw(self, axes, found):
         places = self.table.figure
         for number, row in enumerate(self.rows):
             points = []
@@ -791,7 +793,6 @@ class Experiment:
         axes.set_title(f"{self.dataset}: random targets", fontsize=10)
         if axes.lines:
             axes.legend(frameon=False)
-        figure_style.finish(drawn, self.out / f"{self.name}.png")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The hyperparameters are the published ones, so that robust accuracies are
 comparable with those of other papers. Each attack consists of rounds of steps
-on a dict of tensors (see `attack_rounds`), so that an evaluation stops
+on a dict of tensors (see `base.Attack`), so that an evaluation stops
 attacking an example once any of the four attacks has succeeded on it.
 
 References:

@@ -1,6 +1,6 @@
 """Gradient-based attacks: FGSM, PGD, BIM, MIM and PGD with Adam.
 
-Each is an `attack_base.Attack`. The iterative ones share the base class
+Each is a `base.Attack`. The iterative ones share the base class
 `Iterative` and differ in how a step follows from the gradient.
 """
 

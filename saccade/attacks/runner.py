@@ -1,6 +1,6 @@
 """Runs an attack on many examples, in chunks of steps.
 
-`attack_base.Attack` defines rounds and steps. This module runs them on
+`base.Attack` defines rounds and steps. This module runs them on
 batches that are formed again after every chunk: an example on which the attack
 has succeeded, confirmed by a forward pass in float32, leaves the batch. That
 does not change any result, because attacks treat examples independently and a
@@ -81,7 +81,7 @@ class _LogitsFn:
     def at_step(
         self, round_index: int | Tensor, step_index: int | Tensor
     ) -> "_LogitsFn":
-        """See `attack_base.at_step`."""
+        """See `base.at_step`."""
         return _LogitsFn(
             self.model, self.generators, self.reading, (round_index, step_index)
         )
@@ -231,7 +231,7 @@ class Crafter:
     Args:
         model: The model on which images are crafted: the attacked model, or a
             surrogate of it.
-        attack: An `attack_base.Attack` that is not an ensemble.
+        attack: A `base.Attack` that is not an ensemble.
         reading: A `Reading`.
         size: The largest batch size.
         confirm: Callable from images, labels and targets (or None) to booleans:

@@ -334,7 +334,7 @@ class _Subject:
         """Attacks some of the images.
 
         Args:
-            attack: An `attack_base.Attack`.
+            attack: A `base.Attack`.
             rows: Booleans `(n,)`: which images to attack.
             surrogate: Optional model on which the attack is made.
 

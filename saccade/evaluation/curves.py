@@ -1,11 +1,11 @@
 """Robust accuracy against radius, steps, restarts and time.
 
-The records of `robust_evaluation` become a CSV file with one row per record,
+The records of evaluations become a CSV file with one row per record,
 and a figure with one panel for each of these quantities that varies. Each line
 of a panel is one attack with fixed other settings. The title of a panel lists
 the settings that all its lines share; the legend lists those that differ.
 
-Figures do not use pyplot, as in `visualize`.
+Figures do not use pyplot; see `saccade.figures.style`.
 """
 
 import csv
@@ -31,18 +31,7 @@ from saccade.evaluation import config as evaluation_config
 from saccade.figures import captions
 from saccade.figures import style as figure_style
 
-# Okabe and Ito's palette (safe for colour-blind readers), dark colours first.
-_PALETTE = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#222222",
-)
 _MARKERS = "os^DvPX<>"
-_DPI = 150
 _MAX_LINES = 9  # Largest number of lines in a panel; the CSV has all records.
 # Largest number of lines with shaded intervals; more lines get error bars.
 _MAX_BANDS = 5
@@ -410,7 +399,7 @@ def accuracy_curves(
     height = 3.9 * math.ceil(len(panels) / columns)
     with figure_style.style():
         figure = figure_style.new_figure(
-            0.4 + 4.5 * columns, 0.4 + height, title or _title(records), _DPI
+            0.4 + 4.5 * columns, 0.4 + height, title or _title(records)
         )
         engine = cast(ConstrainedLayoutEngine, figure.get_layout_engine())
         engine.set(w_pad=0.08, h_pad=0.08, wspace=0.04)
@@ -523,7 +512,7 @@ def _line_styles(
 
     If lines differ in a single number, their colours follow its order.
     """
-    count = len(lines)
+    count, palette = len(lines), figure_style.LINES
     values: list[Any] = [
         x.settings.get(name) for x in lines for name in list(differing)[:1]
     ]
@@ -532,7 +521,7 @@ def _line_styles(
         and count > 2
         and all(isinstance(value, (int, float)) for value in values)
     )
-    colours = [_PALETTE[i % len(_PALETTE)] for i in range(count)]
+    colours = [palette[i % len(palette)] for i in range(count)]
     if ordered:
         # From dark blue to a green that is still visible on white.
         scale = matplotlib.colormaps["viridis"]
@@ -542,7 +531,7 @@ def _line_styles(
         {
             "color": colour,
             "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": "-" if ordered or i < len(_PALETTE) else "--",
+            "linestyle": "-" if ordered or i < len(palette) else "--",
         }
         for i, colour in enumerate(colours)
     ]

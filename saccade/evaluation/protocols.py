@@ -163,7 +163,7 @@ class Protocol:
         """Puts records into the layout of the paper's table.
 
         Args:
-            records: Iterable of records (`robust_evaluation.evaluate`) of one
+            records: Iterable of records (`evaluate.evaluate`) of one
                 model. Records of other evaluations are ignored; an evaluation
                 without a record is shown as a dash.
             model: Our name of the model.

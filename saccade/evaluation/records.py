@@ -168,8 +168,8 @@ def attack(
         evaluation: A `evaluation_config.EvaluationConfig`.
         class_names: Names of the classes.
         context: Dict with which the record begins.
-        surrogate: See `robust_evaluation.evaluate`.
-        progress: See `robust_evaluation.evaluate`.
+        surrogate: See `evaluate.evaluate`.
+        progress: See `evaluate.evaluate`.
         save_images: Number of images to save, -1 for all.
         picture_rows: Largest number of images in the picture.
         overwrite: Whether to discard an intermediate state that is damaged or
@@ -592,7 +592,7 @@ def show_progress(
         wanted: Whether to show anything.
 
     Yields:
-        Callable `(done, total, record)` for `robust_evaluation.evaluate`; None
+        Callable `(done, total, record)` for `evaluate.evaluate`; None
         if `wanted` is false.
     """
     if not wanted:

@@ -6,7 +6,7 @@ looks the same everywhere.
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from saccade.core import metrics, ratios
 
@@ -25,31 +25,31 @@ _ATTACKS = {
     "square": "Square",
 }
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_FORMATS: dict[str, Callable[[Any], str]] = {
+_Formats: TypeAlias = dict[str, Callable[[Any], str]]
+# The settings that describe an evaluation, in the order of a description, and
+# how each is written.
+_ORIGIN_FORMATS: _Formats = {"model": str, "dataset": str}
+_ATTACK_FORMATS: _Formats = {
     "attack": lambda v: _ATTACKS.get(v, str(v)),
+    "version": str,
     "norm": lambda v: NORMS.get(v, str(v)),
     "target": lambda v: _target(v),
     "epsilon": lambda v: f"ε = {ratios.text(v)}",
     "steps": lambda v: f"{v} steps" if v != 1 else "1 step",
-    "restarts": lambda v: f"{v} restarts" if v != 1 else "1 restart",
     "n_queries": lambda v: f"{v} queries",
+    "restarts": lambda v: f"{v} restarts" if v != 1 else "1 restart",
+}
+ORIGIN_SETTINGS = tuple(_ORIGIN_FORMATS)
+ATTACK_SETTINGS = tuple(_ATTACK_FORMATS)
+_FORMATS: _Formats = {
+    **_ORIGIN_FORMATS,
+    **_ATTACK_FORMATS,
+    "run": str,
+    "split": str,
     "step_size": lambda v: f"step {ratios.text(v)}",
     "num_examples": lambda v: f"{v} images",
     "eot": lambda v: f"{v} draws",
-    **{name: str for name in ("model", "dataset", "run", "split", "version")},
 }
-# The settings that describe an evaluation, in the order of a description.
-ORIGIN_SETTINGS = ("model", "dataset")
-ATTACK_SETTINGS = (
-    "attack",
-    "version",
-    "norm",
-    "target",
-    "epsilon",
-    "steps",
-    "n_queries",
-    "restarts",
-)
 
 
 def _target(value: Any) -> str:
@@ -72,7 +72,7 @@ def caption(record: Mapping, class_names: Sequence[str] = ()) -> str:
     """Describes the attack of a record in one line.
 
     Args:
-        record: A record of `robust_evaluation.evaluate`.
+        record: A record of `evaluate.evaluate`.
         class_names: Names by class id; a target class is named by them.
 
     Returns:

@@ -30,7 +30,7 @@ def training_curves(
         validation accuracy, dotted lines mark drops of the learning rate.
 
     Raises:
-        ValueError: If present are no rows.
+        ValueError: If there are no rows.
     """
     rows = list(history)
     if not rows:
@@ -45,13 +45,13 @@ def training_curves(
             axis.set_title(quantity, fontsize=11)
             axis.set_xlabel("epoch")
             axis.grid(True, axis="y", color="#e6e6e6", linewidth=0.8)
-            _curve(axis, rows, quantity, "training", figure_style.PALETTE[6])
+            _curve(axis, rows, quantity, "training", figure_style.BLUE)
             _curve(
                 axis,
                 rows,
                 f"validation_{quantity}",
                 "validation",
-                figure_style.PALETTE[4],
+                figure_style.VERMILION,
             )
             _rate_drops(axis, epochs, _column(rows, "learning_rate"))
         if np.isfinite(_column(rows, "loss")).any():
@@ -118,7 +118,7 @@ def _mark_best(
         [values[best]],
         marker="*",
         markersize=13,
-        color=figure_style.PALETTE[0],
+        color=figure_style.ORANGE,
         markeredgecolor=figure_style.INK,
         markeredgewidth=0.6,
         linestyle="none",

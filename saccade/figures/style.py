@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
-from matplotlib import font_manager
+from matplotlib import font_manager, rcsetup
 from matplotlib import text as matplotlib_text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,23 +16,19 @@ from saccade.core import run_folder
 from saccade.core.run_folder import StrPath
 from saccade.figures import captions
 
-# Okabe and Ito's palette (safe for colour-blind readers) without black. Bright
-# colours come first, because the digits are white on black. The last three are
-# additions.
-PALETTE = (
-    "#e69f00",
-    "#56b4e9",
-    "#009e73",
-    "#cc79a7",
-    "#d55e00",
-    "#f0e442",
-    "#0072b2",
-    "#9467bd",
-    "#8c564b",
-    "#7f7f7f",
-)
-RIGHT, WRONG = "#1a7f37", "#c62828"
 INK, FAINT = "#222222", "#9a9a9a"
+RIGHT, WRONG = "#1a7f37", "#c62828"
+# Okabe and Ito's palette, whose colours colour-blind readers can distinguish.
+ORANGE, SKY_BLUE, GREEN, PURPLE = "#e69f00", "#56b4e9", "#009e73", "#cc79a7"
+VERMILION, YELLOW, BLUE = "#d55e00", "#f0e442", "#0072b2"
+# On images: bright colours come first, because the digits are white on black.
+# The last three are additions.
+PALETTE = (
+    *(ORANGE, SKY_BLUE, GREEN, PURPLE, VERMILION, YELLOW, BLUE),
+    *("#9467bd", "#8c564b", "#7f7f7f"),
+)
+# Of lines on white: dark colours come first, and yellow is left out.
+LINES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY_BLUE, INK)
 DPI = 120
 COLOUR_BAR_INCHES = 0.9  # Width of a colour bar with its label.
 _TITLE_LINE_INCHES = 0.22
@@ -66,6 +62,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": False,
+    "axes.prop_cycle": rcsetup.cycler(color=LINES),
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
@@ -99,15 +96,12 @@ def drawable(text: str) -> str:
     return "".join(c if ord(c) in glyphs else _MISSING_GLYPH for c in text)
 
 
-def new_figure(
-    width: float, height: float, title: str | None = None, dpi: int = DPI
-) -> Figure:
+def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     """Makes an empty figure without pyplot.
 
     Args:
         width, height: Size in inches; the height of the title is added.
         title: Title of the figure, wrapped to its width.
-        dpi: Dots per inch.
     """
     size = 12
     lines = _wrap_title(title, width, size)
@@ -115,7 +109,7 @@ def new_figure(
         size = 10
         lines = _wrap_title(title, width, size)
     height += _TITLE_LINE_INCHES * len(lines)
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     if lines:
         figure.suptitle("\n".join(lines), fontsize=size, fontweight="bold")

@@ -155,7 +155,7 @@ def feedback_resnet20(
         x = _feedback_stage(x, width * 2 ** (stage - 1), stride, stage, conv)
     x = layers.GlobalAveragePooling2D(name="features")(x)
     if dropout:
-        x = layers.Dropout(dropout, seed=0, name="dropout")(x)
+        x = resnets.features_dropout(dropout)(x)
     return keras.Model(inputs, x, name=name)
 
 

@@ -97,7 +97,8 @@ def _project(
     return conv(filters, 1, strides=stride, name=name)(strided(x, before))
 
 
-def _dropout(rate: float) -> layers.Layer:
+def features_dropout(rate: float) -> layers.Layer:
+    """Returns the dropout layer on the features of a model."""
     # The value of the seed has no effect: the training loop sets the state of
     # the layer at every step. On Torch it can do so only if a seed is given.
     return layers.Dropout(rate, seed=0, name="dropout")
@@ -661,7 +662,7 @@ def simple_cnn(
         x = layers.Flatten(name="flatten")(x)
     x = layers.Dense(units, activation="relu", name="features")(x)
     if dropout:
-        x = _dropout(dropout)(x)
+        x = features_dropout(dropout)(x)
     return keras.Model(inputs, x, name=name)
 
 
@@ -681,7 +682,7 @@ def _pooled(
         x = layers.AveragePooling2D(cells, name="cells")(x)
         x = layers.Flatten(name="features")(x)
     if dropout:
-        x = _dropout(dropout)(x)
+        x = features_dropout(dropout)(x)
     return keras.Model(inputs, x, name=name)
 
 

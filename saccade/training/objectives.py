@@ -268,7 +268,7 @@ class Adversarial(Standard):
     """Base class of objectives on adversarial images: how those are made.
 
     Attributes:
-        attack: An `attack_base.Attack` with a method `perturb`.
+        attack: A `base.Attack` with a method `perturb`.
         target: Target class of the attack. `"none"`: untargeted. `"random"`:
             drawn at every step, uniform over the other classes. `"next"`:
             label + 1. `"least_likely"`: the class of the smallest logit.
