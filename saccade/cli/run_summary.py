@@ -12,6 +12,7 @@ import keras
 from saccade.core import ratios, run_folder
 from saccade.data import augment
 from saccade.evaluation import tally as evaluation_tally
+from saccade.models import options as model_options
 from saccade.models import registry
 from saccade.training import memory as memory_estimate
 
@@ -21,11 +22,6 @@ if TYPE_CHECKING:
     from saccade.training import loop as training_loop
 
 _HEADING = 11  # Characters.
-# Options that make a model smaller, in the order in which to try them.
-_SIZES = (
-    *("width", "vision_width", "widen", "depth", "num_transformers"),
-    *("num_steps", "backbone", "vision", "localization_width"),
-)
 
 
 def row(heading: str, text: str) -> str:
@@ -310,7 +306,7 @@ def _smaller(
 ) -> str:
     """Names the flags that make a run smaller, beginning with `first`."""
     known = registry.entry(config.model).options
-    names = [*first, *(name for name in _SIZES if name in known)]
+    names = [*first, *(name for name in model_options.SIZES if name in known)]
     if not data.sizes:
         names.append("image_size")
     *most, last = (f"--{name}" for name in names)

@@ -367,6 +367,11 @@ GROUPS = (
     *(GlimpseOptions, SamplerOptions, NetOptions, CorticalOptions),
     *(S3TAOptions, EvaluationOptions),
 )
+# Options that make a model smaller, in the order in which to try them.
+SIZES = (
+    *("width", "vision_width", "widen", "depth", "num_transformers"),
+    *("num_steps", "backbone", "vision", "localization_width"),
+)
 # The settings of all options by name.
 OPTIONS: dict[str, core_settings.Setting] = {
     name: row

@@ -8,9 +8,9 @@ import keras
 from saccade.core import names as known_names
 from saccade.models import attention, blocks, registry, resnets
 
-# Strides of S3TA: only the second stage halves the resolution, so that the map
-# stays large.
-_STRIDES = (1, 2, 1, 1)
+# Strides of the stages of a ResNet V2, as in the paper. Only the second stage
+# halves the resolution, so that the map stays large.
+STRIDES = (1, 2, 1, 1)
 _ALIASES = {
     "resnet_cifar": "resnet20",
     **{f"resnet{depth}": f"resnet{depth}_v2" for depth in (50, 101, 152)},
@@ -45,7 +45,7 @@ def _vision(
     else:
         # A wide ResNet has three stages; its second stage halves too.
         count = 3 if kind == "wide_resnet" else 4
-        options["strides"] = strides or _STRIDES[:count]
+        options["strides"] = strides or STRIDES[:count]
     if kind != "resnet20" and options["downsampling"] != "not_last":
         raise ValueError(
             "Expected downsampling only with vision=resnet_cifar; for a ResNet "

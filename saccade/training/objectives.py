@@ -17,6 +17,7 @@ the head logits, or of `Outputs.logits`.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, cast
@@ -666,7 +667,7 @@ def _inner_product(a: Tensor, b: Tensor) -> Tensor:
 
 # --- Settings ----------------------------------------------------------------
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[Standard]] = {
     "madry": Madry,
     "fast": Madry,
     "trades": TRADES,
@@ -680,28 +681,23 @@ OBJECTIVES = {
 ATTACKS = tuple(gradient_attacks.ATTACKS)
 
 _THREAT_MODEL = ("norm", "epsilon", "epsilon_per_image", "train_mode")
-_STEPS = (
-    "attack",
-    "steps",
-    "step_size",
-    "step_rule",
-    "momentum",
-    "l1_fraction",
+_FIELDS = tuple(
+    field.name for field in dataclasses.fields(settings.AdversarialSettings)
 )
-_TARGET = ("random_start", "target", "loss")
-# The settings of each objective; any other setting is refused.
-SETTINGS = {
-    "madry": (*_THREAT_MODEL, *_STEPS, *_TARGET, "clean_weight"),
-    "fast": (
-        *(*_THREAT_MODEL, "step_size", "l1_fraction", "target", "loss"),
-        "clean_weight",
-    ),
-    "trades": (*_THREAT_MODEL, *_STEPS, "weight"),
-    "mart": (*_THREAT_MODEL, *_STEPS, *_TARGET, "weight"),
-    "alp": (*_THREAT_MODEL, *_STEPS, *_TARGET, "clean_weight", "weight"),
-    "llr": (*_THREAT_MODEL, *_STEPS, "weight", "slope_weight"),
-    "noise": ("sigma",),
-}
+
+
+def _attack_settings(attack: str) -> set[str]:
+    """The settings of an attack apart from the threat model."""
+    kind = gradient_attacks.ATTACKS[attack]
+    known = {field.name for field in dataclasses.fields(kind)}
+    if "rates" in known:
+        known.add("step_size")
+    return known & {*_FIELDS} - {*_THREAT_MODEL}
+
+
+_ATTACK = {"attack", *itertools.chain(*map(_attack_settings, ATTACKS))}
+# `"fast"` has one step from a uniform start.
+_FIXED = {"fast": _ATTACK - {"step_size", "l1_fraction", "loss"}}
 # Number of steps, and step size in units of epsilon (None: the default of the
 # attack). The LLR paper gives no step size for its 10 steps. The authors' code
 # uses Adam, like --adv_attack=pgd_adam, and other weights of the terms.
@@ -735,7 +731,7 @@ class AdversarialConfig(settings.AdversarialSettings):
 
     def __post_init__(self) -> None:
         known_names.require("objective", self.objective, OBJECTIVES)
-        known = _settings(self.objective, self.attack)
+        known = settings_of(self.objective, self.attack)
         for name, value in self._given().items():
             if name not in known:
                 attack = f" with {self.attack}" if self.attack else ""
@@ -810,13 +806,13 @@ class AdversarialConfig(settings.AdversarialSettings):
             kept = self._shared_with(objective)
         attack = changes.get("attack", kept.get("attack"))
         if attack != kept.get("attack"):
-            own = _settings(objective, attack)
+            own = settings_of(objective, attack)
             kept = {
                 name: kept[name]
                 for name in (
                     "steps",
                     "target",
-                    *kept.keys() - {*_STEPS, *_TARGET},
+                    *kept.keys() - {*_ATTACK, "target"},
                 )
                 if name in kept and name in own
             }
@@ -830,7 +826,7 @@ class AdversarialConfig(settings.AdversarialSettings):
             return {"sigma": self.epsilon}
         shared: tuple[str, ...] = _THREAT_MODEL
         if {objective, self.objective} == {"madry", "alp"}:
-            shared = (*_THREAT_MODEL, *_STEPS, *_TARGET)
+            shared = (*_THREAT_MODEL, *_ATTACK, "target")
         return {k: v for k, v in self._given().items() if k in shared}
 
     def build(self, num_classes: int, label_smoothing: float = 0.0) -> Standard:
@@ -844,7 +840,7 @@ class AdversarialConfig(settings.AdversarialSettings):
         known = {field.name for field in dataclasses.fields(kind)}
         settings = {
             name: getattr(self, name)
-            for name in SETTINGS[self.objective]
+            for name in settings_of(self.objective, self.attack)
             if name in known and name != "attack"
         }
         if "attack" in known:
@@ -871,20 +867,32 @@ class AdversarialConfig(settings.AdversarialSettings):
 _MANY_CLASSES = 1000  # Enough for every loss and target.
 
 
-def _settings(objective: str, attack: str | None = None) -> tuple[str, ...]:
-    """The settings of an objective with an attack; None is PGD."""
-    names = SETTINGS[objective]
-    if "attack" not in names:
-        return names
-    if attack is None:
-        attack = _DEFAULTS["attack"]
-    known_names.require("attack", attack, ATTACKS)
-    kind = gradient_attacks.ATTACKS[attack]
+def settings_of(objective: str, attack: str | None = None) -> tuple[str, ...]:
+    """Returns the settings that an objective has; any other one is refused.
+
+    They are the fields of the objective and those of its attack.
+
+    Args:
+        objective: One of `OBJECTIVES`.
+        attack: One of `ATTACKS`; None is PGD.
+
+    Examples:
+        >>> settings_of("noise")
+        ('sigma',)
+        >>> "steps" in settings_of("trades"), "steps" in settings_of("fast")
+        (True, False)
+    """
+    kind = OBJECTIVES[objective]
     known = {field.name for field in dataclasses.fields(kind)}
-    if "rates" in known:
-        known.add("step_size")
-    missing = {*_STEPS, *_TARGET} - {"attack", "target"} - known
-    return tuple(name for name in names if name not in missing)
+    fixed = _FIXED.get(objective, set())
+    if issubclass(kind, Adversarial):
+        if attack is None or "attack" in fixed:
+            attack = cast(str, _DEFAULTS["attack"])
+        known_names.require("attack", attack, ATTACKS)
+        known |= {*_THREAT_MODEL, *_attack_settings(attack)}
+        if not kind.can_target:  # The objective has its own start and loss.
+            known -= {"random_start", "target", "loss"}
+    return tuple(name for name in _FIELDS if name in known - fixed)
 
 
 # The settings of the handover.

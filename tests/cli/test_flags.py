@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import pytest
 from absl import flags
@@ -10,17 +11,18 @@ from saccade.attacks import base as attack_base
 from saccade.attacks import gradient as gradient_attacks
 from saccade.attacks import registry as attack_registry
 from saccade.attacks import settings as attack_settings
+from saccade.cli import catalogue, flags_page
 from saccade.cli import flags as program_flags
-from saccade.cli import flags_page
 from saccade.core import lp, sampling
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
 from saccade.data import augment
 from saccade.models import options as model_options
-from saccade.models import resnets, s3ta
+from saccade.models import registry, resnets, s3ta
 from saccade.training import objectives, settings
 
 import glimpse
+import model_backbone  # noqa: F401 -- registers models.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,41 @@ def test_a_setting_of_an_attack_is_the_same_in_every_attack(name):
 )
 def test_choices_are_the_names_that_the_code_knows(choices, known):
     assert sorted(choices) == sorted(known)
+
+
+def in_help(value):
+    """A default as `--help` writes it: a switch as 0 or 1."""
+    if isinstance(value, (bool, int, float)):
+        return f"{float(value):g}"
+    return value
+
+
+# Help does not import Keras, so it cannot read the signatures of the builders.
+@pytest.mark.parametrize(
+    "name", sorted(model_options.OPTIONS.keys() - {"depth", "vision_strides"})
+)
+def test_help_has_the_default_of_every_builder(name):
+    words = re.findall(r"[\w.]+", model_options.OPTIONS[name].by_default)
+    builders = map(registry.entry, registry.names())
+    found = [b.defaults[name] for b in builders if name in b.defaults]
+    assert found
+    for value in found:
+        assert in_help(value) in words
+
+
+def test_help_has_the_default_depth_and_strides():
+    words = model_options.OPTIONS["depth"].by_default
+    for model in registry.names():
+        depth = registry.entry(model).defaults.get("depth")
+        named = f"{model} {catalogue.MODELS[model]} {words}"
+        assert depth is None or str(depth) in re.split(r"\D+", named)
+    strides = ",".join(map(str, s3ta.STRIDES))
+    words = model_options.OPTIONS["vision_strides"].by_default
+    assert words.startswith(strides)
+
+
+def test_the_options_that_make_a_model_smaller_exist():
+    assert {*model_options.SIZES} <= {*model_options.OPTIONS}
 
 
 def test_the_page_of_flags_is_the_generated_one():
