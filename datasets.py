@@ -26,9 +26,9 @@ from saccade.core import run_folder
 from saccade.data import (
     bounding_boxes,
     cluttered_digits,
+    decoding,
     formats,
     imagenet,
-    pipeline,
     tfds_folders,
     tfrecord,
 )
@@ -36,12 +36,12 @@ from saccade.data import folders as class_folders
 from saccade.data import images as image_files
 from saccade.data import splits as image_splits
 
-CorruptImageError = image_files.CorruptImageError
+CorruptImageError = decoding.CorruptImageError
 
 # Decoded splits up to this many bytes are kept in memory.
 IN_MEMORY_BYTES = 3 * 2**29
 _DIGITS = tuple("0123456789")
-RESIZES = ("short_side", "handover")
+RESIZES = ("short_side", "central_crop", "handover")
 
 
 # ---------------------------------------------------------------------------
@@ -135,8 +135,10 @@ def load(
         validation_fraction: Part of the training images held out, at most
             5000; not used where the set has its own validation images.
         resize: `"short_side"`: the short side is brought to `image_size`,
-            then the centre is cropped. `"handover"`: only images with a
-            shorter side are enlarged, larger ones are cropped as they are.
+            then the centre is cropped. `"central_crop"`: likewise, but the
+            short side is brought to 8/7 of it, as classifiers on ImageNet are
+            evaluated. `"handover"`: only images with a shorter side are
+            enlarged, larger ones are cropped as they are.
             Default: `"handover"` for ImageNet sets at 320, else the former.
         test_only: Leave the training images alone: `train` and `validation`
             are None. An evaluation on ImageNet then checks 50,000 files, not
@@ -314,7 +316,7 @@ def _dataset(
 def _load_cluttered_digits(request: _Request, _: Any) -> image_splits.Dataset:
     made = cluttered_digits.make(request.seed)
     splits = {
-        name: pipeline.scaled(name, images.__getitem__, labels, boxes)
+        name: image_splits.Split(name, labels, images.__getitem__, boxes)
         for name, (images, labels, boxes) in made.items()
     }
     return _dataset(request, _DIGITS, splits, "embedded")
@@ -485,7 +487,7 @@ def _labelled(
             f"Expected labels 0 to 9 in {path} ({name}). Received: "
             f"{labels.min()} to {labels.max()}"
         )
-    return pipeline.scaled(name, images.__getitem__, labels)
+    return image_splits.Split(name, labels, images.__getitem__)
 
 
 # ---------------------------------------------------------------------------
@@ -518,11 +520,13 @@ def _encoded_dataset(
             skip_corrupt=request.skip_corrupt,
             title=name,
         )
-        split = pipeline.scaled(
+        split = image_splits.Split(
             name,
-            read,
             images.labels,
+            read,
             content=image_files.content(images, size, resize, mode),
+            crop_reader=image_files.crop_reader(images, size, mode),
+            decodes=not in_memory,
         )
         # Validation images count with those they are trained beside.
         skipped["test" if name == "test" else "train"] += len(corrupt)

@@ -117,9 +117,10 @@ def saccade_case(case: dict, options: argparse.Namespace) -> dict:
     import jax
 
     from saccade.data import pipeline
+    from saccade.data import splits as image_splits
 
     images, labels = in_memory(case, options.steps)
-    split = pipeline.scaled("train", images.__getitem__, labels)
+    split = image_splits.Split("train", labels, images.__getitem__)
     started = time.perf_counter()
     loop = make_loop(case, split, options)
     engine = loop.make_step(loop.model, loop.optimizer, loop.objective)

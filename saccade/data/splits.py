@@ -10,15 +10,25 @@ killed goes on where it stopped. Where the images come from is the reader's
 business: a file, memory, or what an attack has made.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from saccade.data import decoding, parallel
+
 _MAX_VALIDATION = 5000
+_CROPS = 0xC40  # Tells the draws of crops from others of a seed.
+_BLOCK = 64  # Images that a thread hashes at a time.
+
+# From int64 indices, the crops there are, and a source of draws for each image
+# to uint8 images.
+CropReader: TypeAlias = Callable[
+    [np.ndarray, decoding.RandomCrop, Iterable[np.random.Generator]],
+    np.ndarray,
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,13 +37,17 @@ class Split:
 
     Attributes:
         name: `"train"`, `"validation"` or `"test"`.
-        labels: int32 array of shape `(n,)`.
+        labels: Class ids, int32 array of shape `(n,)`.
         reader: Callable from int64 indices of shape `(k,)` to images, uint8,
             or floats in [0, 1]; call `read`, which checks the indices.
         boxes: None, or float32 of shape `(n, 4)`: top, left, bottom, right of
             the object as fractions of the image, edge to edge.
         content: None, or a callable from an index to bytes that determine the
             image, such as those of its file; None for the pixels.
+        crop_reader: None, or a `CropReader` of the whole pictures; call
+            `read_crops`, which makes the sources of the draws.
+        decodes: Whether reading decodes files, which several threads do
+            faster than one.
     """
 
     name: str
@@ -41,6 +55,11 @@ class Split:
     reader: Callable[[np.ndarray], np.ndarray]
     boxes: np.ndarray | None = None
     content: Callable[[int], bytes] | None = None
+    crop_reader: CropReader | None = None
+    decodes: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", np.asarray(self.labels, np.int32))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,6 +83,50 @@ class Split:
             CorruptImageError: If a file turns out not to be readable (of
                 `image_files`).
         """
+        images = self.reader(self._checked(indices))
+        if images.dtype != np.uint8:
+            return images.astype(np.float32, copy=False)
+        return images if stored else images.astype(np.float32) / np.float32(255)
+
+    def read_crops(
+        self,
+        indices: np.ndarray | Sequence[int],
+        crop: decoding.RandomCrop,
+        seed: int,
+        epoch: int,
+    ) -> np.ndarray:
+        """Reads a random crop of each image, taken from its whole picture.
+
+        The crop of an image depends on the seed, the epoch and the image's
+        index alone.
+
+        Args:
+            indices: Integers of shape `(k,)`, each in `[0, len(self))`.
+            crop: Which crops there are.
+            seed: Non-negative integer.
+            epoch: Non-negative integer.
+
+        Returns:
+            uint8 array of shape `(k, height, width, channels)`.
+
+        Raises:
+            IndexError: If an index is outside the split.
+            ValueError: If the pictures of the split are not at hand.
+            CorruptImageError: If a file turns out not to be readable.
+        """
+        if self.crop_reader is None:
+            raise ValueError(
+                "Expected a split of encoded pictures. Received: the "
+                f"{self.name} split, which has pixels only"
+            )
+        indices = self._checked(indices)
+        rngs = (
+            np.random.default_rng([seed, epoch, i, _CROPS])
+            for i in indices.tolist()
+        )
+        return self.crop_reader(indices, crop, rngs)
+
+    def _checked(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         indices = np.asarray(indices, np.int64).reshape(-1)
         if len(indices) and not (
             0 <= indices.min() and indices.max() < len(self)
@@ -72,10 +135,7 @@ class Split:
                 f"Expected indices in [0, {len(self)}) of the {self.name} "
                 f"split. Received: {indices.min()} to {indices.max()}"
             )
-        images = self.reader(indices)
-        if images.dtype != np.uint8:
-            return images.astype(np.float32, copy=False)
-        return images if stored else images.astype(np.float32) / np.float32(255)
+        return indices
 
     def fingerprint(self) -> dict[str, Any]:
         """Returns what tells this split from another, for a run's config.
@@ -129,20 +189,30 @@ class Split:
             label = int(self.labels[i]).to_bytes(4, "little")
             return hashlib.sha256(label + content(i)).digest()
 
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = b"".join(pool.map(one, np.asarray(indices).tolist()))
+        wanted = np.asarray(indices).tolist()
+
+        def block(start: int) -> bytes:
+            return b"".join(map(one, wanted[start : start + _BLOCK]))
+
+        workers = parallel.threads()
+        starts = range(0, len(wanted), _BLOCK)
+        found = b"".join(
+            parallel.ahead(block, starts, workers=workers, buffer=2 * workers)
+        )
         return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Split":
         """Returns the split that holds only `indices`, in that order."""
         indices = np.asarray(indices, np.int64).reshape(-1)
-        content = self.content
+        content, crops = self.content, self.crop_reader
         return Split(
             self.name,
             self.labels[indices],
             lambda chosen: self.read(indices[chosen], stored=True),
             None if self.boxes is None else self.boxes[indices],
             content and (lambda i: content(indices[i])),
+            crops and (lambda chosen, *how: crops(indices[chosen], *how)),
+            self.decodes,
         )
 
 

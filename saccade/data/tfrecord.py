@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saccade.core import progress
+from saccade.data import decoding
 from saccade.data import images as image_files
 
 # ---------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def of_shards(
 
     def check(i: int) -> None:
         if not table[i, 4]:
-            image_files.decode(fetch(i), describe(i))
+            decoding.decode(fetch(i), describe(i))
 
     def size(i: int) -> int:
         return int(table[i, 2] - table[i, 1])
@@ -86,7 +87,7 @@ def _index_shard(path: str) -> Iterator[tuple[int, int, int, bool]]:
                     buffer[start : start + 2]
                 )
                 tail = buffer[max(start, end - 64) : end]
-                yield start, end, label, image_files.is_complete(tail, form)
+                yield start, end, label, decoding.is_complete(tail, form)
                 at += size + 4
         except (
             *(ValueError, KeyError, IndexError, TypeError),

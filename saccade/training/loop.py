@@ -23,7 +23,7 @@ from keras import ops
 from saccade.core import devices, run_folder
 from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
-from saccade.data import augment, pipeline
+from saccade.data import augment, decoding, pipeline
 from saccade.data import splits as image_splits
 from saccade.models import inspect as model_inspect
 from saccade.training import (
@@ -345,7 +345,7 @@ class Loop:
             self.optimizer,
             self.objective,
             seed=self.seed,
-            augmentation=augment.AUGMENTATIONS[self.augmentation],
+            augmentation=self._augmentations()[1],
             l2=self.l2,
             config=self.step_config,
             crafting_model=self.crafting_model,
@@ -353,6 +353,15 @@ class Loop:
             grad_accumulation=self.grad_accumulation,
             clip_norm=self.clip_norm,
         )
+
+    def _augmentations(
+        self,
+    ) -> tuple[decoding.RandomCrop | None, augment.Augmentation]:
+        """What is done to images while they are read, and on the device."""
+        whole = augment.AUGMENTATIONS[self.augmentation]
+        if self.split.crop_reader is None:
+            return None, whole
+        return augment.on_host(whole), augment.on_device(whole)
 
     def _changes_read_out(self, epoch: int) -> bool:
         """Sets the read-out step of an epoch; returns whether it changed."""
@@ -437,12 +446,15 @@ class Loop:
         # Of each batch, every process reads its share.
         order = order.reshape(-1, processes, rows)[:, process].reshape(-1)
         done = self.progress["step"] - epoch * total
+        crop, _ = self._augmentations()
+        crops = None if crop is None else (crop, self.seed, epoch)
         batches = pipeline.batches(
             self.split,
             order,
             rows,
             first_batch=done // replays,
             stored=True,
+            crops=crops,
         )
         for index, batch in enumerate(batches, done // replays):
             for number in range(index * replays, (index + 1) * replays):

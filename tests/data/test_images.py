@@ -11,9 +11,9 @@ import pytest
 from pictures import noise, one_line, save, solid
 from PIL import Image
 
+from saccade.data import decoding, tfrecord
 from saccade.data import folders as class_folders
 from saccade.data import images as image_files
-from saccade.data import tfrecord
 
 
 def read_one(path, lazy, size=8, resize="short_side"):
@@ -137,7 +137,7 @@ def test_pixels_without_a_known_white_are_refused(
 ):
     image = Image.fromarray(np.tile(pixels, (8, 4)))
     path = save(tmp_path / "deep.tif", image)
-    with pytest.raises(image_files.CorruptImageError, match=reason) as error:
+    with pytest.raises(decoding.CorruptImageError, match=reason) as error:
         read_one(path, lazy)
     assert str(path) in one_line(error)
 
@@ -149,7 +149,7 @@ def test_no_image_starts_a_program(tmp_path, lazy, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     path = save(tmp_path / "3.JPEG", noise(1), format="EPS")
-    with pytest.raises(image_files.CorruptImageError, match="not an image"):
+    with pytest.raises(decoding.CorruptImageError, match="not an image"):
         read_one(path, lazy)
     with pytest.raises(ValueError, match="Not one file"):
         image_files.common_size([image_files.of_files([path], [0])])
@@ -171,10 +171,10 @@ def test_every_image_is_opened_with_a_list_of_formats():
 def test_an_image_that_claims_to_be_huge(tmp_path, lazy, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
     path = save(tmp_path / "bomb.png", noise(1))
-    with pytest.raises(image_files.CorruptImageError, match="64 pixels"):
+    with pytest.raises(decoding.CorruptImageError, match="64 pixels"):
         read_one(path, lazy)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # Pillow's own error.
-    with pytest.raises(image_files.CorruptImageError, match="64 pixels") as e:
+    with pytest.raises(decoding.CorruptImageError, match="64 pixels") as e:
         read_one(path, lazy)
     one_line(e)
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_read_is_named(tmp_path, lazy, kind):
     else:
         target = {"link": "gone.jpg", "loop": "0.jpg", "device": "/dev/zero"}
         path.symlink_to(target[kind])
-    with pytest.raises(image_files.CorruptImageError) as error:
+    with pytest.raises(decoding.CorruptImageError) as error:
         read_one(path, lazy)
     assert str(path) in one_line(error)
     if kind == "link":
@@ -243,7 +243,7 @@ def test_a_box_is_of_the_image_as_it_is_stored(tmp_path, turn):
     exif[0x0112] = turn
     pixels = noise(9, (8, 16, 3))
     path = save(tmp_path / "turned.png", pixels, exif=exif)
-    got = image_files.decode(path.read_bytes(), path, box=(0.25, 0.5, 1, 0.75))
+    got = decoding.decode(path.read_bytes(), path, box=(0.25, 0.5, 1, 0.75))
     np.testing.assert_array_equal(got, UPRIGHT[turn](pixels[2:8, 8:12]))
 
 
@@ -254,7 +254,7 @@ def test_a_box_without_area_is_one_pixel(tmp_path):
         ((0.5, 0.5, 0.5, 0.5), pixels[4:5, 4:5]),
         ((1.0, 0.0, 1.0, 1.0), pixels[7:8]),
     ):
-        got = image_files.decode(path.read_bytes(), path, box=box)
+        got = decoding.decode(path.read_bytes(), path, box=box)
         np.testing.assert_array_equal(got, want)
 
 
@@ -297,7 +297,7 @@ def test_a_picture_cut_short_is_seen_in_its_file_and_its_bytes(tmp_path, cut):
     path = save(tmp_path / "cut.jpg", noise(8, (32, 32, 3)))
     path.write_bytes(path.read_bytes()[:-cut])
     for lazy in (False, True):
-        with pytest.raises(image_files.CorruptImageError, match="cut.jpg"):
+        with pytest.raises(decoding.CorruptImageError, match="cut.jpg"):
             read_one(path, lazy)
 
 
@@ -340,7 +340,7 @@ def test_shards_hold_images_and_labels_of_either_form(tmp_path):
     np.testing.assert_array_equal(images.labels, [5, 5])
     assert [images.fetch(i) for i in (0, 1)] == [b"the bytes"] * 2
     assert images.describe(1).endswith(paths[2])
-    with pytest.raises(image_files.CorruptImageError, match="not an image"):
+    with pytest.raises(decoding.CorruptImageError, match="not an image"):
         images.check(1)
 
 

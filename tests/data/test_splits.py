@@ -1,13 +1,13 @@
 """Splits: reading by index, the training order, batches read ahead."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from pictures import one_line
 
-from saccade.data import images as image_files
-from saccade.data import pipeline
+from saccade.data import decoding, pipeline
 from saccade.data import splits as image_splits
 
 
@@ -16,7 +16,7 @@ def numbered(count, reads=None, broken=()):
         if reads is not None:
             reads.append(indices.tolist())
         if set(indices.tolist()) & set(broken):
-            raise image_files.CorruptImageError("seven.jpg", "broken")
+            raise decoding.CorruptImageError("seven.jpg", "broken")
         return np.float32(indices)[:, None, None, None]
 
     return image_splits.Split(
@@ -65,21 +65,22 @@ def test_batches_read_ahead_but_not_far():
 
 
 def test_batches_stopped_early_leave_no_thread():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in pipeline.batches(numbered(1000), range(1000), 2):
         break
     iterator = pipeline.batches(numbered(1000), range(1000), 2)
     next(iterator)
     iterator.close()
-    assert threading.active_count() == before
+    until = time.monotonic() + 10
+    while not set(threading.enumerate()) <= before:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_an_error_while_reading_is_raised_at_its_batch():
     iterator = pipeline.batches(numbered(30, broken=[17]), range(30), 10)
     assert len(next(iterator)[0]) == 10
-    with pytest.raises(
-        image_files.CorruptImageError, match="seven.jpg"
-    ) as error:
+    with pytest.raises(decoding.CorruptImageError, match="seven.jpg") as error:
         next(iterator)
     assert error.value.path == "seven.jpg"
 
@@ -126,7 +127,7 @@ def test_the_identity_is_of_images_labels_and_order_alone():
     labels = np.arange(6) % 3
 
     def made(images=images, labels=labels, **more):
-        return pipeline.scaled("a", images.__getitem__, labels, **more)
+        return image_splits.Split("a", labels, images.__getitem__, **more)
 
     split = made()
     whole = split.sha256()

@@ -21,7 +21,7 @@ def main(output, distribute):
 
     from saccade.attacks import autoattack, gradient
     from saccade.core import devices
-    from saccade.data import pipeline
+    from saccade.data import splits as image_splits
     from saccade.evaluation import config as evaluation_config
     from saccade.evaluation import evaluate as robust_evaluation
     from saccade.training import distribution, settings
@@ -47,7 +47,7 @@ def main(output, distribute):
         )
         images = rng.random((COUNT, *SHAPE)).astype("float32")
         labels = model.predict(images, verbose=0).argmax(-1)
-        split = pipeline.scaled("test", images.__getitem__, labels)
+        split = image_splits.Split("test", labels, images.__getitem__)
         assert devices.count() == count
         found = {}
         for name, attack in attacks.items():

@@ -40,7 +40,7 @@ def main(output, name, steps, text):
 
     from saccade.attacks import gradient as gradient_attacks
     from saccade.core import devices
-    from saccade.data import pipeline
+    from saccade.data import splits as image_splits
     from saccade.training import distribution, loop, objectives, settings
 
     import model_backbone
@@ -63,7 +63,7 @@ def main(output, name, steps, text):
         trained = loop.Loop(
             model=model,
             optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
-            split=pipeline.scaled("train", images.__getitem__, labels),
+            split=image_splits.Split("train", labels, images.__getitem__),
             folder=folder,
             seed=3,
             batch_size=BATCH,

@@ -7,7 +7,8 @@ from keras import layers, ops
 
 from saccade.attacks import gradient as gradient_attacks
 from saccade.core import gradients
-from saccade.data import augment, pipeline
+from saccade.data import augment
+from saccade.data import splits as image_splits
 from saccade.models import registry
 from saccade.training import checkpoints, engines, objectives, recipes
 from saccade.training import loop as training_loop
@@ -267,7 +268,7 @@ class TestLoop:
         return training_loop.Loop(
             model=model,
             optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
-            split=pipeline.scaled("train", images.__getitem__, labels),
+            split=image_splits.Split("train", labels, images.__getitem__),
             folder=folder,
             seed=1,
             batch_size=8,
