@@ -12,6 +12,7 @@ in, and what is said when nothing is there. TFDS is imported only where its
 files are read.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from saccade.data import (
     decoding,
     formats,
     imagenet,
+    listings,
     tfds_folders,
     tfrecord,
 )
@@ -62,6 +64,9 @@ class _Request:
     validation_fraction: float = 0.0
     resize: str | None = None
     test_only: bool = False
+    files: listings.Listings = dataclasses.field(
+        default_factory=lambda: listings.Listings(None, "once")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,8 @@ def load(
     validation_fraction: float = 0.05,
     resize: str | None = None,
     test_only: bool = False,
+    check_files: str = "once",
+    index_dir: str | pathlib.Path | None = None,
 ) -> image_splits.Dataset:
     """Loads a data set.
 
@@ -143,6 +150,12 @@ def load(
         test_only: Leave the training images alone: `train` and `validation`
             are None. An evaluation on ImageNet then checks 50,000 files, not
             1.3 million.
+        check_files: Key of `listings.CHECKS`: when the head and the end of
+            every file are checked, and whether training images are also test
+            images.
+        index_dir: Folder of index files, from which files are known that were
+            found whole earlier (see `listings`); None for none, so that
+            `"once"` checks as `"always"` does.
 
     Returns:
         A `Dataset`. Splits that fit in 1.5 GiB are decoded at once, which
@@ -166,6 +179,7 @@ def load(
         validation_fraction=validation_fraction,
         resize=resize,
         test_only=test_only,
+        files=listings.Listings(index_dir, check_files),
     )
     _check(request)
     folder = _data_folder(name, data_dir, download)
@@ -213,6 +227,14 @@ def _check(request: _Request) -> None:
         raise ValueError(f"Expected a seed >= 0. Received: seed={request.seed}")
     if request.resize is not None:
         known_names.require("resize", request.resize, RESIZES)
+    check_files = request.files.check_files
+    known_names.require("check_files", check_files, listings.CHECKS)
+    if check_files == "never" and request.skip_corrupt:
+        raise ValueError(
+            "Expected check_files once or always with skip_corrupt, which "
+            "leaves out files that were found corrupt. Received: "
+            "check_files=never"
+        )
     if request.class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
             f"A class list goes with {', '.join(_IMAGENETS)}. Received: "
@@ -285,6 +307,7 @@ def _dataset(
     class_names: Sequence[str],
     splits: Mapping[str, image_splits.Split],
     source: str,
+    image_shape: tuple[int, int, int] | None = None,
     **more: Any,
 ) -> image_splits.Dataset:
     """A `Dataset` of splits, of which there may be no `"validation"`."""
@@ -299,7 +322,7 @@ def _dataset(
     return image_splits.Dataset(
         request.name,
         tuple(class_names),
-        test.read([0]).shape[1:],
+        image_shape or test.read([0]).shape[1:],
         train,
         validation,
         test,
@@ -504,11 +527,34 @@ def _encoded_dataset(
     mode: str = "RGB",
     **more: Any,
 ) -> image_splits.Dataset:
-    """A `Dataset` of `image_files.Encoded` splits, every image checked."""
+    """A `Dataset` of `image_files.Encoded` splits, the images checked."""
     if request.test_only:
         encoded = {"test": encoded["test"]}
     total = sum(len(images.labels) for images in encoded.values())
     in_memory = total * size * size * len(mode) <= IN_MEMORY_BYTES
+    with contextlib.ExitStack() as stack:
+        if not in_memory:  # Otherwise every file is read at each start.
+            stack.callback(request.files.save)
+        splits, skipped = _checked(
+            request, class_names, encoded, in_memory, size, resize, mode
+        )
+        if "train" in encoded:
+            image_files.warn_of_shared(request.files.shared(encoded))
+    more |= {"skipped": skipped, "resize": resize}
+    more["image_shape"] = (size, size, len(mode))
+    return _dataset(request, class_names, splits, source, **more)
+
+
+def _checked(
+    request: _Request,
+    class_names: Sequence[str],
+    encoded: Mapping[str, image_files.Encoded],
+    in_memory: bool,
+    size: int,
+    resize: str | None,
+    mode: str,
+) -> tuple[dict[str, image_splits.Split], dict[str, int]]:
+    """Returns splits of the images that can be read, and how many cannot."""
     splits, skipped = {}, {"train": 0, "test": 0}
     for name, images in encoded.items():
         read, corrupt = image_files.reader(
@@ -519,6 +565,7 @@ def _encoded_dataset(
             in_memory=in_memory,
             skip_corrupt=request.skip_corrupt,
             title=name,
+            check=None if in_memory else request.files.to_check(name),
         )
         split = image_splits.Split(
             name,
@@ -534,11 +581,7 @@ def _encoded_dataset(
             split = split.subset(np.delete(np.arange(len(split)), corrupt))
         _check_classes(split, class_names, request)
         splits[name] = split
-    if "train" in encoded:
-        shared = image_files.shared(encoded["train"], encoded["test"])
-        image_files.warn_of_shared(shared)
-    more |= {"skipped": skipped, "resize": resize}
-    return _dataset(request, class_names, splits, source, **more)
+    return splits, skipped
 
 
 def _check_classes(
@@ -563,24 +606,30 @@ def _load_folder(
     test = class_folders.first_folder(root, ("test",)) or held
     if test is None:
         raise _missing(request, "val/<class>/ or test/<class>/ folders")
-    classes = class_folders.listing(train, directories=True)
+    classes = class_folders.scan(train).folders
     if not classes:
-        raise ValueError(f"Expected class folders in {train}; it has none.")
+        raise ValueError(
+            f"Expected class folders in {train}. Received: a folder with none."
+        )
     folders = {"train": train, "test": test}
     if held is not None and held != test:
         folders["validation"] = held
     encoded = {}
     for split, folder in folders.items():
-        present = class_folders.listing(folder, directories=True)
+        present = class_folders.scan(folder).folders
         foreign = sorted(set(present) - set(classes))
         if foreign:
             raise ValueError(
-                f"{folder} has the class folder {class_folders.some(foreign)}, "
+                f"Expected in {folder} only the class folders of {train}. "
+                f"Received: the class folder {class_folders.some(foreign)}, "
                 f"which {train} lacks."
             )
-        files = class_folders.class_files(folder, classes)
-        encoded[split] = image_files.of_files(*files)
-    size = request.image_size or image_files.common_size(encoded.values())
+        listing = request.files.of(folder)
+        files = class_folders.class_files(folder, classes, listing.scan)
+        encoded[split] = request.files.add(
+            split, listing, image_files.of_files(*files)
+        )
+    size = request.image_size or request.files.common_size(encoded)
     resize = request.resize or "short_side"
     return _encoded_dataset(request, classes, encoded, str(root), size, resize)
 
@@ -623,17 +672,23 @@ def _imagenet_files(
     if val is None:
         raise _missing(request, f"val folder beside {train}")
     places = [val, root, root / "data", *_given(request.data_dir)]
+    known = {"train": train, "test": val}
+    folders = {name: request.files.of(path) for name, path in known.items()}
     files = {}
     if not request.test_only:
-        files["train"] = class_folders.class_files(train, wnids)
-    files["test"] = imagenet.wnid_files(val, wnids, places)
-    if request.name == _BOXED:
-        boxes = _annotations(request, train)
-        return {
-            name: _boxed_files(request, paths, labels, boxes)
-            for name, (paths, labels) in files.items()
-        }
-    return {name: image_files.of_files(*found) for name, found in files.items()}
+        scan = folders["train"].scan
+        files["train"] = class_folders.class_files(train, wnids, scan)
+    scan = folders["test"].scan
+    files["test"] = imagenet.wnid_files(val, wnids, places, scan)
+    encoded = {}
+    boxes = _annotations(request, train) if request.name == _BOXED else None
+    for name, (paths, labels) in files.items():
+        if boxes is None:
+            images = image_files.of_files(paths, labels)
+        else:
+            images = _boxed_files(request, paths, labels, boxes)
+        encoded[name] = request.files.add(name, folders[name], images)
+    return encoded
 
 
 def _given(folder: pathlib.Path | None) -> list[pathlib.Path]:
@@ -816,6 +871,8 @@ def load_data(
     data_dir: str | pathlib.Path | None = None,
     test_only: bool = True,
     download: bool = False,
+    check_files: str = "once",
+    index_dir: str | pathlib.Path | None = None,
 ) -> image_splits.Dataset:
     """Loads the data set of a run as the run had it.
 
@@ -825,6 +882,8 @@ def load_data(
         data_dir: Folder of the files; None for the run's own.
         test_only: See `load`.
         download: See `load`.
+        check_files: See `load`.
+        index_dir: See `load`.
 
     Returns:
         A `image_splits.Dataset`.
@@ -839,6 +898,8 @@ def load_data(
         validation_fraction=run.get("validation_fraction", 0.05),
         test_only=test_only,
         download=download,
+        check_files=check_files,
+        index_dir=index_dir,
     )
 
 

@@ -1,10 +1,13 @@
 """Folders of images: one folder a class."""
 
+import concurrent.futures
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+_THREADS = 8  # That list class folders; more gain nothing on a network.
+# `listings` remembers names without these: see its `_VERSION`.
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
 
 
@@ -18,19 +21,43 @@ def some(items: Sequence[Any]) -> str:
 # Class folders
 
 
-def listing(folder: str | pathlib.Path, *, directories: bool) -> list[str]:
-    """Returns the sorted names of the files or directories in a folder.
+class Scan(NamedTuple):
+    """What a folder holds.
 
-    Hidden ones are left out, and the files in which file managers keep notes.
+    Attributes:
+        files: Sorted names of its files.
+        folders: Sorted names of its folders.
+        linked: Whether one of them is a symbolic link. Its target can become a
+            file or a folder while the folder itself does not change.
     """
+
+    files: list[str]
+    folders: list[str]
+    linked: bool
+
+
+def scan(folder: str | pathlib.Path) -> Scan:
+    """Reads a folder in one pass, without opening or looking at its files.
+
+    Hidden entries are left out, and the files in which file managers keep
+    notes.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    linked = False
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and entry.name.lower() not in _NOT_IMAGES
-            and entry.is_dir() == directories
-        )
+        for entry in entries:
+            name = entry.name
+            if name[0] == "." or name.lower() in _NOT_IMAGES:
+                continue
+            linked = linked or entry.is_symlink()
+            (folders if entry.is_dir() else files).append(name)
+    files.sort()
+    folders.sort()
+    return Scan(files, folders, linked)
 
 
 def first_folder(
@@ -41,7 +68,9 @@ def first_folder(
 
 
 def class_files(
-    folder: pathlib.Path, classes: Sequence[str]
+    folder: pathlib.Path,
+    classes: Sequence[str],
+    scan: Callable[[str], Scan] = scan,
 ) -> tuple[list[str], list[int]]:
     """Lists `folder/<class>/*`, and the files in folders below them.
 
@@ -49,6 +78,8 @@ def class_files(
         folder: Path of the folder.
         classes: Names of its class folders, in the order of the class ids;
             others are passed over.
+        scan: Callable from the path of a folder to its `Scan`; it is called
+            in threads, for a network answers many questions at a time.
 
     Returns:
         `(paths, labels)`: a path and a class id for each file.
@@ -56,26 +87,31 @@ def class_files(
     Raises:
         ValueError: If a class folder is missing or empty.
     """
-    absent = [name for name in classes if not (folder / name).is_dir()]
+    present = set(scan(str(folder)).folders)
+    absent = [name for name in classes if name not in present]
     if absent:
         raise ValueError(
-            f"The class folder {some(absent)} is missing in {folder}; "
-            f"{len(classes)} class folders are expected there."
+            f"Expected {len(classes)} class folders. Received: the class "
+            f"folder {some(absent)} is missing in {folder}."
         )
     paths: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = _files_below(folder / name)
-        if not files:
-            raise ValueError(
-                f"The class folder {folder / name} holds no image."
-            )
-        paths += files
-        labels += [label] * len(files)
+    places = [os.path.join(folder, name) for name in classes]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda place: _files_below(place, scan), places)
+        for label, (place, files) in enumerate(zip(places, found, strict=True)):
+            if not files:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    "Expected images in every class folder. Received: the "
+                    f"class folder {place} holds no image."
+                )
+            paths += files
+            labels += [label] * len(files)
     return paths, labels
 
 
-def _files_below(folder: pathlib.Path) -> list[str]:
+def _files_below(folder: str, scan: Callable[[str], Scan]) -> list[str]:
     """Returns the sorted paths of the files in a folder, at any depth.
 
     Files come before folders. Links are followed, and a folder that contains
@@ -84,15 +120,16 @@ def _files_below(folder: pathlib.Path) -> list[str]:
     paths: list[str] = []
     seen: set[str] = set()
 
-    def visit(place: str | pathlib.Path) -> None:
+    def visit(place: str) -> None:
         real = os.path.realpath(place)
         if real in seen:
             return
         seen.add(real)
-        names = listing(place, directories=False)
-        paths.extend(os.path.join(place, name) for name in names)
-        for name in listing(place, directories=True):
-            visit(os.path.join(place, name))
+        found = scan(place)
+        start = os.path.join(place, "")
+        paths.extend([start + name for name in found.files])
+        for name in found.folders:
+            visit(start + name)
 
     visit(folder)
     return paths

@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from saccade.core import run_folder
 from saccade.data import folders as class_folders
@@ -49,10 +49,16 @@ def read_wnids(path: str | pathlib.Path) -> dict[str, str]:
                 f"Received: something else in line {number}"
             )
         if wnid in listed:
-            raise ValueError(f"The class list {path} names {wnid} twice.")
+            raise ValueError(
+                f"Expected each wnid once in the class list {path}. Received: "
+                f"{wnid} twice."
+            )
         listed[wnid] = rest[0].strip() if rest else ""
     if not listed:
-        raise ValueError(f"The class list {path} names no wnid.")
+        raise ValueError(
+            f"Expected a wnid like n01440764 in each line of {path}. Received: "
+            "a list that names no wnid."
+        )
     return listed
 
 
@@ -86,7 +92,10 @@ def class_list(
 
 
 def wnid_files(
-    folder: pathlib.Path, wnids: Sequence[str], places: Sequence[pathlib.Path]
+    folder: pathlib.Path,
+    wnids: Sequence[str],
+    places: Sequence[pathlib.Path],
+    scan: Callable[[str], class_folders.Scan] = class_folders.scan,
 ) -> tuple[list[str], list[int]]:
     """Lists a folder of images, by class or flat with its ground truth.
 
@@ -94,6 +103,7 @@ def wnid_files(
         folder: Path of `<wnid>/*`, or of the images themselves.
         wnids: Those wanted, in the order of the class ids.
         places: Folders in which the ground truth of a flat folder may lie.
+        scan: As for `folders.class_files`.
 
     Returns:
         `(paths, labels)`: a path and a class id for each file.
@@ -103,24 +113,26 @@ def wnid_files(
             their list differ.
         FileNotFoundError: If a flat folder has no list.
     """
-    if any(
-        map(_WNID.fullmatch, class_folders.listing(folder, directories=True))
-    ):
-        return class_folders.class_files(folder, wnids)
+    found = scan(str(folder))
+    if any(map(_WNID.fullmatch, found.folders)):
+        return class_folders.class_files(folder, wnids, scan)
     files = {
         pathlib.Path(name).stem: name
-        for name in class_folders.listing(folder, directories=False)
+        for name in found.files
         if not name.lower().endswith((".txt", ".csv", ".mat"))
     }
     if not files:
-        raise ValueError(f"{folder} holds neither class folders nor images.")
+        raise ValueError(
+            f"Expected class folders or images in {folder}. Received: a folder "
+            "with neither."
+        )
     truth = _truth(folder, files, places)
     absent = sorted(truth.keys() - files) or sorted(files - truth.keys())
     if absent:
         raise ValueError(
-            f"The images of {folder} and their list differ: "
-            f"{class_folders.some(absent)} "
-            f"({len(files)} images, {len(truth)} listed)."
+            f"Expected the images of {folder} to be those in their list. "
+            f"Received: {len(files)} images and {len(truth)} listed ones, "
+            f"which differ by {class_folders.some(absent)}."
         )
     ids = {wnid: label for label, wnid in enumerate(wnids)}
     chosen = [stem for stem in sorted(files) if truth[stem] in ids]
@@ -145,10 +157,11 @@ def _truth(
     if numbers and meta:
         return _official_truth(numbers, meta, stems)
     raise FileNotFoundError(
-        f"{folder} has no class folders, so it needs its ground truth: put "
-        f"LOC_val_solution.csv, or val_annotations.txt with a line "
-        f"'<file> <wnid>' for each image, or {official} together with "
-        f"meta.mat of the development kit, into {folder.parent}."
+        f"Expected the ground truth of {folder}, since it has no class "
+        "folders. Received: none. Put LOC_val_solution.csv, or "
+        "val_annotations.txt with a line '<file> <wnid>' for each image, or "
+        f"{official} together with meta.mat of the development kit, into "
+        f"{folder.parent}."
     )
 
 

@@ -46,6 +46,7 @@ class Encoded:
             the end of the image is not what it should be.
         box: None, or a callable from an index to the box that the image is
             cropped to, see `decode`; it raises `CorruptImageError`, too.
+        paths: None, or the paths of the files.
     """
 
     labels: np.ndarray
@@ -54,6 +55,7 @@ class Encoded:
     fetch: Callable
     check: Callable
     box: Callable | None = None
+    paths: Sequence[str | pathlib.Path] | None = None
 
 
 def _check_file(path: Any) -> None:
@@ -161,6 +163,7 @@ def of_files(
         lambda i, last=None: read_span(paths[i], last=last),
         check,
         None if read_box is None else box,
+        paths,
     )
 
 
@@ -192,6 +195,7 @@ def reader(
     in_memory: bool,
     skip_corrupt: bool,
     title: str,
+    check: Sequence[int] | None = None,
 ) -> tuple[Callable[[npt.NDArray[np.int64]], npt.NDArray[np.uint8]], list[int]]:
     """Checks every image, and returns how to read them.
 
@@ -202,6 +206,8 @@ def reader(
             head and end are checked, and images are decoded when read.
         skip_corrupt: Go on after an unreadable image.
         title: What the progress display is called.
+        check: Indices of the images whose head and end are checked; None for
+            all.
 
     Returns:
         `(read, corrupt)`: a callable from int64 indices of shape `(k,)` to
@@ -234,8 +240,14 @@ def reader(
             pixels[row] = one(i)
         return pixels
 
-    title = f"{title}: checking files"
-    return read, _each(images.check, count, title, skip_corrupt)
+    chosen = range(count) if check is None else check
+    corrupt = _each(
+        lambda place: images.check(chosen[place]),
+        len(chosen),
+        f"{title}: checking files",
+        skip_corrupt,
+    )
+    return read, [chosen[place] for place in corrupt]
 
 
 def crop_reader(
