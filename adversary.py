@@ -28,6 +28,7 @@ from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
+from saccade.data import listings
 from saccade.models import options as model_options
 from saccade.training import settings as training_settings
 
@@ -67,6 +68,7 @@ class RecordSettings:
         "Weights of the run that are attacked.",
         choices=("best", "last"),
     )
+    check_files: str = listings.CHECK_FILES.field("once")
     save_images: int = setting(
         64,
         "Number of images to save with the record; -1 for all.",
@@ -250,7 +252,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 THEMES = {
     "which run": ("run", "model", "dataset", "tag", "runs_dir", "weights"),
     "devices": program_flags.names(training_settings.DistributionSettings),
-    "data": ("data_dir", "split", "num_examples", "examples"),
+    "data": ("data_dir", "check_files", "split", "num_examples", "examples"),
     "whole programs": (
         *("protocol", "checklist", "nonrobust_features", "epochs"),
     ),
@@ -779,11 +781,21 @@ def _data(
 ) -> tuple["image_splits.Dataset", "image_splits.Split"]:
     """Returns the run's data set and the split that is attacked."""
     if data is None:
-        data = datasets.load_data(
-            config.run, config.data_dir, test_only=config.split == "test"
-        )
+        data = _load_data(config, test_only=config.split == "test")
     split = datasets.split_of(config.folder, config.run, data, config.split)
     return data, split
+
+
+def _load_data(
+    config: AdversaryConfig, test_only: bool
+) -> "image_splits.Dataset":
+    return datasets.load_data(
+        config.run,
+        config.data_dir,
+        test_only=test_only,
+        check_files=config.check_files,
+        index_dir=config.folder.parent / listings.FOLDER,
+    )
 
 
 def _images(
@@ -1196,7 +1208,7 @@ def _run_nonrobust(config: AdversaryConfig, given: AdversaryFlags) -> None:
                 )
             (settings["steps"],) = given.steps
         run = config.run
-        data = datasets.load_data(run, config.data_dir, test_only=False)
+        data = _load_data(config, test_only=False)
         datasets.split_of(config.folder, run, data, "train")
         settings |= {
             "weights": config.weights,

@@ -227,14 +227,7 @@ def _check(request: _Request) -> None:
         raise ValueError(f"Expected a seed >= 0. Received: seed={request.seed}")
     if request.resize is not None:
         known_names.require("resize", request.resize, RESIZES)
-    check_files = request.files.check_files
-    known_names.require("check_files", check_files, listings.CHECKS)
-    if check_files == "never" and request.skip_corrupt:
-        raise ValueError(
-            "Expected check_files once or always with skip_corrupt, which "
-            "leaves out files that were found corrupt. Received: "
-            "check_files=never"
-        )
+    listings.require(request.files.check_files, request.skip_corrupt)
     if request.class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
             f"A class list goes with {', '.join(_IMAGENETS)}. Received: "
@@ -888,10 +881,13 @@ def load_data(
     Returns:
         A `image_splits.Dataset`.
     """
+    image_size = run.get("image_size")
+    if check_files == "never" and run["dataset"] == "folder":
+        image_size = image_size or run.get("image_shape", [None])[0]
     return load(
         run["dataset"],
         data_dir=data_dir or run.get("data_dir"),
-        image_size=run.get("image_size"),
+        image_size=image_size,
         seed=run.get("seed", 0),
         skip_corrupt=run.get("skip_corrupt", False),
         class_list_file=run.get("class_list_file"),

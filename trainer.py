@@ -26,6 +26,7 @@ from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
+from saccade.data import listings
 from saccade.models import options as model_options
 from saccade.training import settings
 
@@ -142,7 +143,7 @@ THEMES = {
     ),
     "data": (
         *("data_dir", "image_size", "class_list", "validation_fraction"),
-        *("skip_corrupt", "download"),
+        *("check_files", "skip_corrupt", "download"),
     ),
     "recipe": (
         "recipe",
@@ -205,6 +206,7 @@ def config_from_flags(
     run_folder.folder("", given.dataset, given.model, given.tag)  # Raises.
     if given.dataset not in datasets.names():
         datasets.load(given.dataset)  # Raises and suggests similar names.
+    listings.require(given.check_files, given.skip_corrupt)
     options = {
         name: value
         for group in model_options.GROUPS
@@ -487,7 +489,7 @@ _MAY_DIFFER = {
     *("provenance", "save_every", "eval_batch_size", "data_dir", "source"),
     *("runs_dir", "tag", "download", "class_list_file"),
     *core_settings.of(settings.DistributionSettings),
-    *("steps_per_call", "log_every"),
+    *("steps_per_call", "log_every", "check_files"),
 }
 
 
@@ -586,6 +588,15 @@ def run(
         return _run(config, data, overwrite, resume, callbacks)
 
 
+def _reading(config: "training_config.RunConfig") -> dict[str, Any]:
+    """Returns how `datasets.load_data` reads files: not part of the run."""
+    return {
+        "download": config.download,
+        "check_files": config.check_files,
+        "index_dir": pathlib.Path(config.runs_dir) / listings.FOLDER,
+    }
+
+
 def _run(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset | None",
@@ -600,7 +611,7 @@ def _run(
             data = datasets.load_data(
                 dataclasses.asdict(config),
                 test_only=False,
-                download=config.download,
+                **_reading(config),
             )
         _check_validation(config, data)
         shown = training_progress.Progress(
@@ -880,7 +891,7 @@ def evaluate(
             record, run = _finished(config)
             if data is None:
                 data = datasets.load_data(
-                    run, config.data_dir, download=config.download
+                    run, config.data_dir, **_reading(config)
                 )
             test = datasets.split_of(folder, run, data, "test")
             model, _ = model_backbone.load_run(folder, "last")

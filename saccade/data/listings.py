@@ -49,18 +49,25 @@ import numpy.typing as npt
 import PIL
 from PIL import features
 
-from saccade.core import progress, run_folder
+from saccade.core import names as known_names
+from saccade.core import progress, run_folder, settings
 from saccade.data import folders as class_folders
 from saccade.data import formats
 from saccade.data import images as image_files
 
 FOLDER = ".listings"  # Of the index files, beside the runs.
-# When the head and the end of every file are checked.
+# When files are checked.
 CHECKS = {
-    "once": "each file the first time, and again when it changed",
-    "always": "each file at every start",
-    "never": "only when an image is read",
+    "once": "each file the first time, and again when it has changed",
+    "always": "all files at every start",
+    "never": "none; a damaged file ends the program when it is read",
 }
+CHECK_FILES = settings.Setting(
+    "Which image files are opened at the start, to see whether they are whole "
+    "and whether training images are also test images. Splits that fit in "
+    "memory are decoded at the start in any case.",
+    choices=CHECKS,
+)
 
 _MAGIC = b"saccade listing\n"
 # To be raised if the format changes, or what `folders.scan` leaves out, or what
@@ -218,7 +225,7 @@ class Listing:
             and os.path.isdir(os.path.join(self.folder, name))
         }
         content = _packed(self.identity, {**kept, **self._seen}, self.results)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), run_folder.own(self.path, wait=10):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             run_folder.atomic_write(
                 self.path, lambda place: place.write_bytes(content)
@@ -256,6 +263,7 @@ def _packed(
     identity: str, folders: Mapping[str, _Folder], results: Mapping[str, Any]
 ) -> bytes:
     """Returns the content of an index."""
+    folders = dict(sorted(folders.items()))  # Threads found them.
     rows = folders.values()
     names = (
         folders,
@@ -361,6 +369,23 @@ def _checker() -> str:
 
 # ---------------------------------------------------------------------------
 # The splits of a data set
+
+
+def require(check_files: str, skip_corrupt: bool) -> None:
+    """Raises a ValueError if `check_files` does not fit.
+
+    Args:
+        check_files: To be one of `CHECKS`.
+        skip_corrupt: Whether corrupt files are left out; they have to be found
+            for that.
+    """
+    known_names.require("check_files", check_files, CHECKS)
+    if check_files == "never" and skip_corrupt:
+        raise ValueError(
+            "Expected check_files to be once or always with skip_corrupt, "
+            "which leaves out the files that a check finds. Received: "
+            "check_files=never"
+        )
 
 
 class Listings:

@@ -11,6 +11,7 @@ import dataclasses
 from saccade.attacks import settings as attack_settings
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
+from saccade.data import listings
 
 _RECIPE = "the recipe's"  # The default of a flag that overrides a recipe.
 
@@ -356,6 +357,7 @@ class RunSettings(DistributionSettings):
         "Whether to skip and count unreadable images (1) or to stop with an "
         "error (0).",
     )
+    check_files: str = listings.CHECK_FILES.field("once")
     download: bool = setting(
         False,
         "Whether TensorFlow Datasets may download a data set that is missing.",
