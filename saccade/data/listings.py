@@ -51,8 +51,8 @@ from PIL import features
 
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder, settings
+from saccade.data import decoding, formats
 from saccade.data import folders as class_folders
-from saccade.data import formats
 from saccade.data import images as image_files
 
 FOLDER = ".listings"  # Of the index files, beside the runs.
@@ -585,7 +585,7 @@ class _Checks:
             return
         try:
             self.images.check(i)
-        except image_files.CorruptImageError:
+        except decoding.CorruptImageError:
             self.states[i] = _CORRUPT
             raise
         self.states[i] = _WHOLE
@@ -597,7 +597,7 @@ class _Checks:
             def call(i: int, *more: Any) -> Any:
                 try:
                     return read(i, *more)
-                except image_files.CorruptImageError:
+                except decoding.CorruptImageError:
                     # A link to a file that is not there will fail again.
                     self.failed |= bool(self.stats[i, 0] >= 0)
                     raise

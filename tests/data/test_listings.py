@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from pictures import noise, one_line, save
 
+from saccade.data import decoding, listings
 from saccade.data import folders as class_folders
 from saccade.data import images as image_files
-from saccade.data import listings
 
 import datasets
 
@@ -493,7 +493,7 @@ def test_a_comparison_that_failed_is_made_again(data, load, monkeypatch):
 
     def failing(path, *arguments, **options):
         if "copy" in str(path):
-            raise image_files.CorruptImageError(path, "a busy disk")
+            raise decoding.CorruptImageError(path, "a busy disk")
         return span(path, *arguments, **options)
 
     monkeypatch.setattr(image_files, "read_span", failing)
