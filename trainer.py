@@ -417,8 +417,10 @@ def _loop(
 ) -> "training_loop.Loop":
     """Builds the training loop of a run."""
     from saccade.cli import training_progress
+    from saccade.data import augment
     from saccade.training import distribution
     from saccade.training import loop as training_loop
+    from saccade.training import step as training_step
 
     model, optimizer = build(config, data)
     if config.sync_batch_norm:
@@ -433,21 +435,23 @@ def _loop(
         optimizer=optimizer,
         split=data.training,
         folder=folder,
-        seed=config.seed,
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,
-        augmentation=recipe.augmentation,
         objective=objective_of(config, data),
-        l2=recipe.l2,
-        step_config=config.step,
-        crafting_model=crafting_model,
+        options=training_step.StepOptions(
+            seed=config.seed,
+            augmentation=augment.AUGMENTATIONS[recipe.augmentation],
+            l2=recipe.l2,
+            config=config.step,
+            crafting_model=crafting_model,
+            grad_accumulation=config.grad_accumulation,
+            clip_norm=recipe.clip_norm,
+        ),
         read_outs=recipe.read_outs,
         validate=validation_of(config, data),
         on_collapse=config.on_collapse,
         log_every=config.log_every,
         steps_per_call=config.steps_per_call,
-        grad_accumulation=config.grad_accumulation,
-        clip_norm=recipe.clip_norm,
         callbacks=(
             training_progress.TensorBoard(folder / "logs"),
             *callbacks,

@@ -34,7 +34,7 @@ from saccade.core import metrics, randomness, run_folder
 from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 from saccade.core.run_folder import StrPath
-from saccade.data import pipeline
+from saccade.data import augment, pipeline
 from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
 from saccade.evaluation import config as evaluation_config
@@ -42,6 +42,7 @@ from saccade.evaluation import evaluate as robust_evaluation
 from saccade.models import registry
 from saccade.training import checkpoints, objectives, recipes
 from saccade.training import loop as training_loop
+from saccade.training import step as training_step
 
 TARGETS = ("random", "next")
 _SET = "set.json"
@@ -560,14 +561,16 @@ def _new_loop(
         model=model,
         optimizer=recipes.make_optimizer(recipe, steps),
         objective=objectives.Standard(label_smoothing=recipe.label_smoothing),
-        l2=recipe.l2,
+        options=training_step.StepOptions(
+            seed=seed,
+            augmentation=augment.AUGMENTATIONS[recipe.augmentation],
+            l2=recipe.l2,
+        ),
         read_outs=recipe.read_outs,
         split=split,
         folder=output,
-        seed=seed,
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,
-        augmentation=recipe.augmentation,
         **settings,
     )
 

@@ -216,7 +216,7 @@ class _TensorFlow(Engine):
 
         run, variables = self.run, self.model.trainable_variables
         context = tf.distribute.get_replica_context()
-        first = context.replica_id_in_sync_group * run.parts
+        first = context.replica_id_in_sync_group * run.options.grad_accumulation
         found = [
             self._gradients(part, step, carried, first + number)
             for number, part in enumerate(run.split((images, labels, indices)))
@@ -247,7 +247,7 @@ class _TensorFlow(Engine):
             # losses. A scope belongs to one thread.
             shared = self.replicas > 1
             with _weights_at(run.perturbable, values, shared) as scope:
-                shares = self.replicas * run.parts
+                shares = self.replicas * run.options.grad_accumulation
                 loss, correct = run.loss(*batch, shares, scope)
             scaled = self.optimizer.scale_loss(loss)
         extra = [crafted] if carried else []
@@ -264,7 +264,7 @@ class _TensorFlow(Engine):
         import tensorflow as tf
 
         scale = loss_scale(self.optimizer)
-        if not self.run.clip_norm and scale is None:
+        if not self.run.options.clip_norm and scale is None:
             return grads
         if self.replicas > 1:
             grads = context.all_reduce(tf.distribute.ReduceOp.SUM, grads)
@@ -276,7 +276,7 @@ class _TensorFlow(Engine):
         import tensorflow as tf
 
         run = self.run
-        if not run.config.awp:
+        if not run.options.config.awp:
             return []
         with tf.GradientTape() as tape, keras.StatelessScope():
             loss = run.mean_loss(*batch)[0] / self.replicas
@@ -466,12 +466,13 @@ class _Jax(Engine):
 
         def loss_fn(weights: list[Tensor], crafted: Tensor) -> tuple:
             with self._scope((weights, frozen, slots)) as scope:
-                loss, correct = run.loss(clean, crafted, labels, run.parts)
+                parts = run.options.grad_accumulation
+                loss, correct = run.loss(clean, crafted, labels, parts)
                 scaled = self.optimizer.scale_loss(loss)
             return scaled, (loss, correct, frozen_in(scope))
 
         points = weights
-        if run.config.awp:
+        if run.options.config.awp:
             points = self._perturbed(
                 (weights, frozen, slots), (clean, crafted, labels), step
             )
@@ -551,9 +552,9 @@ class _Torch(Engine):
         if carried:
             crafted.requires_grad_(True)
         batch = clean, crafted, labels
-        values = self._perturbed(batch, step) if run.config.awp else []
+        values = self._perturbed(batch, step) if run.options.config.awp else []
         with _weights_at(run.perturbable, values) as scope:
-            loss, correct = run.loss(*batch, run.parts)
+            loss, correct = run.loss(*batch, run.options.grad_accumulation)
         extra = [crafted] if carried else []
         grads = torch.autograd.grad(
             self.optimizer.scale_loss(loss), [*self._points(values), *extra]

@@ -33,7 +33,6 @@ from saccade.training import (
     objectives,
     settings,
 )
-from saccade.training import config as training_config
 from saccade.training import step as training_step
 
 ON_COLLAPSE = tuple(settings.ON_COLLAPSE.choices)
@@ -157,16 +156,12 @@ class Loop:
             the averaged weights are validated and saved.
         split: The training `image_splits.Split`.
         folder: The folder of the run.
-        seed: The run's seed.
         batch_size: Images in a step. The last images of an epoch that do not
             fill a batch are dropped; they differ from epoch to epoch.
         epochs: Epochs of the whole run.
-        augmentation: A name of `augment.AUGMENTATIONS`.
         objective: An `objectives.Objective`: what a step minimizes.
-        l2: Coefficient of `training_step.l2_loss`.
-        step_config: A `training_config.StepConfig`. With `replays` an epoch
-            uses each batch that many times.
-        crafting_model: See `training_step.make_step`.
+        options: The other settings of a step. With `options.config.replays` an
+            epoch uses each batch that many times.
         read_outs: Pairs (epoch, step): from that epoch on a recurrent model
             is read out at that step. Weights and optimizer slots are kept. The
             best epoch is chosen among those at the last read-out step.
@@ -187,40 +182,43 @@ class Loop:
             nothing waits for the device.
         steps_per_call: Steps in one call of the compiled function; the last
             steps of an epoch may be single calls.
-        grad_accumulation, clip_norm: See `training_step.Step`.
         save_every: Seconds between saves of the state within an epoch.
         should_stop: Callable that returns whether to save and stop now.
+        make_step: Builds the compiled step; see `training_step.make_step`.
     """
 
     model: keras.Model
     optimizer: keras.optimizers.Optimizer
     split: image_splits.Split
     folder: pathlib.Path
-    seed: int
     batch_size: int
     epochs: int
-    augmentation: str = "none"
     objective: objectives.Objective = training_step.STANDARD
-    l2: float = 0.0
-    step_config: training_config.StepConfig = training_config.StepConfig()
-    crafting_model: keras.Model | None = None
-    read_outs: tuple = ()
-    validate: Callable | None = None
+    options: training_step.StepOptions = training_step.StepOptions()
+    read_outs: tuple[tuple[float, int], ...] = ()
+    validate: Callable[[keras.Model], dict[str, Any]] | None = None
     on_collapse: str = "stop"
-    callbacks: tuple = ()
+    callbacks: tuple[keras.callbacks.Callback, ...] = ()
     log_every: int = settings.LOG_EVERY
     steps_per_call: int = 1
-    grad_accumulation: int = 1
-    clip_norm: float = 0.0
     save_every: float = 300.0
     should_stop: Callable[[], bool] = lambda: False
-    make_step: Callable[..., engines.Engine] = training_step.make_step
+    make_step: Callable[
+        [
+            keras.Model,
+            keras.optimizers.Optimizer,
+            objectives.Objective,
+            training_step.StepOptions,
+            int,
+        ],
+        engines.Engine,
+    ] = training_step.make_step
 
     def __post_init__(self) -> None:
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
-        self.step_config.check(self.objective)
+        self.options.config.check(self.objective)
         self._check_division()
-        self.replays = max(1, self.step_config.replays)
+        self.replays = max(1, self.options.config.replays)
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:
             raise ValueError(
@@ -233,7 +231,7 @@ class Loop:
         self.optimizer.build(self.model.trainable_variables)
         self.model.optimizer = self.optimizer  # Callbacks read it.
         self.carried = None
-        if self.step_config.replays:
+        if self.options.config.replays:
             shape = (self.batch_size, *self.model.input_shape[1:])
             self.carried = np.zeros(shape, "float32")
         self._made: engines.Engine | None = None
@@ -247,18 +245,19 @@ class Loop:
 
     def _check_division(self) -> None:
         """Raises a ValueError if a batch cannot be processed as asked."""
+        accumulation = self.options.grad_accumulation
         for name, value, others in (
             ("processes", devices.process()[1], ("replays",)),
             ("steps_per_call", self.steps_per_call, ("replays",)),
-            ("grad_accumulation", self.grad_accumulation, ("replays", "awp")),
+            ("grad_accumulation", accumulation, ("replays", "awp")),
         ):
             for other in others:
-                if value > 1 and getattr(self.step_config, other):
+                if value > 1 and getattr(self.options.config, other):
                     raise ValueError(
                         f"Expected {name}=1 with {other}. Received: "
                         f"{name}={value}."
                     )
-        parts = devices.count() * self.grad_accumulation
+        parts = devices.count() * accumulation
         if self.batch_size % parts:
             raise ValueError(
                 "Expected a batch_size that is a multiple of devices times "
@@ -344,21 +343,17 @@ class Loop:
             self.model,
             self.optimizer,
             self.objective,
-            seed=self.seed,
-            augmentation=self._augmentations()[1],
-            l2=self.l2,
-            config=self.step_config,
-            crafting_model=self.crafting_model,
-            steps_per_epoch=self.steps_per_epoch,
-            grad_accumulation=self.grad_accumulation,
-            clip_norm=self.clip_norm,
+            dataclasses.replace(
+                self.options, augmentation=self._augmentations()[1]
+            ),
+            self.steps_per_epoch,
         )
 
     def _augmentations(
         self,
     ) -> tuple[decoding.RandomCrop | None, augment.Augmentation]:
         """What is done to images while they are read, and on the device."""
-        whole = augment.AUGMENTATIONS[self.augmentation]
+        whole = self.options.augmentation
         if self.split.crop_reader is None:
             return None, whole
         return augment.on_host(whole), augment.on_device(whole)
@@ -369,7 +364,7 @@ class Loop:
         if not begun:
             return False
         changes = model_inspect.read_out(self.model) != begun[-1]
-        for model in filter(None, (self.model, self.crafting_model)):
+        for model in filter(None, (self.model, self.options.crafting_model)):
             model_inspect.set_read_out(model, begun[-1])
         return changes
 
@@ -439,7 +434,8 @@ class Loop:
     def _batches(self, epoch: int) -> Iterator[tuple[int, pipeline.Batch]]:
         """Yields (step in the epoch, batch) for the rest of an epoch."""
         total, replays = self.steps_per_epoch, self.replays
-        order = image_splits.epoch_order(len(self.split), self.seed, epoch)
+        seed = self.options.seed
+        order = image_splits.epoch_order(len(self.split), seed, epoch)
         order = order[: total // replays * self.batch_size]
         process, processes = devices.process()
         rows = self.batch_size // processes
@@ -447,7 +443,7 @@ class Loop:
         order = order.reshape(-1, processes, rows)[:, process].reshape(-1)
         done = self.progress["step"] - epoch * total
         crop, _ = self._augmentations()
-        crops = None if crop is None else (crop, self.seed, epoch)
+        crops = None if crop is None else (crop, seed, epoch)
         batches = pipeline.batches(
             self.split,
             order,

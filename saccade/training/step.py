@@ -7,6 +7,7 @@ Adversarial images are crafted first, with constant weights. The loss on them is
 differentiated afterwards.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -42,6 +43,34 @@ _TINY = 1e-12  # Avoids 0/0 for a zero gradient.
 STANDARD = objectives.Standard()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a training step does besides minimizing its objective.
+
+    Attributes:
+        seed: The run's seed.
+        augmentation: The augmentation of the images.
+        l2: Coefficient of `l2_loss`. Above 0 it replaces the L2 regularizers
+            of the layers; with 0 the layers keep them.
+        config: How the step handles an adversarial objective.
+        crafting_model: The same architecture in another dtype policy. It
+            computes with the weights of the model while images are crafted;
+            its own weights are never read. None: the model itself.
+        grad_accumulation: Number of parts into which a batch is divided. Each
+            is crafted and differentiated by itself, and the mean of their
+            gradients is applied once.
+        clip_norm: Largest norm of the gradient by all weights; 0 for no limit.
+    """
+
+    seed: int = 0
+    augmentation: augment.Augmentation = augment.Augmentation()
+    l2: float = 0.0
+    config: training_config.StepConfig = training_config.StepConfig()
+    crafting_model: keras.Model | None = None
+    grad_accumulation: int = 1
+    clip_norm: float = 0.0
+
+
 # --- The step ----------------------------------------------------------------
 
 
@@ -49,7 +78,8 @@ def make_step(
     model: keras.Model,
     optimizer: keras.optimizers.Optimizer,
     objective: objectives.Objective,
-    **settings: Any,
+    options: StepOptions = StepOptions(),  # noqa: B008 -- It is frozen.
+    steps_per_epoch: int = 1,
 ) -> engines.Engine:
     """Builds the compiled training step of the active backend.
 
@@ -58,14 +88,16 @@ def make_step(
             step runs under the current distribution strategy.
         optimizer: A `keras.optimizers.Optimizer`, built on the model.
         objective: An `objectives.Objective`.
-        **settings: Further arguments of `Step`.
+        options: The other settings of the step.
+        steps_per_epoch: Steps in one epoch, for the warm-ups of epsilon and of
+            the weight perturbation.
 
     Returns:
         Callable `(images, labels, indices, step)` that updates `model` and
         `optimizer` and returns the mean loss and the number of correct
         predictions; see `engines.Engine` for loops. `images` are float32 in
         [0, 1] or uint8, `indices` are the positions of the examples in the
-        data set. With `config.replays` it takes the perturbation as a fifth
+        data set. With `replays` it takes the perturbation as a fifth
         argument, of the shape of `images`, and returns the new perturbation as
         a third value.
 
@@ -74,7 +106,8 @@ def make_step(
         ValueError: If the objective does not fit the config.
     """
     engine_class = engines.engine_class()
-    return engine_class(Step(model, objective, **settings), model, optimizer)
+    step = Step(model, objective, options, steps_per_epoch)
+    return engine_class(step, model, optimizer)
 
 
 def kernels(model: keras.Model) -> list[keras.Variable]:
@@ -133,22 +166,7 @@ class Step:
     """The backend-independent part: keys, augmentation, attack and loss.
 
     Args:
-        model: See `make_step`.
-        objective: See `make_step`.
-        seed: The run's seed.
-        augmentation: An `augment.Augmentation`; None for none.
-        l2: Coefficient of `l2_loss`. Above 0 it replaces the L2 regularizers
-            of the layers; with 0 the layers keep them.
-        config: A `StepConfig`; None for the default one.
-        crafting_model: The same architecture in another dtype policy. It
-            computes with the weights of `model` while images are crafted; its
-            own weights are never read.
-        steps_per_epoch: Steps in one epoch, for the warm-ups of epsilon and of
-            the weight perturbation.
-        grad_accumulation: Number of parts into which a batch is divided. Each
-            is crafted and differentiated by itself, and the mean of their
-            gradients is applied once.
-        clip_norm: Largest norm of the gradient by all weights; 0 for no limit.
+        model, objective, options, steps_per_epoch: See `make_step`.
 
     Raises:
         ValueError: If the objective does not fit the config.
@@ -158,32 +176,19 @@ class Step:
         self,
         model: keras.Model,
         objective: objectives.Objective,
-        *,
-        seed: int = 0,
-        augmentation: augment.Augmentation | None = None,
-        l2: float = 0.0,
-        config: training_config.StepConfig | None = None,
-        crafting_model: keras.Model | None = None,
+        options: StepOptions = StepOptions(),  # noqa: B008 -- It is frozen.
         steps_per_epoch: int = 1,
-        grad_accumulation: int = 1,
-        clip_norm: float = 0.0,
     ) -> None:
-        self.config = config or training_config.StepConfig()
-        self.config.check(objective)
-        self.model, self.objective = model, objective
+        options.config.check(objective)
+        self.model, self.objective, self.options = model, objective, options
         # Returns the logits of auxiliary heads too, which are all trained.
         self.training_fn = in_training(model)
-        self.seed = seed
-        self.augmentation = augmentation or augment.Augmentation()
-        self.l2, self.kernels = l2, kernels(model) if l2 else []
+        self.kernels = kernels(model) if options.l2 else []
         for kernel in self.kernels:
             kernel.regularizer = None  # Otherwise L2 would be added twice.
-        self.crafting_model = crafting_model
-        self.warmup_steps = self.config.epsilon_warmup * steps_per_epoch
-        self.awp_from = self.config.awp_warmup * steps_per_epoch
+        self.warmup_steps = options.config.epsilon_warmup * steps_per_epoch
+        self.awp_from = options.config.awp_warmup * steps_per_epoch
         self.generators = model_inspect.generators(model)
-        self.replays = self.config.replays
-        self.parts, self.clip_norm = grad_accumulation, clip_norm
         # The tensors that adversarial weight perturbation changes.
         self.perturbable = [
             v for v in model.trainable_variables if len(v.shape) > 1
@@ -192,14 +197,15 @@ class Step:
     def split(self, batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Divides a batch into the parts of gradient accumulation.
 
-        Part i holds every `parts`-th row from row i on. A batch that is
+        With n parts, part i holds every n-th row from row i on. A batch that is
         divided among replicas has the same parts as one that is not.
         """
-        if self.parts == 1:
+        parts = self.options.grad_accumulation
+        if parts == 1:
             return [tuple(batch)]
         return [
-            tuple(rows[number :: self.parts] for rows in batch)
-            for number in range(self.parts)
+            tuple(rows[number::parts] for rows in batch)
+            for number in range(parts)
         ]
 
     def clipped(
@@ -211,9 +217,11 @@ class Step:
             grads: List of tensors.
             scale: Factor of the gradients; see `engines.loss_scale`.
         """
-        if not self.clip_norm:
+        limit: Tensor | float = self.options.clip_norm
+        if not limit:
             return list(grads)
-        limit = self.clip_norm if scale is None else self.clip_norm * scale
+        if scale is not None:
+            limit = limit * scale
         squares = [ops.sum(ops.square(grad)) for grad in grads]
         norm = ops.sqrt(sum(squares, ops.zeros(())))
         factor = limit / ops.maximum(norm, limit)
@@ -230,11 +238,12 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """Sets all random states; returns the clean and the crafted images."""
         images = unit_range(images)
-        model_inspect.key_generators(self.generators, self.seed, step, replica)
+        seed, replays = self.options.seed, self.options.config.replays
+        model_inspect.key_generators(self.generators, seed, step, replica)
         # All replays of a batch use the same augmentation.
-        view = step // self.replays if self.replays else step
-        keys = randomness.example_keys(self.seed, indices, view)
-        clean = augment.augment(images, keys, self.augmentation)
+        view = step // replays if replays else step
+        keys = randomness.example_keys(seed, indices, view)
+        clean = augment.augment(images, keys, self.options.augmentation)
         if carried is not None:
             crafted = ops.clip(clean + carried, 0.0, 1.0)
         elif self.objective.craft is None:
@@ -266,7 +275,7 @@ class Step:
         step: Tensor | int,
     ) -> list[Tensor]:
         """The weights at which a step takes its gradient; see `awp`."""
-        size: Tensor | float = self.config.awp
+        size: Tensor | float = self.options.config.awp
         if self.awp_from:
             begun = ops.cast(step, "float32") >= self.awp_from
             size = size * ops.cast(begun, "float32")
@@ -277,7 +286,7 @@ class Step:
         # A layer that draws random numbers updates its seed state. The compiled
         # loop of an attack must not read a variable that is assigned inside it.
         draws = model_inspect.is_stochastic(self.model)
-        net = self.crafting_model or self.model
+        net = self.options.crafting_model or self.model
         in_float16 = model_inspect.computes_in_float16(net)
         if net is self.model and not training and not draws and not in_float16:
             return lambda x: self.model(x, training=False)
@@ -337,8 +346,8 @@ class Step:
         correct = ops.equal(predicted, ops.cast(labels, "int32"))
         kept = _layer_losses(self.model, scope)
         total = mean + sum(kept, ops.zeros(()))
-        if self.l2:
-            total = total + l2_loss(self.kernels, self.l2)
+        if self.options.l2:
+            total = total + l2_loss(self.kernels, self.options.l2)
         return total / shares, ops.sum(ops.cast(correct, "float32"))
 
     def carry(

@@ -186,7 +186,6 @@ def run_of(tmp_path, model="multi_gaze", **changes):
         optimizer=keras.optimizers.SGD(),
         split=tiny().train,
         folder=tmp_path,
-        seed=0,
         batch_size=config.recipe.batch_size,
         epochs=config.recipe.epochs,
         objective=objectives.Standard(),

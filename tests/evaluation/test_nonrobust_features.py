@@ -63,7 +63,6 @@ def trained(tmp_path_factory, data):
         optimizer=recipes.make_optimizer(RECIPE, 40),
         split=data.train,
         folder=folder,
-        seed=0,
         batch_size=RECIPE.batch_size,
         epochs=RECIPE.epochs,
     )

@@ -40,8 +40,10 @@ def main(output, name, steps, text):
 
     from saccade.attacks import gradient as gradient_attacks
     from saccade.core import devices
+    from saccade.data import augment
     from saccade.data import splits as image_splits
     from saccade.training import distribution, loop, objectives, settings
+    from saccade.training import step as training_step
 
     import model_backbone
 
@@ -65,11 +67,13 @@ def main(output, name, steps, text):
             optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
             split=image_splits.Split("train", labels, images.__getitem__),
             folder=folder,
-            seed=3,
             batch_size=BATCH,
             epochs=1,
-            augmentation="digits",
-            clip_norm=1.0,
+            options=training_step.StepOptions(
+                seed=3,
+                augmentation=augment.AUGMENTATIONS["digits"],
+                clip_norm=1.0,
+            ),
             # Not L-inf: signs of gradients near zero differ by rounding.
             objective=objectives.Madry(
                 gradient_attacks.PGD(

@@ -44,8 +44,10 @@ def lowered(name):
         model,
         optimizer,
         objectives.Madry(attack, num_classes=CLASSES),
-        augmentation=augment.Augmentation(flip=True, crop=0.8),
-        clip_norm=1.0,
+        training_step.StepOptions(
+            augmentation=augment.Augmentation(flip=True, crop=0.8),
+            clip_norm=1.0,
+        ),
     )
     images = np.zeros((BATCH, SIDE, SIDE, 3), "uint8")
     numbers = np.zeros(BATCH, "int32")

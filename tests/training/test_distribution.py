@@ -65,8 +65,8 @@ def train(build, attack, **settings):
             0.05, momentum=0.9, use_ema=True, ema_momentum=0.5)
         optimizer.build(model.trainable_variables)
         step_fn = training_step.make_step(
-            model, optimizer, objective, augmentation=case.AUGMENTATION,
-            **settings)
+            model, optimizer, objective, training_step.StepOptions(
+                augmentation=case.AUGMENTATION, **settings))
     rng = np.random.default_rng(0)
     history, carried = [], []
     if "config" in settings and settings["config"].replays:

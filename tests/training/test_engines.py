@@ -14,6 +14,7 @@ from saccade.training import checkpoints, engines, objectives, recipes
 from saccade.training import loop as training_loop
 from saccade.training import step as training_step
 from saccade.training.config import StepConfig
+from saccade.training.step import StepOptions
 
 import model_backbone  # noqa: F401 -- Registers the models.
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.every_backend
 
 SHAPE, CLASSES = (12, 12, 3), 3
 AUGMENTATION = augment.Augmentation(flip=True, crop=0.8)
+HALVES, THIRDS = {"grad_accumulation": 2}, {"grad_accumulation": 3}
 
 
 def madry(epsilon=0.5):
@@ -78,8 +80,7 @@ def weights_after(
         model,
         optimizer(model),
         madry(),
-        augmentation=AUGMENTATION,
-        **settings,
+        StepOptions(augmentation=AUGMENTATION, **settings),
     )
     placed = [engine.place(*batch) for batch in batches(steps, dtype=dtype)]
     losses = []
@@ -105,7 +106,9 @@ def test_accumulated_parts_equal_the_whole_batch():
 
 def test_parts_have_dropout_masks_of_their_own():
     model = net(dropout=0.5)
-    run = training_step.Step(model, training_step.STANDARD, grad_accumulation=2)
+    run = training_step.Step(
+        model, training_step.STANDARD, StepOptions(grad_accumulation=2)
+    )
     images, labels, indices = batches(1, size=4)[0]
     images[:] = images[0]
     rows = []
@@ -144,7 +147,10 @@ def test_the_gradient_by_all_weights_is_clipped(parts):
     made.build(model.trainable_variables)
     before = [numpy(v) for v in model.trainable_variables]
     engine = training_step.make_step(
-        model, made, madry(), clip_norm=0.01, grad_accumulation=parts
+        model,
+        made,
+        madry(),
+        StepOptions(clip_norm=0.01, grad_accumulation=parts),
     )
     engine(*batches(1)[0], 0)
     moved = [
@@ -177,7 +183,9 @@ class TestPrecision:
         inner = keras.optimizers.SGD(0.1)
         made = keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**15)
         made.build(model.trainable_variables)
-        engine = training_step.make_step(model, made, madry(), clip_norm=1.0)
+        engine = training_step.make_step(
+            model, made, madry(), StepOptions(clip_norm=1.0)
+        )
         images, labels, indices = batches(1)[0]
         engine(images, labels, indices, 0)
         assert float(numpy(made.dynamic_scale)) == 2.0**15
@@ -260,7 +268,7 @@ class TestPrecision:
 
 
 class TestLoop:
-    def loop(self, folder, **settings):
+    def loop(self, folder, options=None, **settings):
         model = net()
         images = np.concatenate([b[0] for b in batches(7, 8, "uint8")])
         labels = np.concatenate([b[1] for b in batches(7, 8)])
@@ -270,10 +278,10 @@ class TestLoop:
             optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
             split=image_splits.Split("train", labels, images.__getitem__),
             folder=folder,
-            seed=1,
             batch_size=8,
             epochs=2,
             objective=madry(),
+            options=StepOptions(seed=1, **(options or {})),
             **settings,
         )
 
@@ -290,18 +298,21 @@ class TestLoop:
         "given,message",
         [
             (
-                {"steps_per_call": 2, "step_config": StepConfig(replays=2)},
+                {
+                    "steps_per_call": 2,
+                    "options": {"config": StepConfig(replays=2)},
+                },
                 "steps_per_call=1 with replays. Received: steps_per_call=2",
             ),
             (
-                {"grad_accumulation": 2, "step_config": StepConfig(replays=2)},
+                {"options": {**HALVES, "config": StepConfig(replays=2)}},
                 "grad_accumulation=1 with replays",
             ),
             (
-                {"grad_accumulation": 2, "step_config": StepConfig(awp=0.1)},
+                {"options": {**HALVES, "config": StepConfig(awp=0.1)}},
                 "grad_accumulation=1 with awp",
             ),
-            ({"grad_accumulation": 3}, "grad_accumulation, 3. .*batch_size=8"),
+            ({"options": THIRDS}, "grad_accumulation, 3. .*batch_size=8"),
         ],
     )
     def test_a_division_that_would_be_another_training_is_refused(
@@ -321,10 +332,8 @@ class TestLoop:
                 sizes.append(len(batches))
                 return super().take(batches, step, *carried)
 
-        several.make_step = lambda model, optimizer, objective, **more: (
-            Counting(
-                training_step.Step(model, objective, **more), model, optimizer
-            )
+        several.make_step = lambda model, optimizer, *more: Counting(
+            training_step.Step(model, *more), model, optimizer
         )
         single.train()
         several.train()
@@ -345,10 +354,8 @@ class TestLoop:
                     found[0] = found[0] * np.nan
                 return found
 
-        trained.make_step = lambda model, optimizer, objective, **more: (
-            Breaking(
-                training_step.Step(model, objective, **more), model, optimizer
-            )
+        trained.make_step = lambda model, optimizer, *more: Breaking(
+            training_step.Step(model, *more), model, optimizer
         )
         with pytest.raises(training_loop.Collapsed, match="nan at step 4"):
             trained.train()

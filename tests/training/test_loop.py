@@ -1,5 +1,6 @@
 """The training step and loop: exact results, resumption and saved files."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -23,6 +24,7 @@ from saccade.training import checkpoints, engines, objectives, recipes
 from saccade.training import config as training_config
 from saccade.training import loop as training_loop
 from saccade.training import step as training_step
+from saccade.training.step import StepOptions
 
 import model_backbone
 
@@ -41,7 +43,7 @@ def fgsm(logits_fn, images, labels, keys):
 STANDARD = training_step.STANDARD
 FREE = {
     "objective": objectives.Madry(gradient_attacks.FGSM(epsilon=0.1)),
-    "step_config": training_config.StepConfig(replays=2),
+    "config": training_config.StepConfig(replays=2),
 }
 THRICE = training_config.StepConfig(replays=3)
 READ_OUTS = ((0, 1), (1, 3))
@@ -90,15 +92,18 @@ def build(dropout=0.3, core=(), **settings):
 def loop(folder, *, epochs=3, dropout=0.3, ema=False, core=(), **settings):
     model, optimizer = build(dropout, core, use_ema=ema, ema_momentum=0.9)
     folder.mkdir(exist_ok=True)
+    fields = {field.name for field in dataclasses.fields(StepOptions)}
+    options = {k: settings.pop(k) for k in fields & settings.keys()}
     return training_loop.Loop(
         model=model,
         optimizer=optimizer,
         split=split(),
         folder=folder,
-        seed=3,
         batch_size=8,
         epochs=epochs,
-        augmentation="digits",
+        options=StepOptions(
+            seed=3, augmentation=augment.AUGMENTATIONS["digits"], **options
+        ),
         **settings,
     )
 
@@ -113,7 +118,7 @@ class TestStep:
         model, optimizer = build(dropout)
         optimizer.build(model.trainable_variables)
         step_fn = training_step.make_step(
-            model, optimizer, objective, augmentation=AUGMENTATION
+            model, optimizer, objective, StepOptions(augmentation=AUGMENTATION)
         )
         data, losses = split(), []
         for step in range(steps):
@@ -236,7 +241,7 @@ class TestLoop:
     @pytest.mark.every_backend
     def test_replays_repeat_each_batch(self, tmp_path):
         """20 images in batches of 8, three times each: 6 steps an epoch."""
-        trained = loop(tmp_path, epochs=1, **{**FREE, "step_config": THRICE})
+        trained = loop(tmp_path, epochs=1, **{**FREE, "config": THRICE})
         trained.split = split(20)
         trained.__post_init__()
         seen = []
@@ -248,7 +253,7 @@ class TestLoop:
                 seen.append((indices, step, carried[0, 0, 0, 0]))
                 return [np.zeros(1), np.zeros(1), carried + 1]
 
-        trained.make_step = lambda model, optimizer, objective, **_: Recording(
+        trained.make_step = lambda model, optimizer, *_: Recording(
             None, model, optimizer
         )
         trained.train()
@@ -297,7 +302,7 @@ class TestLoop:
         model, optimizer = build()
         with pytest.raises(ValueError, match="batch of 64.*40 training"):
             training_loop.Loop(
-                model, optimizer, split(), tmp_path, 0, 64, epochs=1
+                model, optimizer, split(), tmp_path, 64, epochs=1
             )
 
     @pytest.mark.every_backend
@@ -503,12 +508,10 @@ class TestBest:
                     weight.assign(np.nan * ops.convert_to_numpy(weight))
                 return found
 
-        trained.make_step = lambda model, optimizer, objective, **settings: (
-            Breaking(
-                training_step.Step(model, objective, **settings),
-                model,
-                optimizer,
-            )
+        trained.make_step = lambda model, optimizer, *settings: Breaking(
+            training_step.Step(model, *settings),
+            model,
+            optimizer,
         )
         if choice == "restore":
             assert len(trained.train()) == 1
@@ -742,8 +745,7 @@ def test_keys_of_the_augmentation_do_not_depend_on_the_batch():
     run = training_step.Step(
         build()[0],
         training_step.STANDARD,
-        seed=5,
-        augmentation=AUGMENTATION,
+        StepOptions(seed=5, augmentation=AUGMENTATION),
     )
     images = ops.convert_to_tensor(data.read(np.arange(8)))
     labels = ops.convert_to_tensor(data.labels[:8])

@@ -13,6 +13,7 @@ from saccade.training import loop as training_loop
 from saccade.training import objectives, recipes
 from saccade.training import step as training_step
 from saccade.training.config import StepConfig
+from saccade.training.step import StepOptions
 
 pytestmark = pytest.mark.every_backend
 
@@ -47,9 +48,12 @@ class Linear:
         self.optimizer.build(self.model.trainable_variables)
         self.weights = self.weights.astype("float64")
 
-    def make_step(self, objective=training_step.STANDARD, **settings):
+    def make_step(
+        self, objective=training_step.STANDARD, steps_per_epoch=1, **settings
+    ):
+        options = StepOptions(**settings)
         return training_step.make_step(
-            self.model, self.optimizer, objective, **settings
+            self.model, self.optimizer, objective, options, steps_per_epoch
         )
 
     def gradients(self, images, labels, weights=None):
@@ -109,7 +113,7 @@ def test_l2_shrinks_only_kernels_of_convolutions_and_dense_layers():
     before = {id(v): numpy(v) for v in model.trainable_variables}
     shrunk = [model.layers[0].kernel, model.layers[-1].kernel]
     step_fn = training_step.make_step(
-        model, optimizer, Objective(zero_loss), l2=0.2
+        model, optimizer, Objective(zero_loss), StepOptions(l2=0.2)
     )
     images = np.random.default_rng(0).random((COUNT, 6, 6, 1)).astype("f4")
     _, labels, indices = batch()
@@ -187,7 +191,7 @@ def test_every_objective_trains_every_head(objective, settings):
         model,
         optimizer,
         config.build(CLASSES),
-        config=StepConfig(**settings),
+        StepOptions(config=StepConfig(**settings)),
     )
     images = np.random.default_rng(0).random((COUNT, 6, 6, 1)).astype("f4")
     _, labels, indices = batch()
@@ -293,7 +297,10 @@ def test_awp_updates_the_batch_statistics_once():
     optimizer = keras.optimizers.SGD(RATE)
     optimizer.build(model.trainable_variables)
     step_fn = training_step.make_step(
-        model, optimizer, FAST, config=StepConfig(awp=0.1)
+        model,
+        optimizer,
+        FAST,
+        StepOptions(config=StepConfig(awp=0.1)),
     )
     images, labels, indices = batch()
     step_fn(images, labels, indices, 0)
@@ -326,9 +333,10 @@ def test_all_replays_use_the_same_augmentation():
     run = training_step.Step(
         Linear().model,
         FAST,
-        seed=0,
-        augmentation=augment.Augmentation(flip=True, crop=0.8),
-        config=StepConfig(replays=3),
+        StepOptions(
+            augmentation=augment.Augmentation(flip=True, crop=0.8),
+            config=StepConfig(replays=3),
+        ),
     )
     images, labels, indices = map(ops.convert_to_tensor, batch())
     no_perturbation = ops.zeros_like(images)
@@ -385,11 +393,7 @@ def prepare(model, craft, train_mode=False, crafting_model=None):
     objective = Objective(None, craft)
     object.__setattr__(objective, "train_mode", train_mode)
     run = training_step.Step(
-        model,
-        objective,
-        seed=0,
-        augmentation=augment.Augmentation(),
-        crafting_model=crafting_model,
+        model, objective, StepOptions(crafting_model=crafting_model)
     )
     images, labels, indices = map(ops.convert_to_tensor, batch())
     run.prepare(images, labels, indices, 0)
