@@ -298,21 +298,13 @@ class AdversaryConfig(RecordSettings):
         folder: The folder of the run.
         evaluations: A tuple of `evaluation_config.EvaluationConfig`.
         options: Dict of model options that replace the run's.
+        run: The content of the run's `config.json`.
     """
 
     folder: pathlib.Path
     evaluations: tuple["evaluation_config.EvaluationConfig", ...]
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @functools.cached_property
-    def run(self) -> dict[str, Any]:
-        """The content of the run's `config.json`, read once.
-
-        Raises:
-            FileNotFoundError: If there is no such run.
-            ValueError: If a required field is missing.
-        """
-        return run_folder.read_config(self.folder, _REQUIRED)
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def hashes(self) -> dict[str, str]:
         """Returns the SHA-256 of the weights of the model and the surrogate.
@@ -383,9 +375,11 @@ class AdversaryConfig(RecordSettings):
 
 _HOW_TO_RESUME = "Run the same command again to continue from the saved state."
 _LOCK_TIMEOUT = 60.0  # Seconds to wait for another process to write a table.
-# Fields that the config of a run needs for attacks to be chosen and run.
-_REQUIRED_TO_CHOOSE = ("model", "dataset", "class_names", "image_shape")
-_REQUIRED = (*_REQUIRED_TO_CHOOSE, "model_options", "num_classes")
+# Fields that the config of a run needs.
+_REQUIRED = (
+    *("model", "dataset", "class_names", "image_shape"),
+    *("model_options", "num_classes"),
+)
 
 
 def config_from_flags(
@@ -404,9 +398,7 @@ def config_from_flags(
     given = program_flags.read(AdversaryFlags, values)
     _check_effect(given, values)
     folder, run = find_run(values)
-    run_folder.check_fields(
-        folder / run_folder.CONFIG, run, {}, _REQUIRED_TO_CHOOSE
-    )
+    run_folder.check_fields(folder / run_folder.CONFIG, run, {}, _REQUIRED)
     protocol = _protocol_of(given, run)
     shared = {
         name: getattr(given, name) for name in core_settings.of(RecordSettings)
@@ -419,6 +411,7 @@ def config_from_flags(
         folder=folder,
         evaluations=tuple(evaluations_of(given, run, protocol)),
         options=options,
+        run=run,
         **shared,
     )
 

@@ -6,6 +6,7 @@ import json
 import programs
 import pytest
 
+from saccade.core import run_folder
 from saccade.evaluation import published
 from saccade.evaluation.protocols import PROTOCOLS
 
@@ -334,7 +335,9 @@ def test_training_attack_is_read_from_the_run(tmp_path, adversarial, line):
     }
     (tmp_path / "config.json").write_text(json.dumps(run))
     (tmp_path / "attacks").mkdir()
-    config = adversary.AdversaryConfig(tmp_path, (), protocol="s3ta")
+    config = adversary.AdversaryConfig(
+        tmp_path, (), run=run_folder.read_config(tmp_path), protocol="s3ta"
+    )
     adversary.show_protocol(config, [])
     lines = (tmp_path / "attacks" / "s3ta.table.csv").read_text().splitlines()
     assert [x.split(",")[1] for x in lines if x.startswith("same,")] == [line]
