@@ -15,7 +15,7 @@ SGD and pinned memory, with the same three measurements. Rates are images per
 second, the median of the rounds.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,12 +24,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
 
 HERE = pathlib.Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE.parent))
+
+from saccade.cli import command_line  # noqa: E402
+from saccade.cli import flags as program_flags  # noqa: E402
+from saccade.core import names as known_names  # noqa: E402
+from saccade.core import run_folder  # noqa: E402
+from saccade.core.settings import setting  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+    from saccade.data import splits as image_splits
+    from saccade.training import engines
+    from saccade.training import loop as training_loop
 
 EPSILON = 4 / 255
 # Name: net, PGD steps, batch, side, steps of S3TA, precision.
@@ -56,63 +72,95 @@ CASES = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--size", choices=("full", "small"), default="full")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--data_dir", help="folder of JPEG files by class")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--output", help="JSON file of the results")
-    parser.add_argument("--profile", help="folder of a trace of ten steps")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    return parser.parse_args()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AcceleratorFlags:
+    """The flags of the program."""
+
+    cases: tuple[str, ...] = setting(
+        tuple(CASES), "Cases, separated by commas.", "all"
+    )
+    size: str = setting(
+        "full",
+        "Size of the images and batches.",
+        choices={"full": "", "small": "to try the program on a CPU"},
+    )
+    rounds: int = setting(3, "Rounds of each measurement.", minimum=1)
+    steps: int = setting(30, "Training steps in a round.", minimum=1)
+    data_dir: str | None = setting(
+        None, "Folder of JPEG files by class.", "none: no files are read"
+    )
+    workers: int | None = setting(
+        None,
+        "Processes that read files for PyTorch.",
+        "the number of cores",
+        minimum=1,
+    )
+    output: str | None = setting(None, "JSON file of the results.", "none")
+    profile: str | None = setting(
+        None, "Folder of a trace of ten steps on JAX.", "none"
+    )
+    case: str | None = setting(
+        None,
+        "One case, which the program runs in a process of its own.",
+        "none: all cases",
+    )
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(AcceleratorFlags, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a case measures."""
+
+    net: str
+    pgd_steps: int
+    batch_size: int
+    side: int
+    attention_steps: int
+    precision: str
+    classes: int
 
 
 # --- One case, in a child process --------------------------------------------
 
 
-def wait(found: dict) -> None:
+def wait(found: Mapping[str, Any]) -> None:
     """Says that the case is compiled and waits for its turn."""
     print("ready", json.dumps(found), flush=True)
     sys.stdin.readline()
 
 
-def settings_of(case: str, options: argparse.Namespace) -> dict:
-    """Returns what a case measures."""
-    precision, row, _ = CASES[case]
+def case_of(name: str, size: str) -> Case:
+    """Returns what the case of a name measures.
+
+    Args:
+        name: One of `CASES`.
+        size: "full" or "small".
+    """
+    precision, row, _ = CASES[name]
     net, pgd, batch, side, steps = _NETS[row]
-    if options.size == "small":  # To try the script on a CPU.
+    if size == "small":
         batch, side = 8, min(side, 64)
-        if net == "resnet50":
-            side = 64
     classes = 10 if side in (32, 320) else 1000
-    if net == "multi_gaze":  # A step takes several times as long.
-        options.steps = max(2, options.steps // 4)
-    return {
-        "net": net,
-        "pgd_steps": pgd,
-        "batch_size": batch,
-        "side": side,
-        "attention_steps": steps,
-        "precision": precision,
-        "classes": classes,
-    }
+    return Case(net, pgd, batch, side, steps, precision, classes)
 
 
-def in_memory(case: dict, count: int) -> tuple:
+def in_memory(case: Case, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Random images, uint8, and labels, for `count` batches."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    n, side = count * case["batch_size"], case["side"]
+    n, side = count * case.batch_size, case.side
     images = rng.integers(0, 256, (n, side, side, 3), "uint8")
-    return images, rng.integers(0, case["classes"], n).astype("int32")
+    return images, rng.integers(0, case.classes, n).astype("int32")
 
 
-def saccade_case(case: dict, options: argparse.Namespace) -> dict:
+def saccade_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     """Times our step and our loop."""
     import jax
 
@@ -123,9 +171,15 @@ def saccade_case(case: dict, options: argparse.Namespace) -> dict:
     split = image_splits.Split("train", labels, images.__getitem__)
     started = time.perf_counter()
     loop = make_loop(case, split, options)
-    engine = loop.make_step(loop.model, loop.optimizer, loop.objective)
+    engine = loop.make_step(
+        loop.model,
+        loop.optimizer,
+        loop.objective,
+        loop.options,
+        loop.steps_per_epoch,
+    )
     batches = pipeline.batches(
-        split, range(len(labels)), case["batch_size"], stored=True
+        split, range(len(labels)), case.batch_size, stored=True
     )
     placed = engine.place(*next(batches))
     engine.fetch(engine.take([placed], 0))
@@ -154,7 +208,9 @@ def saccade_case(case: dict, options: argparse.Namespace) -> dict:
     }
 
 
-def step_rate(case: dict, engine: Any, placed: Any, steps: int) -> float:
+def step_rate(
+    case: Case, engine: "engines.Engine", placed: Any, steps: int
+) -> float:
     """Images per second of steps on a batch that lies on the device."""
     started = time.perf_counter()
     for step in range(steps):
@@ -163,12 +219,12 @@ def step_rate(case: dict, engine: Any, placed: Any, steps: int) -> float:
     return rate(case, steps, started)
 
 
-def rate(case: dict, steps: int, started: float) -> float:
+def rate(case: Case, steps: int, started: float) -> float:
     """Images per second since `started`."""
-    return steps * case["batch_size"] / (time.perf_counter() - started)
+    return steps * case.batch_size / (time.perf_counter() - started)
 
 
-def summary(rates: dict) -> dict:
+def summary(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The median and all rounds of each measurement."""
     return {
         name: {
@@ -180,8 +236,11 @@ def summary(rates: dict) -> dict:
 
 
 def make_loop(
-    case: dict, split: Any, options: argparse.Namespace, like: Any = None
-) -> Any:
+    case: Case,
+    split: "image_splits.Split",
+    options: AcceleratorFlags,
+    like: "training_loop.Loop | None" = None,
+) -> "training_loop.Loop":
     """Builds our training loop; with `like`, on the same model."""
     from saccade.attacks import gradient
     from saccade.training import checkpoints, loop, objectives, recipes
@@ -189,17 +248,17 @@ def make_loop(
     import model_backbone  # noqa: F401 -- Registers the models.
 
     if like is None:
-        more = {}
-        if case["net"] == "s3ta":
+        more: dict[str, Any] = {}
+        if case.net == "s3ta":
             more = {
                 "vision": "resnet50",
-                "num_steps": case["attention_steps"],
+                "num_steps": case.attention_steps,
             }
         model = checkpoints.create(
-            case["net"],
-            dtype=case["precision"],
-            num_classes=case["classes"],
-            image_shape=(case["side"], case["side"], 3),
+            case.net,
+            dtype=case.precision,
+            num_classes=case.classes,
+            image_shape=(case.side, case.side, 3),
             **more,
         )
         recipe = recipes.Recipe(optimizer="sgd", learning_rate=0.01)
@@ -208,16 +267,15 @@ def make_loop(
         model, optimizer = like.model, like.optimizer
     attack = gradient.PGD(
         epsilon=EPSILON,
-        steps=case["pgd_steps"],
-        step_size=2.5 * EPSILON / case["pgd_steps"],
+        steps=case.pgd_steps,
+        step_size=2.5 * EPSILON / case.pgd_steps,
     )
     return loop.Loop(
         model=model,
         optimizer=optimizer,
         split=split,
         folder=pathlib.Path(tempfile.mkdtemp()),
-        seed=0,
-        batch_size=case["batch_size"],
+        batch_size=case.batch_size,
         epochs=options.rounds + 1,
         objective=objectives.Madry(attack),
         log_every=10,
@@ -226,32 +284,32 @@ def make_loop(
     )
 
 
-def trained(loop: Any, engine: Any) -> list[float]:
+def trained(
+    loop: "training_loop.Loop", engine: "engines.Engine"
+) -> list[float]:
     """Images per second of each epoch after the first."""
-    loop.make_step = lambda *args, **settings: engine
+    loop.make_step = lambda *_: engine
     history = loop.train()
     count = loop.steps_per_epoch * loop.batch_size
     return [count / row["seconds"] for row in history[1:]]
 
 
-def files(case: dict, options: argparse.Namespace) -> Any:
+def files(case: Case, options: AcceleratorFlags) -> "image_splits.Split":
     """The training split of the JPEG files, as often as the steps need it."""
-    import numpy as np
-
     import datasets
 
     datasets.IN_MEMORY_BYTES = 0  # Otherwise so few files are decoded once.
     split = datasets.load(
         "folder",
         data_dir=options.data_dir,
-        image_size=case["side"],
+        image_size=case.side,
         validation_fraction=0.0,
     ).train
-    wanted = options.steps * case["batch_size"]
+    wanted = options.steps * case.batch_size
     return split.subset(np.resize(np.arange(len(split)), wanted))
 
 
-def torch_case(case: dict, options: argparse.Namespace) -> dict:
+def torch_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     """Times the same step and a plain loop in PyTorch."""
     import torch
 
@@ -259,7 +317,7 @@ def torch_case(case: dict, options: argparse.Namespace) -> dict:
     take = torch_take(case, device)
     images, labels = in_memory(case, options.steps)
     pinned = [torch.from_numpy(a) for a in (images, labels.astype("int64"))]
-    first = [a[: case["batch_size"]].to(device) for a in pinned]
+    first = [a[: case.batch_size].to(device) for a in pinned]
     started = time.perf_counter()
     for _ in range(3):
         take(*first).item()
@@ -274,7 +332,7 @@ def torch_case(case: dict, options: argparse.Namespace) -> dict:
         rates["step"].append(rate(case, options.steps, started))
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(*pinned),
-        case["batch_size"],
+        case.batch_size,
         shuffle=True,
         num_workers=4 if device == "cuda" else 0,
         pin_memory=device == "cuda",
@@ -288,7 +346,7 @@ def torch_case(case: dict, options: argparse.Namespace) -> dict:
     return {**summary(rates), "peak_gb": round(peak / 2**30, 2)}
 
 
-def torch_take(case: dict, device: str) -> Callable[..., Any]:
+def torch_take(case: Case, device: str) -> Callable[..., Any]:
     """Returns the step of PyTorch: from images and labels to the loss."""
     import torch
     import torch_nets
@@ -296,13 +354,13 @@ def torch_take(case: dict, device: str) -> Callable[..., Any]:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     net = torch_nets.make(
-        case["net"], case["side"], case["classes"], case["attention_steps"]
+        case.net, case.side, case.classes, case.attention_steps
     )
     net = net.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         net.parameters(), 0.01, momentum=0.9, fused=device == "cuda"
     )
-    half = case["precision"] == _BFLOAT16
+    half = case.precision == _BFLOAT16
     autocast = torch.autocast(device, torch.bfloat16, enabled=half)
     compiled = torch.compile(net) if device == "cuda" else net
 
@@ -316,7 +374,7 @@ def torch_take(case: dict, device: str) -> Callable[..., Any]:
             images,
             labels,
             EPSILON,
-            case["pgd_steps"],
+            case.pgd_steps,
             autocast,
         )
 
@@ -324,15 +382,15 @@ def torch_take(case: dict, device: str) -> Callable[..., Any]:
 
 
 def torch_epochs(
-    case: dict,
+    case: Case,
     take: Callable[..., Any],
-    loader: Iterable,
-    options: argparse.Namespace,
+    loader: Iterable[Any],
+    options: AcceleratorFlags,
 ) -> list[float]:
     """Images per second of each epoch after the first."""
     found = []
     for _ in range(options.rounds + 1):
-        started, count, loss = time.perf_counter(), 0, None
+        started, count = time.perf_counter(), 0
         for images, labels in loader:
             loss, count = take(images, labels), count + 1
             if count % 10 == 0:
@@ -353,45 +411,49 @@ class _Files:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        import numpy as np
+    def __getitem__(self, index: int) -> tuple["torch.Tensor", int]:
         import PIL.Image
         import torch
 
         with PIL.Image.open(self.paths[index % len(self.paths)]) as image:
             image.draft("RGB", (self.side, self.side))
-            image = image.convert("RGB").resize(
+            square = image.convert("RGB").resize(
                 (self.side, self.side), PIL.Image.Resampling.BILINEAR
             )
-        return torch.from_numpy(np.array(image)), index % 10
+        return torch.from_numpy(np.array(square)), index % 10
 
 
-def torch_files(case: dict, options: argparse.Namespace) -> Iterable:
+def torch_files(case: Case, options: AcceleratorFlags) -> Iterable[Any]:
     """A data loader with worker processes."""
     import torch
 
-    count = options.steps * case["batch_size"]
+    if options.data_dir is None:
+        raise ValueError("Expected --data_dir to read files. Received: none.")
+    count = options.steps * case.batch_size
     return torch.utils.data.DataLoader(
-        _Files(options.data_dir, case["side"], count),
-        case["batch_size"],
+        _Files(options.data_dir, case.side, count),
+        case.batch_size,
         shuffle=True,
-        num_workers=options.workers,
+        num_workers=options.workers or os.cpu_count() or 1,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=True,
     )
 
 
-def child(name: str, options: argparse.Namespace) -> None:
+def child(name: str, options: AcceleratorFlags) -> None:
     """Runs one case."""
-    case = settings_of(name, options)
+    case = case_of(name, options.size)
+    if case.net == "multi_gaze":  # A step takes several times as long.
+        options = dataclasses.replace(options, steps=max(2, options.steps // 4))
     run = saccade_case if CASES[name][2] == "saccade" else torch_case
-    print("result", json.dumps({**case, **run(case, options)}), flush=True)
+    found = {**dataclasses.asdict(case), **run(case, options)}
+    print("result", json.dumps(found), flush=True)
 
 
 # --- All cases ---------------------------------------------------------------
 
 
-def start(name: str) -> subprocess.Popen:
+def start(name: str) -> subprocess.Popen[str]:
     """Starts the process of a case, with its output in a file beside ours."""
     backend = "jax" if CASES[name][2] == "saccade" else "torch"
     env = {
@@ -408,36 +470,40 @@ def start(name: str) -> subprocess.Popen:
     )
 
 
-def line(process: subprocess.Popen, word: str) -> dict:
+def line(process: subprocess.Popen[str], word: str) -> dict[str, Any]:
     """Reads the output of a case up to its next message."""
-    for text in process.stdout:
+    for text in process.stdout or ():
         if text.startswith(word):
             return json.loads(text[len(word) :])
     return {"error": f"exit status {process.wait()}"}
 
 
-def main() -> None:
-    """Runs the chosen cases and prints a table."""
-    options = arguments()
-    if options.case:
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs the chosen cases and prints a table.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
+    with command_line.guard():
+        options = program_flags.read(AcceleratorFlags, values)
+        for name in options.cases:
+            known_names.require_known("cases", name, CASES)
+        if options.case is not None:
+            known_names.require_known("case", options.case, CASES)
+    if options.case is not None:
         child(options.case, options)
         return
-    from saccade.core import run_folder
-
     made = run_folder.provenance()
     started = time.monotonic()
-    running = {name: start(name) for name in options.cases.split(",")}
+    running = {name: start(name) for name in options.cases}
     ready = {name: line(process, "ready") for name, process in running.items()}
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, process in running.items():
+        results[name] = ready[name]
         if "error" not in ready[name]:
-            process.stdin.write("go\n")
-            process.stdin.flush()
+            _begin(process)
             results[name] = {**ready[name], **line(process, "result")}
-        else:
-            results[name] = ready[name]
-        process.stdin.close()
-        process.wait()
+        process.communicate()
         print(row(name, results[name]), flush=True)
         if options.output:  # Written as it grows.
             record = {"provenance": made, "cases": results}
@@ -445,7 +511,14 @@ def main() -> None:
     print(f"{time.monotonic() - started:.0f} s in all")
 
 
-def row(name: str, found: dict) -> str:
+def _begin(process: subprocess.Popen[str]) -> None:
+    """Tells a case that waits that it is its turn."""
+    if process.stdin is not None:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+
+def row(name: str, found: Mapping[str, Any]) -> str:
     """One line of the table."""
     if "error" in found:
         return f"{name:20} {found['error']}"
@@ -461,4 +534,5 @@ def row(name: str, found: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

@@ -10,7 +10,7 @@ training, bit for bit. 20 kills take about ten minutes on two cores. The results
 go to kills.json in the folder, which grows with each kill.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,16 +22,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import h5py
 import numpy as np
+from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from saccade.cli import command_line  # noqa: E402
+from saccade.cli import flags as program_flags  # noqa: E402
+from saccade.core import settings as core_settings  # noqa: E402
+from saccade.core.settings import setting  # noqa: E402
+
 TRAINING = (
     "--model=madry_cnn --width=2 --dataset=cluttered_digits --adv_train=1 "
     "--adv_steps=2 --batch_size=50 --robust_validation=0 --save_every=0.5 "
     "--log_every=1 --distribute=multi_worker --num_processes=2"
 ).split()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KillsFlags:
+    """The flags of the program."""
+
+    kills: int = setting(20, "Number of kills.", minimum=1)
+    epochs: int = setting(40, "Epochs of the training.", minimum=1)
+    seed: int = core_settings.SEED.field(
+        0, doc="Seed of the moments and of the processes that are killed."
+    )
+    out: str = setting("kills", "Folder of the trainings and of the results.")
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    program_flags.define(KillsFlags, values)
 
 
 def free_port() -> int:
@@ -85,7 +115,7 @@ def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def kill_one(
     workers: Sequence[subprocess.Popen[str]], draw: random.Random
-) -> dict:
+) -> dict[str, Any]:
     """Kills one process at a random moment; waits for the other.
 
     Returns:
@@ -117,14 +147,13 @@ def kill_one(
     }
 
 
-def main() -> None:
-    """Runs the trainings and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="kills")
-    options = parser.parse_args()
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Runs the trainings and prints the result.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
+    options = program_flags.read(KillsFlags, values)
     out = pathlib.Path(options.out)
     whole, killed = out / "whole", out / "killed"
     epochs = f"--epochs={options.epochs}"
@@ -151,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

@@ -20,7 +20,10 @@ import model_backbone
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs/flags.md").read_text()
 GROUPED = ("trainer", "adversary")
-PROGRAMS = (*GROUPED, "speed", "parity", "tables")
+PROGRAMS = (
+    *(*GROUPED, "speed", "parity", "accelerator"),
+    *("tables", "kills"),
+)
 
 
 def load(name):
@@ -151,7 +154,9 @@ def test_help_needs_no_keras_and_ends_well(program):
         ("trainer", ["--helpfull"]),
         ("benchmarks/speed", ["--help"]),
         ("benchmarks/parity", ["--help"]),
+        ("benchmarks/accelerator", ["--help"]),
         ("experiments/figures", ["--help"]),
+        ("experiments/kills", ["--help"]),
         ("experiments/tables", ["--help"]),
         ("experiments/table", ["--help"]),
         ("experiments/publish", ["--help"]),
