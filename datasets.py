@@ -31,6 +31,7 @@ from saccade.data import (
     formats,
     imagenet,
     listings,
+    packed,
     tfds_folders,
     tfrecord,
 )
@@ -214,6 +215,47 @@ def require(
     _find(_Request(name=name, data_dir=folder, download=download))
 
 
+def stored_images(
+    name: str,
+    *,
+    data_dir: str | pathlib.Path | None = None,
+    class_list_file: str | None = None,
+    download: bool = False,
+) -> tuple[tuple[str, ...], dict[str, image_files.Encoded], str]:
+    """Finds the images of a set of photographs as they are stored.
+
+    Args:
+        name, data_dir, class_list_file, download: As for `load`.
+
+    Returns:
+        `(classes, splits, source)`: the class folders or wnids in the order of
+        the class ids, a dict from the names of the splits to their images, and
+        where these lie.
+
+    Raises:
+        ValueError, FileNotFoundError: As `load`; or if it is another set, or a
+            pack.
+    """
+    photographs = ("folder", *_IMAGENETS)
+    known_names.require("dataset", name, photographs)
+    request = _Request(
+        name=name,
+        data_dir=_data_folder(name, data_dir, download),
+        class_list_file=class_list_file,
+        download=download,
+    )
+    _check(request)
+    found = _find(request)
+    if _is_pack(found):
+        raise ValueError(f"{found[0].parent} is a pack already.")
+    if name == "folder":
+        classes, encoded, source = _folder_images(request, found)
+    else:
+        classes, _, _ = _class_list(request)
+        encoded, source = _imagenet_images(request, found, classes)
+    return tuple(classes), encoded, source
+
+
 def _check(request: _Request) -> None:
     """Raises a ValueError if an argument of `load` does not fit."""
     name, fraction = request.name, request.validation_fraction
@@ -271,6 +313,10 @@ def _find(request: _Request) -> list[pathlib.Path]:
     """The paths a set begins with; none if it is embedded or in TFDS."""
     row = _TABLE[request.name]
     found = []
+    pack = request.data_dir and packed.find(request.data_dir, request.name)
+    if pack:
+        _require_dataset(pack, request.name)
+        return [pack]
     if request.data_dir and row.pattern:
         for place in ("", *row.places):
             for folder in (request.data_dir, request.data_dir / request.name):
@@ -284,6 +330,17 @@ def _find(request: _Request) -> list[pathlib.Path]:
     ):
         return []
     raise _missing(request, row.begins_with)
+
+
+def _require_dataset(pack: pathlib.Path, name: str) -> None:
+    """Raises a ValueError if a pack is not one of a data set."""
+    held = packed.read(pack).content["dataset"]
+    if held == name or {held, name} <= set(_SUBSETS):
+        return
+    raise ValueError(
+        f"{pack.parent} is a pack of {held}. Received: dataset={name!r}. "
+        f"Choose --dataset={held}, or another --data_dir."
+    )
 
 
 def _missing(request: _Request, looked_for: str) -> FileNotFoundError:
@@ -569,7 +626,8 @@ def _checked(
             decodes=not in_memory,
         )
         # Validation images count with those they are trained beside.
-        skipped["test" if name == "test" else "train"] += len(corrupt)
+        left_out = len(corrupt) + images.left_out
+        skipped["test" if name == "test" else "train"] += left_out
         if corrupt:
             split = split.subset(np.delete(np.arange(len(split)), corrupt))
         _check_classes(split, class_names, request)
@@ -593,6 +651,28 @@ def _check_classes(
 def _load_folder(
     request: _Request, found: list[pathlib.Path]
 ) -> image_splits.Dataset:
+    classes, encoded, source = _folder_images(request, found)
+    resize = request.resize or "short_side"
+    if _is_pack(found):
+        size = request.image_size or image_files.common_size(encoded.values())
+        packed.read(found[0]).require_size(size, resize)
+    else:
+        size = request.image_size or request.files.common_size(encoded)
+    return _encoded_dataset(request, classes, encoded, source, size, resize)
+
+
+def _is_pack(found: Sequence[pathlib.Path]) -> bool:
+    """Whether what `_find` found is a pack."""
+    return bool(found) and found[0].name == packed.NAME
+
+
+def _folder_images(
+    request: _Request, found: list[pathlib.Path]
+) -> tuple[Sequence[str], dict[str, image_files.Encoded], str]:
+    """The names of the class folders, the images, and where they lie."""
+    if _is_pack(found):
+        pack = packed.read(found[0])
+        return pack.classes, pack.encoded(), pack.describe()
     train = found[0]
     root = train.parent
     held = class_folders.first_folder(root, ("val", "validation", "valid"))
@@ -622,30 +702,23 @@ def _load_folder(
         encoded[split] = request.files.add(
             split, listing, image_files.of_files(*files)
         )
-    size = request.image_size or request.files.common_size(encoded)
-    resize = request.resize or "short_side"
-    return _encoded_dataset(request, classes, encoded, str(root), size, resize)
+    return classes, encoded, str(root)
 
 
 _BOXED = "bbox_imagenet10"
 _IMAGENETS = ("imagenette", "imagenet10", "imagenet100", "imagenet", _BOXED)
+_SUBSETS = ("imagenet10", "imagenet100", "imagenet")  # Of the same files.
 
 
 def _load_imagenet(
     request: _Request, found: list[pathlib.Path]
 ) -> image_splits.Dataset:
-    wnids, class_names, record = imagenet.class_list(
-        request.class_list_file
-        or imagenet.CLASS_LISTS / f"{request.name.removeprefix('bbox_')}.txt",
-        imagenet.CLASS_LISTS / "imagenet.txt",
-    )
+    wnids, class_names, record = _class_list(request)
     size = request.image_size or (160 if request.name == "imagenette" else 320)
     resize = request.resize or ("handover" if size == 320 else "short_side")
-    if found:
-        source = str(found[0].parent)
-        encoded = _imagenet_files(request, found[0], wnids)
-    else:
-        encoded, source = _tfds_images(request, wnids)
+    encoded, source = _imagenet_images(request, found, wnids)
+    if _is_pack(found):
+        packed.read(found[0]).require_size(size, resize)
     return _encoded_dataset(
         request,
         class_names,
@@ -655,6 +728,31 @@ def _load_imagenet(
         resize,
         class_list=record,
     )
+
+
+def _class_list(
+    request: _Request,
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """The wnids, the names of the classes, and the record of the list."""
+    return imagenet.class_list(
+        request.class_list_file
+        or imagenet.CLASS_LISTS / f"{request.name.removeprefix('bbox_')}.txt",
+        imagenet.CLASS_LISTS / "imagenet.txt",
+    )
+
+
+def _imagenet_images(
+    request: _Request, found: list[pathlib.Path], wnids: Sequence[str]
+) -> tuple[dict[str, image_files.Encoded], str]:
+    """The images of some classes, and where they lie."""
+    if _is_pack(found):
+        pack = packed.read(found[0])
+        splits = ("test",) if request.test_only else None
+        return pack.encoded(splits, wnids), pack.describe()
+    if found:
+        files = _imagenet_files(request, found[0], wnids)
+        return files, str(found[0].parent)
+    return _tfds_images(request, wnids)
 
 
 def _imagenet_files(

@@ -375,15 +375,22 @@ def _fit(
 ) -> Image.Image:
     if size is None:
         return image
-    short = min(image.size)
-    wanted = round(size / _CENTRAL) if resize == "central_crop" else size
-    if resize in ("short_side", "central_crop") or short < size:
-        sides = [
-            max(wanted, round(side * wanted / short)) for side in image.size
-        ]
-        image = image.resize(sides, Image.Resampling.BILINEAR)
+    if resize in ("short_side", "central_crop") or min(image.size) < size:
+        image = with_short_side(image, short_side(size, resize))
     left, top = [(side - size) // 2 for side in image.size]
     return image.crop((left, top, left + size, top + size))
+
+
+def short_side(size: int, resize: str | None) -> int:
+    """Returns the short side that `decode` brings an image to, in pixels."""
+    return round(size / _CENTRAL) if resize == "central_crop" else size
+
+
+def with_short_side(image: Image.Image, length: int) -> Image.Image:
+    """Resizes an image; its short side becomes `length` pixels."""
+    short = min(image.size)
+    sides = [max(length, round(side * length / short)) for side in image.size]
+    return image.resize(sides, Image.Resampling.BILINEAR)
 
 
 def is_complete(tail: bytes, form: str | None) -> bool:

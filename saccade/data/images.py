@@ -47,6 +47,11 @@ class Encoded:
         box: None, or a callable from an index to the box that the image is
             cropped to, see `decode`; it raises `CorruptImageError`, too.
         paths: None, or the paths of the files.
+        digests: None, or one number an image, uint64 of shape `(n,)`: the
+            first eight bytes of the SHA-256 of its encoded bytes.
+        sides: None, or width and height of each image as it is stored, int32
+            of shape `(n, 2)`.
+        left_out: Number of unreadable images that are not among these.
     """
 
     labels: np.ndarray
@@ -56,6 +61,9 @@ class Encoded:
     check: Callable
     box: Callable | None = None
     paths: Sequence[str | pathlib.Path] | None = None
+    digests: np.ndarray | None = None
+    sides: np.ndarray | None = None
+    left_out: int = 0
 
 
 def _check_file(path: Any) -> None:
@@ -322,11 +330,10 @@ def common_size(encoded: Iterable[Encoded]) -> int:
         ValueError: If they are not all squares of one size, or none is one.
     """
     common = None
-    paths = (e.describe(i) for e in encoded for i in range(len(e.labels)))
-    for path in paths:
+    for images, i in ((e, i) for e in encoded for i in range(len(e.labels))):
+        path = images.describe(i)
         try:
-            with decoding.open_image(path) as image:
-                sides = image.size
+            sides = _stored_sides(images, i)
         except decoding.BROKEN:
             continue  # Named, or skipped, when it is decoded.
         common = common or sides
@@ -339,6 +346,15 @@ def common_size(encoded: Iterable[Encoded]) -> int:
     if common is None:
         raise ValueError("Not one file of the folder is an image.")
     return common[0]
+
+
+def _stored_sides(images: Encoded, i: int) -> tuple[int, int]:
+    """Returns width and height of an image as it is stored."""
+    if images.sides is not None:
+        width, height = images.sides[i].tolist()
+        return width, height
+    with decoding.open_image(images.describe(i)) as image:
+        return image.size
 
 
 # ---------------------------------------------------------------------------
@@ -364,7 +380,7 @@ def shared(train: Encoded, test: Encoded) -> list[tuple[str, str]]:
     """Finds training images that are test images too, byte for byte.
 
     Only images of the same size are read, and whole only if their ends are
-    the same.
+    the same. Of images that have digests only those with the same digest are.
 
     Returns:
         List of pairs of what the images are called, in the order of `train`.
@@ -372,6 +388,12 @@ def shared(train: Encoded, test: Encoded) -> list[tuple[str, str]]:
     chosen: list[Sequence[int]] = [
         range(len(images.labels)) for images in (train, test)
     ]
+    if train.digests is not None and test.digests is not None:
+        known = np.intersect1d(train.digests, test.digests)
+        chosen = [
+            np.flatnonzero(np.isin(digests, known)).tolist()
+            for digests in (train.digests, test.digests)
+        ]
     for key in (
         lambda images, i: images.size(i),
         lambda images, i: images.fetch(i, _END_BYTES),
