@@ -130,6 +130,8 @@ def test_ctrl_c_while_a_program_starts_is_one_line(program, module):
         f"        if name == {module!r}:\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
+        # A shell ignores the signal in what it starts in the background.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.argv = ['{program}.py']\n"
         f"runpy.run_path({program + '.py'!r}, run_name='__main__')\n"
     )
