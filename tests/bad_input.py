@@ -56,6 +56,7 @@ PROGRAMS = {
     "adversary": ROOT / "adversary.py",
     "speed": ROOT / "benchmarks" / "speed.py",
     "parity": ROOT / "benchmarks" / "parity.py",
+    "listing": ROOT / "benchmarks" / "listing.py",
     "tables": ROOT / "experiments" / "tables.py",
     "table": ROOT / "experiments" / "table.py",
     "figures": ROOT / "experiments" / "figures.py",

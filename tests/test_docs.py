@@ -20,6 +20,7 @@ PROGRAMS = {
     "adversary.py": "adversary",
     "benchmarks/speed.py": "benchmarks/speed",
     "benchmarks/parity.py": "benchmarks/parity",
+    "benchmarks/listing.py": "benchmarks/listing",
 }
 # Words in command lines that stand for a value.
 PLACEHOLDERS = {"EPSILON": "0.1", "SEED": "0"}

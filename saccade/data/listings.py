@@ -466,7 +466,7 @@ class Listings:
         if not {"train", "test"} <= self._splits.keys():
             return image_files.shared(train, test)
         splits = (self._splits["train"], self._splits["test"])
-        places = [checks.images.paths or () for checks in splits]
+        places = [checks.paths for checks in splits]
 
         def compare() -> tuple[list[list[int]], bool]:
             marked = [checks.noting() for checks in splits]
@@ -542,7 +542,7 @@ class _Checks:
     def __init__(self, listing: Listing, images: image_files.Encoded) -> None:
         self._lock = threading.RLock()  # Threads ask at the same time.
         self.listing, self.images = listing, images
-        self.paths = images.paths or ()
+        self.paths = [os.fspath(path) for path in images.paths or ()]
         self.states = np.zeros(len(self.paths), np.uint8)
         self.failed = False
 

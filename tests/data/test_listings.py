@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import programs
 import pytest
 from pictures import noise, one_line, save
 
@@ -14,7 +16,9 @@ from saccade.data import decoding, listings
 from saccade.data import folders as class_folders
 from saccade.data import images as image_files
 
+import adversary
 import datasets
+import trainer
 
 CLASSES = ("a", "b", "c")
 
@@ -401,6 +405,42 @@ def test_never_names_a_damaged_file_when_it_is_read(data, load):
     with pytest.raises(datasets.CorruptImageError) as error:
         load.data.train.read([12])
     assert str(path) in one_line(error)
+
+
+def train(data, runs, *arguments):
+    line = (
+        f"--dataset=folder --data_dir={data} --runs_dir={runs} --image_size=16 "
+        "--model=resnet --backbone=simple_cnn --width=8 --epochs=1 "
+        "--batch_size=4 --augmentation=none --validation_fraction=0"
+    )
+    return programs.parse("trainer", *shlex.split(line), *arguments)
+
+
+@pytest.mark.slow
+def test_training_stops_at_a_damaged_file(data, load, tmp_path, capsys):
+    path = data / "train" / "c" / "3.jpg"
+    empty(path)
+    values = train(data, tmp_path / "runs", "--check_files=never")
+    status, _, err = programs.outcome(trainer.main, capsys, values)
+    assert status == 2 and str(path) in err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_training_and_attack_share_the_index(data, load, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    status, _, err = programs.outcome(trainer.main, capsys, train(data, runs))
+    assert (status, err) == (0, "")
+    checked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_files, "_check_file", checked.append)
+        values = programs.parse(
+            "adversary",
+            *("--attack=fgsm", "--epsilon=0.1", f"--runs_dir={runs}"),
+        )
+        status, _, err = programs.outcome(adversary.main, capsys, values)
+    assert (status, err, checked) == (0, "", [])
+    assert len(indices(tmp_path)) == 2
 
 
 def test_what_an_interrupted_check_found_is_kept(data, load, monkeypatch):
