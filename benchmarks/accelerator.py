@@ -179,7 +179,7 @@ def saccade_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
         loop.steps_per_epoch,
     )
     batches = pipeline.batches(
-        split, range(len(labels)), case.batch_size, stored=True
+        split, np.arange(len(labels)), case.batch_size, stored=True
     )
     placed = engine.place(*next(batches))
     engine.fetch(engine.take([placed], 0))
@@ -299,12 +299,13 @@ def files(case: Case, options: AcceleratorFlags) -> "image_splits.Split":
     import datasets
 
     datasets.IN_MEMORY_BYTES = 0  # Otherwise so few files are decoded once.
-    split = datasets.load(
+    data = datasets.load(
         "folder",
         data_dir=options.data_dir,
         image_size=case.side,
         validation_fraction=0.0,
-    ).train
+    )
+    split = data.training
     wanted = options.steps * case.batch_size
     return split.subset(np.resize(np.arange(len(split)), wanted))
 

@@ -21,7 +21,10 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -36,6 +39,12 @@ from saccade.core import settings as core_settings  # noqa: E402
 from saccade.core.settings import setting  # noqa: E402
 
 import datasets  # noqa: E402
+
+if TYPE_CHECKING:
+    import keras
+    import torch
+
+    from saccade.data import splits as image_splits
 
 OURS = ("saccade", "saccade_bfloat16")
 # By the module of each.
@@ -56,8 +65,8 @@ ORDERS = {"l1": 1, "l2": 2, "linf": math.inf}
 class ParityFlags:
     """The flags of the program."""
 
-    run: str | None = setting(
-        None, "Folder of the run that is attacked.", "none: required"
+    run: str = setting(
+        "", "Folder of the run that is attacked.", "none: required"
     )
     data_dir: str | None = setting(
         None,
@@ -70,8 +79,8 @@ class ParityFlags:
         "compared in l2 and l1.",
     )
     # Text, because the names of the results have it as it is written.
-    epsilon: str | None = setting(
-        None,
+    epsilon: str = setting(
+        "",
         "Radius of the ball, in units of the pixel range: 0.3 or 8/255, for "
         "example.",
         "none: required",
@@ -111,7 +120,24 @@ class ParityFlags:
     )
 
 
-def define_flags(values=flags.FLAGS):
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an attack needs to know of the comparison.
+
+    Attributes:
+        epsilon: The radius, in units of the pixel range.
+        classes: The number of classes.
+    """
+
+    epsilon: float
+    classes: int
+
+
+# From images and labels to adversarial images, all on channels first.
+Attacker: TypeAlias = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -120,7 +146,15 @@ def define_flags(values=flags.FLAGS):
     program_flags.define(ParityFlags, values)
 
 
-def ours(given, library, attack, model, split, order, context):
+def ours(
+    given: ParityFlags,
+    library: str,
+    attack: str,
+    model: "keras.Model",
+    split: "image_splits.Split",
+    order: Iterable[int],
+    context: Context,
+) -> tuple[np.ndarray, list[float]]:
     """Runs one of our attacks; returns (adversarial images, times)."""
     from saccade.attacks import autoattack, square
     from saccade.attacks import gradient as gradient_attacks
@@ -129,10 +163,10 @@ def ours(given, library, attack, model, split, order, context):
 
     import model_backbone
 
-    ball = {"norm": given.norm, "epsilon": context["epsilon"]}
+    ball: dict[str, Any] = {"norm": given.norm, "epsilon": context.epsilon}
     suite = autoattack.AutoAttack(**ball)
     apgd, apgd_t, fab_t, _ = suite.members()
-    attack = {
+    chosen = {
         "fgsm": gradient_attacks.FGSM(**ball),
         "pgd": gradient_attacks.PGD(
             **ball, steps=given.pgd_steps, keep="first", random_start=0
@@ -151,7 +185,7 @@ def ours(given, library, attack, model, split, order, context):
             given.run, dtype="mixed_bfloat16"
         )
     config = evaluation_config.EvaluationConfig(
-        attack,
+        chosen,
         indices=tuple(int(i) for i in order),
         batch_size=given.batch_size,
         seed=given.seed,
@@ -159,7 +193,7 @@ def ours(given, library, attack, model, split, order, context):
     )
     times = []
     # The second time nothing is traced: that is the speed of a long job.
-    for _ in range(2 if attack.name in ("fgsm", "pgd") else 1):
+    for _ in range(2 if attack in ("fgsm", "pgd") else 1):
         started = time.perf_counter()
         _, arrays = robust_evaluation.evaluate(
             model, split, config, surrogate=surrogate, save_images=-1
@@ -168,22 +202,29 @@ def ours(given, library, attack, model, split, order, context):
     return arrays["adversarial"], times
 
 
-def theirs(given, library, attack, model, images, labels, context):
+def theirs(
+    given: ParityFlags,
+    library: str,
+    attack: str,
+    model: "keras.Model",
+    images: np.ndarray,
+    labels: np.ndarray,
+    context: Context,
+) -> tuple[np.ndarray, list[float]] | None:
     """Runs another library's attack; returns (adversarial images, times).
 
     Returns None if the library does not have the attack.
     """
-    import numpy as np
     import torch
 
     class Channels(torch.nn.Module):
         """The model on channels first, as these libraries want it."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.keras_model = model
 
-        def forward(self, x):
+        def forward(self, x: "torch.Tensor") -> "torch.Tensor":
             x = x.permute(0, 2, 3, 1).contiguous()
             return self.keras_model(x, training=False)
 
@@ -213,11 +254,17 @@ def theirs(given, library, attack, model, images, labels, context):
     return torch.cat(parts).permute(0, 2, 3, 1).numpy(), [seconds]
 
 
-def run_torchattacks(given, attack, net, x, context):
+def run_torchattacks(
+    given: ParityFlags,
+    attack: str,
+    net: "torch.nn.Module",
+    x: "torch.Tensor",
+    context: Context,
+) -> Attacker:
     """Returns a call of an attack of torchattacks; see `theirs`."""
     import torchattacks as peers
 
-    epsilon, classes = context["epsilon"], context["classes"]
+    epsilon, classes = context.epsilon, context.classes
     steps = given.pgd_steps
     made = {
         "fgsm": lambda: peers.FGSM(net, eps=epsilon),
@@ -252,11 +299,18 @@ def run_torchattacks(given, attack, net, x, context):
     return lambda x, y: found(x, y).detach()
 
 
-def run_foolbox(given, attack, net, x, context):
+def run_foolbox(
+    given: ParityFlags,
+    attack: str,
+    net: "torch.nn.Module",
+    x: "torch.Tensor",
+    context: Context,
+) -> Attacker | None:
     """Returns a call of an attack of Foolbox, or None; see `theirs`."""
     import foolbox
 
-    epsilon, steps = context["epsilon"], given.pgd_steps
+    epsilon, steps = context.epsilon, given.pgd_steps
+    found: Any
     if attack == "fgsm":
         found = foolbox.attacks.LinfFastGradientAttack(random_start=False)
     elif attack == "pgd":
@@ -271,18 +325,24 @@ def run_foolbox(given, attack, net, x, context):
     return lambda x, y: found(bounded, x, y, epsilons=[epsilon])[1][0].detach()
 
 
-def run_art(given, attack, net, x, context):
+def run_art(
+    given: ParityFlags,
+    attack: str,
+    net: "torch.nn.Module",
+    x: "torch.Tensor",
+    context: Context,
+) -> Attacker | None:
     """Returns a call of an attack of ART, or None; see `theirs`."""
     import torch
     from art import estimators
     from art.attacks import evasion
 
-    epsilon, steps = context["epsilon"], given.pgd_steps
+    epsilon, steps = context.epsilon, given.pgd_steps
     classifier = estimators.classification.PyTorchClassifier(
         net,
         loss=torch.nn.CrossEntropyLoss(),
         input_shape=tuple(x.shape[1:]),
-        nb_classes=context["classes"],
+        nb_classes=context.classes,
         clip_values=(0.0, 1.0),
         device_type="cpu",
     )
@@ -317,7 +377,13 @@ def run_art(given, attack, net, x, context):
     return lambda x, y: torch.tensor(found.generate(x.numpy(), y.numpy()))
 
 
-def run_pyautoattack(given, attack, net, x, context):
+def run_pyautoattack(
+    given: ParityFlags,
+    attack: str,
+    net: "torch.nn.Module",
+    x: "torch.Tensor",
+    context: Context,
+) -> Attacker | None:
     """Returns a call of members of AutoAttack, or None; see `theirs`.
 
     Args:
@@ -325,7 +391,7 @@ def run_pyautoattack(given, attack, net, x, context):
         attack: One of `ATTACKS`.
         net: The model, a `torch.nn.Module` on images with channels first.
         x: The images, unused.
-        context: Dict with the "epsilon" of the attack.
+        context: What the attack needs to know.
 
     Returns:
         A callable from a batch of images and labels to adversarial images;
@@ -339,23 +405,21 @@ def run_pyautoattack(given, attack, net, x, context):
     suite = pyautoattack.AutoAttack(
         net,
         norm=names[given.norm],
-        eps=context["epsilon"],
+        eps=context.epsilon,
         seed=given.seed,
         version="standard",
     )
     suite.attacks_to_run = MEMBERS[attack]
     suite.square.n_queries = given.queries
 
-    def run(x, y):
+    def run(x: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":
         return suite.run_standard_evaluation(x, y, batch_size=len(x))[0]
 
     return run
 
 
-def job(given, name):
+def job(given: ParityFlags, name: str) -> None:
     """Runs one job and writes its result."""
-    import numpy as np
-
     from saccade.attacks import runner
     from saccade.core import metrics
     from saccade.evaluation import checks as evaluation_checks
@@ -365,7 +429,7 @@ def job(given, name):
     library, attack = name.split("/")
     model, run = model_backbone.load_run(given.run)
     data = datasets.load_data(run, given.data_dir)
-    split = datasets.split_of(given.run, run, data, "test")
+    split = datasets.split_of(pathlib.Path(given.run), run, data, "test")
     evaluation_checks.check_fit(model, split)
     order = np.random.default_rng(given.seed).permutation(len(split))
     if given.only_right:
@@ -374,16 +438,20 @@ def job(given, name):
         order = order[metrics.predictions(logits) == split.labels[order]]
     order = order[: given.num_examples]
     images, labels = split.read(order), split.labels[order]
-    context = {
-        "epsilon": command_line.parse_ratio(given.epsilon),
-        "classes": len(data.class_names),
-    }
+    context = Context(
+        command_line.parse_ratio(given.epsilon), len(data.class_names)
+    )
+    found: tuple[np.ndarray, list[float]] | None
     if library in OURS:
         found = ours(given, library, attack, model, split, order, context)
     else:
         found = theirs(given, library, attack, model, images, labels, context)
-    result = {"library": library, "attack": attack, "available": bool(found)}
-    if found:
+    result: dict[str, Any] = {
+        "library": library,
+        "attack": attack,
+        "available": found is not None,
+    }
+    if found is not None:
         adversarial, times = found
         clean = metrics.predictions(runner.logits(model, images, 250))
         clean = clean == labels
@@ -405,21 +473,22 @@ def job(given, name):
             verdicts=(right & clean).astype(int).tolist(),
             indices=[int(i) for i in order],
             batch_size=given.batch_size,  # The seconds depend on it.
-            **context,
+            **dataclasses.asdict(context),
         )
     result["provenance"] = run_folder.provenance()
     result_path(given, name).parent.mkdir(exist_ok=True)
     run_folder.write_json(result_path(given, name), result)
 
 
-def result_path(given, name):
+def result_path(given: ParityFlags, name: str) -> pathlib.Path:
     """Returns the path of a job's result, which names all that it depends on.
 
     Args:
         given: `ParityFlags`.
         name: The job, "library/attack".
     """
-    settings = f"eps{given.epsilon.replace('/', '_')}-{given.num_examples}"
+    radius = given.epsilon.replace("/", "_")
+    settings = f"eps{radius}-{given.num_examples}"
     if given.norm != "linf":
         settings = f"{given.norm}-{settings}"
     if given.only_right:
@@ -434,9 +503,9 @@ def result_path(given, name):
     return pathlib.Path(given.run) / "parity" / f"{name}-{settings}.json"
 
 
-def check(given):
+def check(given: ParityFlags) -> None:
     """Raises a ValueError or an OSError, one line, if something is wrong."""
-    if given.run is None or given.epsilon is None:
+    if not given.run or not given.epsilon:
         raise ValueError("Expected --run=FOLDER and --epsilon=RADIUS.")
     epsilon = command_line.parsed(
         "epsilon", given.epsilon, command_line.parse_ratio
@@ -465,7 +534,7 @@ def check(given):
     _check_images(given, folder)
 
 
-def _check_images(given, folder):
+def _check_images(given: ParityFlags, folder: pathlib.Path) -> None:
     """Raises if a run's weights, or so many images, are not there."""
     trained_runs.weights_sha256(folder, "best")
     needed = ("model", "dataset", "class_names", "image_shape")
@@ -479,7 +548,7 @@ def _check_images(given, folder):
         )
 
 
-def table(given):
+def table(given: ParityFlags) -> None:
     """Prints what is there: accuracy and seconds, and the ratio of times."""
     import rich.box
     import rich.console
@@ -532,7 +601,7 @@ def table(given):
     console.print(grid)
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Runs every job that has no result yet, and prints the table.
 
     Args:

@@ -15,6 +15,8 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from absl import flags
@@ -25,7 +27,15 @@ from saccade.cli import command_line  # noqa: E402
 from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.cli import runs as trained_runs  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
+from saccade.core.arrays import Tensor  # noqa: E402
 from saccade.core.settings import setting  # noqa: E402
+
+if TYPE_CHECKING:
+    import keras
+
+    from saccade.attacks import base as attack_base
+
+Row: TypeAlias = dict[str, Any]  # A measurement: what, and its numbers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Output:
     )
 
 
-def define_flags(values=flags.FLAGS):
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -70,7 +80,7 @@ def define_flags(values=flags.FLAGS):
         program_flags.define(cls, values)
 
 
-def config_from_flags(values):
+def config_from_flags(values: flags.FlagValues) -> BenchmarkConfig:
     """Makes the `BenchmarkConfig` of the parsed flags.
 
     Raises:
@@ -97,7 +107,7 @@ _HEEDED = {
 }
 
 
-def _check_parts(config, output):
+def _check_parts(config: BenchmarkConfig, output: str | None) -> None:
     """Raises a ValueError or an OSError if what is measured is not there."""
     import keras
 
@@ -131,7 +141,9 @@ def _check_parts(config, output):
             )
 
 
-def interleaved(calls, rounds):
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
     """Times several calls in turn, so that noise falls on all of them.
 
     Args:
@@ -141,7 +153,7 @@ def interleaved(calls, rounds):
     Returns:
         Dict from names to the median in milliseconds.
     """
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
             started = time.perf_counter()
@@ -151,7 +163,7 @@ def interleaved(calls, rounds):
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def sampler(config):
+def sampler(config: BenchmarkConfig) -> list[Row]:
     """Our sampler and retinal warp against PyTorch's `grid_sample`.
 
     Returns:
@@ -190,32 +202,38 @@ def sampler(config):
     return rows
 
 
-def _our_calls(images, gazes, points):
+def _our_calls(
+    images: np.ndarray, gazes: np.ndarray, points: np.ndarray
+) -> dict[str, Callable[[], None]]:
     from keras import ops
 
     from saccade.core import compilation, gradients, sampling
 
     import glimpse
 
-    def run(fn, *arguments):
+    def run(
+        fn: Callable[..., list[Tensor]], *arguments: np.ndarray
+    ) -> Callable[[], None]:
         compiled = compilation.compile_call(fn)
-        arguments = [ops.convert_to_tensor(a) for a in arguments]
+        tensors = [ops.convert_to_tensor(a) for a in arguments]
 
-        def call():
+        def call() -> None:
             # Reading one number waits for the result.
-            for value in compiled(*arguments):
+            for value in compiled(*tensors):
                 ops.convert_to_numpy(value[0, 0])
 
         return call
 
-    def loss(views):
+    def loss(views: Tensor) -> Tensor:
         return ops.sum(ops.square(views), axis=(1, 2, 3))
 
-    def sample(images, points):
+    def sample(images: Tensor, points: Tensor) -> Tensor:
         return sampling.sample_bilinear(images, points)
 
-    def input_gradients(view, which):
-        def fn(images, places):
+    def input_gradients(
+        view: Callable[[Tensor, Tensor], Tensor], which: str
+    ) -> Callable[[Tensor, Tensor], list[Tensor]]:
+        def fn(images: Tensor, places: Tensor) -> list[Tensor]:
             if which == "images and points":
                 _, grads = gradients.value_and_grad(
                     lambda x: loss(view(*x)), [images, places]
@@ -245,7 +263,9 @@ def _our_calls(images, gazes, points):
     return calls
 
 
-def _torch_calls(images, points):
+def _torch_calls(
+    images: np.ndarray, points: np.ndarray
+) -> dict[str, Callable[[], Any]]:
     """The peer. Imported by name, for only tests and this need Torch."""
     import importlib
 
@@ -255,13 +275,13 @@ def _torch_calls(images, points):
     grid = torch.tensor(points[..., ::-1].copy())
     grid = (grid + 0.5) / size * 2 - 1
 
-    def sample(pictures, grid):
+    def sample(pictures: Tensor, grid: Tensor) -> Tensor:
         return torch.nn.functional.grid_sample(
             pictures, grid, align_corners=False
         )
 
-    def backward(to_pictures):
-        def call():
+    def backward(to_pictures: bool) -> Callable[[], None]:
+        def call() -> None:
             x = pictures.clone().requires_grad_(to_pictures)
             where = grid.clone().requires_grad_(True)
             sample(x, where).square().sum().backward()
@@ -275,7 +295,7 @@ def _torch_calls(images, points):
     }
 
 
-def full_size(config):
+def full_size(config: BenchmarkConfig) -> list[Row]:
     """Builds models at full size; one training step and one PGD step.
 
     Returns:
@@ -286,7 +306,7 @@ def full_size(config):
     return [_one_full_size(name, config) for name in config.models]
 
 
-def _one_full_size(name, config):
+def _one_full_size(name: str, config: BenchmarkConfig) -> Row:
     import keras
 
     from saccade.attacks import gradient as gradient_attacks
@@ -345,7 +365,7 @@ def _one_full_size(name, config):
     }
 
 
-def s3ta(config):
+def s3ta(config: BenchmarkConfig) -> list[Row]:
     """The paper's S3TA-16 behind ResNet-152: what it costs.
 
     One forward pass at `image_size`, counted in floating-point operations by
@@ -373,7 +393,7 @@ def s3ta(config):
     plain = model_backbone.create(
         "resnet152", num_classes=classes, image_shape=shape
     )
-    row = {"resnet152_gflops": _gflops(plain, shape)}
+    row: Row = {"resnet152_gflops": _gflops(plain, shape)}
     del plain
     model = model_backbone.create(
         "s3ta", num_classes=classes, image_shape=shape
@@ -415,7 +435,7 @@ def s3ta(config):
     return [{**row, "peak_memory_gib": round(peak / 2**20, 2)}]
 
 
-def _gflops(model, image_shape):
+def _gflops(model: "keras.Model", image_shape: tuple[int, ...]) -> float:
     """Counts the operations of one image's forward pass."""
     import tensorflow as tf
 
@@ -435,7 +455,7 @@ def _gflops(model, image_shape):
 _STEPS = 25  # In one call, as in `crafting`.
 
 
-def attack_steps(config):
+def attack_steps(config: BenchmarkConfig) -> list[Row]:
     """What a step of an attack costs beside the model's own passes.
 
     The named peers are the bare forward pass, and the pass with its gradient,
@@ -448,7 +468,9 @@ def attack_steps(config):
 
     import model_backbone
 
-    model, run = model_backbone.load_run(trained_runs.at("runs", config.run))
+    model, run = model_backbone.load_run(
+        trained_runs.at("runs", config.run or "")
+    )
     classes, batch = run["num_classes"], config.batch_size
     shape = (batch, *run["image_shape"])
     rows = {
@@ -466,38 +488,41 @@ def attack_steps(config):
     ]
 
 
-def _attacks():
+def _attacks() -> dict[str, "attack_base.Attack"]:
     """The attacks whose steps are measured, by name."""
     from saccade.attacks import autoattack, fab, square
     from saccade.attacks import gradient as gradient_attacks
 
-    radius = {"epsilon": 8 / 255}
+    radius = 8 / 255
     return {
-        "PGD": gradient_attacks.PGD(steps=100, **radius),
-        "APGD": autoattack.APGD(**radius),
-        "APGD-T": autoattack.APGDT(**radius),
-        "FAB-T": fab.FAB(**radius),
-        "Square": square.Square(**radius),
+        "PGD": gradient_attacks.PGD(steps=100, epsilon=radius),
+        "APGD": autoattack.APGD(epsilon=radius),
+        "APGD-T": autoattack.APGDT(epsilon=radius),
+        "FAB-T": fab.FAB(epsilon=radius),
+        "Square": square.Square(epsilon=radius),
     }
 
 
-def _bare_passes(model, images):
+def _bare_passes(
+    model: "keras.Model", images: np.ndarray
+) -> dict[str, Callable[[], Any]]:
     """Calls of as many forward passes, and passes with their gradient."""
     from keras import ops
 
     from saccade.core import compilation, gradients
 
-    def forward(x):
-        def body(_, x):  # The next call waits for the one before.
+    def forward(x: Tensor) -> Tensor:
+        def body(_: Tensor, x: Tensor) -> Tensor:
+            # The next call waits for the one before.
             return x + 0.0 * ops.sum(model(x, training=False))
 
         return ops.sum(ops.fori_loop(0, _STEPS, body, x))
 
-    def backward(x):
-        def value(x):
+    def backward(x: Tensor) -> Tensor:
+        def value(x: Tensor) -> Tensor:
             return ops.logsumexp(model(x, training=False), axis=-1)
 
-        def body(_, x):
+        def body(_: Tensor, x: Tensor) -> Tensor:
             return x + 0.0 * gradients.value_and_grad(value, x)[1]
 
         return ops.sum(ops.fori_loop(0, _STEPS, body, x))
@@ -509,20 +534,24 @@ def _bare_passes(model, images):
     }
 
 
-def _steps_of(attack, model, rows):
+def _steps_of(
+    attack: "attack_base.Attack",
+    model: "keras.Model",
+    rows: Mapping[str, Tensor],
+) -> Callable[[], Any]:
     """A call of some steps of an attack that has begun."""
     from saccade.core import compilation
 
-    def logits_fn(x):
+    def logits_fn(x: Tensor) -> Tensor:
         return model(x, training=False)
 
-    def begin(rows):
+    def begin(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = attack.open(
             logits_fn, rows["images"], rows["labels"], rows["keys"]
         )
         return attack.begin(logits_fn, state, 0)
 
-    def advance(state, first):
+    def advance(state: dict[str, Tensor], first: Tensor) -> dict[str, Tensor]:
         return attack.advance(logits_fn, state, 0, first, _STEPS)
 
     state = compilation.compile_call(begin, model.variables)(rows)
@@ -530,7 +559,7 @@ def _steps_of(attack, model, rows):
     return _call(step, state, np.int32(_STEPS))
 
 
-def _call(fn, *args):
+def _call(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
     """A call that waits for what it computes."""
     import keras
     from keras import ops
@@ -538,7 +567,7 @@ def _call(fn, *args):
     return lambda: keras.tree.map_structure(ops.convert_to_numpy, fn(*args))
 
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "sampler": sampler,
     "full_size": full_size,
     "s3ta": s3ta,
@@ -546,7 +575,7 @@ BENCHMARKS = {
 }
 
 
-def run(config):
+def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measures what the config names and returns the record, a dict."""
     return {
         **dataclasses.asdict(config),
@@ -555,7 +584,7 @@ def run(config):
     }
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Prints a line for each row of the benchmark.
 
     Args:

@@ -45,7 +45,7 @@ FIGURES = pathlib.Path(__file__).parents[1] / "figures"
 SIZE = 320
 
 
-def photographs():
+def photographs() -> np.ndarray:
     """The two sample photographs, their middle square at 320 pixels."""
     import sklearn.datasets
 
@@ -63,7 +63,7 @@ def photographs():
     return np.stack(found)
 
 
-def retina():
+def retina() -> None:
     """What a retina sees of a photograph at five gazes."""
     images = photographs()
     gazes = np.array(
@@ -89,7 +89,7 @@ def retina():
     )
 
 
-def attacked(folder):
+def attacked(folder: pathlib.Path) -> pathlib.Path:
     """The images of the first attack on a run.
 
     Raises:
@@ -104,7 +104,7 @@ def attacked(folder):
     return found[0]
 
 
-def demo(folder):
+def demo(folder: pathlib.Path) -> None:
     """Where the demo's model looks, and what an attack does to it."""
     model, config = model_backbone.load_run(folder)
     data = datasets.load(

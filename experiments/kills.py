@@ -160,7 +160,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     if not (whole / "cluttered_digits-madry_cnn" / "results.json").exists():
         finish(start(whole, epochs, "--overwrite"))
     shutil.rmtree(killed, ignore_errors=True)
-    draw, found = random.Random(options.seed), []
+    draw = random.Random(options.seed)
+    found: list[dict[str, Any]] = []
     state = killed / "cluttered_digits-madry_cnn" / "state.npz"
     finished = False
     while len(found) < options.kills and not finished:

@@ -13,9 +13,12 @@ make results makes docs/results.md of what is there.
 """
 
 import argparse
+import functools
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,7 +55,7 @@ def copy_run(folder: pathlib.Path, into: pathlib.Path) -> list[pathlib.Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".csv":
             run_folder.atomic_write(
-                path, lambda new, old=source: new.write_bytes(old.read_bytes())
+                path, functools.partial(shutil.copyfile, source)
             )
         else:
             record = shortened(relative(run_folder.read_json(source), roots))
@@ -86,7 +89,7 @@ def _roots(config: dict) -> dict[str, str]:
     return found
 
 
-def relative(value, roots: dict[str, str]):
+def relative(value: Any, roots: dict[str, str]) -> Any:
     """Replaces paths in every string of a JSON value.
 
     Args:
@@ -127,7 +130,7 @@ def shortened(record: dict) -> dict:
     return found
 
 
-def absolute_paths(value) -> Iterable[str]:
+def absolute_paths(value: Any) -> Iterable[str]:
     """Yields the strings of a JSON value that hold an absolute path."""
     if isinstance(value, dict):
         value = list(value.values())

@@ -18,6 +18,7 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -85,7 +86,7 @@ class Section:
 def experiment(folder: pathlib.Path) -> str:
     """Returns a table of tables.py, and the sizes of its models."""
     made = experiment_tables.published_experiment(folder)
-    sizes = {}
+    sizes: dict[str, str] = {}
     for row, seed in made.jobs:
         path = made.folder(row, seed) / run_folder.CONFIG
         if path.exists():
@@ -223,7 +224,7 @@ def parity_jobs(folder: pathlib.Path) -> list[Job]:
 
 def parity(folder: pathlib.Path) -> str:
     """Returns robust accuracies of two libraries, seed by seed."""
-    jobs = {
+    jobs: dict[tuple[str, float | None, int, str], dict[str, Any]] = {
         (job.run, job.epsilon, job.seed, job.library): job.record
         for job in parity_jobs(folder)
     }
@@ -246,10 +247,10 @@ def parity(folder: pathlib.Path) -> str:
             ]
             cells += values
             clean += [100 * r["clean_accuracy"] for r in pair[:1] if r]
-            if None in pair:
+            ours, theirs = pair
+            if ours is None or theirs is None:
                 missing[run, epsilon].append(str(seed))
                 continue
-            ours, theirs = pair
             differences.append(
                 100 * (ours["robust_accuracy"] - theirs["robust_accuracy"])
             )
@@ -398,7 +399,7 @@ def origin(folder: pathlib.Path) -> str:
         A list in Markdown: seeds, images, machine, versions, days, commits.
     """
     seeds, images, machines, days, commits = (set() for _ in range(5))
-    versions = set()
+    versions: set[str] = set()
     for path in sorted(folder.rglob("*.json")):
         record = run_folder.read_json(path)
         made = record.get("provenance")
@@ -413,8 +414,10 @@ def origin(folder: pathlib.Path) -> str:
             if name in made["versions"]
         )
         found = re.search(r"--seed=(\d+)", made["command"])
-        if "seed" in record or found:
-            seeds.add(int(record.get("seed", found and found[1])))
+        if "seed" in record:
+            seeds.add(int(record["seed"]))
+        elif found:
+            seeds.add(int(found[1]))
         if "robust_accuracy" in record:
             verdicts = record.get("verdicts", "")
             images.add(record.get("num_examples", len(verdicts)))

@@ -47,10 +47,10 @@ def commands(part: str, data_dir: str | None) -> list[list[str]]:
     into = publish.destination(part)
     into.mkdir(parents=True, exist_ok=True)
     if part == "sampler":
-        jobs = {f"run{number}": ("--rounds=25",) for number in (1, 2, 3)}
+        jobs = {f"run{number}": ["--rounds=25"] for number in (1, 2, 3)}
     else:  # The peak of the memory is that of a process.
         jobs = {
-            name: ("--batch_size=1", f"--models={name}")
+            name: ["--batch_size=1", f"--models={name}"]
             for name in ("multi_gaze", "parallel_transformers")
         }
     return [

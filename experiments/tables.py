@@ -27,6 +27,8 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from absl import flags
 
@@ -40,9 +42,16 @@ from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.core import names as known_names  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
 from saccade.core import settings as core_settings  # noqa: E402
+from saccade.core.run_folder import Record, StrPath  # noqa: E402
 from saccade.evaluation import published, tables  # noqa: E402
 
 import datasets  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Job: TypeAlias = tuple[str, int]  # A row of a table and a seed.
+Numbers: TypeAlias = dict[str, float]  # The numbers of a run by head.
 
 # What every record of a table has in common, unless its column says otherwise.
 _USUAL = {
@@ -75,18 +84,18 @@ class Column:
     """
 
     head: str
-    flags: tuple
-    match: dict
+    flags: tuple[str, ...]
+    match: Mapping[str, Any]
     value: str = "robust_accuracy"
     share: float = 1.0
     images: int = 500
 
     @property
-    def num_examples(self):
+    def num_examples(self) -> int:
         """How many test images are attacked."""
         return round(self.share * self.images)
 
-    def of(self, records):
+    def of(self, records: Iterable[Record]) -> float | None:
         """Returns the number, None where there is no such record.
 
         Raises:
@@ -109,7 +118,7 @@ class Column:
         return 100 * found[0][self.value] if found else None
 
 
-def _same(found, wanted):
+def _same(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, float) and isinstance(found, (int, float)):
         return published.close(found, wanted)
     return found == wanted
@@ -133,16 +142,18 @@ class Table:
     """
 
     epochs: int
-    training: tuple
-    rows: dict
-    columns: tuple
-    published: dict = dataclasses.field(default_factory=dict)
-    figure: dict = dataclasses.field(default_factory=dict)
-    drawing: tuple = ()
+    training: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    columns: tuple[Column, ...]
+    published: Mapping[tuple[str, str], Any] = dataclasses.field(
+        default_factory=dict
+    )
+    figure: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    drawing: tuple[str, ...] = ()
     images: int = 500
     tested: bool = False
 
-    def concerns(self, row, column):
+    def concerns(self, row: str, column: Column) -> bool:
         """Whether a column has a number for a row."""
         return row in self.drawing or "eot" not in column.match
 
@@ -166,14 +177,14 @@ class Setting:
 
     radius: str
     step: str
-    plain: tuple
+    plain: tuple[str, ...]
     vision: str
     augmentation: str
     pools: bool
     units: int = 64
     epochs: int = 15
-    more: tuple = ()
-    race: tuple = ()
+    more: tuple[str, ...] = ()
+    race: tuple[str, ...] = ()
 
 
 _DIGITS = Setting(
@@ -191,14 +202,14 @@ _IMAGENETTE = Setting(
 )  # fmt: skip
 
 
-def setting(dataset):
+def setting(dataset: str) -> Setting:
     """Returns the `Setting` of a data set."""
     if dataset in ("cluttered_digits", "cluttered_mnist", "mnist", "usps"):
         return _DIGITS
     return _IMAGENETTE if dataset == "imagenette" else _PHOTOGRAPHS
 
 
-def _training(chosen):
+def _training(chosen: Setting) -> tuple[str, ...]:
     return (
         "--optimizer=adam",
         "--learning_rate=2e-3",
@@ -211,7 +222,7 @@ def _training(chosen):
     )
 
 
-def _autoattack(chosen):
+def _autoattack(chosen: Setting) -> Column:
     return Column(
         "AutoAttack",
         ("--protocol=autoattack", f"--epsilon={chosen.radius}"),
@@ -225,7 +236,7 @@ def _autoattack(chosen):
     )
 
 
-def _pgd_columns(chosen):
+def _pgd_columns(chosen: Setting) -> tuple[Column, ...]:
     """Clean accuracy, and S3TA's random targets by attack steps."""
     call = ("--protocol=s3ta", f"--epsilon={chosen.radius}")
     heads = {"clean": (10, "clean_accuracy")}
@@ -248,7 +259,7 @@ def _pgd_columns(chosen):
     )
 
 
-def race(chosen):
+def race(chosen: Setting) -> Table:
     """S3TA's training (random targets, random start with probability 0.8).
 
     In small: five steps of a quarter of the radius, where the paper has ten or
@@ -290,7 +301,7 @@ def race(chosen):
     )
 
 
-def objectives(chosen):
+def objectives(chosen: Setting) -> Table:
     """One small net, every objective with its own paper's defaults."""
     adversarial = ("--adv_train=1", f"--adv_epsilon={chosen.radius}")
     # Some stay at chance, one distribution for every image, if the radius is
@@ -343,7 +354,7 @@ def objectives(chosen):
 _RADII = (0.001, 0.005, 0.01)
 
 
-def _handover_columns():
+def _handover_columns() -> tuple[Column, ...]:
     """Its attack at three radii, five gazes averaged; then in expectation."""
     scan = "--epsilon=" + ",".join(map(str, _RADII))
     call = ("--attack=bim", "--steps=5", scan)
@@ -369,7 +380,7 @@ def _handover_columns():
     return tuple(found)
 
 
-def lineage(_):
+def lineage(_: Setting) -> Table:
     """The handover's ResNet-20 and its fixations, its attack, its layout."""
     layout = dict(published.HANDOVER_CIFAR10.published)
     names = {
@@ -403,7 +414,9 @@ def lineage(_):
     )
 
 
-def _scan(call, steps, radii, images):
+def _scan(
+    call: tuple[str, ...], steps: int, radii: Sequence[str], images: int
+) -> tuple[Column, ...]:
     """Columns of untargeted PGD at several radii."""
     call = (*call, f"--steps={steps}", f"--epsilon={','.join(radii)}")
     return tuple(
@@ -422,7 +435,7 @@ def _scan(call, steps, radii, images):
     )
 
 
-def digits(_):
+def digits(_: Setting) -> Table:
     """The training and the attack of `make demo`, and other models on it."""
     s3ta = (
         "--model=s3ta",
@@ -446,7 +459,7 @@ def digits(_):
     )
 
 
-def mnist(_):
+def mnist(_: Setting) -> Table:
     """A small net on clean and on adversarial images, and AutoAttack."""
     radius = "0.15"
     return Table(
@@ -480,7 +493,7 @@ def mnist(_):
     )
 
 
-TABLES = {
+TABLES: dict[str, tuple[Callable[[Setting], Table], str]] = {
     "digits": (digits, "cluttered_digits"),
     "mnist": (mnist, "mnist"),
     "race": (race, "cluttered_mnist"),
@@ -523,7 +536,7 @@ class Choice:
         minimum=1,
     )
 
-    def words(self):
+    def words(self) -> list[str]:
         """Returns the arguments of this program that make the same choice."""
         found = []
         for name, value in dataclasses.asdict(self).items():
@@ -542,7 +555,7 @@ class Experiment:
         out: The folder of the runs, or of their records in results/.
     """
 
-    def __init__(self, choice, out):
+    def __init__(self, choice: Choice, out: StrPath) -> None:
         make, dataset = TABLES[choice.table]
         self.choice = choice
         self.name = choice.table
@@ -568,9 +581,9 @@ class Experiment:
                     f"{column.head}, which takes {column.share:.0%} of them. "
                     f"Received: --num_examples={self.num_examples}."
                 )
-        self.failed = []
+        self.failed: list[Job] = []
 
-    def command(self, row, seed):
+    def command(self, row: str, seed: int) -> list[str]:
         """The `trainer.py` that makes a run."""
         own = self.table.rows[row]
         epochs = [f"--epochs={self.epochs}"]
@@ -587,11 +600,11 @@ class Experiment:
             f"--tag={self.tag(row, seed)}",
         ]
 
-    def tag(self, row, seed):
+    def tag(self, row: str, seed: int) -> str:
         """The last part of the name of a run."""
         return f"{row.lower().replace(', ', '-')}-seed{seed}"
 
-    def folder(self, row, seed):
+    def folder(self, row: str, seed: int) -> pathlib.Path:
         """The folder of a run, as `trainer.py` names it."""
         model = next(
             flag.removeprefix("--model=")
@@ -600,7 +613,7 @@ class Experiment:
         )
         return self.out / f"{self.dataset}-{model}-{self.tag(row, seed)}"
 
-    def finished(self, row, seed):
+    def finished(self, row: str, seed: int) -> bool:
         """Whether a run is there; raises if it is one of other settings."""
         place = self.folder(row, seed)
         path = place / "results.json"
@@ -627,7 +640,7 @@ class Experiment:
             )
         return True
 
-    def run(self, row, seed):
+    def run(self, row: str, seed: int) -> None:
         """Trains one model and attacks it, as far as that is not done."""
         if not self.finished(row, seed):
             command = self.command(row, seed)
@@ -649,7 +662,7 @@ class Experiment:
                 if not self._call(row, seed, command):
                     return
 
-    def _call(self, row, seed, command):
+    def _call(self, row: str, seed: int, command: list[str]) -> bool:
         """Runs a program of ours; one that fails does not stop the others."""
         if self.choice.data_dir:
             command = [*command, f"--data_dir={self.choice.data_dir}"]
@@ -663,12 +676,12 @@ class Experiment:
         return not done.returncode
 
     @property
-    def heads(self):
+    def heads(self) -> tuple[str, ...]:
         """The heads of all the columns."""
         tested = ("clean, all",) if self.table.tested else ()
         return ("s / epoch", *tested, *(c.head for c in self.table.columns))
 
-    def numbers(self, row, seed):
+    def numbers(self, row: str, seed: int) -> Numbers:
         """Returns the numbers of one run by head."""
         place = self.folder(row, seed)
         if not self.finished(row, seed):
@@ -689,7 +702,7 @@ class Experiment:
                 found[column.head] = value
         return found
 
-    def report(self):
+    def report(self) -> None:
         """Writes table and figure from what is there."""
         found = {job: self.numbers(*job) for job in self.jobs}
         self.out.mkdir(parents=True, exist_ok=True)
@@ -708,7 +721,7 @@ class Experiment:
         if self.table.figure:
             self._figure(found)
 
-    def markdown(self, found=None):
+    def markdown(self, found: Mapping[Job, Numbers] | None = None) -> str:
         """Returns the table and its size as Markdown.
 
         Args:
@@ -742,7 +755,9 @@ class Experiment:
         lines = tables.markdown_grid(["model", "seeds", *self.heads], rows)
         return "\n".join([head, "", *lines, "", *notes, ""])
 
-    def _cell(self, row, head, mine, count):
+    def _cell(
+        self, row: str, head: str, mine: Sequence[Numbers], count: int
+    ) -> str:
         """The mean, its range over the seeds, and how many are missing."""
         columns = [c for c in self.table.columns if c.head == head]
         if not all(self.table.concerns(row, column) for column in columns):
@@ -758,7 +773,7 @@ class Experiment:
         known = self.table.published.get((row, head))
         return text if known is None else f"{text} [{known}]"
 
-    def _figure(self, found):
+    def _figure(self, found: Mapping[Job, Numbers]) -> None:
         """Accuracy against what varies: a line a row, bars over the seeds."""
         from saccade.figures import style as figure_style
 
@@ -767,7 +782,7 @@ class Experiment:
             self._draw(drawn.subplots(), found)
         figure_style.finish(drawn, self.out / f"{self.name}.png")
 
-    def _draw(self, axes, found):
+    def _draw(self, axes: "Axes", found: Mapping[Job, Numbers]) -> None:
         places = self.table.figure
         for number, row in enumerate(self.rows):
             points = []
@@ -815,7 +830,7 @@ class TablesFlags(Choice):
     )
 
 
-def define_flags(values=flags.FLAGS):
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -824,7 +839,7 @@ def define_flags(values=flags.FLAGS):
     program_flags.define(TablesFlags, values)
 
 
-def _check_seeds(seeds):
+def _check_seeds(seeds: Sequence[int]) -> None:
     """Raises a ValueError if a seed is out of range or given twice."""
     _require_once("seeds", seeds)
     for seed in seeds:
@@ -834,7 +849,7 @@ def _check_seeds(seeds):
             )
 
 
-def _require_once(flag, values):
+def _require_once(flag: str, values: Sequence[object]) -> None:
     """Raises a ValueError if a flag names something twice."""
     if len(set(values)) < len(values):
         raise ValueError(
@@ -843,7 +858,9 @@ def _require_once(flag, values):
         )
 
 
-def experiment_from_flags(values=flags.FLAGS):
+def experiment_from_flags(
+    values: flags.FlagValues = flags.FLAGS,
+) -> Experiment:
     """Makes the `Experiment` of the parsed flags.
 
     Args:
@@ -856,7 +873,7 @@ def experiment_from_flags(values=flags.FLAGS):
     return Experiment(choice, out)
 
 
-def _experiment(values):
+def _experiment(values: flags.FlagValues) -> Experiment:
     """Makes the experiment of the flags; raises for what is wrong."""
     experiment = experiment_from_flags(values)
     if values.publish is not None:
@@ -875,14 +892,14 @@ def _experiment(values):
     return experiment
 
 
-def _report(experiment, published):
+def _report(experiment: Experiment, published: str | None) -> None:
     """Writes the table, and copies the records if that is wanted."""
     experiment.report()
     if published is not None:
         publish_records(experiment, publish.destination(published))
 
 
-def publish_records(experiment, into):
+def publish_records(experiment: Experiment, into: pathlib.Path) -> None:
     """Copies the records of finished runs to a folder in results/."""
     for job in experiment.jobs:
         if experiment.finished(*job):
@@ -894,7 +911,7 @@ def publish_records(experiment, into):
     publish.write_about(into, dataclasses.asdict(choice))
 
 
-def published_experiment(folder):
+def published_experiment(folder: pathlib.Path) -> Experiment:
     """Returns the `Experiment` whose records a folder in results/ holds."""
     about = run_folder.read_json(folder / publish.ABOUT)
     for name in ("seeds", "rows"):
@@ -903,7 +920,7 @@ def published_experiment(folder):
     return Experiment(Choice(**about), folder)
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Runs what is missing, the seeds one after another.
 
     Args:

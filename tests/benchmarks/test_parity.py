@@ -47,7 +47,7 @@ def test_our_attacks_are_the_members_of_autoattack(flags, asked, norm):
     split = image_splits.Split(
         "test", np.zeros(2, "int32"), lambda i: np.zeros((len(i), *SHAPE))
     )
-    context = {"epsilon": 0.5, "classes": 10}
+    context = parity.Context(epsilon=0.5, classes=10)
     for name in parity.ATTACKS:
         parity.ours(given, "saccade", name, None, split, range(2), context)
     attacks = {config.attack.name: config.attack for config in asked}
@@ -77,7 +77,7 @@ def test_pyautoattack_is_given_the_norm_and_the_members(flags, monkeypatch):
     fake = types.SimpleNamespace(AutoAttack=AutoAttack)
     monkeypatch.setitem(sys.modules, "pyautoattack", fake)
     given = flags("--queries=70", "--seed=3")
-    context = {"epsilon": 10.0, "classes": 10}
+    context = parity.Context(epsilon=10.0, classes=10)
     run = parity.run_pyautoattack(given, "autoattack", None, None, context)
     images = np.zeros((2, 1, 4, 4))
     assert run(images, np.zeros(2)) is images

@@ -67,6 +67,8 @@ def test_every_column_is_a_record_of_the_adversary(
         "dataset": made.dataset,
         "image_shape": [40, 40, 1],
         "class_names": list("0123456789"),
+        "num_classes": 10,
+        "model_options": {},
     }
     monkeypatch.setattr(
         adversary, "find_run", lambda values: (pathlib.Path("run"), run)
