@@ -19,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from absl import flags
@@ -35,6 +37,7 @@ from saccade.data import listings  # noqa: E402
 
 import datasets  # noqa: E402
 
+Row: TypeAlias = dict[str, Any]  # A measurement: what, and its numbers.
 _IMAGENET = 1_281_167 + 50_000
 _A_CLASS = 1281  # Training images, on average.
 _PICTURES = {"train": 400, "val": 40}  # Files that are not links.
@@ -60,7 +63,7 @@ class Output:
     )
 
 
-def define_flags(values=flags.FLAGS):
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
@@ -70,7 +73,7 @@ def define_flags(values=flags.FLAGS):
         program_flags.define(cls, values)
 
 
-def write_files(root, count):
+def write_files(root: pathlib.Path, count: int) -> list[str]:
     """Writes `<split>/<class>/<name>.JPEG`; one file in 26 is for validation.
 
     Args:
@@ -100,7 +103,9 @@ def write_files(root, count):
     return classes
 
 
-def _list(root, classes, index_dir):
+def _list(
+    root: pathlib.Path, classes: Sequence[str], index_dir: pathlib.Path | None
+) -> int:
     """Lists both splits; returns the number of files."""
     found = listings.Listings(index_dir, "once")
     count = 0
@@ -111,7 +116,9 @@ def _list(root, classes, index_dir):
     return count
 
 
-def _load(root, check_files, index_dir):
+def _load(
+    root: pathlib.Path, check_files: str, index_dir: pathlib.Path | None
+) -> int:
     """Loads the data set; returns the number of images."""
     data = datasets.load(
         "folder",
@@ -124,7 +131,7 @@ def _load(root, check_files, index_dir):
     return len(data.training) + len(data.test)
 
 
-def measure(config, root):
+def measure(config: ListingConfig, root: pathlib.Path) -> list[Row]:
     """Measures every way to start up.
 
     Args:
@@ -149,7 +156,7 @@ def measure(config, root):
         "load, once, later": lambda: _load(root, "once", index),
         "load, always": lambda: _load(root, "always", None),
     }
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(config.rounds):
         for name, call in calls.items():
             shutil.rmtree(empty, ignore_errors=True)
@@ -170,7 +177,7 @@ def measure(config, root):
     ]
 
 
-def run(config):
+def run(config: ListingConfig) -> Row:
     """Measures in a temporary folder and returns the record, a dict."""
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(config, pathlib.Path(folder))
@@ -181,7 +188,7 @@ def run(config):
     }
 
 
-def table(rows):
+def table(rows: Iterable[Row]) -> list[str]:
     """Returns the lines of a table."""
     lines = ["| start | s | s, scaled to ImageNet |", "|---|---:|---:|"]
     for row in rows:
@@ -190,7 +197,7 @@ def table(rows):
     return lines
 
 
-def main(values=flags.FLAGS):
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Prints the record as JSON, then a table.
 
     Args:
