@@ -301,7 +301,7 @@ def _effort_varies(records: Iterable[Record]) -> bool:
 
 
 def _thin_out(lines: list[_Line], axis: str) -> list[_Line]:
-    """Leaves out lines if present are too many to distinguish.
+    """Leaves out lines if there are too many to distinguish.
 
     It keeps the largest number of restarts and as many others as fit, evenly
     spread; then it does the same for steps and for radii.

@@ -34,7 +34,7 @@ def confusion_matrices(
         the true class. Up to 12 classes, cells show their counts.
 
     Raises:
-        ValueError: If present is no matrix or shapes do not match.
+        ValueError: If there is no matrix or shapes do not match.
     """
     matrices = {name: np.asarray(m) for name, m in matrices.items()}
     expected = (len(columns) - 1, len(columns))
@@ -83,7 +83,7 @@ def confusion_matrices(
 
 
 def _confusion(axis: Axes, counts: Any) -> None:
-    """Draws one matrix, with its counts if present are few classes."""
+    """Draws one matrix, with its counts if there are few classes."""
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
     axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)

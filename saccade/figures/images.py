@@ -13,18 +13,22 @@ top-left pixel. A gaze is an offset from the image centre in pixels. A box is
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import cm, colors, patches, patheffects, ticker
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from saccade.core.run_folder import StrPath
 from saccade.figures import style as figure_style
 
 Array: TypeAlias = npt.NDArray[Any]
+# A class id or a number for each image.
+Classes: TypeAlias = Sequence[int] | Array
+Numbers: TypeAlias = Sequence[float] | Array
 
 _PANEL_INCHES = 1.75  # Length of the longer side of an image.
 _ATTENTION_COLOURS = "magma"  # Colour map of attention.
@@ -53,20 +57,20 @@ def amplification(perturbation: Array) -> float:
 
 
 def attack_grid(
-    clean: Any,
-    adversarial: Any,
-    labels: Any,
-    clean_predictions: Any,
-    adversarial_predictions: Any,
+    clean: Array,
+    adversarial: Array,
+    labels: Classes,
+    clean_predictions: Classes,
+    adversarial_predictions: Classes,
     class_names: Sequence[str] | None,
     *,
-    clean_confidences: Any = None,
-    adversarial_confidences: Any = None,
-    targets: Any = None,
-    clean_gazes: Any = None,
-    adversarial_gazes: Any = None,
-    clean_boxes: Any = None,
-    adversarial_boxes: Any = None,
+    clean_confidences: Numbers | None = None,
+    adversarial_confidences: Numbers | None = None,
+    targets: Classes | None = None,
+    clean_gazes: Array | None = None,
+    adversarial_gazes: Array | None = None,
+    clean_boxes: Array | None = None,
+    adversarial_boxes: Array | None = None,
     max_rows: int = 8,
     title: str | None = None,
     path: StrPath | None = None,
@@ -104,7 +108,7 @@ def attack_grid(
         A `Figure` with three columns and one row per image.
 
     Raises:
-        ValueError: If present are no images or shapes do not match.
+        ValueError: If there are no images or shapes do not match.
     """
     clean = _check_images(clean, "clean")
     adversarial = _check_images(adversarial, "adversarial")
@@ -148,12 +152,18 @@ def attack_grid(
     return figure_style.finish(figure, path)
 
 
+# Images, predictions, confidences, gazes and boxes.
+_Column: TypeAlias = tuple[
+    Array, Classes, Numbers | None, Array | None, Array | None
+]
+
+
 def _draw_pair(
-    axes: Any,
-    columns: Any,
+    axes: Array,
+    columns: Sequence[_Column],
     row: int,
     class_names: Sequence[str] | None,
-    labels: Any,
+    labels: Classes,
 ) -> None:
     """Draws a clean and an adversarial image with marks and predictions."""
     before, true = None, int(labels[row])
@@ -169,11 +179,11 @@ def _draw_pair(
 
 def _attack_notes(
     class_names: Sequence[str] | None,
-    labels: Any,
-    clean: Any,
-    adversarial: Any,
-    targets: Any,
-) -> Any:
+    labels: Classes,
+    clean: Classes,
+    adversarial: Classes,
+    targets: Classes | None,
+) -> list[str]:
     """Returns the text below each adversarial image."""
     notes = []
     for row, label in enumerate(labels):
@@ -191,14 +201,14 @@ def _attack_notes(
 
 def glimpse_grid(
     images: Array,
-    labels: Any,
-    predictions: Any,
+    labels: Classes,
+    predictions: Classes,
     class_names: Sequence[str] | None,
     *,
-    confidences: Any = None,
-    gazes: Any = None,
-    boxes: Any = None,
-    views: Any = None,
+    confidences: Numbers | None = None,
+    gazes: Array | None = None,
+    boxes: Array | None = None,
+    views: Array | None = None,
     max_rows: int = 6,
     title: str | None = None,
     path: StrPath | None = None,
@@ -220,18 +230,18 @@ def glimpse_grid(
         views, framed in the colour of their branch.
 
     Raises:
-        ValueError: If present are no images or shapes do not match.
+        ValueError: If there are no images or shapes do not match.
     """
     images = _check_images(images, "images")
-    branches = 0
-    if views is not None:
-        views = np.asarray(views, np.float32)
-        if views.ndim != 5 or views.shape[-1] not in (1, 3):
-            raise ValueError(
-                "Expected views of shape (n, branches, height, width, 1 or 3)"
-                f". Received: {views.shape}."
-            )
-        branches = views.shape[1]
+    if views is None:
+        views = np.empty((len(images), 0, 1, 1, 1))
+    views = np.asarray(views, np.float32)
+    if views.ndim != 5 or views.shape[-1] not in (1, 3):
+        raise ValueError(
+            "Expected views of shape (n, branches, height, width, 1 or 3). "
+            f"Received: {views.shape}."
+        )
+    branches = views.shape[1]
     rows = min(len(images), max_rows)
     with figure_style.style():
         side = _side_width(class_names, labels[:rows])
@@ -273,11 +283,11 @@ def attention_grid(
     images: Array,
     maps: Array,
     num_steps: int,
-    labels: Any,
-    predictions: Any,
+    labels: Classes,
+    predictions: Classes,
     class_names: Sequence[str] | None,
     *,
-    confidences: Any = None,
+    confidences: Numbers | None = None,
     row_names: Sequence[str] | None = None,
     per_head: bool = False,
     max_steps: int = 8,
@@ -309,7 +319,7 @@ def attention_grid(
         The maximum of each panel is written above it in the same unit.
 
     Raises:
-        ValueError: If present are no images or shapes do not match.
+        ValueError: If there are no images or shapes do not match.
     """
     images = _check_images(images, "images")
     maps = _by_step(maps, num_steps, len(images), per_head)
@@ -365,7 +375,7 @@ def _by_step(maps: Array, num_steps: int, count: int, per_head: bool) -> Array:
 
 
 def _draw_attention(
-    axis: Axes, image: Array, attention: Array, norm: Any
+    axis: Axes, image: Array, attention: Array, norm: colors.Normalize
 ) -> None:
     """Draws an image under an attention map; low attention is dark."""
     height, width = image.shape[:2]
@@ -382,10 +392,13 @@ def _draw_attention(
     axis.set_title(f"{attention.max() * attention.size:.1f}x", fontsize=8)
 
 
-def _attention_bar(figure: Figure, axes: Any, norm: Any, cells: Any) -> None:
+def _attention_bar(
+    figure: Figure, axes: Array, norm: colors.Normalize, cells: int
+) -> None:
     """Adds the colour bar: attention in multiples of a uniform map."""
-    top = norm.vmax * cells
-    ticks = ticker.MaxNLocator(5, steps=(1, 2, 5, 10)).tick_values(0.0, top)
+    top = (norm.vmax or 0.0) * cells
+    locator = ticker.MaxNLocator(5, steps=(1, 2, 5, 10))
+    ticks = np.asarray(locator.tick_values(0.0, top))
     ticks = ticks[ticks <= top]
     bar = figure.colorbar(
         cm.ScalarMappable(norm, _ATTENTION_COLOURS),
@@ -393,18 +406,20 @@ def _attention_bar(figure: Figure, axes: Any, norm: Any, cells: Any) -> None:
         aspect=30,
         fraction=0.05,
     )
-    bar.set_ticks(ticks / cells, labels=[f"{tick:g}x" for tick in ticks])
+    bar.set_ticks(
+        (ticks / cells).tolist(), labels=[f"{tick:g}x" for tick in ticks]
+    )
     bar.set_label(
         f"attention mass of a cell, in multiples of uniform (1x = 1/{cells})"
     )
 
 
 def gaze_shift(
-    clean_gazes: Any,
-    adversarial_gazes: Any,
+    clean_gazes: Array,
+    adversarial_gazes: Array,
     image_shape: Sequence[int],
     *,
-    misclassified: Any = None,
+    misclassified: Sequence[bool] | Array | None = None,
     title: str | None = None,
     path: StrPath | None = None,
 ) -> Figure:
@@ -428,7 +443,7 @@ def gaze_shift(
         distances in pixels.
 
     Raises:
-        ValueError: If present are no gazes or shapes differ.
+        ValueError: If there are no gazes or shapes differ.
     """
     clean = np.asarray(clean_gazes, np.float64)
     adversarial = np.asarray(adversarial_gazes, np.float64)
@@ -459,14 +474,18 @@ def gaze_shift(
     return figure_style.finish(figure, path)
 
 
-def _draw_distances(figure: Any, distances: Any, misclassified: Any) -> None:
+def _draw_distances(
+    figure: FigureBase,
+    distances: Array,
+    misclassified: Sequence[bool] | Array | None,
+) -> None:
     """Draws the distances, with one panel for each group."""
     groups = {"": np.ones(len(distances), bool)}
     if misclassified is not None:
-        misclassified = np.asarray(misclassified, bool)
+        wrong = np.asarray(misclassified, bool)
         groups = {
-            "misclassified by the attack": misclassified,
-            "still robust": ~misclassified,
+            "misclassified by the attack": wrong,
+            "still robust": ~wrong,
         }
     present = {name: rows for name, rows in groups.items() if rows.any()}
     axes = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
@@ -491,12 +510,12 @@ def _check_images(images: Array, name: str) -> Array:
     return images
 
 
-def _row_of(values: Any, row: int) -> Any:
-    """Returns the values of one image; None if present are none."""
+def _row_of(values: Numbers | None, row: int) -> Any:
+    """Returns the values of one image; None if there are none."""
     return None if values is None else np.asarray(values[row], np.float64)
 
 
-def _side_width(class_names: Sequence[str] | None, labels: Any) -> float:
+def _side_width(class_names: Sequence[str] | None, labels: Classes) -> float:
     """Returns the width in inches of the names beside the rows."""
     names = [
         figure_style.fit_name(class_names, label, 12, lines=3)
@@ -507,12 +526,12 @@ def _side_width(class_names: Sequence[str] | None, labels: Any) -> float:
 
 def _grid(
     rows: int,
-    columns: Any,
+    columns: int,
     image_size: Sequence[int],
     side: float,
     title: str | None,
     below: float = 0.0,
-) -> tuple[Figure, Any]:
+) -> tuple[Figure, Array]:
     """Makes a figure of panels with the proportions of the images.
 
     Args:
@@ -533,7 +552,7 @@ def _grid(
         rows * (height * scale + 0.32 + below) + 0.35,
     )
     figure = figure_style.new_figure(*size, title)
-    layout: Any = figure.get_layout_engine()
+    layout = cast(ConstrainedLayoutEngine, figure.get_layout_engine())
     layout.set(w_pad=0.04, h_pad=0.04)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -559,7 +578,7 @@ def _draw_image(axis: Axes, image: Array, exact: bool = False) -> None:
         spine.set(visible=True, edgecolor=figure_style.FAINT, linewidth=0.8)
 
 
-def _margin(*all_boxes: Any) -> float:
+def _margin(*all_boxes: Array | None) -> float:
     """Returns the margin that boxes need, as a fraction of the image size."""
     boxes = [np.asarray(boxes) for boxes in all_boxes if boxes is not None]
     if not boxes:
@@ -571,7 +590,7 @@ def _margin(*all_boxes: Any) -> float:
     return min(float(excess), 0.5) + 0.03
 
 
-def _set_margin(axis: Any, image_size: Sequence[int], margin: float) -> None:
+def _set_margin(axis: Axes, image_size: Sequence[int], margin: float) -> None:
     """Sets the limits of an axis to the image and a margin around it."""
     height, width = image_size
     axis.set_xlim(-0.5 - margin * width, width - 0.5 + margin * width)
@@ -589,7 +608,9 @@ def _set_margin(axis: Any, image_size: Sequence[int], margin: float) -> None:
         )
 
 
-def _draw_box(axis: Axes, box: Any, fill: bool = False, **style: Any) -> None:
+def _draw_box(
+    axis: Axes, box: Numbers, fill: bool = False, **style: Any
+) -> None:
     """Draws a box, `(top, left, bottom, right)` in pixels."""
     top, left, bottom, right = box
     axis.add_patch(
@@ -599,11 +620,11 @@ def _draw_box(axis: Axes, box: Any, fill: bool = False, **style: Any) -> None:
     )
 
 
-def _outline(width: float) -> Any:
+def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
     return [patheffects.withStroke(linewidth=width, foreground="#000000b0")]
 
 
-def _count_hiding(points: Any, tolerance: float) -> Any:
+def _count_hiding(points: Array, tolerance: float) -> Array:
     """Counts for each mark the later marks at about the same position."""
     points = np.asarray(points, np.float64)
     gaps = np.abs(points[:, None] - points[None]).max(axis=-1)
@@ -611,12 +632,16 @@ def _count_hiding(points: Any, tolerance: float) -> Any:
 
 
 def _draw_marks(
-    axis: Axes, image: Array, gazes: Any, boxes: Any, before: Any = None
+    axis: Axes,
+    image: Array,
+    gazes: Array | None,
+    boxes: Array | None,
+    before: Array | None = None,
 ) -> None:
     """Draws gazes and boxes, and lines from the gazes in `before`.
 
     Where branches coincide, later marks hide earlier ones. Earlier marks are
-    larger present, so that all colours stay visible.
+    larger, so that all colours stay visible.
     """
     height, width = image.shape[:2]
     if boxes is not None:
@@ -645,7 +670,7 @@ def _draw_marks(
             )
 
 
-def _draw_gaze_shifts(axis: Axes, before: Any, after: Any) -> None:
+def _draw_gaze_shifts(axis: Axes, before: Array, after: Array) -> None:
     for branch, (old, new) in enumerate(zip(before, after, strict=True)):
         axis.plot(
             [old[1], new[1]],
@@ -661,7 +686,7 @@ def _draw_gaze_shifts(axis: Axes, before: Any, after: Any) -> None:
 
 
 def _gaze_marker(
-    axis: Axes, position: Any, branch: int, hiding: int, numbered: bool
+    axis: Axes, position: Array, branch: int, hiding: int, numbered: bool
 ) -> None:
     row, column = position
     axis.plot(
@@ -694,7 +719,7 @@ def _gaze_marker(
 
 
 def _draw_row_name(
-    axis: Axes, class_names: Sequence[str] | None, label: Any
+    axis: Axes, class_names: Sequence[str] | None, label: int
 ) -> None:
     axis.set_ylabel(
         figure_style.fit_name(class_names, label, 12, lines=3),
@@ -710,9 +735,9 @@ def _draw_row_name(
 def _draw_prediction(
     axis: Axes,
     class_names: Sequence[str] | None,
-    prediction: Any,
-    label: Any,
-    confidence: Any = None,
+    prediction: int,
+    label: int,
+    confidence: float | None = None,
 ) -> None:
     correct = int(prediction) == label
     percentage = ""
@@ -727,7 +752,7 @@ def _draw_prediction(
     )
 
 
-def _draw_heads(axes: Any, heads: Sequence[str]) -> None:
+def _draw_heads(axes: Array, heads: Sequence[str]) -> None:
     """Writes the header of each column above the first row."""
     for axis, head in zip(axes, heads, strict=True):
         axis.annotate(
@@ -743,12 +768,12 @@ def _draw_heads(axes: Any, heads: Sequence[str]) -> None:
         )
 
 
-def _norms(perturbation: Array) -> Any:
+def _norms(perturbation: Array) -> str:
     flat = np.asarray(perturbation, np.float64).ravel()
     return f"L∞ {np.abs(flat).max():.3g}, L2 {np.linalg.norm(flat):.3g}"
 
 
-def _draw_arrows(axis: Axes, start: Any, end: Any) -> None:
+def _draw_arrows(axis: Axes, start: Array, end: Array) -> None:
     """Draws a thin arrow for each image and a thick one for their mean."""
     count, branches, _ = start.shape
     # With many arrows each is more transparent, to show their density.
@@ -784,7 +809,7 @@ def _draw_arrows(axis: Axes, start: Any, end: Any) -> None:
         )
 
 
-def _set_limits(axis: Axes, height: float, width: float, points: Any) -> None:
+def _set_limits(axis: Axes, height: float, width: float, points: Array) -> None:
     """Sets limits around the image and all points; rows grow downwards."""
     low = np.minimum([-0.5, -0.5], points.reshape(-1, 2).min(axis=0))
     high = np.maximum(
@@ -795,12 +820,14 @@ def _set_limits(axis: Axes, height: float, width: float, points: Any) -> None:
     axis.set_ylim(high[0] + margin, low[0] - margin)
 
 
-def _draw_histogram(axis: Any, distances: Any, top: float, prefix: str) -> None:
+def _draw_histogram(
+    axis: Axes, distances: Array, top: float, prefix: str
+) -> None:
     """Draws the distribution of distances from 0 to `top`, by branch."""
     branches = distances.shape[1]
     axis.hist(
         [distances[:, branch] for branch in range(branches)],
-        bins=np.linspace(0.0, top, 17),
+        bins=np.linspace(0.0, top, 17).tolist(),
         stacked=True,
         color=[
             figure_style.branch_colour(branch) for branch in range(branches)
@@ -813,7 +840,10 @@ def _draw_histogram(axis: Any, distances: Any, top: float, prefix: str) -> None:
         ],
     )
     axis.set_ylabel("gazes")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    steps = (1, 2, 2.5, 5, 10)
+    axis.yaxis.set_major_locator(
+        ticker.MaxNLocator("auto", steps=steps, integer=True)
+    )
     axis.set_title(
         f"{prefix}median {np.median(distances):.2g} px, largest "
         f"{distances.max():.2g} px"
