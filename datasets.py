@@ -44,7 +44,6 @@ CorruptImageError = decoding.CorruptImageError
 # Decoded splits up to this many bytes are kept in memory.
 IN_MEMORY_BYTES = 3 * 2**29
 _DIGITS = tuple("0123456789")
-RESIZES = ("short_side", "central_crop", "handover")
 
 
 # ---------------------------------------------------------------------------
@@ -268,7 +267,12 @@ def _check(request: _Request) -> None:
     if request.seed < 0:
         raise ValueError(f"Expected a seed >= 0. Received: seed={request.seed}")
     if request.resize is not None:
-        known_names.require("resize", request.resize, RESIZES)
+        known_names.require("resize", request.resize, decoding.RESIZES)
+        if _TABLE[name].sizes:
+            raise ValueError(
+                "Expected resize with a data set of photographs. Received: "
+                f"resize={request.resize!r} with {name}"
+            )
     listings.require(request.files.check_files, request.skip_corrupt)
     if request.class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
@@ -990,6 +994,7 @@ def load_data(
         skip_corrupt=run.get("skip_corrupt", False),
         class_list_file=run.get("class_list_file"),
         validation_fraction=run.get("validation_fraction", 0.05),
+        resize=run.get("resize"),
         test_only=test_only,
         download=download,
         check_files=check_files,

@@ -142,8 +142,8 @@ THEMES = {
         "save_every",
     ),
     "data": (
-        *("data_dir", "image_size", "class_list", "validation_fraction"),
-        *("check_files", "skip_corrupt", "download"),
+        *("data_dir", "image_size", "resize", "class_list"),
+        *("validation_fraction", "check_files", "skip_corrupt", "download"),
     ),
     "recipe": (
         "recipe",
@@ -229,8 +229,9 @@ def config_from_flags(
         name: getattr(given, name)
         for name in core_settings.of(settings.RunSettings)
     }
-    if not given.image_size:
-        shared["image_size"] = recipes.image_size(name, given.dataset)
+    size, resize = recipes.picture(name, given.dataset)
+    shared["image_size"] = given.image_size or size
+    shared["resize"] = given.resize or resize
     return training_config.RunConfig(
         recipe=_recipe_from_flags(given, values, name, adversarial, step),
         recipe_name=name,

@@ -336,18 +336,26 @@ class TestFlags:
         assert parse(f"{line} --recipe=advex").recipe_name == "advex"
 
     @pytest.mark.parametrize(
-        "line,side",
+        "line,side,resize",
         [
-            ("--model=s3ta --dataset=imagenet", 224),
-            ("--model=s3ta --dataset=imagenet --image_size=128", 128),
-            ("--model=resnet152 --dataset=imagenet --recipe=s3ta", 224),
-            ("--model=resnet --dataset=imagenet", None),
-            ("--model=s3ta --recipe=s3ta --dataset=cifar10", None),
+            ("--model=s3ta --dataset=imagenet", 224, "central_crop"),
+            (
+                "--model=s3ta --dataset=imagenet --image_size=128",
+                *(128, "central_crop"),
+            ),
+            (
+                "--model=resnet152 --dataset=imagenet --recipe=s3ta "
+                "--resize=short_side",
+                *(224, "short_side"),
+            ),
+            ("--model=resnet --dataset=imagenet", None, None),
+            ("--model=s3ta --recipe=s3ta --dataset=cifar10", None, None),
         ],
     )
-    def test_recipes_of_papers_set_the_image_size(self, line, side):
+    def test_recipes_of_papers_set_the_images(self, line, side, resize):
         """From 224 pixels S3TA computes a map of 28x28."""
-        assert parse(f"{line} --data_dir=somewhere").image_size == side
+        found = parse(f"{line} --data_dir=somewhere")
+        assert (found.image_size, found.resize) == (side, resize)
 
     @pytest.mark.parametrize(
         "line,want",

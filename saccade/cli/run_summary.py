@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from saccade.core import ratios, run_folder
-from saccade.data import augment
+from saccade.data import augment, decoding
 from saccade.evaluation import tally as evaluation_tally
 from saccade.models import options as model_options
 from saccade.models import registry
@@ -80,12 +80,8 @@ def _images(
 ) -> str:
     height, width, channels = data.image_shape
     text = f"{height}x{width} pixels, {'grey' if channels == 1 else 'colour'}"
-    resizes = {
-        "short_side": "short side resized, then the centre cropped",
-        "handover": "smaller ones enlarged, then the centre cropped",
-    }
     if data.resize is not None:
-        text += f", {resizes[data.resize]}"
+        text += f", {decoding.RESIZES[data.resize]}"
     name = config.recipe.augmentation
     return f"{text}; augmentation {name}{_views(augment.AUGMENTATIONS[name])}"
 

@@ -99,6 +99,15 @@ def on_device(augmentation: Augmentation) -> Augmentation:
     return dataclasses.replace(augmentation, area=1.0, aspect=1.0)
 
 
+def check(augmentation: Augmentation, channels: int) -> None:
+    """Raises a ValueError if images have no colours to be changed."""
+    if augmentation.jitter and channels != 3:
+        raise ValueError(
+            "Expected colour images for an augmentation that changes colours. "
+            f"Received: images with channels={channels}"
+        )
+
+
 def augment(images: Tensor, keys: Tensor, augmentation: Augmentation) -> Tensor:
     """Draws a random view of every image, then changes its colours.
 
@@ -182,11 +191,7 @@ def jitter(images: Tensor, keys: Tensor) -> Tensor:
     Raises:
         ValueError: If the images have another number of channels.
     """
-    if images.shape[-1] != 3:
-        raise ValueError(
-            "Expected colour images for an augmentation that changes colours. "
-            f"Received: images of {images.shape[-1]} channels"
-        )
+    check(Augmentation(jitter=True), images.shape[-1])
     draws = randomness.uniform(keys, (7,))
     factors = 1.0 + _JITTER * (2.0 * draws[:, :3] - 1.0)
     normal = randomness.normal(randomness.fold_in(keys, 1), (3,))

@@ -63,6 +63,12 @@ class CorruptImageError(OSError):
         self.path = str(path)
 
 
+# How photographs are brought to a size: names, and what they mean.
+RESIZES = {
+    "short_side": "the short side resized, then the centre cropped",
+    "central_crop": "the centre, 7/8 of the short side, resized",
+    "handover": "smaller ones enlarged, then the centre cropped",
+}
 # The sides of an image that `central_crop` shows: 224 of 256 pixels, as
 # ImageNet classifiers are evaluated.
 _CENTRAL = 7 / 8
@@ -231,7 +237,7 @@ def _plain_jpeg(encoded: bytes, mode: str) -> tuple[int, int] | None:
     None is for the other formats and kinds: other colour spaces (CMYK), and
     files with EXIF data, which can ask for a turn.
     """
-    if encoded[:2] != b"\xff\xd8" or b"Exif\0" in encoded[: 2**16]:
+    if encoded[:2] != b"\xff\xd8" or _has_exif(encoded):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -243,6 +249,19 @@ def _plain_jpeg(encoded: bytes, mode: str) -> tuple[int, int] | None:
     if space not in known or (limit is not None and height * width > limit):
         return None
     return height, width
+
+
+def _has_exif(encoded: bytes) -> bool:
+    """Whether a segment before the pixels of a JPEG file holds EXIF data."""
+    at = 2
+    while encoded[at : at + 1] == b"\xff":
+        marker = encoded[at + 1 : at + 2]
+        if marker == b"\xe1" and encoded[at + 4 : at + 8] == b"Exif":
+            return True
+        if marker == b"\xda":  # The pixels begin.
+            return False
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return False
 
 
 def _turbo(

@@ -218,6 +218,8 @@ class Loop:
         known_names.require("on_collapse", self.on_collapse, ON_COLLAPSE)
         self.options.config.check(self.objective)
         self._check_division()
+        channels = self.model.input_shape[-1]
+        augment.check(self.options.augmentation, channels)
         self.replays = max(1, self.options.config.replays)
         self.steps_per_epoch = len(self.split) // self.batch_size * self.replays
         if not self.steps_per_epoch:

@@ -201,10 +201,7 @@ ADVERSARIAL_RECIPES = {
 # 1024, five epochs of warm-up, momentum, an L2 loss, label smoothing. The paper
 # gives neither the momentum nor the start of the warm-up. 0.9 is the momentum
 # of DENOISE, whose training procedure the paper follows ("the training
-# procedure used in [55]"). The augmentation is that of DENOISE without its
-# random brightness, contrast, saturation and lighting. Crops are taken from the
-# central square of an image, which is also evaluated (DENOISE's code: 7/8 of
-# its side).
+# procedure used in [55]"), and so is the augmentation.
 _S3TA = Recipe(
     optimizer="sgd",
     learning_rate=0.2,
@@ -216,7 +213,7 @@ _S3TA = Recipe(
     momentum=0.9,
     l2=1e-4,
     label_smoothing=0.1,
-    augmentation="resized_crops",
+    augmentation="denoise",
 )
 # Xie et al., 2019, section 5 and their code: learning rate 0.1 for 256 images,
 # batches of 4096 (32 on each of 128 GPUs), 110 epochs. In the first five the
@@ -359,14 +356,22 @@ def by_model(model: str, dataset: str, options: dict[str, Any]) -> str | None:
     return name
 
 
-def image_size(name: str | None, dataset: str) -> int | None:
-    """Returns the image side of a paper's recipe on ImageNet; None otherwise.
+def picture(
+    name: str | None, dataset: str
+) -> tuple[int, str] | tuple[None, None]:
+    """Returns how a paper's recipe shows the photographs of ImageNet.
 
     Args:
         name: Name of a recipe in `NAMED`, or None.
         dataset: Name of the data set.
+
+    Returns:
+        The side of the images and the way to bring them to it, see
+        `datasets.load`; `(None, None)` with other recipes and data sets.
     """
-    return 224 if name in _AT_224 and dataset.startswith("imagenet") else None
+    if name in _AT_224 and dataset.startswith("imagenet"):
+        return 224, "central_crop"
+    return None, None
 
 
 # --- The optimizer -----------------------------------------------------------

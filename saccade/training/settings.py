@@ -11,7 +11,7 @@ import dataclasses
 from saccade.attacks import settings as attack_settings
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
-from saccade.data import listings
+from saccade.data import decoding, listings
 
 _RECIPE = "the recipe's"  # The default of a flag that overrides a recipe.
 
@@ -339,6 +339,13 @@ class RunSettings(DistributionSettings):
         "that of the data set: 320 for the ImageNet sets (224 with the recipe "
         "of a paper), 160 for imagenette",
         minimum=8,
+    )
+    resize: str | None = setting(
+        None,
+        "How photographs are brought to --image_size.",
+        "handover for the ImageNet sets at 320 pixels, central_crop with the "
+        "recipe of a paper on ImageNet, else short_side",
+        choices=decoding.RESIZES,
     )
     class_list_file: str | None = setting(
         None,

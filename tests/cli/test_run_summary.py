@@ -201,7 +201,7 @@ class TestTraining:
             f"run        {tmp_path}/folder-multi_gaze/",
             "folder: 40 training, 9 validation (held out of the training "
             "images) and 10 test images of 3 classes; 2 unreadable",
-            "8x8 pixels, grey, short side resized",
+            "8x8 pixels, grey, the short side resized",
             "augmentation digits (crops from 95% of the side, rotations up to "
             "45 degrees)",
             "multi_gaze, 83 parameters (width=2)",
