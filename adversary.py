@@ -28,7 +28,7 @@ from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
 from saccade.core.settings import setting
-from saccade.data import listings
+from saccade.data import listings, synthetic
 from saccade.models import options as model_options
 from saccade.training import settings as training_settings
 
@@ -482,7 +482,7 @@ def _protocol_of(given: AdversaryFlags, run: Mapping[str, Any]) -> str | None:
         return given.protocol
     if given.checklist or given.nonrobust_features:
         return None
-    if (run["model"], run["dataset"]) != ("s3ta", "imagenet"):
+    if (run["model"], synthetic.data_name(run)) != ("s3ta", "imagenet"):
         return None
     print(
         "Running the paper's evaluation, --protocol=s3ta. Choose another one "
@@ -1029,7 +1029,7 @@ def _load(
     context = {
         "run": str(config.folder),
         "model": run["model"],
-        "dataset": run["dataset"],
+        "dataset": data.name,
         "split": config.split,
         "split_size": len(split),
         "class_list": run.get("class_list"),
@@ -1063,7 +1063,7 @@ def show_protocol(
     table = protocols.PROTOCOLS[config.protocol or ""].table(
         records,
         run["model"],
-        run["dataset"],
+        synthetic.data_name(run),
         options={**run["model_options"], **config.options},
         attack_steps=(run.get("adversarial") or {}).get("steps"),
         norm=norm,

@@ -32,6 +32,7 @@ from saccade.data import (
     imagenet,
     listings,
     packed,
+    synthetic,
     tfds_folders,
     tfrecord,
 )
@@ -64,6 +65,7 @@ class _Request:
     validation_fraction: float = 0.0
     resize: str | None = None
     test_only: bool = False
+    synthetic: bool = False
     files: listings.Listings = dataclasses.field(
         default_factory=lambda: listings.Listings(None, "once")
     )
@@ -121,6 +123,7 @@ def load(
     test_only: bool = False,
     check_files: str = "once",
     index_dir: str | pathlib.Path | None = None,
+    synthetic_data: bool = False,
 ) -> image_splits.Dataset:
     """Loads a data set.
 
@@ -156,6 +159,10 @@ def load(
         index_dir: Folder of index files, from which files are known that were
             found whole earlier (see `listings`); None for none, so that
             `"once"` checks as `"always"` does.
+        synthetic_data: Random images in place of the set's, as many and of the
+            same shape, without its files: see `saccade.data.synthetic`. The
+            name of the `Dataset` says so. `folder` needs its files, which say
+            how many images of which classes there are.
 
     Returns:
         A `Dataset`. Splits that fit in 1.5 GiB are decoded at once, which
@@ -179,13 +186,18 @@ def load(
         validation_fraction=validation_fraction,
         resize=resize,
         test_only=test_only,
+        synthetic=synthetic_data,
         files=listings.Listings(index_dir, check_files),
     )
     _check(request)
+    row = _TABLE[name]
+    if synthetic_data and name != "folder":
+        found = _load_synthetic(request, [])
+        return dataclasses.replace(found, sizes=row.sizes)
     folder = _data_folder(name, data_dir, download)
     request = dataclasses.replace(request, data_dir=folder)
-    row = _TABLE[name]
-    found = row.load(request, _find(request))
+    loader = _load_synthetic if synthetic_data else row.load
+    found = loader(request, _find(request))
     return dataclasses.replace(found, sizes=row.sizes)
 
 
@@ -194,6 +206,7 @@ def require(
     *,
     data_dir: str | pathlib.Path | None = None,
     download: bool = False,
+    synthetic_data: bool = False,
 ) -> None:
     """Says at once if the files of a data set are not there.
 
@@ -204,12 +217,15 @@ def require(
         name: One of `names()`.
         data_dir: As for `load`.
         download: As for `load`; what TFDS may fetch is not missing.
+        synthetic_data: As for `load`.
 
     Raises:
         ValueError: For an unknown name.
         OSError: If the files are not there: says what to put where.
     """
     known_names.require("dataset", name, names())
+    if synthetic_data and name != "folder":
+        return
     folder = _data_folder(name, data_dir, download)
     _find(_Request(name=name, data_dir=folder, download=download))
 
@@ -718,7 +734,7 @@ def _load_imagenet(
     request: _Request, found: list[pathlib.Path]
 ) -> image_splits.Dataset:
     wnids, class_names, record = _class_list(request)
-    size = request.image_size or (160 if request.name == "imagenette" else 320)
+    size = _imagenet_size(request)
     resize = request.resize or ("handover" if size == 320 else "short_side")
     encoded, source = _imagenet_images(request, found, wnids)
     if _is_pack(found):
@@ -732,6 +748,11 @@ def _load_imagenet(
         resize,
         class_list=record,
     )
+
+
+def _imagenet_size(request: _Request) -> int:
+    """The side of the images in pixels."""
+    return request.image_size or (160 if request.name == "imagenette" else 320)
 
 
 def _class_list(
@@ -860,6 +881,59 @@ def _tfds_images(
         for split, paths in shards.items()
     }
     return encoded, source
+
+
+# ---------------------------------------------------------------------------
+# Random images in place of any set's
+
+# How many images the splits have. For the other ImageNet sets it is the number
+# of a class that `_IMAGENET_CLASS` says: most classes have it, none has more.
+_COUNTS = {
+    "cluttered_digits": cluttered_digits.COUNTS,
+    "mnist": {"train": 60_000, "test": 10_000},
+    "usps": {"train": 7291, "test": 2007},
+    "cluttered_mnist": {"train": 10_000, "validation": 1000, "test": 1000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "imagenette": {"train": 9469, "test": 3925},
+    "imagenet": {"train": 1_281_167, "test": 50_000},
+}
+_IMAGENET_CLASS = {"train": 1300, "test": 50}
+
+
+def _load_synthetic(
+    request: _Request, found: list[pathlib.Path]
+) -> image_splits.Dataset:
+    name, more = request.name, dict[str, Any]()
+    class_names: Sequence[str] = _CIFAR10 if name == "cifar10" else _DIGITS
+    channels = 3 if name == "cifar10" else 1
+    if name == "folder":
+        class_names, encoded, _ = _folder_images(request, found)
+        size = request.image_size or image_files.common_size(encoded.values())
+        labels = {split: images.labels for split, images in encoded.items()}
+        channels = 3
+    else:
+        if name in _IMAGENETS:
+            _, class_names, more["class_list"] = _class_list(request)
+            size, channels = _imagenet_size(request), 3
+        else:
+            size = request.image_size or _TABLE[name].sizes[0]
+        counts = _COUNTS.get(name)
+        if counts is None or request.class_list_file:
+            counts = {
+                split: count * len(class_names)
+                for split, count in _IMAGENET_CLASS.items()
+            }
+        labels = {
+            split: synthetic.labels(count, len(class_names))
+            for split, count in counts.items()
+        }
+    splits = {
+        split: synthetic.split(split, ids, (size, size, channels), request.seed)
+        for split, ids in labels.items()
+    }
+    data = _dataset(request, class_names, splits, "synthetic", **more)
+    described = synthetic.data_name({"dataset": name, "synthetic_data": True})
+    return dataclasses.replace(data, name=described)
 
 
 # ---------------------------------------------------------------------------
@@ -999,6 +1073,7 @@ def load_data(
         download=download,
         check_files=check_files,
         index_dir=index_dir,
+        synthetic_data=run.get("synthetic_data", False),
     )
 
 
@@ -1034,6 +1109,8 @@ def _check_data(
     folder: pathlib.Path, run: Mapping[str, Any], data: image_splits.Dataset
 ) -> None:
     """Raises a ValueError if a run was trained on other data than these."""
+    if "dataset" in run:
+        run = {**run, "dataset": synthetic.data_name(run)}
     for key, found in (
         ("dataset", data.name),
         ("class_list", data.class_list),

@@ -144,6 +144,7 @@ THEMES = {
     "data": (
         *("data_dir", "image_size", "resize", "class_list"),
         *("validation_fraction", "check_files", "skip_corrupt", "download"),
+        "synthetic_data",
     ),
     "recipe": (
         "recipe",
@@ -271,6 +272,16 @@ def _check_effect(given: TrainerFlags, values: flags.FlagValues) -> None:
             "with --resume, which keeps the run",
         ),
         (not given.augment, (values["augmentation"],), "with --augment=0"),
+        (
+            given.synthetic_data,
+            (values["skip_corrupt"], values["download"]),
+            "with --synthetic_data, which decodes no files",
+        ),
+        (
+            given.synthetic_data and given.dataset != "folder",
+            (values["data_dir"],),
+            "with --synthetic_data, which needs no files",
+        ),
     )
 
 
@@ -826,7 +837,7 @@ def _evaluate(
     folder, model, progress = loop.folder, loop.model, loop.progress
     best = progress["history"][progress["best_epoch"] - 1]
     record = {
-        "dataset": config.dataset,
+        "dataset": data.name,
         "split": "test",
         "model": config.model,
         "seed": config.seed,
@@ -974,7 +985,10 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         given = program_flags.read(TrainerFlags, values)
         if not given.only_evaluate:  # A run knows its data folder.
             datasets.require(
-                given.dataset, data_dir=given.data_dir, download=given.download
+                given.dataset,
+                data_dir=given.data_dir,
+                download=given.download,
+                synthetic_data=given.synthetic_data,
             )
         # Processes have to meet before any of them uses a device.
         command_line.load_keras(given.distribute != "multi_worker")
@@ -987,16 +1001,17 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         record = run(config, overwrite=given.overwrite, resume=given.resume)
         if not record:
             return
+    kind = f"{'synthetic ' if config.synthetic_data else ''}test images"
     for weights in ("last", "best"):
         found = record[weights]
         epoch = f" (epoch {record['best_epoch']})" if weights == "best" else ""
         print(
             f"{weights} weights{epoch}: {found['accuracy']:.2%} of "
-            f"{found['num_examples']} test images"
+            f"{found['num_examples']} {kind}"
             + _nonfinite(found["nonfinite_answers"])
         )
     captions.show_classes(
-        record["best"], given.worst_classes, "test images, best weights"
+        record["best"], given.worst_classes, f"{kind}, best weights"
     )
     if record["ended"]:
         ended = record["ended"]

@@ -54,6 +54,7 @@ TABLE = pathlib.Path(__file__).with_suffix(".txt")
 PROGRAMS = {
     "trainer": ROOT / "trainer.py",
     "adversary": ROOT / "adversary.py",
+    "pack": ROOT / "saccade" / "data" / "pack.py",
     "speed": ROOT / "benchmarks" / "speed.py",
     "parity": ROOT / "benchmarks" / "parity.py",
     "listing": ROOT / "benchmarks" / "listing.py",
@@ -253,6 +254,20 @@ def logs_is_a_file(work):
     (run,) = (work / "runs").iterdir()
     shutil.rmtree(run / "logs")
     (run / "logs").write_text("")
+
+
+def unfinished_pack(work):
+    (work / "pack").mkdir()
+    (work / "pack" / "packing.json").write_text("{}")
+
+
+def damaged_pack(work):
+    (work / "pack").mkdir()
+    (work / "pack" / "pack.json").write_text("{}")
+
+
+def out_is_a_file(work):
+    (work / "new").write_text("")
 
 
 def runs_is_a_file(work):

@@ -631,6 +631,7 @@ CONFIG_FIELDS = {
     "class_names": ("a list of texts", _is_list(_is_text)),
     "image_shape": ("[height, width, channels]", _is_shape),
     "skip_corrupt": ("true or false", _is_flag),
+    "synthetic_data": ("true or false", _is_flag),
     "validation_fraction": ("a number in [0, 1)", _is_fraction),
 }
 _OPTIONAL_FIELDS = {

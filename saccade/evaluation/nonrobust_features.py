@@ -34,7 +34,7 @@ from saccade.core import metrics, randomness, run_folder
 from saccade.core import names as known_names
 from saccade.core.arrays import Tensor
 from saccade.core.run_folder import StrPath
-from saccade.data import augment, pipeline
+from saccade.data import augment, pipeline, synthetic
 from saccade.data import splits as image_splits
 from saccade.evaluation import checks as evaluation_checks
 from saccade.evaluation import config as evaluation_config
@@ -482,7 +482,7 @@ def _train(
     history = loop.train()
     return {
         "model": described["model"],
-        "dataset": described["dataset"],
+        "dataset": synthetic.data_name(described),
         "split": "test",
         **_evaluate_new_model(loop.model, test),
         "run_accuracy": robust_evaluation.accuracy(model, test)["accuracy"],

@@ -5,6 +5,7 @@ import pathlib
 
 from saccade.core import run_folder
 from saccade.core import settings as core_settings
+from saccade.data import synthetic
 from saccade.training import objectives, recipes, settings
 
 
@@ -96,6 +97,5 @@ class RunConfig(settings.RunSettings):
     @property
     def folder(self) -> pathlib.Path:
         """The folder of the run."""
-        return run_folder.folder(
-            self.runs_dir, self.dataset, self.model, self.tag
-        )
+        data = synthetic.data_name(vars(self))
+        return run_folder.folder(self.runs_dir, data, self.model, self.tag)

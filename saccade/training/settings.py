@@ -369,6 +369,12 @@ class RunSettings(DistributionSettings):
         False,
         "Whether TensorFlow Datasets may download a data set that is missing.",
     )
+    synthetic_data: bool = setting(
+        False,
+        "Whether to replace the images of the data set by random ones, to "
+        "measure throughput without its files. The run and its records have "
+        "the data set synthetic_<dataset>; nothing can be learned.",
+    )
     runs_dir: str = setting(
         "runs",
         "Folder of all runs; this run goes to its subfolder "
