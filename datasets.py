@@ -292,8 +292,9 @@ def _check(request: _Request) -> None:
     listings.require(request.files.check_files, request.skip_corrupt)
     if request.class_list_file is not None and name not in _IMAGENETS:
         raise ValueError(
-            f"A class list goes with {', '.join(_IMAGENETS)}. Received: "
-            f"class_list_file={str(request.class_list_file)!r} with {name}"
+            f"Expected class_list_file with one of {', '.join(_IMAGENETS)}. "
+            f"Received: class_list_file={str(request.class_list_file)!r} with "
+            f"{name}"
         )
     sizes, size = _TABLE[name].sizes, request.image_size
     if size is None or size in sizes:
@@ -301,8 +302,8 @@ def _check(request: _Request) -> None:
     if sizes or size <= 0:
         known = " or ".join(str(size) for size in sizes) or "any number of"
         raise ValueError(
-            f"The images of {name} are {known} pixels wide; --image_size can "
-            f"be left out. Received: image_size={size}"
+            f"Expected image_size of {name} to be {known} pixels; it can be "
+            f"left out. Received: image_size={size}"
         )
 
 
@@ -318,14 +319,19 @@ def _data_folder(
     steps = _TABLE[name].steps
     if not folder.exists():
         raise FileNotFoundError(
-            f"The data folder {folder} does not exist. {steps}"
+            f"Expected a data folder. Received: {folder}, which does not "
+            f"exist. {steps}"
         )
     if not folder.is_dir():
         raise NotADirectoryError(
-            f"--data_dir wants a folder; {folder} is a file. {steps}"
+            f"Expected --data_dir to be a folder. Received: {folder}, which is "
+            f"a file. {steps}"
         )
     if not any(folder.iterdir()):
-        raise FileNotFoundError(f"The data folder {folder} is empty. {steps}")
+        raise FileNotFoundError(
+            f"Expected a data folder with files. Received: {folder}, which is "
+            f"empty. {steps}"
+        )
     return folder
 
 
@@ -367,8 +373,8 @@ def _missing(request: _Request, looked_for: str) -> FileNotFoundError:
     """The error for files that are not where they should be."""
     where = request.data_dir or "no --data_dir given"
     return FileNotFoundError(
-        f"{request.name} needs its files: no {looked_for} found ({where}). "
-        f"{_TABLE[request.name].steps}"
+        f"Expected the files of {request.name}. Received: no {looked_for} "
+        f"({where}). {_TABLE[request.name].steps}"
     )
 
 
@@ -662,9 +668,9 @@ def _check_classes(
     if not counts.all():
         empty = [class_names[int(i)] for i in np.flatnonzero(counts == 0)]
         raise ValueError(
-            f"No image of class {class_folders.some(empty)} in the "
-            f"{split.name} split of {request.name} (data folder "
-            f"{request.data_dir})."
+            "Expected images of every class. Received: no image of class "
+            f"{class_folders.some(empty)} in the {split.name} split of "
+            f"{request.name} (data folder {request.data_dir})."
         )
 
 
@@ -873,7 +879,10 @@ def _tfds_images(
     order = wnids or named
     absent = sorted(set(order) - set(named))
     if absent:
-        raise ValueError(f"{folder} has no class {class_folders.some(absent)}.")
+        raise ValueError(
+            f"Expected {len(order)} classes in {folder}. Received: a set that "
+            f"has no class {class_folders.some(absent)}."
+        )
     class_of = np.full(len(named), -1, np.int32)
     class_of[[named.index(name) for name in order]] = np.arange(len(order))
     encoded = {
@@ -1099,8 +1108,9 @@ def split_of(
     split = getattr(data, name)
     if split is None:
         raise ValueError(
-            f"The run in {folder} held no {name} images out "
-            "(validation_fraction=0). Choose another --split."
+            f"Expected a run that held {name} images out. Received: {folder}, "
+            f"which held no {name} images out (validation_fraction=0). Choose "
+            "another --split."
         )
     return split
 
@@ -1119,10 +1129,11 @@ def _check_data(
     ):
         if key in run and run[key] != found:
             raise ValueError(
-                f"The run in {folder} was trained on another data set: its "
-                f"{key} is {run_folder.brief(run[key])}, the files have "
-                f"{run_folder.brief(found)}. Point --data_dir at the files it "
-                "was trained on, or choose another run."
+                f"Expected the data set that the run in {folder} was trained "
+                f"on, whose {key} is {run_folder.brief(run[key])}. Received: "
+                f"another data set, with {run_folder.brief(found)}. Point "
+                "--data_dir at the files it was trained on, or choose another "
+                "run."
             )
     earlier = run.get("test_fingerprint")
     if earlier is None:
@@ -1134,7 +1145,8 @@ def _check_data(
     )
     if not same or earlier["labels_sha256"] != found["labels_sha256"]:
         raise ValueError(
-            f"The test images of {data.name} are not those of the run in "
-            f"{folder}: labels or brightness differ ({data.source}). Point "
-            "--data_dir at the files it was trained on, or train it again."
+            f"Expected the test images of {data.name} that the run in {folder} "
+            f"has. Received: {data.source}, which are not those of the run: "
+            "labels or brightness differ. Point --data_dir at the files it was "
+            "trained on, or train it again."
         )

@@ -582,7 +582,7 @@ def test_bad_class_lists_are_named(tmp_path):
         datasets.load(
             "imagenet100", data_dir=tmp_path, class_list_file=tmp_path / "none"
         )
-    with pytest.raises(ValueError, match="class list goes with"):
+    with pytest.raises(ValueError, match="class_list_file with one of"):
         datasets.load("mnist", data_dir=tmp_path, class_list_file=path)
 
 

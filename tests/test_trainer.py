@@ -670,8 +670,11 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     "line,message",
     [
-        ("--dataset=imagenet10", "imagenet10 needs its files"),
-        ("--dataset=mnist --data_dir=/nowhere", "/nowhere does not exist"),
+        ("--dataset=imagenet10", "the files of imagenet10"),
+        (
+            "--dataset=mnist --data_dir=/nowhere",
+            "/nowhere, which does not exist",
+        ),
         ("--auxiliary=1", "no option 'auxiliary'"),
         ("--adv_objective=mart --adv_epsilon=0", "Expected epsilon > 0"),
         (

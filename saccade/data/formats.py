@@ -43,7 +43,10 @@ def require_file(path: str | pathlib.Path, limit: int = _FILE_BYTES) -> int:
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path} is not a regular file.")
+        raise ValueError(
+            f"Expected {path} to be a regular file. Received: a folder, a pipe "
+            "or a device, not a regular file."
+        )
     if found.st_size > limit:
         raise ValueError(
             f"Expected at most {limit} bytes in {path}. Received: "
@@ -63,7 +66,9 @@ def read_text(path: str | pathlib.Path, limit: int) -> str:
     try:
         return pathlib.Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file.") from None
+        raise ValueError(
+            f"Expected text in {path}. Received: bytes that are not UTF-8."
+        ) from None
 
 
 def read_idx(
@@ -103,9 +108,15 @@ def read_idx(
             # One more byte: what follows the values is an error too.
             content = file.read(size + 1) if whole else b""
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}).") from None
+        raise ValueError(
+            f"Expected a whole gzip file in {path}. Received: one that is cut "
+            f"short or damaged ({error})."
+        ) from None
     if not whole or len(content) != size:
-        raise ValueError(f"{path} is not a whole idx file of {rank} axes.")
+        raise ValueError(
+            f"Expected bytes of {rank} axes in {path}. Received: not a whole "
+            "idx file of them."
+        )
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -168,8 +179,8 @@ def read_pickle(path: pathlib.Path, width: int) -> Any:
         return images, np.asarray(labels, np.int64)
     except Exception as error:  # A damaged pickle can raise anything.
         raise ValueError(
-            f"{path} is not a pickle of data and labels: "
-            f"{' '.join(str(error).split())}. Get the file anew."
+            f"Expected data and labels in {path}. Received: not a pickle of "
+            f"them: {' '.join(str(error).split())}. Get the file anew."
         ) from None
 
 
@@ -223,7 +234,10 @@ def read_npz(path: pathlib.Path, names: Any) -> dict | None:
             return None
         return run_folder.read_npz(path, 2 * _ARRAY_BYTES, list(names))
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"Cannot read {path} ({error}).") from None
+        raise ValueError(
+            f"Expected arrays in {path}. Received: what cannot be read "
+            f"({error})."
+        ) from None
 
 
 def read_hdf5(
@@ -257,7 +271,10 @@ def read_hdf5(
         ) from None
     except (RuntimeError, ValueError, MemoryError) as error:
         reason = run_folder.first_line(error)
-        raise ValueError(f"Cannot read {path}: {reason}") from None
+        raise ValueError(
+            f"Expected {what} in {path}. Received: what cannot be read "
+            f"({reason})."
+        ) from None
 
 
 def _hdf5_array(file: Any, name: str, size: int | None) -> npt.NDArray[Any]:

@@ -263,7 +263,7 @@ def call(program, *arguments):
         ("trainer", "--pooling=sum", "Expected --pooling to be one of "),
         # Taken, or they would be said to be unknown.
         ("trainer", "--name=x --mnist_attention --dataset=imagenet10",
-         "imagenet10 needs its files"),
+         "the files of imagenet10"),
         ("adversary", "--name x --random_gaze 1 --sede=1", "flag 'sede'"),
     ],
 )  # fmt: skip
@@ -437,7 +437,7 @@ class TestOnlyEvaluate:
         run = run_folder.read_json(folder / run_folder.CONFIG)
         names = {**run, "class_names": ["a", "b", "d"]}
         run_folder.write_json(folder / run_folder.CONFIG, names)
-        refused("", "trained on another data set: its class_names is")
+        refused("", "was trained on, whose class_names is")
         run_folder.write_json(folder / run_folder.CONFIG, run)
         (folder / "results.json").unlink()
         refused("", "has not finished; continue it with --resume")

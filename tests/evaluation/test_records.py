@@ -346,7 +346,7 @@ def test_missing_data_folder_is_refused_despite_a_record(
     monkeypatch.undo()  # Restores the original `datasets.load`.
     status, out, err = call(*arguments, f"--data_dir={tmp_path / 'none'}")
     assert (status, out) == (2, "") and one_line(err)
-    assert "none does not exist" in err
+    assert "none, which does not exist" in err
 
 
 def test_state_of_other_images_is_refused(call, shared, data, monkeypatch):  # noqa: F811
