@@ -889,6 +889,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Tests a finished run again, without training and without writing.
 
+    Only the index of the data's files is kept up to date, see `listings`.
+
     Args:
         config: A `RunConfig` that determines the folder. All other settings
             come from the run.

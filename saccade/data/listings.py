@@ -529,11 +529,18 @@ class Listings:
         return value
 
     def save(self) -> None:
-        """Writes what is new into the index files."""
+        """Writes what is new into the index files, and forgets the rest.
+
+        Names and times of a million files are not to stay in memory.
+        """
         for checks in self._splits.values():
             checks.keep()
         for listing in self._listings.values():
             listing.save()
+        for checks in self._splits.values():
+            checks.forget()
+        self._splits.clear()
+        self._listings.clear()
 
 
 class _Checks:
@@ -579,6 +586,9 @@ class _Checks:
 
     def check(self, i: int) -> None:
         """The `check` of `Encoded`."""
+        if not self.paths:  # After `forget`.
+            self.images.check(i)
+            return
         if self.whole[i]:
             if self.images.box is not None:
                 self.images.box(i)  # Boxes lie in other files.
@@ -625,6 +635,14 @@ class _Checks:
         states = np.where(self.whole, np.uint8(_WHOLE), self.states)
         states[~self.settled] = _UNKNOWN
         self.listing.remember(self.paths, self.stats, states)
+
+    def forget(self) -> None:
+        """Frees memory; files that are checked later are not remembered."""
+        self.listing, self.paths = Listing("", None), []
+        self.states = np.zeros(0, np.uint8)
+        with self._lock:
+            for name in ("_now", "_known"):
+                self.__dict__.pop(name, None)
 
 
 def _stats(paths: Sequence[str]) -> npt.NDArray[np.int64]:
