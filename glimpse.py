@@ -9,8 +9,8 @@ the cortical scales are crops of several sizes, brought to one resolution.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ from keras import ops
 
 from saccade.core import compilation, sampling
 from saccade.core import names as known_names
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 from saccade.models.options import OPTIONS
 
 import transformer
@@ -63,7 +63,7 @@ def retina_mapping(
     border = image_size / 2
     growth = math.log(max_ratio) / (image_size // 2)
 
-    def radii(log_density: float) -> npt.NDArray[Any]:
+    def radii(log_density: float) -> npt.NDArray[np.float64]:
         step = 1.0 / math.sqrt(math.pi * math.exp(log_density))
         found = [0.0]
         for _ in range(view_size // 2 - 1):
@@ -184,7 +184,9 @@ def retinal_warp(
 
 
 @functools.cache
-def _retina(image_size: Any, view_size: Any, max_ratio: float) -> Any:
+def _retina(
+    image_size: tuple[int, ...], view_size: tuple[int, ...], max_ratio: float
+) -> Callable[[Tensor], Tensor]:
     """`retina_points` of one geometry, compiled as one kernel."""
     return compilation.fuse(
         functools.partial(
@@ -242,14 +244,13 @@ class RetinalWarp(keras.layers.Layer):
         self.max_ratio = max_ratio
         self.interpolation = interpolation
 
-    def build(
-        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
-    ) -> None:
+    def build(self, images_shape: Shape, gazes_shape: Shape) -> None:
         """Raises a ValueError for sizes that no retina has, before a call."""
-        size = self.view_size or tuple(images_shape[1:3])
-        retina_mapping(min(images_shape[1:3]), min(size), self.max_ratio)
+        image_size = cast(tuple[int, ...], images_shape[1:3])
+        size = self.view_size or image_size
+        retina_mapping(min(image_size), min(size), self.max_ratio)
 
-    def call(self, images: Tensor, gazes: Tensor) -> Any:
+    def call(self, images: Tensor, gazes: Tensor) -> tuple[Tensor, ...]:
         image_size = tuple(images.shape[1:3])
         size = self.view_size or image_size
         views = retinal_warp(
@@ -257,15 +258,17 @@ class RetinalWarp(keras.layers.Layer):
         )
         return views, fovea_box(gazes, image_size, size, self.max_ratio)
 
-    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
+    def shown(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         views, boxes = outputs
         return transformer.as_views(views, boxes, inputs[1])
 
     def compute_output_shape(
-        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
-    ) -> Any:
-        size = self.view_size or tuple(images_shape[1:3])
+        self, images_shape: Shape, gazes_shape: Shape
+    ) -> tuple[Shape, ...]:
+        size: Shape = self.view_size or images_shape[1:3]
         lead = tuple(gazes_shape[:-1])
         return (*lead, *size, images_shape[-1]), (*lead, 4)
 
@@ -510,7 +513,7 @@ class CoarseFixation(keras.layers.Layer):
         super().__init__(**{"dtype": "float32", **kwargs})
         self.side, self.blur, self.enlarge = side, blur, enlarge
 
-    def call(self, images: Tensor, gazes: Tensor) -> Any:
+    def call(self, images: Tensor, gazes: Tensor) -> tuple[Tensor, ...]:
         views, boxes = crop(images, gazes, self.side)
         if self.blur:
             views = gaussian_blur(views, self.blur)
@@ -519,14 +522,16 @@ class CoarseFixation(keras.layers.Layer):
             views = ops.repeat(views, self.enlarge, axis=-2)
         return views, boxes
 
-    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
+    def shown(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         views, boxes = outputs
         return transformer.as_views(views, boxes, inputs[1])
 
     def compute_output_shape(
-        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
-    ) -> Any:
+        self, images_shape: Shape, gazes_shape: Shape
+    ) -> tuple[Shape, ...]:
         lead, side = tuple(gazes_shape[:-1]), self.side * self.enlarge
         return (*lead, side, side, images_shape[-1]), (*lead, 4)
 
@@ -592,7 +597,7 @@ class CorticalSampling(keras.layers.Layer):
             )
         (self.view_side,) = kept
 
-    def call(self, images: Tensor, gazes: Tensor) -> Any:
+    def call(self, images: Tensor, gazes: Tensor) -> tuple[Tensor, ...]:
         scales = []
         pairs = zip(self.sides, self.radii, strict=True)
         for index, (side, radius) in enumerate(pairs):
@@ -607,14 +612,16 @@ class CorticalSampling(keras.layers.Layer):
             for parts in zip(*scales, strict=True)
         )
 
-    def shown(self, inputs: Any, outputs: Any) -> dict[str, Tensor]:
+    def shown(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
         """What it shows; see `model_backbone.shown`."""
         del inputs
         return transformer.as_views(*outputs)
 
     def compute_output_shape(
-        self, images_shape: Sequence[Any], gazes_shape: Sequence[Any]
-    ) -> Any:
+        self, images_shape: Shape, gazes_shape: Shape
+    ) -> tuple[Shape, ...]:
         batch, count = gazes_shape[:2]
         lead = (batch, None if count is None else count * len(self.sides))
         views = (*lead, self.view_side, self.view_side, images_shape[-1])
@@ -666,7 +673,7 @@ class Fixations(keras.layers.Layer):
     def __init__(
         self,
         reach: float,
-        given: Any = None,
+        given: Sequence[Sequence[float]] | None = None,
         test_gazes: str = "five",
         seed: int | None = None,
         whole: bool = False,
@@ -691,7 +698,7 @@ class Fixations(keras.layers.Layer):
         """Whether it draws in inference mode."""
         return self.given is None and self.test_gazes == "random"
 
-    def call(self, images: Tensor, training: bool | None = False) -> Any:
+    def call(self, images: Tensor, training: bool | None = False) -> Tensor:
         batch = ops.shape(images)[0]
         if training and self.given is None:
             return self._drawn((batch, 1, 2))
@@ -704,7 +711,7 @@ class Fixations(keras.layers.Layer):
         gazes = ops.reshape(ops.convert_to_tensor(gazes), (-1, 2))
         return ops.broadcast_to(gazes, (batch, gazes.shape[0], 2))
 
-    def _drawn(self, shape: Any) -> Tensor:
+    def _drawn(self, shape: tuple[Tensor, ...]) -> Tensor:
         seed = self.seed_generator
         if not self.whole:
             return keras.random.uniform(
@@ -714,7 +721,7 @@ class Fixations(keras.layers.Layer):
         drawn = keras.random.randint(shape, -reach, reach + 1, seed=seed)
         return ops.cast(drawn, "float32")
 
-    def compute_output_shape(self, images_shape: Sequence[Any]) -> Any:
+    def compute_output_shape(self, images_shape: Shape) -> Shape:
         return (images_shape[0], None, 2)
 
     def get_config(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers, ops
 
 from saccade.core import names as known_names
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 from saccade.models import (
     attention,
     blocks,
@@ -503,9 +503,7 @@ class FrozenView(layers.Layer):
             ops.convert_to_tensor(theta), (ops.shape(images)[0], 1, 6)
         )
 
-    def compute_output_shape(
-        self, images_shape: Sequence[Any]
-    ) -> Sequence[Any]:
+    def compute_output_shape(self, images_shape: Shape) -> Shape:
         return (images_shape[0], 1, 6)
 
     def get_config(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 from saccade.core import sampling
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 
 
 def as_views(views: Tensor, boxes: Tensor, gazes: Tensor) -> dict[str, Tensor]:
@@ -128,9 +128,9 @@ class SpatialTransformer(keras.layers.Layer):
         return as_views(views, boxes, centres)
 
     def compute_output_shape(
-        self, images_shape: Sequence[Any], theta_shape: Sequence[Any]
-    ) -> tuple[Any, ...]:
-        size = self.view_size or tuple(images_shape[1:3])
+        self, images_shape: Shape, theta_shape: Shape
+    ) -> tuple[Shape, ...]:
+        size: Shape = self.view_size or images_shape[1:3]
         lead = tuple(theta_shape[:-1])
         return (*lead, *size, images_shape[-1]), (*lead, 4), (*lead, 2)
 

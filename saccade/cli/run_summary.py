@@ -18,6 +18,7 @@ from saccade.training import memory as memory_estimate
 
 if TYPE_CHECKING:
     from saccade.data import splits as image_splits
+    from saccade.evaluation import config as evaluation_config
     from saccade.training import config as training_config
     from saccade.training import loop as training_loop
 
@@ -86,7 +87,7 @@ def _images(
     return f"{text}; augmentation {name}{_views(augment.AUGMENTATIONS[name])}"
 
 
-def _views(augmentation: Any) -> str:
+def _views(augmentation: augment.Augmentation) -> str:
     """The transforms of an augmentation in brackets; "" without transforms."""
     parts = []
     if augmentation.flip:
@@ -101,7 +102,7 @@ def _views(augmentation: Any) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _model(config: "training_config.RunConfig", model: Any) -> str:
+def _model(config: "training_config.RunConfig", model: keras.Model) -> str:
     options = ", ".join(f"{k}={v}" for k, v in config.model_options.items())
     return f"{config.model}, {model.count_params():,} parameters" + (
         f" ({options})" if options else ""
@@ -216,9 +217,12 @@ def of_attack(context: dict, evaluations: Iterable, count: int) -> list[str]:
     ]
 
 
-def _attacks(evaluations: Sequence[Any]) -> list[str]:
+def _attacks(
+    evaluations: Sequence["evaluation_config.EvaluationConfig"],
+) -> list[str]:
     """A text for each attack, with its steps and restarts."""
-    found: dict[Any, Any] = {}
+    # The values of a setting are the keys of a dict, which keeps their order.
+    found: dict[str, dict[str, dict[Any, None]]] = {}
     for evaluation in evaluations:
         attack = evaluation.attack
         settings = found.setdefault(attack.name, {})
@@ -232,14 +236,16 @@ def _attacks(evaluations: Sequence[Any]) -> list[str]:
     ]
 
 
-def _listed(name: str, values: Sequence[Any]) -> str:
+def _listed(name: str, values: Iterable[object]) -> str:
     words = {"n_queries": "queries"}
     return f"{words.get(name, name)} {', '.join(map(str, values))}"
 
 
-def _threats(evaluations: Sequence[Any]) -> Iterator[str]:
+def _threats(
+    evaluations: Sequence["evaluation_config.EvaluationConfig"],
+) -> Iterator[str]:
     """A text for each norm and target, with its radii."""
-    found: dict[Any, Any] = {}
+    found: dict[tuple[str, str | int], dict[float, None]] = {}
     for evaluation in evaluations:
         key = evaluation.attack.norm, evaluation.target
         found.setdefault(key, {})[evaluation.attack.epsilon] = None
@@ -298,7 +304,7 @@ def advice(
 def _smaller(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
-    first: Any,
+    first: Iterable[str],
 ) -> str:
     """Names the flags that make a run smaller, beginning with `first`."""
     known = registry.entry(config.model).options

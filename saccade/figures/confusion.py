@@ -1,9 +1,11 @@
 """Confusion matrices."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -13,8 +15,8 @@ from saccade.figures import style as figure_style
 
 
 def confusion_matrices(
-    matrices: Any,
-    columns: Any,
+    matrices: Mapping[str, npt.ArrayLike],
+    columns: Sequence[str],
     *,
     title: str | None = None,
     path: StrPath | None = None,
@@ -36,16 +38,16 @@ def confusion_matrices(
     Raises:
         ValueError: If there is no matrix or shapes do not match.
     """
-    matrices = {name: np.asarray(m) for name, m in matrices.items()}
+    counts = {name: np.asarray(m) for name, m in matrices.items()}
     expected = (len(columns) - 1, len(columns))
-    if not matrices or any(m.shape != expected for m in matrices.values()):
-        shapes = ", ".join(str(m.shape) for m in matrices.values())
+    if not counts or any(m.shape != expected for m in counts.values()):
+        shapes = ", ".join(str(m.shape) for m in counts.values())
         raise ValueError(
             f"Expected matrices of shape {expected} for {len(columns)} "
             f"columns. Received: {shapes or 'none'}."
         )
     count = len(columns)
-    if not any(m[:, -1].any() for m in matrices.values()):
+    if not any(m[:, -1].any() for m in counts.values()):
         count -= 1
     names = [
         figure_style.fit_name(columns, position, 14)
@@ -60,8 +62,8 @@ def confusion_matrices(
             title,
         )
         axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-        for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
-            _confusion(axis, counts[:, :count])
+        for axis, (name, matrix) in zip(axes, counts.items(), strict=True):
+            _confusion(axis, matrix[:, :count])
             axis.set_title(
                 figure_style.fitted(f"{name} images", 24),
                 fontsize=10,
@@ -82,7 +84,7 @@ def confusion_matrices(
     return figure_style.finish(figure, path)
 
 
-def _confusion(axis: Axes, counts: Any) -> None:
+def _confusion(axis: Axes, counts: npt.NDArray[Any]) -> None:
     """Draws one matrix, with its counts if there are few classes."""
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shares = counts / totals
@@ -103,10 +105,8 @@ def _confusion(axis: Axes, counts: Any) -> None:
             )
 
 
-def _class_ticks(axis: Axis, names: Any, **options: Any) -> None:
+def _class_ticks(axis: Axis, names: Sequence[str], **options: Any) -> None:
     """Labels an axis with class names; of many classes, only some."""
-    positions = np.arange(0, len(names), math.ceil(len(names) / 40))
-    axis.set_ticks(
-        positions, [names[position] for position in positions], **options
-    )
+    step = math.ceil(len(names) / 40)
+    axis.set_ticks(range(0, len(names), step), names[::step], **options)
     axis.set_tick_params(length=0, labelsize=8)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -65,7 +66,9 @@ def training_curves(
     return figure_style.finish(figure, path)
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Any:
+def _column(
+    rows: Sequence[Mapping[str, Any]], key: str
+) -> npt.NDArray[np.float64]:
     """Returns a column of the history as floats, NaN where it is missing."""
     values = [row.get(key) for row in rows]
     return np.array(
@@ -93,7 +96,9 @@ def _curve(
         )
 
 
-def _rate_drops(axis: Axes, epochs: Any, rates: Any) -> None:
+def _rate_drops(
+    axis: Axes, epochs: npt.NDArray[np.float64], rates: npt.NDArray[np.float64]
+) -> None:
     """Draws a line at each epoch at which a constant learning rate drops."""
     for i in range(2, len(rates)):
         steady = abs(rates[i - 1] - rates[i - 2]) < 0.02 * rates[i - 2]
@@ -107,7 +112,9 @@ def _rate_drops(axis: Axes, epochs: Any, rates: Any) -> None:
 
 
 def _mark_best(
-    axis: Axes, rows: Sequence[Mapping[str, Any]], epochs: Any
+    axis: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    epochs: npt.NDArray[np.float64],
 ) -> None:
     values = _column(rows, "validation_accuracy")
     if not np.isfinite(values).any():

@@ -14,7 +14,7 @@ import numpy as np
 from keras import layers, ops
 
 from saccade.core import keras_settings
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 
 keras_settings.set_up_keras()
 
@@ -113,7 +113,7 @@ class LocalizationHead(layers.Layer):
             name="dense",
         )
 
-    def build(self, features_shape: Sequence[Any]) -> None:
+    def build(self, features_shape: Shape) -> None:
         self.dense.build(features_shape)
 
     def call(self, features: Tensor) -> Tensor:
@@ -123,9 +123,7 @@ class LocalizationHead(layers.Layer):
             self.add_loss(self.activity_l2 * squares)
         return ops.reshape(theta, (-1, self.outputs, self.coordinates))
 
-    def compute_output_shape(
-        self, features_shape: Sequence[Any]
-    ) -> tuple[Any, ...]:
+    def compute_output_shape(self, features_shape: Shape) -> Shape:
         return (features_shape[0], self.outputs, self.coordinates)
 
     def get_config(self) -> dict[str, Any]:
@@ -290,7 +288,7 @@ class SequentialAttention(layers.Layer):
             hidden_units, num_classes, policy, "output"
         )
 
-    def build(self, features_shape: Sequence[Any]) -> None:
+    def build(self, features_shape: Shape) -> None:
         *_, channels = features_shape
         if self.key_channels >= channels:
             raise ValueError(
@@ -391,9 +389,7 @@ class SequentialAttention(layers.Layer):
         _, step_logits, maps = outputs
         return {"step_logits": step_logits, "maps": maps}
 
-    def compute_output_shape(
-        self, features_shape: Sequence[Any]
-    ) -> tuple[Any, ...]:
+    def compute_output_shape(self, features_shape: Shape) -> tuple[Shape, ...]:
         batch, rows, columns, _ = features_shape
         # The read-out step, and so the number of steps, can change.
         return (

@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 from keras import layers, ops
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 from saccade.models import resnets
 
 keras_settings.set_up_keras()
@@ -34,7 +34,7 @@ class SelectView(layers.Layer):
     def call(self, views: Tensor) -> Tensor:
         return views[:, self.index]
 
-    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return (shape[0], *shape[2:])
 
     def get_config(self) -> dict[str, Any]:
@@ -48,9 +48,11 @@ class FoldViews(layers.Layer):
     def call(self, views: Tensor) -> Tensor:
         return ops.reshape(views, (-1, *views.shape[2:]))
 
-    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
-        known = None not in shape[:2]
-        return (shape[0] * shape[1] if known else None, *shape[2:])
+    def compute_output_shape(self, shape: Shape) -> Shape:
+        batch, views, *rest = shape
+        if batch is None or views is None:
+            return (None, *rest)
+        return (batch * views, *rest)
 
 
 @keras.saving.register_keras_serializable("saccade")
@@ -64,9 +66,9 @@ class JoinViews(layers.Layer):
     def call(self, features: Tensor) -> Tensor:
         return ops.reshape(features, (-1, self.views * features.shape[-1]))
 
-    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+    def compute_output_shape(self, shape: Shape) -> Shape:
         batch = shape[0] and shape[0] // self.views
-        return (batch, self.views * shape[-1])
+        return (batch, self.views * cast(int, shape[-1]))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "views": self.views}
@@ -94,8 +96,8 @@ class AverageViews(layers.Layer):
         return ops.mean(logits, axis=1)
 
     def compute_output_shape(
-        self, logits_shape: Sequence[Any], images_shape: Sequence[Any]
-    ) -> tuple[Any, ...]:
+        self, logits_shape: Shape, images_shape: Shape
+    ) -> Shape:
         return (images_shape[0], logits_shape[-1])
 
 
@@ -236,7 +238,7 @@ class MainHead(layers.Layer):
     def call(self, logits: Tensor) -> Tensor:
         return logits[0]
 
-    def compute_output_shape(self, shapes: Sequence[Any]) -> tuple[Any, ...]:
+    def compute_output_shape(self, shapes: Sequence[Shape]) -> Shape:
         return shapes[0]
 
 

@@ -6,14 +6,14 @@ block of each stage twice; the second time its own output is fed back to its
 input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import layers, ops, regularizers
 
 from saccade.core import names as known_names
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 from saccade.models import resnets
 
 
@@ -38,7 +38,7 @@ class FoldScales(layers.Layer):
     def call(self, views: Tensor) -> Tensor:
         return ops.reshape(views, (-1, self.scales, *views.shape[2:]))
 
-    def compute_output_shape(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+    def compute_output_shape(self, shape: Shape) -> Shape:
         return (None, self.scales, *shape[2:])
 
     def get_config(self) -> dict[str, Any]:

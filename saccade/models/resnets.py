@@ -14,7 +14,7 @@ from keras import layers, ops, regularizers
 
 from saccade.core import keras_settings
 from saccade.core import names as known_names
-from saccade.core.arrays import Tensor
+from saccade.core.arrays import Shape, Tensor
 from saccade.models.options import OPTIONS
 
 keras_settings.set_up_keras()
@@ -344,10 +344,10 @@ class NonLocalMean(layers.Layer):
 
     def compute_output_shape(
         self,
-        theta_shape: Sequence[Any],
-        phi_shape: Sequence[Any],
-        x_shape: Sequence[Any],
-    ) -> Sequence[Any]:
+        theta_shape: Shape,
+        phi_shape: Shape,
+        x_shape: Shape,
+    ) -> Shape:
         return x_shape
 
     def get_config(self) -> dict[str, Any]:
