@@ -17,3 +17,13 @@ def norm_of(x, norm):
         "l2": np.sqrt((flat**2).sum(-1)),
         "linf": flat.max(-1),
     }[norm]
+
+
+def check_threat_model(adversarial, images, norm, radius):
+    """Asserts that images are within the threat model, and have changed."""
+    assert adversarial.dtype == np.float32
+    assert adversarial.shape == images.shape
+    reach = norm_of(adversarial - images, norm)
+    assert np.all(reach <= radius * (1 + 1e-5))
+    assert reach.max() > 0.5 * radius
+    assert adversarial.min() >= 0 and adversarial.max() <= 1

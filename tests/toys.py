@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 from norms import array
 
-from saccade.core import randomness
+from saccade.core import compilation, randomness
 
 HIDDEN = 8
 
@@ -81,6 +81,17 @@ def logits_fn(net):
         return skip + product(hidden, net["out"]) + net["bias"]
 
     return forward
+
+
+def compiled_attack(attack, targeted):
+    """Compiles an attack; its runtime parameters and the net are arguments."""
+
+    def whole(net, images, labels, keys, targets, parameters):
+        return attack.bind(parameters)(
+            logits_fn(net), images, labels, keys, targets if targeted else None
+        )
+
+    return compilation.compile_call(whole)
 
 
 def predictions(net, images):

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from norms import array, norm_of
+from norms import array, check_threat_model, norm_of
 
 from saccade.attacks import autoattack, fab, losses
 from saccade.attacks.autoattack import APGD, APGDT, AutoAttack
@@ -117,12 +117,7 @@ class TestEveryAttack:
     def test_result_is_within_the_threat_model_and_consistent(self, kind, norm):
         images, labels = make_data()
         out, success, loss = crafted(kind, norm)
-        # The result is within the threat model, and the image has changed.
-        assert out.dtype == np.float32 and out.shape == images.shape
-        reach = norm_of(out - images, norm)
-        assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
-        assert reach.max() > 0.5 * RADIUS[norm]
-        assert out.min() >= 0 and out.max() <= 1
+        check_threat_model(out, images, norm, RADIUS[norm])
         # Success and loss equal those of a new forward pass.
         np.testing.assert_array_equal(
             success, predictions(curved, out) != labels

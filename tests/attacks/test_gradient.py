@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from norms import array, norm_of
+from norms import array, check_threat_model, norm_of
 from toys import (
     TwoClasses,
+    compiled_attack,
     curved,
     keys_for,
     logits_fn,
@@ -63,15 +64,7 @@ QUICK = {
 
 @functools.cache
 def compiled(name, targeted, frozen):
-    """A compiled attack; its runtime parameters and the net are arguments."""
-    known = ATTACKS[name](**dict(frozen))
-
-    def whole(net, images, labels, keys, targets, parameters):
-        return known.bind(parameters)(
-            logits_fn(net), images, labels, keys, targets if targeted else None
-        )
-
-    return compilation.compile_call(whole)
+    return compiled_attack(ATTACKS[name](**dict(frozen)), targeted)
 
 
 def attack(name, net, images, labels, targets=None, keys=None, **fields):
@@ -126,12 +119,7 @@ class TestEveryAttack:
         self, name, norm, targeted
     ):
         targets, out, success, loss = quick(name, norm, targeted)
-        # The result is within the threat model, and the image has changed.
-        assert out.dtype == np.float32 and out.shape == IMAGES.shape
-        reach = norm_of(out - IMAGES, norm)
-        assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
-        assert reach.max() > 0.5 * RADIUS[norm]
-        assert out.min() >= 0 and out.max() <= 1
+        check_threat_model(out, IMAGES, norm, RADIUS[norm])
         # Success and loss equal those of a new forward pass.
         after = predictions(CURVED, out)
         hit = after == targets if targeted else after != LABELS

@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from norms import array, norm_of
+from norms import array, check_threat_model, norm_of
 from toys import (
     TwoClasses,
+    compiled_attack,
     curved,
     keys_for,
     logits_fn,
@@ -40,15 +41,7 @@ GOAL = {norm: (targeted, loss) for norm, targeted, loss in CASES}
 
 @functools.cache
 def compiled(norm, targeted, loss):
-    """A compiled attack; its runtime parameters and the net are arguments."""
-    known = Square(norm=norm, loss=loss)
-
-    def whole(net, images, labels, keys, targets, parameters):
-        return known.bind(parameters)(
-            logits_fn(net), images, labels, keys, targets if targeted else None
-        )
-
-    return compilation.compile_call(whole)
+    return compiled_attack(Square(norm=norm, loss=loss), targeted)
 
 
 def attack(norm, net=NET, rows=slice(None), goal=None, **fields):
@@ -80,12 +73,7 @@ def loss_of(name, images, classes):
 def test_result_is_within_the_threat_model_and_consistent(norm, targeted, loss):
     out, success, value = attack(norm, goal=(targeted, loss))
     targets = (LABELS + 1) % CLASSES
-    # The result is within the threat model, and the image has changed.
-    assert out.dtype == np.float32 and out.shape == IMAGES.shape
-    reach = norm_of(out - IMAGES, norm)
-    assert np.all(reach <= RADIUS[norm] * (1 + 1e-5))
-    assert reach.max() > 0.5 * RADIUS[norm]
-    assert out.min() >= 0 and out.max() <= 1
+    check_threat_model(out, IMAGES, norm, RADIUS[norm])
     # Success and loss equal those of a new forward pass.
     after = predictions(NET, out)
     hit = after == targets if targeted else after != LABELS
