@@ -479,6 +479,42 @@ def test_other_readers_check_again(data, load, monkeypatch):
     assert load() == set()
 
 
+def test_boxes_are_read_at_every_start(data, tmp_path, monkeypatch):
+    """They lie in files of their own."""
+    damaged = set()
+
+    def read_box(i):
+        if i in damaged:
+            raise ValueError("no box")
+        return (0.0, 0.0, 1.0, 1.0)
+
+    def corrupt():
+        found = listings.Listings(tmp_path / "index", "once")
+        listing = found.of(data / "train")
+        files = class_folders.class_files(data / "train", "abc", listing.scan)
+        images = image_files.of_files(*files, read_box)
+        images = found.add("train", listing, images)
+        _, rows = image_files.reader(
+            images,
+            16,
+            None,
+            "RGB",
+            in_memory=False,
+            skip_corrupt=True,
+            title="train",
+            check=found.to_check("train"),
+        )
+        found.save()
+        return rows
+
+    assert corrupt() == []
+    checked = []
+    monkeypatch.setattr(image_files, "_check_file", checked.append)
+    damaged |= {3, 7}
+    assert corrupt() == [3, 7]
+    assert checked == []
+
+
 def test_bad_combinations_are_refused(data, load):
     for match, options in (
         ("check_files", {"check_files": "sometimes"}),
