@@ -16,7 +16,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from absl import flags
 
@@ -27,6 +27,7 @@ from saccade.cli import runs as trained_runs
 from saccade.core import names as known_names
 from saccade.core import progress, run_folder
 from saccade.core import settings as core_settings
+from saccade.core.run_folder import Record
 from saccade.core.settings import setting
 from saccade.data import listings, synthetic
 from saccade.models import options as model_options
@@ -35,8 +36,15 @@ from saccade.training import settings as training_settings
 import datasets
 
 if TYPE_CHECKING:
+    import keras
+
+    from saccade.attacks import base as attack_base
     from saccade.data import splits as image_splits
+    from saccade.evaluation import checklist
     from saccade.evaluation import config as evaluation_config
+
+# A record, its folder, and whether it existed before.
+Result: TypeAlias = tuple[Record, pathlib.Path, bool]
 
 # Modules that need Keras are imported inside functions, so that a wrong flag is
 # reported at once and not after the seconds that TensorFlow needs to load.
@@ -534,7 +542,7 @@ def _check_effect(given: AdversaryFlags, values: flags.FlagValues) -> None:
 
 def evaluations_of(
     given: AdversaryFlags, run: Mapping[str, Any], protocol: str | None
-) -> Iterator[Any]:
+) -> Iterator["evaluation_config.EvaluationConfig"]:
     """Yields the evaluations that the flags describe."""
     check_step_size(given)
     common = {
@@ -570,7 +578,7 @@ def check_step_size(given: AdversaryFlags) -> None:
 
 
 def _evaluation(
-    attack: Any, target: Any, common: dict[str, Any]
+    attack: "attack_base.Attack", target: str | int, common: dict[str, Any]
 ) -> "evaluation_config.EvaluationConfig":
     from saccade.evaluation import config as evaluation_config
 
@@ -584,7 +592,7 @@ def _evaluation(
 
 def attacks_of(
     given: AdversaryFlags, norm: str, radii: Sequence[float]
-) -> Iterator[Any]:
+) -> Iterator["attack_base.Attack"]:
     """Yields each attack at each radius, number of steps and restarts."""
     from saccade.attacks import gradient as gradient_attacks
     from saccade.attacks import registry as attack_registry
@@ -640,15 +648,18 @@ def _check_settings(
             )
 
 
-def _with_relative_step(attack: Any, relative: float | None) -> Any:
+def _with_relative_step(
+    attack: "attack_base.Attack", relative: float | None
+) -> "attack_base.Attack":
     """Sets the step size that --attack_step_size means at this radius."""
     if relative is None or not hasattr(attack, "step_size"):
         return attack
-    length = attack.epsilon / 0.3 * relative
-    if length == attack.step_length:
+    pgd: Any = attack  # Only PGD and its subclasses have a step size.
+    length = pgd.epsilon / 0.3 * relative
+    if length == pgd.step_length:
         # It is the attack's default, and both ways have the same record.
         return attack
-    return dataclasses.replace(attack, step_size=length)
+    return dataclasses.replace(pgd, step_size=length)
 
 
 def _protocol(
@@ -656,7 +667,7 @@ def _protocol(
     run: Mapping[str, Any],
     common: dict[str, Any],
     protocol: str,
-) -> Iterator[Any]:
+) -> Iterator["evaluation_config.EvaluationConfig"]:
     """Yields the evaluations of a protocol."""
     from saccade.evaluation import protocols
 
@@ -733,7 +744,7 @@ def run(
     config: AdversaryConfig,
     data: "image_splits.Dataset | None" = None,
     progress: bool = True,
-) -> list[tuple[dict[str, Any], pathlib.Path, bool]]:
+) -> list[Result]:
     """Attacks a run and writes the records.
 
     This process owns the folders of the evaluations while they run. The run
@@ -808,7 +819,7 @@ def _existing_records(
     config: AdversaryConfig,
     hashes: Mapping[str, str],
     images: Sequence[dict[str, str]],
-) -> list[dict[str, Any] | None]:
+) -> list[Record | None]:
     """Returns the existing record of each evaluation, or None."""
     from saccade.evaluation import records as evaluation_records
 
@@ -822,7 +833,7 @@ def _existing_records(
     ]
 
 
-def _complete(config: AdversaryConfig, record: dict[str, Any] | None) -> bool:
+def _complete(config: AdversaryConfig, record: Record | None) -> bool:
     """Tests for a record whose pictures have the requested number of rows."""
     if record is None:
         return False
@@ -836,18 +847,18 @@ def _make_records(
     progress: bool,
     hashes: Mapping[str, str],
     images: Sequence[dict[str, str]],
-) -> list[tuple[dict[str, Any], pathlib.Path, bool]]:
+) -> list[Result]:
     """Makes the missing records and returns the results of `run`."""
     # Another process may have made some records in the meantime.
     with command_line.guard():
         found = _existing_records(config, hashes, images)
     entries = list(zip(config.evaluations, found, images, strict=True))
     new = [evaluation for evaluation, record, _ in entries if record is None]
-    results: list[Any] = []
+    results: list[Result] = []
     loaded = None
     for evaluation, record, identity in entries:
         reused = record is not None
-        if not _complete(config, record):
+        if record is None or not _complete(config, record):
             if loaded is None:
                 with command_line.guard():
                     loaded = _Loaded(config, data, hashes)
@@ -863,7 +874,9 @@ def _make_records(
 
 
 def _show_summary(
-    context: dict[str, Any], evaluations: Sequence[Any], count: int
+    context: dict[str, Any],
+    evaluations: Sequence["evaluation_config.EvaluationConfig"],
+    count: int,
 ) -> None:
     """Prints a summary of the model, the images and the attacks."""
     from saccade.cli import run_summary
@@ -892,11 +905,11 @@ class _Loaded:
             _check_draws(self.context["model"], stochastic, evaluation.eot)
             if not config.surrogate:
                 evaluation_checks.check_model_outputs(self.model, evaluation)
-        self.surrogates: dict[str, Any] = {}
+        self.surrogates: dict[str, keras.Model] = {}
 
     def surrogate(
         self, evaluation: "evaluation_config.EvaluationConfig"
-    ) -> Any:
+    ) -> "keras.Model | None":
         """Returns the surrogate of an evaluation; None if it needs none."""
         import model_backbone
 
@@ -921,7 +934,7 @@ class _Loaded:
         evaluation: "evaluation_config.EvaluationConfig",
         identity: Mapping[str, str],
         progress: bool,
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Runs one evaluation and writes its folder."""
         from saccade.evaluation import config as evaluation_config
         from saccade.evaluation import records as evaluation_records
@@ -952,8 +965,8 @@ class _Loaded:
     def redraw(
         self,
         evaluation: "evaluation_config.EvaluationConfig",
-        record: dict[str, Any],
-    ) -> dict[str, Any]:
+        record: Record,
+    ) -> Record:
         """Draws the pictures of a record with the requested number of rows."""
         from saccade.evaluation import records as evaluation_records
 
@@ -989,9 +1002,7 @@ def _check_draws(name: str, stochastic: bool, eot: int | None) -> None:
         )
 
 
-def _write_curves(
-    config: AdversaryConfig, records: Sequence[dict[str, Any]]
-) -> None:
+def _write_curves(config: AdversaryConfig, records: Sequence[Record]) -> None:
     """Writes the curves of several evaluations beside their folders."""
     from saccade.evaluation import curves
 
@@ -1009,7 +1020,7 @@ def _load(
     config: AdversaryConfig,
     data: "image_splits.Dataset | None",
     hashes: Mapping[str, str],
-) -> tuple[Any, dict[str, Any], "image_splits.Split"]:
+) -> tuple["keras.Model", dict[str, Any], "image_splits.Split"]:
     """Returns the model, the context that begins each record, and the split."""
     from saccade.evaluation import checks as evaluation_checks
 
@@ -1052,7 +1063,7 @@ def _write(text: str, path: pathlib.Path) -> None:
 
 def show_protocol(
     config: AdversaryConfig,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     norm: str | None = None,
     epsilon: Sequence[float] | None = None,
 ) -> None:
@@ -1083,12 +1094,14 @@ def show_protocol(
 
 
 @contextlib.contextmanager
-def _show_checks(names: Sequence[str]) -> Iterator[Callable[[Any], None]]:
+def _show_checks(
+    names: Sequence[str],
+) -> Iterator[Callable[["checklist.Check"], None]]:
     """Shows a progress bar; yields a callable that takes a finished check."""
     done = []
     with progress.Progress("checklist", len(names), "checks") as shown:
 
-        def report(check: Any) -> None:
+        def report(check: "checklist.Check") -> None:
             done.append(check)
             shown.update(len(done), note=f"{check.name} done")
 
@@ -1120,7 +1133,7 @@ def _run_checklist(
 
 def _compute_checks(
     config: AdversaryConfig, data: "image_splits.Dataset | None"
-) -> tuple[list[Any], dict[str, Any]]:
+) -> tuple[list["checklist.Check"], dict[str, Any]]:
     """Runs and prints the checklist; returns the checks and their context."""
     from saccade.evaluation import checklist
 

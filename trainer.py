@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -33,9 +33,12 @@ from saccade.training import settings
 import datasets
 
 if TYPE_CHECKING:
+    import keras
+
     from saccade.data import splits as image_splits
     from saccade.training import config as training_config
     from saccade.training import loop as training_loop
+    from saccade.training import objectives, recipes
 
 
 # Keras is imported inside functions: a missing data set must be reported before
@@ -245,7 +248,9 @@ def config_from_flags(
     )
 
 
-def _step_from_flags(values: flags.FlagValues) -> Any:
+def _step_from_flags(
+    values: flags.FlagValues,
+) -> "training_config.StepConfig":
     from saccade.training import config as training_config
 
     step = training_config.StepConfig(**_given(settings.StepSettings, values))
@@ -300,9 +305,9 @@ def _recipe_from_flags(
     given: TrainerFlags,
     values: flags.FlagValues,
     name: str | None,
-    adversarial: Any,
-    step: Any,
-) -> Any:
+    adversarial: "objectives.AdversarialConfig | None",
+    step: "training_config.StepConfig",
+) -> "recipes.Recipe":
     from saccade.training import recipes
 
     if name is not None:
@@ -326,7 +331,7 @@ def _recipe_from_flags(
 
 def _adversarial_from_flags(
     given: TrainerFlags, values: flags.FlagValues, recipe_name: str | None
-) -> Any:
+) -> "objectives.AdversarialConfig | None":
     from saccade.training import objectives, recipes
 
     changes = _given(settings.AdversarialSettings, values)
@@ -369,7 +374,7 @@ def _adversarial_from_flags(
 
 def build(
     config: "training_config.RunConfig", data: "image_splits.Dataset"
-) -> tuple[Any, Any]:
+) -> tuple["keras.Model", "keras.optimizers.Optimizer"]:
     """Builds model and optimizer; the seed determines the weights."""
     import keras
 
@@ -386,7 +391,7 @@ def model_of(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
     dtype: str | None = None,
-) -> Any:
+) -> "keras.Model":
     """Builds the model of a run, in the dtype policy of its precision."""
     from saccade.training import checkpoints
 
@@ -401,7 +406,7 @@ def model_of(
 
 def objective_of(
     config: "training_config.RunConfig", data: "image_splits.Dataset"
-) -> Any:
+) -> "objectives.Objective":
     """The training objective of a run."""
     import keras
 
@@ -425,7 +430,7 @@ def _loop(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
     folder: pathlib.Path,
-    callbacks: Sequence[Any],
+    callbacks: "Sequence[keras.callbacks.Callback]",
 ) -> "training_loop.Loop":
     """Builds the training loop of a run."""
     from saccade.cli import training_progress
@@ -477,7 +482,7 @@ def _loop(
 def describe(
     config: "training_config.RunConfig",
     data: "image_splits.Dataset",
-    model: Any,
+    model: "keras.Model",
 ) -> dict[str, Any]:
     """Returns the content of `config.json`."""
     validation = data.validation
@@ -575,7 +580,7 @@ def run(
     *,
     overwrite: bool = False,
     resume: bool = False,
-    callbacks: Sequence[Any] = (),
+    callbacks: "Sequence[keras.callbacks.Callback]" = (),
 ) -> dict[str, Any]:
     """Trains one run to its end and evaluates it.
 
@@ -618,7 +623,7 @@ def _run(
     data: "image_splits.Dataset | None",
     overwrite: bool,
     resume: bool,
-    callbacks: Sequence[Any],
+    callbacks: "Sequence[keras.callbacks.Callback]",
 ) -> dict[str, Any]:
     from saccade.cli import run_summary, training_progress
 
@@ -698,7 +703,7 @@ def _history(
     # Other processes wait for one that ends early until it is gone.
     several = shared_devices.process()[1] > 1
     chief = shared_devices.is_chief()
-    kept: Any = _kept_if_saved(folder, resume)
+    kept = _kept_if_saved(folder, resume)
     try:
         with (
             command_line.stop_signals() as loop.should_stop,
@@ -777,7 +782,7 @@ def _check_validation(
 
 def validation_of(
     config: "training_config.RunConfig", data: "image_splits.Dataset"
-) -> Any:
+) -> "Callable[[keras.Model], dict[str, Any]] | None":
     """Returns the function that validates a model; None without images.
 
     It computes the clean accuracy and the accuracy under PGD on a fixed subset:
@@ -806,7 +811,7 @@ def validation_of(
         keep="first",
     )
 
-    def validate(model: Any) -> dict[str, Any]:
+    def validate(model: "keras.Model") -> dict[str, Any]:
         found = robust_evaluation.accuracy(
             model, images, config.eval_batch_size
         )
@@ -866,7 +871,7 @@ def _evaluate(
 def _test(
     config: "training_config.RunConfig",
     images: "image_splits.Split",
-    model: Any,
+    model: "keras.Model",
     weights: str,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
