@@ -21,10 +21,12 @@ FLAT = {
 PROGRAMS = {"trainer", "adversary"}
 BACKENDS = {"tensorflow", "tensorflow_datasets", "jax", "jaxlib", "torch"}
 LONGEST_FUNCTION = 60
-# Their peers are Torch programs, and TensorFlow's profiler counts operations.
+# Their peers are programs of Torch and TensorFlow, and TensorFlow's profiler
+# counts operations.
 MAY_NAME_A_BACKEND = {
     *("benchmarks/accelerator.py", "benchmarks/parity.py"),
-    *("benchmarks/speed.py", "benchmarks/torch_nets.py"),
+    *("benchmarks/loader.py", "benchmarks/speed.py"),
+    "benchmarks/torch_nets.py",
 }
 FLAT_FILES = sorted(path.name for path in ROOT.glob("*.py"))
 PACKAGE_FILES = sorted(
