@@ -279,7 +279,7 @@ def _check_effect(given: TrainerFlags, values: flags.FlagValues) -> None:
         (not given.augment, (values["augmentation"],), "with --augment=0"),
         (
             given.synthetic_data,
-            (values["skip_corrupt"], values["download"]),
+            (values["skip_corrupt"], values["download"], values["resize"]),
             "with --synthetic_data, which decodes no files",
         ),
         (

@@ -116,10 +116,10 @@ class Pack:
             )
         if resize == "handover":
             raise ValueError(
-                f"The pack {self.folder} holds pictures resized to a short "
-                f"side of {short}, but at {size} pixels this data set crops "
-                "them as they are. Choose another --image_size, or pack with "
-                "--size=0."
+                "Expected pictures of their original size for "
+                "resize=handover, the default of the ImageNet sets at 320 "
+                f"pixels. Received: the pack {self.folder} of short side "
+                f"{short}. Choose --resize=short_side, or pack with --size=0."
             )
 
     def encoded(

@@ -183,6 +183,7 @@ def test_a_real_run_is_not_tested_on_synthetic_images(tmp_path):
     [
         ("--dataset=imagenet --skip_corrupt", "skip_corrupt has no effect"),
         ("--dataset=imagenet --download", "download has no effect"),
+        ("--dataset=imagenet --resize=short_side", "resize has no effect"),
         ("--dataset=imagenet --data_dir=x", "data_dir has no effect"),
     ],
 )
