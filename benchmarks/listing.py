@@ -28,6 +28,8 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import outputs  # noqa: E402
+
 from saccade.cli import command_line  # noqa: E402
 from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.core import run_folder  # noqa: E402
@@ -54,22 +56,13 @@ class ListingConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Where the record goes."""
-
-    output: str | None = setting(
-        None, "JSON file to which the record is written.", "none"
-    )
-
-
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
         values: The `absl.flags.FlagValues` that get them.
     """
-    for cls in (ListingConfig, Output):
+    for cls in (ListingConfig, outputs.Output):
         program_flags.define(cls, values)
 
 
@@ -205,17 +198,12 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """
     with command_line.guard():
         config = program_flags.read(ListingConfig, values)
-        path = values.output and pathlib.Path(values.output)
-        if path and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(
-                "Expected --output to be a file in a folder that exists. "
-                f"Received: --output={path}."
-            )
+        path = program_flags.read(outputs.Output, values).path
     with command_line.guard_disk():
         record = run(config)
     print(json.dumps(record))
     print("\n".join(table(record["rows"])))
-    if path:
+    if path is not None:
         with command_line.guard():
             run_folder.write_json(path, record)
 

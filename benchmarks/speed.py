@@ -23,6 +23,8 @@ from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import outputs  # noqa: E402
+
 from saccade.cli import command_line  # noqa: E402
 from saccade.cli import flags as program_flags  # noqa: E402
 from saccade.cli import runs as trained_runs  # noqa: E402
@@ -61,22 +63,13 @@ class BenchmarkConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Where the record goes."""
-
-    output: str | None = setting(
-        None, "JSON file to which the record is written.", "none"
-    )
-
-
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of the program.
 
     Args:
         values: The `absl.flags.FlagValues` that get them.
     """
-    for cls in (BenchmarkConfig, Output):
+    for cls in (BenchmarkConfig, outputs.Output):
         program_flags.define(cls, values)
 
 
@@ -94,7 +87,7 @@ def config_from_flags(values: flags.FlagValues) -> BenchmarkConfig:
         if name not in heeded
     ]
     command_line.refuse_idle((True, idle, f"with --what={config.what}"))
-    _check_parts(config, values.output)
+    _check_parts(config)
     return config
 
 
@@ -107,7 +100,7 @@ _HEEDED = {
 }
 
 
-def _check_parts(config: BenchmarkConfig, output: str | None) -> None:
+def _check_parts(config: BenchmarkConfig) -> None:
     """Raises a ValueError or an OSError if what is measured is not there."""
     import keras
 
@@ -132,13 +125,6 @@ def _check_parts(config: BenchmarkConfig, output: str | None) -> None:
         run = run_folder.read_config(folder, ("model", "num_classes"))
         for attack in _attacks().values():
             attack.fit(run["num_classes"])
-    if output is not None:
-        path = pathlib.Path(output)
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(
-                "Expected --output to be a file in a folder that exists. "
-                f"Received: --output={path}."
-            )
 
 
 def interleaved(
@@ -593,12 +579,13 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     with command_line.guard():
         command_line.load_keras()
         config = config_from_flags(values)
+        path = program_flags.read(outputs.Output, values).path
     record = run(config)
     for row in record["rows"]:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if values.output:
+    if path is not None:
         with command_line.guard():
-            run_folder.write_json(values.output, record)
+            run_folder.write_json(path, record)
 
 
 if __name__ == "__main__":
