@@ -132,9 +132,15 @@ class _TensorFlow(Engine):
         self.strategy = tf.distribute.get_strategy()
         self.replicas = self.strategy.num_replicas_in_sync
         # XLA is used on accelerators only: on the CPU it runs convolutions
-        # three times slower. It cannot compile a step with mirrored variables.
+        # three times slower. It cannot compile updates of mirrored variables,
+        # but their reads: with several replicas the attack is compiled, which
+        # is most of an adversarial step.
         accelerated = compilation.accelerated()
         compiled = True if self.replicas == 1 and accelerated else None
+        if self.replicas > 1 and accelerated:
+            self.run.compile_attack = tf.function(
+                jit_compile=True, autograph=False
+            )
         compile_step = tf.function(autograph=False, jit_compile=compiled)
         self._one = compile_step(self._one_step)
         self._several = compile_step(self._several_steps)
@@ -150,6 +156,14 @@ class _TensorFlow(Engine):
         parts = map(self._rows, carried)
         loss, correct, *new = self._one(*batches[0], number, *parts)
         return [loss[None], correct[None], *new]
+
+    def lowered(self, batch: Placed) -> str:
+        """Returns what XLA makes of a step, as text, without running it."""
+        import tensorflow as tf
+
+        step = tf.function(self._one_step, autograph=False, jit_compile=True)
+        number = tf.constant(0, tf.int32)
+        return step.experimental_get_compiler_ir(*batch, number)(stage="hlo")
 
     def _rows(self, values: npt.ArrayLike) -> Any:
         """Hands each replica of this process its part of the rows."""

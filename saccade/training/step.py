@@ -8,7 +8,8 @@ differentiated afterwards.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
@@ -189,6 +190,8 @@ class Step:
         self.warmup_steps = options.config.epsilon_warmup * steps_per_epoch
         self.awp_from = options.config.awp_warmup * steps_per_epoch
         self.generators = model_inspect.generators(model)
+        # What an engine does to the attack before it is called.
+        self.compile_attack: Callable[[Callable], Callable] = lambda fn: fn
         # The tensors that adversarial weight perturbation changes.
         self.perturbable = [
             v for v in model.trainable_variables if len(v.shape) > 1
@@ -252,12 +255,9 @@ class Step:
             settings = (
                 {"scale": self.epsilon_scale(step)} if self.warmup_steps else {}
             )
-            crafted = self.objective.craft(
-                self._crafting_fn(),
-                clean,
-                labels,
-                randomness.fold_in(keys, 1),
-                **settings,
+            craft = functools.partial(self.objective.craft, self._crafting_fn())
+            crafted = self.compile_attack(craft)(
+                clean, labels, randomness.fold_in(keys, 1), **settings
             )
         return clean, ops.stop_gradient(crafted)
 

@@ -30,7 +30,7 @@ SMALL = {
 
 
 def lowered(name):
-    """Returns the step of a model as StableHLO text."""
+    """Returns the step of a model as text, StableHLO on JAX, else HLO."""
     model = checkpoints.create(
         name,
         num_classes=CLASSES,
@@ -57,14 +57,19 @@ def lowered(name):
 @pytest.mark.every_backend
 @pytest.mark.slow
 @pytest.mark.skipif(
-    keras.config.backend() != "jax", reason="JAX lowers without compiling"
+    keras.config.backend() == "torch", reason="Torch has no XLA"
 )
 @pytest.mark.parametrize("name", registry.names())
 def test_the_step_has_static_shapes_and_no_host_callback(name):
+    on_jax = keras.config.backend() == "jax"
+    if not on_jax and name not in ("attention_mnist", "madry_cnn", "s3ta"):
+        pytest.skip("TensorFlow takes long; the layers are those of others")
     text = lowered(name)
-    assert "stablehlo.convolution" in text
-    assert "tensor<?" not in text and "x?x" not in text
-    assert "callback" not in text and "infeed" not in text
+    assert ("stablehlo.convolution" if on_jax else " convolution(") in text
+    for dynamic in ("tensor<?", "x?x", "<=", "dynamic-reshape"):
+        assert dynamic not in text
+    for call in ("callback", "infeed", "CustomCall", "custom-call"):
+        assert call not in text
 
 
 @pytest.mark.skipif(

@@ -400,6 +400,26 @@ def test_devices_and_processes_give_the_weights_of_one_device(tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="JAX compiles everything"
+)
+def test_an_attack_compiled_on_each_replica_is_that_of_one_device(
+    tmp_path, monkeypatch
+):
+    """On GPUs XLA compiles the step of one device, and the attack of several.
+
+    Here it does so on the CPU.
+    """
+    monkeypatch.setenv("ACCELERATED", "1")
+    one = weights_after(tmp_path / "one", "s3ta", distribute="none")
+    found = weights_after(
+        tmp_path / "two", "s3ta", logical=2, distribute="mirrored"
+    )
+    for key in one.files:
+        np.testing.assert_allclose(found[key], one[key], atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.every_backend
 @pytest.mark.skipif(
     keras.config.backend() == "torch", reason="Torch trains on one device"
