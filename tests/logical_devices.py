@@ -13,6 +13,6 @@ def configure():
         one = tf.config.LogicalDeviceConfiguration()
         tf.config.set_logical_device_configuration(cpu, [one] * count)
     else:
-        flag = "--xla_force_host_platform_device_count"
-        os.environ["XLA_FLAGS"] = f"{flag}={count}"
+        flag = f"--xla_force_host_platform_device_count={count}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     return count

@@ -20,9 +20,11 @@ import tarfile
 
 import keras
 import numpy as np
+import programs
 import pytest
 from programs import ROOT
 
+from saccade.cli import command_line
 from saccade.training import checkpoints
 
 import model_backbone
@@ -48,24 +50,35 @@ def run(tmp_path):
     return tmp_path / NAME
 
 
-def call(program, *flags):
-    return subprocess.run(
-        [sys.executable, f"{program}.py", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def attack(run, capsys):
+    """Attacks the run in this process; returns status, output and errors."""
+    adversary, _ = programs.load("adversary")
+
+    def call(*flags):
+        with command_line.guard():
+            values = programs.parse(
+                "adversary",
+                f"--run={run}",
+                *("--attack=pgd", "--epsilon=0.02", "--steps=3"),
+                *("--num_examples=16", "--save_images=4", *flags),
+            )
+        adversary.main(values)
+
+    return lambda *flags: programs.outcome(call, capsys, *flags)
 
 
 def test_an_old_run_is_resumed_to_the_same_losses(run):
-    done = call(
-        "trainer",
-        *json.loads((run / "config.json").read_text())["provenance"][
-            "command"
-        ].split()[1:-2],
-        "--tag=before_rooms",
-        f"--runs_dir={run.parent}",
-        "--resume",
+    config = json.loads((run / "config.json").read_text())
+    done = subprocess.run(
+        [
+            *(sys.executable, "trainer.py"),
+            *config["provenance"]["command"].split()[1:-2],
+            *("--tag=before_rooms", f"--runs_dir={run.parent}", "--resume"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     with (run / "history.csv").open(newline="") as file:
@@ -77,31 +90,21 @@ def test_an_old_run_is_resumed_to_the_same_losses(run):
             assert float(rows[epoch][name]) == pytest.approx(value, abs=5e-3)
 
 
-def test_an_old_run_is_attacked_as_before(run):
+def test_an_old_run_is_attacked_as_before(run, attack):
     before = json.loads((run / RECORD).read_text())
-    done = call(
-        "adversary",
-        f"--run={run}",
-        *("--attack=pgd", "--epsilon=0.02", "--steps=3"),
-        *("--num_examples=16", "--save_images=4", "--overwrite"),
-    )
-    assert done.returncode == 0, done.stderr
+    status, _, err = attack("--overwrite")
+    assert status == 0, err
     after = json.loads((run / RECORD).read_text())
     for name in ("num_examples", "clean_accuracy", "robust_accuracy"):
         assert after[name] == before[name]
     assert after["data_sha256"] == before["data_sha256"]
 
 
-def test_an_old_record_is_found_and_not_made_again(run):
+def test_an_old_record_is_found_and_not_made_again(run, attack):
     before = (run / RECORD).read_bytes()
-    done = call(
-        "adversary",
-        f"--run={run}",
-        *("--attack=pgd", "--epsilon=0.02", "--steps=3"),
-        *("--num_examples=16", "--save_images=4"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "already there" in done.stdout
+    status, out, err = attack()
+    assert status == 0, err
+    assert "already there" in out
     assert (run / RECORD).read_bytes() == before
 
 

@@ -85,7 +85,7 @@ def test_map_sizes(build, options, size, maps, units):
 def test_every_backbone_accepts_any_size_and_channel_count(build, shape):
     options = {"width": 4} if build != "simple_cnn" else {}
     model = resnets.BACKBONES[build](shape, **options)
-    out = np.asarray(model.predict(np.ones((2, *shape), "f4"), verbose=0))
+    out = numpy(model(np.ones((2, *shape), "f4"), training=False))
     assert out.shape == (2, *model.output_shape[1:])
     assert np.all(np.isfinite(out)) and np.ptp(out) > 0
     np.testing.assert_allclose(out[0], out[1], rtol=1e-5, atol=1e-6)
