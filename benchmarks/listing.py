@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 
 import outputs  # noqa: E402
 

@@ -181,7 +181,8 @@ def test_unchanged_folders_are_not_read_again(data, tmp_path, monkeypatch):
     scandir = os.scandir
 
     def noted(path):
-        read.append(str(path))
+        if str(path).startswith(str(data)):  # Python 3.13 globs the index.
+            read.append(str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", noted)
