@@ -185,6 +185,35 @@ def test_help_has_the_default_depth_and_strides():
     assert words.startswith(strides)
 
 
+@pytest.mark.parametrize(
+    "name", ["samples", "n_queries", "l1_fraction", "distraction", "momentum"]
+)
+def test_help_has_the_default_of_every_attack(name):
+    found = set()
+    for attack in attack_registry.ATTACKS.values():
+        for field in dataclasses.fields(attack):
+            if field.name == name:
+                words = core_settings.of(attack)[name].by_default
+                found.add(field.default)
+                assert in_help(field.default) in re.findall(r"[\w.]+", words)
+    assert found
+
+
+@pytest.mark.parametrize(
+    "name,objective",
+    [
+        *(("weight", name) for name in ("trades", "mart", "alp", "llr")),
+        *(("clean_weight", name) for name in ("madry", "fast", "alp")),
+        *(("steps", name) for name in ("madry", "trades", "mart", "llr")),
+        ("slope_weight", "llr"),
+    ],
+)
+def test_help_has_the_default_of_every_objective(name, objective):
+    row = core_settings.of(settings.AdversarialSettings)[name]
+    default = getattr(objectives.AdversarialConfig(objective), name)
+    assert in_help(default) in re.findall(r"\d[\d.]*", row.by_default)
+
+
 def test_the_options_that_make_a_model_smaller_exist():
     assert {*model_options.SIZES} <= {*model_options.OPTIONS}
 
