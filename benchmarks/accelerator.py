@@ -1,24 +1,30 @@
-"""Measures adversarial training steps on one accelerator, beside PyTorch.
+"""Measures training steps on one accelerator or the CPU, beside PyTorch.
 
     python benchmarks/accelerator.py --output=accelerator.json
     python benchmarks/accelerator.py --size=small --cases=resnet_cifar
+    python benchmarks/accelerator.py --rounds=5 --steps=10 \
+      --cases=cpu_resnet_cifar_0,cpu_resnet_cifar_0_jax,cpu_resnet_cifar_0_torch
 
 Each case is a process of its own. All of them compile side by side; then they
-are timed one after the other. A case of ours runs on JAX:
+are timed one after the other. The cases `cpu_NET_STEPS` are small enough for a
+CPU; STEPS are those of PGD, 0 for standard training. A case of ours runs on
+JAX, or on TensorFlow (`cpu_NET_STEPS`):
 
 - "step": the compiled step on batches that lie on the device;
 - "loop": the program's training loop on images in memory (uint8);
 - "files": the same loop on JPEG files (with --data_dir).
 
 PyTorch runs the same nets with `torch.compile`, channels_last, autocast, fused
-SGD and pinned memory, with the same three measurements. Rates are images per
-second, the median of the rounds.
+SGD and pinned memory, with the same three measurements; on the CPU with
+(`_compiled`) and without `torch.compile`. Rates are images per second, the
+median of the rounds.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -55,21 +61,39 @@ _NETS = {
     "s3ta_4": ("s3ta", 3, 32, 224, 4),
     "s3ta_16": ("s3ta", 3, 32, 224, 16),
     "multi_gaze": ("multi_gaze", 3, 64, 320, 0),
+    "cpu_resnet_cifar_0": ("resnet_cifar", 0, 64, 32, 0),
+    "cpu_resnet_cifar_5": ("resnet_cifar", 5, 64, 32, 0),
+    "cpu_s3ta_0": ("s3ta", 0, 8, 64, 4),
+    "cpu_s3ta_5": ("s3ta", 5, 8, 64, 4),
+    "cpu_multi_gaze_0": ("multi_gaze", 0, 8, 64, 0),
+    "cpu_multi_gaze_5": ("multi_gaze", 5, 8, 64, 0),
 }
 _BFLOAT16, _FLOAT32 = "mixed_bfloat16", "float32"
-CASES = {
-    "resnet50": (_BFLOAT16, "resnet50", "saccade"),
-    "resnet50_float32": (_FLOAT32, "resnet50", "saccade"),
-    "resnet_cifar": (_FLOAT32, "resnet_cifar", "saccade"),
-    "s3ta_4": (_BFLOAT16, "s3ta_4", "saccade"),
-    "s3ta_16": (_BFLOAT16, "s3ta_16", "saccade"),
-    "multi_gaze": (_BFLOAT16, "multi_gaze", "saccade"),
+_ACCELERATOR = {
+    "resnet50": (_BFLOAT16, "resnet50", "jax"),
+    "resnet50_float32": (_FLOAT32, "resnet50", "jax"),
+    "resnet_cifar": (_FLOAT32, "resnet_cifar", "jax"),
+    "s3ta_4": (_BFLOAT16, "s3ta_4", "jax"),
+    "s3ta_16": (_BFLOAT16, "s3ta_16", "jax"),
+    "multi_gaze": (_BFLOAT16, "multi_gaze", "jax"),
     "torch_resnet50": (_BFLOAT16, "resnet50", "torch"),
     "torch_resnet_cifar": (_FLOAT32, "resnet_cifar", "torch"),
     "torch_s3ta_4": (_BFLOAT16, "s3ta_4", "torch"),
     "torch_s3ta_16": (_BFLOAT16, "s3ta_16", "torch"),
     "torch_multi_gaze": (_BFLOAT16, "multi_gaze", "torch"),
 }
+_CPU = {
+    f"{name}{suffix}": (_FLOAT32, name, program)
+    for name in _NETS
+    if name.startswith("cpu_")
+    for suffix, program in (
+        ("", "tensorflow"),
+        ("_jax", "jax"),
+        ("_torch", "torch"),
+        ("_compiled", "torch"),
+    )
+}
+CASES = {**_ACCELERATOR, **_CPU}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +101,9 @@ class AcceleratorFlags:
     """The flags of the program."""
 
     cases: tuple[str, ...] = setting(
-        tuple(CASES), "Cases, separated by commas.", "all"
+        tuple(_ACCELERATOR),
+        "Cases, separated by commas.",
+        "all of accelerators",
     )
     size: str = setting(
         "full",
@@ -162,7 +188,7 @@ def in_memory(case: Case, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def saccade_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     """Times our step and our loop."""
-    import jax
+    import keras
 
     from saccade.data import pipeline
     from saccade.data import splits as image_splits
@@ -192,6 +218,8 @@ def saccade_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
         ]
     }
     if options.profile:
+        import jax
+
         with jax.profiler.trace(options.profile):
             step_rate(case, engine, placed, 10)
     engine.write_back()
@@ -200,12 +228,23 @@ def saccade_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     if options.data_dir:
         read = make_loop(case, files(case, options), options, loop)
         rates["files"] = trained(read, engine)
-    memory = jax.devices()[0].memory_stats() or {}
+    peak, device = _resident(), "cpu"
+    if keras.config.backend() == "jax":
+        import jax
+
+        memory = jax.devices()[0].memory_stats() or {}
+        peak = memory.get("peak_bytes_in_use", peak)
+        device = jax.devices()[0].device_kind
     return {
         **summary(rates),
-        "peak_gb": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
-        "device": jax.devices()[0].device_kind,
+        "peak_gb": round(peak / 2**30, 2),
+        "device": device,
     }
+
+
+def _resident() -> int:
+    """The largest memory of the process so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def step_rate(
@@ -265,11 +304,14 @@ def make_loop(
         optimizer = recipes.make_optimizer(recipe, 1000)
     else:
         model, optimizer = like.model, like.optimizer
-    attack = gradient.PGD(
-        epsilon=EPSILON,
-        steps=case.pgd_steps,
-        step_size=2.5 * EPSILON / case.pgd_steps,
-    )
+    objective: objectives.Objective = objectives.Standard()
+    if case.pgd_steps:
+        attack = gradient.PGD(
+            epsilon=EPSILON,
+            steps=case.pgd_steps,
+            step_size=2.5 * EPSILON / case.pgd_steps,
+        )
+        objective = objectives.Madry(attack)
     return loop.Loop(
         model=model,
         optimizer=optimizer,
@@ -277,7 +319,7 @@ def make_loop(
         folder=pathlib.Path(tempfile.mkdtemp()),
         batch_size=case.batch_size,
         epochs=options.rounds + 1,
-        objective=objectives.Madry(attack),
+        objective=objective,
         log_every=10,
         save_every=1e9,
         on_collapse="ignore",
@@ -315,7 +357,8 @@ def torch_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    take = torch_take(case, device)
+    compiled = device == "cuda" or (options.case or "").endswith("_compiled")
+    take = torch_take(case, device, compiled)
     images, labels = in_memory(case, options.steps)
     pinned = [torch.from_numpy(a) for a in (images, labels.astype("int64"))]
     first = [a[: case.batch_size].to(device) for a in pinned]
@@ -343,11 +386,13 @@ def torch_case(case: Case, options: AcceleratorFlags) -> dict[str, Any]:
     if options.data_dir:
         loader = torch_files(case, options)
         rates["files"] = torch_epochs(case, take, loader, options)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    peak = (
+        torch.cuda.max_memory_allocated() if device == "cuda" else _resident()
+    )
     return {**summary(rates), "peak_gb": round(peak / 2**30, 2)}
 
 
-def torch_take(case: Case, device: str) -> Callable[..., Any]:
+def torch_take(case: Case, device: str, compiled: bool) -> Callable[..., Any]:
     """Returns the step of PyTorch: from images and labels to the loss."""
     import torch
     import torch_nets
@@ -363,14 +408,14 @@ def torch_take(case: Case, device: str) -> Callable[..., Any]:
     )
     half = case.precision == _BFLOAT16
     autocast = torch.autocast(device, torch.bfloat16, enabled=half)
-    compiled = torch.compile(net) if device == "cuda" else net
+    forward = torch.compile(net) if compiled else net
 
     def take(images: Any, labels: Any) -> Any:
         images = images.to(device, non_blocking=True)
         images = images.permute(0, 3, 1, 2).float() / 255
         labels = labels.to(device, non_blocking=True)
         return torch_nets.take_step(
-            compiled,
+            forward,
             optimizer,
             images,
             labels,
@@ -446,7 +491,7 @@ def child(name: str, options: AcceleratorFlags) -> None:
     case = case_of(name, options.size)
     if case.net == "multi_gaze":  # A step takes several times as long.
         options = dataclasses.replace(options, steps=max(2, options.steps // 4))
-    run = saccade_case if CASES[name][2] == "saccade" else torch_case
+    run = torch_case if CASES[name][2] == "torch" else saccade_case
     found = {**dataclasses.asdict(case), **run(case, options)}
     print("result", json.dumps(found), flush=True)
 
@@ -456,10 +501,9 @@ def child(name: str, options: AcceleratorFlags) -> None:
 
 def start(name: str) -> subprocess.Popen[str]:
     """Starts the process of a case, with its output in a file beside ours."""
-    backend = "jax" if CASES[name][2] == "saccade" else "torch"
     env = {
         **os.environ,
-        "KERAS_BACKEND": backend,
+        "KERAS_BACKEND": CASES[name][2],
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     return subprocess.Popen(
