@@ -160,7 +160,7 @@ def compiled(
             # the function.
             reference = weakref.ref(model)
 
-            def read(images: Tensor, training: bool) -> Any:
+            def read(images: Tensor, training: bool) -> Tensor:
                 return reference()(  # type: ignore[misc]  # Alive in a call.
                     images, training=training
                 )
@@ -175,7 +175,7 @@ def compiled(
 
 
 def _without_underflow(read: Callable[..., Any]) -> Callable[..., Any]:
-    def scaled(images: Tensor, training: bool) -> Any:
+    def scaled(images: Tensor, training: bool) -> Tensor:
         fn = functools.partial(read, training=training)
         return gradients.without_underflow(fn)(images)
 

@@ -5,6 +5,7 @@ the code in which a `ValueError` or an `OSError` is the user's to mend; outside
 it an exception is a defect of ours and keeps its traceback.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -18,11 +19,13 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 
 from saccade.core import names as known_names
+
+_Value = TypeVar("_Value")
 
 # Read by TensorFlow when it is first imported: its banner would bury the
 # progress bar and the one-line errors.
@@ -397,12 +400,14 @@ def asked_for_help(
     return False
 
 
-def parse_arguments(parser: Any) -> Any:
+def parse_arguments(
+    parser: argparse.ArgumentParser,
+) -> argparse.Namespace:
     """Parses the arguments of a script that has `argparse`'s flags.
 
     An error is one line and exit status 2, without argparse's usage.
     """
-    parser.error = fail
+    parser.error = fail  # type: ignore[method-assign]
     return parser.parse_args()
 
 
@@ -566,7 +571,7 @@ def parse_integers(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def parsed(flag: Any, text: str, parse: Callable[[str], Any]) -> Any:
+def parsed(flag: str, text: str, parse: Callable[[str], _Value]) -> _Value:
     """Reads the text of a flag with `parse`; an error names the flag."""
     try:
         return parse(text)

@@ -129,7 +129,7 @@ def without_underflow(
         A callable with the same values, in float32, and the same gradients.
     """
 
-    def scaled(images: Tensor) -> Any:
+    def scaled(images: Tensor) -> Tensor:
         values = logits_fn(scale_gradient(images, 1 / _FLOAT16_SCALE))
         return keras.tree.map_structure(
             lambda value: scale_gradient(

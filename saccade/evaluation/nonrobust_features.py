@@ -21,7 +21,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import keras
 import numpy as np
@@ -43,6 +43,8 @@ from saccade.models import registry
 from saccade.training import checkpoints, objectives, recipes
 from saccade.training import loop as training_loop
 from saccade.training import step as training_step
+
+_Read = TypeVar("_Read")
 
 TARGETS = ("random", "next")
 _SET = "set.json"
@@ -341,8 +343,8 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_intact(
-    path: pathlib.Path, load: Callable[[pathlib.Path], Any]
-) -> Any:
+    path: pathlib.Path, load: Callable[[pathlib.Path], _Read]
+) -> _Read:
     """Reads a file; raises a one-line error if it is damaged."""
     try:
         return load(path)

@@ -82,7 +82,7 @@ def name(evaluation: evaluation_config.EvaluationConfig, *parts: str) -> str:
     return "-".join([*words, *(part for part in parts if part)])
 
 
-def _word(config: Any, field: str, value: Any) -> str:
+def _word(config: object, field: str, value: Any) -> str:
     """Writes a setting for a folder's name, as its `Setting` says."""
     if field == "indices":
         value = len(value)

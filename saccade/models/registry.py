@@ -9,6 +9,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+
 from saccade.core import keras_settings
 from saccade.core import names as known_names
 from saccade.models import options as model_options
@@ -29,7 +31,7 @@ class Entry:
         shows: What `glimpses` can return for it, depending on its options.
     """
 
-    build: Callable
+    build: Callable[..., keras.Model]
     shows: tuple[str, ...] = ()
 
     @property
@@ -90,7 +92,7 @@ def entry(name: str) -> Entry:
 
 def create(
     name: str, *, num_classes: int, image_shape: Sequence[int], **options: Any
-) -> Any:
+) -> keras.Model:
     """Builds a registered model.
 
     Args:

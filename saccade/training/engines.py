@@ -72,7 +72,7 @@ class Engine(abc.ABC):
         return self._rows(images), self._rows(labels), self._rows(indices)
 
     @abc.abstractmethod
-    def _rows(self, values: npt.ArrayLike) -> Any:
+    def _rows(self, values: npt.ArrayLike) -> Tensor:
         """Starts to copy rows to the devices."""
 
     @abc.abstractmethod
@@ -165,7 +165,7 @@ class _TensorFlow(Engine):
         number = tf.constant(0, tf.int32)
         return step.experimental_get_compiler_ir(*batch, number)(stage="hlo")
 
-    def _rows(self, values: npt.ArrayLike) -> Any:
+    def _rows(self, values: npt.ArrayLike) -> Tensor:
         """Hands each replica of this process its part of the rows."""
         import tensorflow as tf
 
@@ -325,7 +325,7 @@ class _Jax(Engine):
         self.state: Any = None
         self._steps = jax.jit(self._take, donate_argnums=(0,))
 
-    def _rows(self, values: npt.ArrayLike) -> Any:
+    def _rows(self, values: npt.ArrayLike) -> Tensor:
         return devices.shard(values)
 
     def take(
@@ -518,7 +518,7 @@ class _Jax(Engine):
 class _Torch(Engine):
     """Eager operations on one device."""
 
-    def _rows(self, values: npt.ArrayLike) -> Any:
+    def _rows(self, values: npt.ArrayLike) -> Tensor:
         return ops.convert_to_tensor(values)
 
     def take(
@@ -592,7 +592,7 @@ class _Torch(Engine):
         return [value.requires_grad_(True) for value in values]
 
 
-def _only(values: tuple) -> Any:
+def _only(values: tuple[Tensor, ...]) -> Tensor | None:
     """The single value of a tuple; None if it is empty."""
     return values[0] if values else None
 

@@ -32,6 +32,7 @@ from saccade.attacks import settings as attack_settings
 from saccade.attacks.base import LogitsFn
 from saccade.core import gradients, lp, randomness
 from saccade.core import names as known_names
+from saccade.core import settings as core_settings
 from saccade.core.arrays import Tensor
 from saccade.training import settings
 
@@ -520,7 +521,7 @@ class TRADES(Adversarial):
         """See `Adversarial.craft`."""
         clean = losses.outputs_of(logits_fn(images)).logits
 
-        def outputs_with_divergence(images: Tensor) -> Any:
+        def outputs_with_divergence(images: Tensor) -> losses.Outputs:
             outputs = losses.outputs_of(logits_fn(images))
             divergence = losses.divergence(clean, outputs.logits)
             return outputs._replace(ascended=divergence)
@@ -604,7 +605,7 @@ class LocalLinearity(Adversarial):
         """See `Adversarial.craft`."""
         images = ops.convert_to_tensor(images, dtype="float32")
 
-        def loss_and_outputs(images: Tensor) -> Any:
+        def loss_and_outputs(images: Tensor) -> tuple[Tensor, losses.Outputs]:
             outputs = losses.outputs_of(logits_fn(images))
             return losses.cross_entropy(outputs.logits, labels), outputs
 
@@ -612,7 +613,7 @@ class LocalLinearity(Adversarial):
             lambda x: loss_and_outputs(x)[0], images
         )
 
-        def outputs_with_gap(adversarial: Tensor) -> Any:
+        def outputs_with_gap(adversarial: Tensor) -> losses.Outputs:
             loss, outputs = loss_and_outputs(adversarial)
             slope = _inner_product(adversarial - images, grad)
             gap = ops.abs(loss - clean_loss - slope)
@@ -640,7 +641,9 @@ class LocalLinearity(Adversarial):
         count = ops.shape(crafted)[0]
         both = ops.concatenate([crafted, clean], axis=0)
 
-        def clean_losses(both: Tensor) -> Any:
+        def clean_losses(
+            both: Tensor,
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             logits, head_logits = _logits(logits_fn(both))
             adversarial_loss, clean_loss = (
                 _mean_over_heads(self._cross_entropy, labels, part)
@@ -681,8 +684,11 @@ OBJECTIVES: dict[str, type[Standard]] = {
 ATTACKS = tuple(gradient_attacks.ATTACKS)
 
 _THREAT_MODEL = ("norm", "epsilon", "epsilon_per_image", "train_mode")
+# In the order in which a message lists them.
 _FIELDS = tuple(
-    field.name for field in dataclasses.fields(settings.AdversarialSettings)
+    dict.fromkeys(
+        [*_THREAT_MODEL, *core_settings.of(settings.AdversarialSettings)]
+    )
 )
 
 

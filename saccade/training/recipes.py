@@ -80,8 +80,8 @@ def _too_close(edges: Sequence[float]) -> bool:
 
 
 def _reach_last_read_out(
-    pairs: Sequence[tuple[float, Any]], epochs: float
-) -> Any:
+    pairs: Sequence[tuple[float, int]], epochs: float
+) -> tuple[tuple[float, int], ...]:
     """Starts every read-out step in the last epoch at the latest.
 
     Otherwise a short run would never train the last read-out step.

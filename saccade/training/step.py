@@ -10,7 +10,7 @@ differentiated afterwards.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import keras
 import numpy as np
@@ -293,7 +293,7 @@ class Step:
         values = [ops.convert_to_tensor(v) for v in self.model.variables]
         pairs = list(zip(net.variables, values, strict=True))
 
-        def logits_fn(x: Tensor) -> Any:
+        def logits_fn(x: Tensor) -> Tensor | losses.Outputs:
             # A scope for each call: no call may read what another one assigned
             # inside the loop of an attack.
             with keras.StatelessScope(state_mapping=pairs):
