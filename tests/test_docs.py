@@ -21,6 +21,8 @@ PROGRAMS = {
     "benchmarks/speed.py": "benchmarks/speed",
     "benchmarks/parity.py": "benchmarks/parity",
     "benchmarks/listing.py": "benchmarks/listing",
+    "benchmarks/loader.py": "benchmarks/loader",
+    "-m saccade.data.pack": "saccade/data/pack",
 }
 # Words in command lines that stand for a value.
 PLACEHOLDERS = {"EPSILON": "0.1", "SEED": "0"}
@@ -74,7 +76,8 @@ def commands(program):
             for word, value in PLACEHOLDERS.items():
                 line = line.replace(word, value)
             if line.startswith(f"python {program}"):
-                found.append(shlex.split(line, comments=True)[2:])
+                words = shlex.split(line, comments=True)
+                found.append(words[1 + len(program.split()) :])
     return found
 
 
