@@ -16,7 +16,6 @@ import glob
 import io
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,10 +24,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
+
+import outputs  # noqa: E402
 
 from saccade.cli import command_line  # noqa: E402
 from saccade.cli import flags as program_flags  # noqa: E402
@@ -56,14 +57,16 @@ class LoaderConfig:
     rounds: int = setting(
         7, "Passes over the files, of which the median counts.", minimum=1
     )
-    output: str | None = setting(
-        None, "JSON file to which the record is written.", "none"
-    )
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of the program."""
-    program_flags.define(LoaderConfig, values)
+    """Defines the flags of the program.
+
+    Args:
+        values: The `absl.flags.FlagValues` that get them.
+    """
+    for cls in (LoaderConfig, outputs.Output):
+        program_flags.define(cls, values)
 
 
 def make_files(folder: pathlib.Path, count: int) -> list[str]:
@@ -245,11 +248,16 @@ def show(record: dict[str, Any]) -> None:
         print(f"{'  ms':8}{cells}  of processor time an image")
 
 
-def main(_: Sequence[str]) -> None:
-    """Runs the benchmark."""
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Prints a table, and writes the record.
+
+    Args:
+        values: `absl.flags.FlagValues` after `define_flags`, parsed.
+    """
     with command_line.guard():
         command_line.require_package("tensorflow", "benchmarks/loader.py")
-        config = program_flags.read(LoaderConfig, flags.FLAGS)
+        config = program_flags.read(LoaderConfig, values)
+        output = program_flags.read(outputs.Output, values).path
         paths = []
         if config.files is not None:
             paths = sorted(glob.glob(config.files))[: config.count]
@@ -264,14 +272,15 @@ def main(_: Sequence[str]) -> None:
             **dataclasses.asdict(config),
             "bytes": sum(os.path.getsize(path) for path in paths),
             "cores": os.cpu_count(),
-            "machine": platform.machine(),
             **measure(config, paths),
+            "provenance": run_folder.provenance(),
         }
     show(record)
-    if config.output is not None:
-        run_folder.write_json(pathlib.Path(config.output), record)
+    if output is not None:
+        with command_line.guard():
+            run_folder.write_json(output, record)
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command_line.run(main)

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import flags
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
+
+import outputs  # noqa: E402
 
 from saccade.cli import command_line  # noqa: E402
 from saccade.cli import flags as program_flags  # noqa: E402
@@ -46,9 +48,6 @@ class WaitingFlags:
     image_size: int = setting(96, "Side of the images in pixels.", minimum=8)
     batch_size: int = setting(32, "Images in a batch.", minimum=1)
     steps: int = setting(8, "Training steps that are measured.", minimum=1)
-    output: str | None = setting(
-        None, "JSON file to which the record is written.", "none"
-    )
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -57,7 +56,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     Args:
         values: The `absl.flags.FlagValues` that get them.
     """
-    program_flags.define(WaitingFlags, values)
+    for cls in (WaitingFlags, outputs.Output):
+        program_flags.define(cls, values)
 
 
 class _Clock:
@@ -145,6 +145,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         import model_backbone  # noqa: F401 -- Registers the models.
 
         options = program_flags.read(WaitingFlags, values)
+        output = program_flags.read(outputs.Output, values).path
         for name in options.models:
             known_names.require_known("models", name, registry.names())
         datasets.IN_MEMORY_BYTES = 0  # Otherwise so few files are kept.
@@ -162,13 +163,13 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
             f"{100 * rows[-1]['waited']:.1f}%",
             flush=True,
         )
-        if options.output:
+        if output is not None:
             record = {
                 **dataclasses.asdict(options),
                 "rows": rows,
                 "provenance": run_folder.provenance(),
             }
-            run_folder.write_json(pathlib.Path(options.output), record)
+            run_folder.write_json(output, record)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,42 @@ def accelerator(folder: pathlib.Path) -> str:
     return "\n".join(tables.markdown_grid([*heads, "compile, s"], rows))
 
 
+def loader(folder: pathlib.Path) -> str:
+    """Returns images per second of loaders."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        found = run_folder.read_json(path)
+        for what in ("crops", "whole"):
+            rates = found[what]["images_per_second"].values()
+            ratios = found[what]["ratio"].values()
+            rows.append(
+                [
+                    f"{what}, {found['image_size']} pixels",
+                    *(f"{rate:,.0f}" for rate in rates),
+                    *(f"{ratio:.2f}" for ratio in ratios),
+                ]
+            )
+    heads = ["images", "Saccade", "tf.data", "Pillow", "to tf.data"]
+    return "\n".join(tables.markdown_grid([*heads, "to Pillow"], rows))
+
+
+def waiting(folder: pathlib.Path) -> str:
+    """Returns what a step of training takes and waits for data."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        found = run_folder.read_json(path)
+        rows += [
+            [
+                row["model"],
+                f"{row['step_seconds']:.2f}",
+                f"{100 * row['waited']:.1f}",
+            ]
+            for row in found["rows"]
+        ]
+    heads = ["model", "step, s", "waited, %"]
+    return "\n".join(tables.markdown_grid(heads, rows))
+
+
 def full_size(folder: pathlib.Path) -> str:
     """Returns what a step of the models costs at full size."""
     rows = []
@@ -346,6 +382,38 @@ SECTIONS = (
         accelerator,
         "python benchmarks/accelerator.py --steps=20 "
         "--output=results/accelerator/run1.json",
+    ),
+    Section(
+        "cpu_training",
+        "Training on two CPU cores",
+        "Images per second of whole training steps, float32, standard (PGD-0) "
+        "and adversarial. Names without an ending run on TensorFlow; `_jax` "
+        "runs on JAX, `_torch` is the same net in PyTorch (channels_last), "
+        "and `_compiled` that with torch.compile.",
+        accelerator,
+        "python benchmarks/accelerator.py --rounds=3 --steps=12 --cases=...",
+    ),
+    Section(
+        "loader",
+        "Reading JPEG files",
+        "Images per second on 400 JPEG files of 500x375 pixels, made with the "
+        "spectrum of photographs, on two cores. `crops` are random resized "
+        "crops; `whole` is the short side resized and the centre cropped, "
+        "which Saccade and Pillow do with averaging and tf.data without. "
+        "Ratios are those of images per second.",
+        loader,
+        "python benchmarks/loader.py --image_size=224 "
+        "--output=results/loader/made_224.json",
+    ),
+    Section(
+        "waiting",
+        "Waiting for data",
+        "Standard training steps of 32 images of 96 pixels on two CPU cores; "
+        "random crops of Imagenette's files (224 pixels) are decoded in the "
+        "background.",
+        waiting,
+        "python benchmarks/waiting.py --data_dir=imagenette --models=... "
+        "--output=results/waiting/run1.json",
     ),
     Section(
         "full_size",
