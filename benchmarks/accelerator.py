@@ -2,8 +2,7 @@
 
     python benchmarks/accelerator.py --output=accelerator.json
     python benchmarks/accelerator.py --size=small --cases=resnet_cifar
-    python benchmarks/accelerator.py --rounds=5 --steps=10 \
-      --cases=cpu_resnet_cifar_0,cpu_resnet_cifar_0_jax,cpu_resnet_cifar_0_torch
+    python benchmarks/accelerator.py --cases=cpu_s3ta_5,cpu_s3ta_5_torch
 
 Each case is a process of its own. All of them compile side by side; then they
 are timed one after the other. The cases `cpu_NET_STEPS` are small enough for a

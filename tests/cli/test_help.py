@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs/flags.md").read_text()
 GROUPED = ("trainer", "adversary")
 PROGRAMS = (
     *(*GROUPED, "speed", "parity", "accelerator"),
-    *("tables", "kills"),
+    *("loader", "waiting", "tables", "kills"),
 )
 
 
