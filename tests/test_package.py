@@ -53,6 +53,20 @@ def test_every_module_imports_beside_another_datasets(installed):
     assert int(done.stdout.split()[-1]) >= len(MODULES) > 50
 
 
+def test_the_packer_says_that_it_needs_a_checkout(installed):
+    arguments = ["--dataset=folder", "--out=a", "--size=8", "--data_dir=b"]
+    done = subprocess.run(
+        [sys.executable, "-m", "saccade.data.pack", *arguments],
+        cwd=installed,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "checkout of Saccade" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
 def test_the_class_lists_are_found_in_the_package(installed):
     script = (
         "from saccade.data import imagenet\n"

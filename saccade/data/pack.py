@@ -12,17 +12,16 @@ written; the same command continues.
 
 import dataclasses
 import pathlib
+import types
 
 from absl import flags
 
 # This module is a program. It is the one in this room that may import the rooms
-# above and the table of data sets; nothing imports it.
+# above; nothing imports it.
 from saccade.cli import command_line
 from saccade.cli import flags as program_flags
 from saccade.core.settings import setting
 from saccade.data import packed, packing
-
-import datasets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +80,25 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 HELP = command_line.Help(__doc__, {"flags": program_flags.names(PackFlags)})
 
 
+def _table() -> types.ModuleType:
+    """Imports the table of data sets, which is not part of the package.
+
+    Raises:
+        ValueError: If the program does not run in a checkout.
+    """
+    try:
+        import datasets
+    except ImportError:
+        datasets = types.ModuleType("datasets")
+    # Another project's package has the same name.
+    if not hasattr(datasets, "stored_images"):
+        raise ValueError(
+            "Expected to run in a checkout of Saccade, whose datasets.py knows "
+            f"the data sets. Received: the folder {pathlib.Path.cwd()}."
+        )
+    return datasets
+
+
 def run(given: PackFlags) -> packed.Pack:
     """Makes a pack.
 
@@ -94,6 +112,7 @@ def run(given: PackFlags) -> packed.Pack:
     settings = packing.Settings(
         given.dataset, given.size or 0, given.lossless, given.shard_images
     )
+    datasets = _table()
     out = pathlib.Path(given.out)
     packing.require_free(out)
     classes, splits, source = datasets.stored_images(
