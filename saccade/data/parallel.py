@@ -5,8 +5,11 @@ second and a data set that is not there must be missed at once.
 """
 
 import os
+import types
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
+
+from absl import logging
 
 Result = TypeVar("Result")
 # More threads than this wait for Python's lock.
@@ -16,6 +19,17 @@ _MAX_THREADS = 32
 def threads() -> int:
     """Returns the number of threads that decode files."""
     return min(_MAX_THREADS, os.cpu_count() or 1)
+
+
+def _import_grain() -> types.ModuleType:
+    """Imports Grain without its warning that JAX is not installed."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        import grain
+    finally:
+        logging.set_verbosity(verbosity)
+    return grain
 
 
 def ahead(
@@ -38,11 +52,10 @@ def ahead(
         at its item. The threads end with the iterator, also when that is
         closed early.
     """
-    import grain
-
     count = len(items)
     if not count:
         return
+    grain = _import_grain()
     results = (
         grain.MapDataset.range(count)
         .map(lambda i: work(items[i]))
