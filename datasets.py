@@ -876,15 +876,7 @@ def _tfds_images(
     if request.test_only:
         del keys["train"]
     named, shards, source = tfds_folders.read(folder, keys)
-    order = wnids or named
-    absent = sorted(set(order) - set(named))
-    if absent:
-        raise ValueError(
-            f"Expected {len(order)} classes in {folder}. Received: a set that "
-            f"has no class {class_folders.some(absent)}."
-        )
-    class_of = np.full(len(named), -1, np.int32)
-    class_of[[named.index(name) for name in order]] = np.arange(len(order))
+    class_of = class_folders.class_ids(named, wnids or named, folder)
     encoded = {
         split: tfrecord.of_shards(paths, class_of, split)
         for split, paths in shards.items()

@@ -198,14 +198,12 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """
     with command_line.guard():
         config = program_flags.read(ListingConfig, values)
-        path = program_flags.read(outputs.Output, values).path
+        output = program_flags.read(outputs.Output, values)
     with command_line.guard_disk():
         record = run(config)
     print(json.dumps(record))
     print("\n".join(table(record["rows"])))
-    if path is not None:
-        with command_line.guard():
-            run_folder.write_json(path, record)
+    output.write(record)
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     with command_line.guard():
         command_line.require_package("tensorflow", "benchmarks/loader.py")
         config = program_flags.read(LoaderConfig, values)
-        output = program_flags.read(outputs.Output, values).path
+        output = program_flags.read(outputs.Output, values)
         paths = []
         if config.files is not None:
             paths = sorted(glob.glob(config.files))[: config.count]
@@ -276,9 +276,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
             "provenance": run_folder.provenance(),
         }
     show(record)
-    if output is not None:
-        with command_line.guard():
-            run_folder.write_json(output, record)
+    output.write(record)
 
 
 if __name__ == "__main__":

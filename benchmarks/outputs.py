@@ -2,7 +2,10 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
+from saccade.cli import command_line
+from saccade.core import run_folder
 from saccade.core.settings import setting
 
 
@@ -26,3 +29,9 @@ class Output:
     def path(self) -> pathlib.Path | None:
         """The path of the file; None for no file."""
         return None if self.output is None else pathlib.Path(self.output)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes a record, if it is to go anywhere."""
+        if self.path is not None:
+            with command_line.guard():
+                run_folder.write_json(self.path, record)

@@ -579,13 +579,11 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
     with command_line.guard():
         command_line.load_keras()
         config = config_from_flags(values)
-        path = program_flags.read(outputs.Output, values).path
+        output = program_flags.read(outputs.Output, values)
     record = run(config)
     for row in record["rows"]:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if path is not None:
-        with command_line.guard():
-            run_folder.write_json(path, record)
+    output.write(record)
 
 
 if __name__ == "__main__":

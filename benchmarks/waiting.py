@@ -60,30 +60,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         program_flags.define(cls, values)
 
 
-class _Clock:
-    """Batches of another iterator, and the time spent to wait for them."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches, self.waited, self.count = batches, 0.0, 0
-        self.started = time.perf_counter()
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._timed():
-            self.count += 1
-            yield batch
-
-    def _timed(self) -> Iterator[Any]:
-        while True:
-            if self.count == _WARM_UP:
-                self.waited, self.started = 0.0, time.perf_counter()
-            before = time.perf_counter()
-            batch = next(self.batches, None)
-            self.waited += time.perf_counter() - before
-            if batch is None:
-                return
-            yield batch
-
-
 def measure(
     name: str, split: "image_splits.Split", options: WaitingFlags
 ) -> dict[str, Any]:
@@ -99,14 +75,20 @@ def measure(
     recipe = recipes.Recipe(optimizer="sgd", learning_rate=0.01)
     count = (_WARM_UP + options.steps) * options.batch_size
     chosen = np.resize(np.arange(len(split)), count)
-    clocks = []
+    waits = []  # When each batch was asked for, and how long it took.
 
     class Measured(loop.Loop):
         """A loop whose batches are timed."""
 
         def _batches(self, epoch: int) -> Iterator[Any]:
-            clocks.append(_Clock(super()._batches(epoch)))
-            return iter(clocks[-1])
+            batches = super()._batches(epoch)
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                waits.append((asked, time.perf_counter() - asked))
+                if batch is None:
+                    return
+                yield batch
 
     with tempfile.TemporaryDirectory() as folder:
         Measured(
@@ -123,11 +105,12 @@ def measure(
             log_every=1,
             on_collapse="ignore",
         ).train()
-    seconds = time.perf_counter() - clocks[0].started
+    timed = waits[_WARM_UP:]
+    seconds = time.perf_counter() - timed[0][0]
     return {
         "model": name,
         "step_seconds": round(seconds / options.steps, 3),
-        "waited": round(clocks[0].waited / seconds, 4),
+        "waited": round(sum(wait for _, wait in timed) / seconds, 4),
     }
 
 
@@ -145,7 +128,7 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         import model_backbone  # noqa: F401 -- Registers the models.
 
         options = program_flags.read(WaitingFlags, values)
-        output = program_flags.read(outputs.Output, values).path
+        output = program_flags.read(outputs.Output, values)
         for name in options.models:
             known_names.require_known("models", name, registry.names())
         datasets.IN_MEMORY_BYTES = 0  # Otherwise so few files are kept.
@@ -163,13 +146,13 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
             f"{100 * rows[-1]['waited']:.1f}%",
             flush=True,
         )
-        if output is not None:
-            record = {
+        output.write(
+            {
                 **dataclasses.asdict(options),
                 "rows": rows,
                 "provenance": run_folder.provenance(),
             }
-            run_folder.write_json(output, record)
+        )
 
 
 if __name__ == "__main__":

@@ -233,10 +233,11 @@ def _composed(
         # The grey to which contrast draws an image is that of its mean.
         now = ops.einsum("bdc,bc->bd", matrix, mean) + shift
         middle = ops.sum(now * grey, axis=-1, keepdims=True)
-        shifts = [0.0 * now, (1.0 - contrast) * middle + 0.0 * now, 0.0 * now]
+        none, drawn = ops.zeros_like(now), ops.ones_like(now) * middle
         chosen = ops.one_hot(order[:, slot], 4, dtype=images.dtype)
         step = ops.einsum("bk,bkdc->bdc", chosen, ops.stack(maps, axis=1))
-        added = ops.stack([*shifts, light], axis=1)
+        to_middle = (1.0 - contrast) * drawn
+        added = ops.stack([none, to_middle, none, light], axis=1)
         matrix = ops.einsum("bde,bec->bdc", step, matrix)
         shift = ops.einsum("bde,be->bd", step, shift)
         shift = shift + ops.einsum("bk,bkd->bd", chosen, added)

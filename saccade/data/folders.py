@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 _THREADS = 8  # That list class folders; more gain nothing on a network.
 # `listings` remembers names without these: see its `_VERSION`.
 _NOT_IMAGES = {"thumbs.db", "desktop.ini"}
@@ -58,6 +61,29 @@ def scan(folder: str | pathlib.Path) -> Scan:
     files.sort()
     folders.sort()
     return Scan(files, folders, linked)
+
+
+def class_ids(
+    held: Sequence[str], wanted: Sequence[str], where: Any
+) -> npt.NDArray[np.int32]:
+    """Returns the class id of each class that a set holds; -1 for none.
+
+    Args:
+        held: The names of its classes, in the order of its own ids.
+        wanted: The names of those that are wanted, in the order of their ids.
+        where: What an error calls the set.
+
+    Raises:
+        ValueError: If the set does not hold a class that is wanted.
+    """
+    ids = {name: i for i, name in enumerate(wanted)}
+    absent = sorted(ids.keys() - set(held))
+    if absent:
+        raise ValueError(
+            f"Expected {len(wanted)} classes in {where}. Received: a set that "
+            f"has no class {some(absent)}."
+        )
+    return np.asarray([ids.get(name, -1) for name in held], np.int32)
 
 
 def first_folder(

@@ -65,6 +65,10 @@ class Encoded:
     sides: np.ndarray | None = None
     left_out: int = 0
 
+    def box_of(self, i: int) -> decoding.Box | None:
+        """Returns the box that an image is cropped to; None for no box."""
+        return None if self.box is None else self.box(i)
+
 
 def _check_file(path: Any) -> None:
     """Checks head and end; in doubt, decodes."""
@@ -188,7 +192,7 @@ def content(
     """
 
     def of(i: int) -> bytes:
-        box = None if images.box is None else images.box(i)
+        box = images.box_of(i)
         return repr((size, resize, mode, box)).encode() + images.fetch(i)
 
     return of
@@ -228,7 +232,7 @@ def reader(
     count, shape = len(images.labels), (size, size, len(mode))
 
     def one(i: int) -> npt.NDArray[np.uint8]:
-        box = None if images.box is None else images.box(i)
+        box = images.box_of(i)
         return decoding.decode(
             images.fetch(i), images.describe(i), size, resize, mode, box
         )
@@ -276,7 +280,7 @@ def crop_reader(
         pixels = np.empty((len(indices), size, size, len(mode)), np.uint8)
         drawn = zip(indices.tolist(), rngs, strict=True)
         for row, (i, rng) in enumerate(drawn):
-            box = None if images.box is None else images.box(i)
+            box = images.box_of(i)
             pixels[row] = decoding.decode_crop(
                 images.fetch(i), images.describe(i), size, crop, rng, mode, box
             )
@@ -303,8 +307,7 @@ def _each(
 
     failed: list[int] = []
     starts = range(0, count, _BLOCK)
-    workers = parallel.threads()
-    blocks = parallel.ahead(block, starts, workers=workers, buffer=2 * workers)
+    blocks = parallel.ahead(block, starts)
     shown = progress.Progress(title, count, "images", delay=2)
     try:
         # Blocks finish in order, so the first corrupt file is always the

@@ -590,8 +590,7 @@ class _Checks:
             self.images.check(i)
             return
         if self.whole[i]:
-            if self.images.box is not None:
-                self.images.box(i)  # Boxes lie in other files.
+            self.images.box_of(i)  # Boxes lie in other files.
             return
         try:
             self.images.check(i)

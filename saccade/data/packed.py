@@ -138,16 +138,11 @@ class Pack:
             ValueError: If a class or a split is not in the pack, or a file of
                 it is damaged or missing.
         """
-        known = {name: i for i, name in enumerate(self.classes)}
-        wanted = self.classes if classes is None else tuple(classes)
-        absent = [name for name in wanted if name not in known]
-        if absent:
-            raise ValueError(
-                f"The pack {self.folder} has no class "
-                f"{class_folders.some(absent)}."
-            )
-        class_of = np.full(len(known), -1, np.int32)
-        class_of[[known[name] for name in wanted]] = np.arange(len(wanted))
+        class_of = class_folders.class_ids(
+            self.classes,
+            self.classes if classes is None else classes,
+            f"the pack {self.folder}",
+        )
         found = {}
         for name in self.splits if splits is None else splits:
             if name not in self.splits:

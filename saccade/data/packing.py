@@ -11,8 +11,8 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,6 @@ from saccade.data import decoding, packed, parallel
 from saccade.data import images as image_files
 
 _QUALITY = 95  # Of JPEG.
-
-_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _listing(name: str, images: image_files.Encoded) -> str:
     def one(i: int) -> str:
         try:
             size = images.size(i)
-            box = None if images.box is None else images.box(i)
+            box = images.box_of(i)
         except decoding.CorruptImageError:
             size, box = -1, None  # Named, or skipped, when it is packed.
         file = os.path.basename(str(images.describe(i)))
@@ -197,19 +195,11 @@ def _listing(name: str, images: image_files.Encoded) -> str:
 
     count = len(images.labels)
     found = hashlib.sha256()
-    lines = _ahead(one, range(count))
+    lines = parallel.ahead(one, range(count))
     title = f"{name}: listing files"
     for line in progress.each(lines, title, count, "images"):
         found.update(line.encode(errors="surrogateescape"))
     return found.hexdigest()
-
-
-def _ahead(
-    work: Callable[[int], _Result], items: Sequence[int]
-) -> Generator[_Result, None, None]:
-    """Yields `work(item)` of each item; threads work a few items ahead."""
-    workers = parallel.threads()
-    return parallel.ahead(work, items, workers=workers, buffer=8 * workers)
 
 
 def _write_split(
@@ -235,7 +225,7 @@ def _write_split(
     with (
         progress.Progress(f"packing {name}", count, "images") as shown,
         contextlib.closing(
-            _ahead(
+            parallel.ahead(
                 lambda i: _attempt(settings, images, i),
                 [i for _, chosen in todo for i in chosen],
             )
@@ -268,7 +258,7 @@ def _record(settings: Settings, images: image_files.Encoded, i: int) -> _Record:
     It is decoded in any case, for that checks it.
     """
     content = images.fetch(i)
-    box = None if images.box is None else images.box(i)
+    box = images.box_of(i)
     pixels = decoding.decode(content, images.describe(i), box=box)
     height, width = pixels.shape[:2]
     size, short = settings.size, min(width, height)

@@ -36,16 +36,17 @@ def ahead(
     work: Callable[[Any], Result],
     items: Sequence[Any],
     *,
-    workers: int,
-    buffer: int,
+    workers: int | None = None,
+    buffer: int | None = None,
 ) -> Generator[Result]:
     """Calls `work` for every item, in several threads.
 
     Args:
         work: Callable from an item; it may be called in any thread.
         items: Sequence of items.
-        workers: Number of threads.
-        buffer: Largest number of results that wait for the consumer.
+        workers: Number of threads; None for `threads()`.
+        buffer: Largest number of results that wait for the consumer; None for
+            eight times as many as there are threads.
 
     Yields:
         The results in the order of the items. An exception of `work` is raised
@@ -55,6 +56,8 @@ def ahead(
     count = len(items)
     if not count:
         return
+    workers = threads() if workers is None else workers
+    buffer = 8 * workers if buffer is None else buffer
     grain = _import_grain()
     results = (
         grain.MapDataset.range(count)

@@ -194,11 +194,8 @@ class Split:
         def block(start: int) -> bytes:
             return b"".join(map(one, wanted[start : start + _BLOCK]))
 
-        workers = parallel.threads()
         starts = range(0, len(wanted), _BLOCK)
-        found = b"".join(
-            parallel.ahead(block, starts, workers=workers, buffer=2 * workers)
-        )
+        found = b"".join(parallel.ahead(block, starts))
         return np.frombuffer(found, np.uint8).reshape(-1, 32)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Split":
